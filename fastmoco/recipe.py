@@ -1,0 +1,270 @@
+"""Recipes: everything that decides the result of a run, as frozen data.
+
+A run is a pure function of (recipe, seed, step), so a field stands here if and only if changing it changes the
+numbers; where a run reads and writes, and how many threads it uses, stands elsewhere. Only the standard library is
+imported, so that `--help` is instant.
+
+Sources: MoCo v1 (He et al., 2020, arXiv:1911.05722), MoCo v2 (Chen et al., 2020, arXiv:2003.04297), and for `cifar`
+the authors' CIFAR-10 notebook.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
+REFERENCE_BATCH, REFERENCE_LR = 256, 0.03
+
+
+class RecipeError(ValueError):
+    """A field holds a value that cannot work; the message names the field, the value and the remedy."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Distribution of the views: one row of a table, applied alike to query and key views.
+
+    Order of the operations: crop, grey if `gray_first`, colour jitter, grey otherwise, blur, flip, normalise.
+    """
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Range of the crop's share of the image area (torchvision's RandomResizedCrop)."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the crop's aspect ratio, drawn log-uniformly."""
+    brightness: float = 0.4
+    """Jitter factor drawn from [1 - b, 1 + b]."""
+    contrast: float = 0.4
+    """Jitter factor drawn from [1 - c, 1 + c]."""
+    saturation: float = 0.4
+    """Jitter factor drawn from [1 - s, 1 + s]."""
+    hue: float = 0.1
+    """Hue shift drawn from [-h, h], in turns of the colour circle; at most 0.5."""
+    jitter_p: float = 0.8
+    """Probability that the four jitters are applied, in a drawn order."""
+    gray_p: float = 0.2
+    """Probability of conversion to grey."""
+    gray_first: bool = False
+    """Whether grey comes before the jitter (MoCo v1) or after it (MoCo v2)."""
+    blur_p: float = 0.5
+    """Probability of a Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of the blur's standard deviation, in pixels of the crop."""
+    flip_p: float = 0.5
+    """Probability of a horizontal flip."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean of each RGB channel, subtracted from values in [0, 1]."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Standard deviation of each RGB channel, divided by."""
+
+    def __post_init__(self) -> None:
+        for name in ("jitter_p", "gray_p", "blur_p", "flip_p"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "use a probability from 0 to 1")
+        for name in ("brightness", "contrast", "saturation"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "use a strength from 0 to 1")
+        _require(0 <= self.hue <= 0.5, "hue", self.hue, "use a shift from 0 to 0.5 turns")
+        low, high = self.crop_scale
+        _require(0 < low <= high <= 1, "crop_scale", self.crop_scale, "use two shares with 0 < low <= high <= 1")
+        low, high = self.crop_ratio
+        _require(0 < low <= high, "crop_ratio", self.crop_ratio, "use two ratios with 0 < low <= high")
+        low, high = self.blur_sigma
+        _require(0 <= low <= high <= 4, "blur_sigma", self.blur_sigma, "use two deviations with 0 <= low <= high <= 4")
+        _require(min(self.std) > 0, "std", self.std, "use positive deviations")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result of a run."""
+
+    arch: Literal[ARCHITECTURES] = "resnet50"  # type: ignore[valid-type]
+    """Encoder, with torchvision's names and numerics (v1.5 strides)."""
+    width: float = 1.0
+    """Multiplier of every channel count of the encoder."""
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    """7x7 convolution of stride 2 and max-pooling, or a 3x3 convolution of stride 1 without pooling."""
+    head: Literal["linear", "mlp"] = "linear"
+    """Projection head: one linear layer (v1), or two with a ReLU between them (v2)."""
+    dim: int = 128
+    """Dimensions of the projection: the length of queries and keys."""
+
+    queue_size: int = 65536
+    """K, the number of negative keys kept. Any number: writing wraps around."""
+    queue_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Storage of the queue; auto follows the precision."""
+    ema_momentum: float = 0.999
+    """m of the key encoder's update k <- m k + (1 - m) q."""
+    temperature: float = 0.07
+    """Temperature T of InfoNCE."""
+    symmetric: bool = False
+    """Use each view once as query and once as key, and add the two losses."""
+    bn_group: int = 32
+    """Samples that share batch-norm statistics, whatever the number of ranks."""
+    shuffle_bn: bool = True
+    """Permute the keys over the batch-norm groups. Without it batch norm leaks which pairs belong together."""
+
+    batch_size: int = 256
+    """Global batch, over all ranks."""
+    epochs: int = 200
+    """Length of the run; the schedule is stretched over it."""
+    lr: float | Literal["auto"] = "auto"
+    """Learning rate at the start; auto is 0.03 x batch size / 256."""
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    """step divides the rate by ten at each milestone; cosine ends at zero."""
+    schedule_per: Literal["epoch", "step"] = "epoch"
+    """Whether the cosine is evaluated once an epoch (as published) or at every step."""
+    schedule_first_epoch: int = 0
+    """Number that the schedule gives to the first epoch (1 in the CIFAR-10 notebook)."""
+    milestones: tuple[int, ...] = (120, 160)
+    """Epochs at which the step schedule divides the rate by ten."""
+    warmup_epochs: float = 0.0
+    """Epochs over which the rate rises linearly from zero, at every step."""
+    sgd_momentum: float = 0.9
+    """Momentum of SGD (not Nesterov's)."""
+    weight_decay: float = 1e-4
+    """Weight decay on every parameter, batch norm and biases included."""
+
+    crop_size: int = 224
+    """Side of the square views, in pixels."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    """Distribution of the views."""
+    seed: int = 0
+    """The one seed: of initialisation, sample order, boxes, photometric draws and shuffles."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """Numbers of the encoders; auto is bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
+
+    knn_k: int = 200
+    """Neighbours of the kNN evaluation."""
+    knn_temperature: float = 0.1
+    """Temperature of the neighbours' votes exp(similarity / T)."""
+    knn_features: Literal["backbone", "projection"] = "backbone"
+    """Features that kNN compares: before or after the projection head."""
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "queue_size", "bn_group", "batch_size", "epochs", "crop_size", "knn_k"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value >= 1, name, value, "use a whole number of at least 1")
+        _require(self.arch in ARCHITECTURES, "arch", self.arch, f"use one of {', '.join(ARCHITECTURES)}")
+        _require(self.width > 0, "width", self.width, "use a positive multiplier")
+        _require(0 <= self.ema_momentum <= 1, "ema_momentum", self.ema_momentum, "use a number from 0 to 1")
+        _require(0 <= self.sgd_momentum < 1, "sgd_momentum", self.sgd_momentum, "use a number from 0 to below 1")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "use a number of at least 0")
+        _require(self.temperature > 0, "temperature", self.temperature, "use a positive temperature")
+        _require(self.knn_temperature > 0, "knn_temperature", self.knn_temperature, "use a positive temperature")
+        _require(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "use a number of at least 0")
+        _require(self.lr == "auto" or self.lr > 0, "lr", self.lr, "use auto or a positive rate")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "use a whole number from 0 to 2^63 - 1")
+        self.check_ranks(1)
+
+    def check_ranks(self, world: int) -> int:
+        """Samples per rank for `world` ranks; RecipeError where the batch does not split into whole groups."""
+        unit = world * self.bn_group
+        if self.batch_size % unit:
+            below, above = self.batch_size // unit * unit, -(-self.batch_size // unit) * unit
+            near = " or ".join(str(n) for n in (below, above) if n)
+            ranks = f"{world} ranks in " if world > 1 else ""
+            raise RecipeError(
+                f"batch_size {self.batch_size} does not split over {ranks}batch-norm groups of bn_group "
+                f"{self.bn_group}: use --batch-size {near}, or another --bn-group"
+            )
+        return self.batch_size // world
+
+    @property
+    def base_lr(self) -> float:
+        """Learning rate before the schedule: `lr`, or 0.03 x batch size / 256 (Goyal et al., 2017) where it is auto."""
+        return REFERENCE_LR * self.batch_size / REFERENCE_BATCH if self.lr == "auto" else float(self.lr)
+
+    @property
+    def views(self) -> int:
+        """Key views of a sample that are encoded and enqueued in each step: 2 when symmetric, else 1."""
+        return 2 if self.symmetric else 1
+
+    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
+        """Learning rate of `step`, counted from 0 over the whole run."""
+        time = step / steps_per_epoch
+        if time < self.warmup_epochs:
+            return self.base_lr * (step + 1) / (self.warmup_epochs * steps_per_epoch)
+        epoch = time + self.schedule_first_epoch
+        if self.schedule_per == "epoch":
+            epoch = step // steps_per_epoch + self.schedule_first_epoch
+        if self.schedule == "cosine":
+            return self.base_lr * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
+        if self.schedule == "step":
+            return self.base_lr * 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
+        return self.base_lr
+
+    def as_dict(self) -> dict:
+        """The recipe as plain JSON-ready data; `from_dict` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Recipe:
+        """Recipe from `as_dict`'s data; RecipeError on a field that no recipe has."""
+        values = dict(data)
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        _require(not unknown, "recipe", unknown, "remove the fields that this version does not know")
+        if isinstance(values.get("augmentation"), dict):
+            values["augmentation"] = Augmentation(**_tuples(values["augmentation"]))
+        return cls(**_tuples(values))
+
+
+def _require(ok: bool, name: str, value: object, remedy: str) -> None:
+    if not ok:
+        raise RecipeError(f"{name} is {value!r}: {remedy}")
+
+
+def _tuples(values: dict) -> dict:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+V1_AUGMENTATION = Augmentation(hue=0.4, jitter_p=1.0, gray_first=True, blur_p=0.0)
+CIFAR_AUGMENTATION = Augmentation(
+    crop_scale=(0.08, 1.0), blur_p=0.0, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)
+)
+
+PRESETS: dict[str, tuple[str, Recipe]] = {
+    "v1": ("MoCo v1 as published: ResNet-50, ImageNet, 200 epochs", Recipe(augmentation=V1_AUGMENTATION)),
+    "v2": (
+        "MoCo v2 as published: MLP head, stronger augmentation, cosine schedule",
+        Recipe(head="mlp", temperature=0.2, schedule="cosine"),
+    ),
+    "cifar": (
+        "The authors' CIFAR-10 recipe: ResNet-18, 32 px, queue of 4096",
+        Recipe(
+            arch="resnet18",
+            stem="cifar",
+            batch_size=512,
+            bn_group=64,
+            queue_size=4096,
+            ema_momentum=0.99,
+            temperature=0.1,
+            schedule="cosine",
+            schedule_first_epoch=1,
+            weight_decay=5e-4,
+            crop_size=32,
+            augmentation=CIFAR_AUGMENTATION,
+            knn_features="projection",
+        ),
+    ),
+    "demo": (
+        "Three minutes on a laptop: an embedded set of textures, a slim ResNet-18",
+        Recipe(
+            arch="resnet18",
+            width=0.5,
+            stem="cifar",
+            head="mlp",
+            batch_size=128,
+            epochs=20,
+            queue_size=2048,
+            ema_momentum=0.99,
+            temperature=0.2,
+            schedule="cosine",
+            schedule_per="step",
+            weight_decay=5e-4,
+            crop_size=40,
+            lr=0.06,
+            knn_k=20,
+        ),
+    ),
+}

@@ -1,0 +1,1 @@
+from fastmoco.kernels.reference import enqueue  # noqa: F401

@@ -1,0 +1,1 @@
+from fastmoco.kernels.reference import info_nce  # noqa: F401

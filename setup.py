@@ -1,0 +1,41 @@
+"""Packaging of fastmoco.
+
+`kernels/` and `bench/` stand at the top of the tree because people read and time them on their own;
+they install as `fastmoco.kernels` and `fastmoco.bench`, since the bare names belong to other projects.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="fastmoco",
+    version="0.1.0",
+    description="The fastest honest way to pretrain an image encoder with Momentum Contrast (MoCo v1, v2)",
+    long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["fastmoco", "fastmoco.*"]) + ["fastmoco.kernels", "fastmoco.bench"],
+    package_dir={"fastmoco.kernels": "kernels", "fastmoco.bench": "bench"},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "nvidia-dali-cuda130>=2.4; platform_system == 'Linux'",
+        "numpy>=1.26",
+        "pillow>=10",
+        "tyro>=0.9",
+        "safetensors>=0.5",
+        "tqdm>=4.60",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-benchmark>=5", "hypothesis>=6.100", "scikit-learn>=1.5"],
+        "tensorboard": ["tensorboard>=2.15"],
+        "export": ["timm>=1.0"],
+        "gpu": ["nvidia-ml-py>=12"],
+    },
+    entry_points={"console_scripts": ["fastmoco = fastmoco.cli:main"]},
+)
