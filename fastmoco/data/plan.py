@@ -1,0 +1,211 @@
+"""The plan: which samples, boxes, flips, photometric parameters and shuffles, as a pure function.
+
+Every draw is a counter-based hash of (seed, stream, epoch or step, sample, view, number of the draw). There is no
+generator and so no state: any step can be planned at any time, on any rank, in any order, with the same result.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fastmoco.recipe import Recipe, RecipeError
+
+# Columns of the photometric parameters. kernels/reference.py, which this module must not import because of torch,
+# names them too; a test keeps the two equal.
+FLIP, GRAY, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, SIGMA = range(8)
+GRAY_NEVER, GRAY_BEFORE_JITTER, GRAY_AFTER_JITTER = 0, 1, 2
+NO_JITTER = -1
+
+# Which part of the plan a hash belongs to. Appending is safe; renumbering changes every run.
+ORDER_STREAM, BOX_STREAM, PHOTOMETRIC_STREAM, SHUFFLE_STREAM = range(4)
+
+BOX_TRIES = 10  # torchvision's RandomResizedCrop gives up after as many
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+# The 24 orders of brightness 0, contrast 1, saturation 2 and hue 3, each as four 2-bit codes, first one lowest.
+ORDER_CODES = np.array(
+    [sum(op << 2 * place for place, op in enumerate(order)) for order in itertools.permutations(range(4))]
+)
+
+
+def hash_words(*words: int | np.ndarray) -> np.ndarray:
+    """Hash of broadcast non-negative words: uint64, at least one-dimensional.
+
+    Each word selects one output of a SplitMix64 generator (Steele, Lea and Flood, 2014) whose state is the hash of the
+    words before it.
+    """
+    state = np.zeros(1, np.uint64)
+    for word in words:
+        state = _mix(state + (np.atleast_1d(np.asarray(word)).astype(np.uint64) + np.uint64(1)) * GOLDEN)
+    return state
+
+
+def uniform(*words: int | np.ndarray) -> np.ndarray:
+    """Numbers in [0, 1) from the upper 53 bits of `hash_words`, float64."""
+    return (hash_words(*words) >> np.uint64(11)) * 2.0**-53
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class Plan:
+    """What each step of a run looks at.
+
+    `sizes` is int32 [n, 2], height and width of every image. A step's global batch has B = recipe.batch_size slots;
+    rank r holds query slots and key positions [r * B / world, (r + 1) * B / world). Steps count over the whole run.
+    RecipeError where the batch does not split over the ranks, or the images do not fill one batch.
+    """
+
+    def __init__(self, recipe: Recipe, sizes: np.ndarray, world: int = 1, rank: int = 0) -> None:
+        self.recipe, self.world, self.rank = recipe, world, rank
+        self.per_rank = recipe.check_ranks(world)
+        self.sizes = np.ascontiguousarray(sizes, np.int32).reshape(-1, 2)
+        if len(self.sizes) < recipe.batch_size:
+            fitting = len(self.sizes) // (world * recipe.bn_group) * world * recipe.bn_group
+            remedy = f"use --batch-size {fitting} or less" if fitting else "use more images, or a smaller --bn-group"
+            raise RecipeError(
+                f"batch_size {recipe.batch_size} is more than the {len(self.sizes)} images there are: {remedy}"
+            )
+        self.steps_per_epoch = len(self.sizes) // recipe.batch_size
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    @property
+    def key_views(self) -> tuple[int, ...]:
+        """Views encoded by the key encoder: both when symmetric, else the second."""
+        return (0, 1) if self.recipe.symmetric else (1,)
+
+    @property
+    def query_views(self) -> tuple[int, ...]:
+        """Views encoded by the query encoder: both when symmetric, else the first."""
+        return (0, 1) if self.recipe.symmetric else (0,)
+
+    def epoch(self, step: int) -> int:
+        """Epoch that `step` belongs to."""
+        return step // self.steps_per_epoch
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Permutation of all samples in `epoch`, int64 [n]."""
+        known, order = self._order
+        if known != epoch:
+            keys = hash_words(self.recipe.seed, ORDER_STREAM, epoch, np.arange(len(self.sizes)))
+            order = np.argsort(keys, kind="stable")
+            self._order = (epoch, order)
+        return order
+
+    def samples(self, step: int) -> np.ndarray:
+        """Samples in the slots of the global batch, int64 [B]. The incomplete batch at an epoch's end is left out."""
+        first = step % self.steps_per_epoch * self.recipe.batch_size
+        return self.order(self.epoch(step))[first : first + self.recipe.batch_size]
+
+    def boxes(self, epoch: int, samples: np.ndarray, view: int) -> np.ndarray:
+        """Crop boxes (top, left, height, width), int32 [m, 4]: torchvision's RandomResizedCrop.
+
+        Ten tries at an area and a log-uniform aspect ratio; where none fits the image, the largest centred box whose
+        ratio is allowed.
+        """
+        augmentation = self.recipe.augmentation
+        samples = np.asarray(samples, np.int64)
+        numbers = np.arange(2 * BOX_TRIES + 2)
+        drawn = uniform(self.recipe.seed, BOX_STREAM, epoch, view, samples[:, None], numbers)
+        height, width = self.sizes[samples].astype(np.float64).T
+        area = (height * width)[:, None] * _between(drawn[:, 0 : 2 * BOX_TRIES : 2], *augmentation.crop_scale)
+        ratio = np.exp(_between(drawn[:, 1 : 2 * BOX_TRIES : 2], *np.log(augmentation.crop_ratio)))
+        w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+        fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
+        found, chosen = fits.any(1), fits.argmax(1)[:, None]
+        h, w = (np.take_along_axis(side, chosen, 1)[:, 0] for side in (h, w))
+        centred_h, centred_w = _largest_sides(height, width, *augmentation.crop_ratio)
+        h, w = np.where(found, h, centred_h), np.where(found, w, centred_w)
+        top = np.where(found, np.floor(drawn[:, -2] * (height - h + 1)), (height - h) // 2)
+        left = np.where(found, np.floor(drawn[:, -1] * (width - w + 1)), (width - w) // 2)
+        return np.stack([top, left, h, w], 1).astype(np.int32)
+
+    def photometric(self, epoch: int, samples: np.ndarray, view: int) -> np.ndarray:
+        """Photometric parameters, float32 [m, 8], columns FLIP to SIGMA; hue in turns, sigma in pixels of the crop."""
+        augmentation = self.recipe.augmentation
+        samples = np.asarray(samples, np.int64)
+        drawn = uniform(self.recipe.seed, PHOTOMETRIC_STREAM, epoch, view, samples[:, None], np.arange(10)).T
+        strengths = (augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue)
+        jittered = (drawn[2] < augmentation.jitter_p) & any(strengths)
+        shifts = [np.where(jittered, _between(u, -s, s), 0.0) for u, s in zip(drawn[4:8], strengths, strict=True)]
+        result = np.empty((len(samples), 8), np.float32)
+        result[:, FLIP] = drawn[0] < augmentation.flip_p
+        gray = GRAY_BEFORE_JITTER if augmentation.gray_first else GRAY_AFTER_JITTER
+        result[:, GRAY] = np.where(drawn[1] < augmentation.gray_p, gray, GRAY_NEVER)
+        codes = ORDER_CODES[(drawn[3] * len(ORDER_CODES)).astype(np.int64)]
+        result[:, ORDER] = np.where(jittered, codes, NO_JITTER)
+        result[:, BRIGHTNESS], result[:, CONTRAST], result[:, SATURATION] = (1 + shift for shift in shifts[:3])
+        result[:, HUE] = shifts[3]
+        blurred = drawn[8] < augmentation.blur_p
+        result[:, SIGMA] = np.where(blurred, _between(drawn[9], *augmentation.blur_sigma), 0.0)
+        return result
+
+    def shuffle(self, step: int, view: int) -> np.ndarray:
+        """Permutation of the key batch, int64 [B]: its position p holds slot perm[p]; identity without shuffle_bn."""
+        slots = np.arange(self.recipe.batch_size)
+        if not self.recipe.shuffle_bn:
+            return slots
+        return np.argsort(hash_words(self.recipe.seed, SHUFFLE_STREAM, step, view, slots), kind="stable")
+
+
+class Route(NamedTuple):
+    """Where one rank's key crops go and where the ones it encodes come from. V key views, N slots a rank, M = V * N."""
+
+    send_rows: np.ndarray
+    """int64 [M]: rows of this rank's crops (view by view, slot by slot) in the order they are sent."""
+    send_counts: list[int]
+    """Crops for each rank."""
+    slots: np.ndarray
+    """int64 [M]: slot of the global batch of each arriving crop."""
+    views: np.ndarray
+    """int64 [M]: which of the V key views each arriving crop is, counted from 0."""
+    receive_counts: list[int]
+    """Crops from each rank."""
+    key_rows: np.ndarray
+    """int64 [M]: row of this rank's key batch (view by view) that each arriving crop is written to."""
+    unshuffle: np.ndarray
+    """int64 [V * B]: row of the keys gathered rank by rank [world * M] for each view and slot, view by view."""
+
+
+def route(shuffles: Sequence[np.ndarray], world: int, rank: int) -> Route:
+    """Index arithmetic of the batch-norm shuffle: one permutation of the global batch for each key view.
+
+    Crops travel ordered by receiver, then view, then slot, so that on one rank they arrive in the order they stand in
+    and nothing needs to be moved.
+    """
+    place = np.argsort(np.stack(shuffles), axis=1)
+    views, batch = place.shape
+    n = batch // world
+    encoder = place // n  # rank that encodes each view and slot
+    row = np.arange(views)[:, None] * n + place % n  # and its row there
+    mine = encoder[:, rank * n : (rank + 1) * n].ravel()
+    view, slot = np.nonzero(encoder == rank)
+    arrival = np.argsort(slot // n, kind="stable")
+    view, slot = view[arrival], slot[arrival]
+    return Route(
+        send_rows=np.argsort(mine, kind="stable"),
+        send_counts=np.bincount(mine, minlength=world).tolist(),
+        slots=slot,
+        views=view,
+        receive_counts=np.bincount(slot // n, minlength=world).tolist(),
+        key_rows=row[view, slot],
+        unshuffle=(encoder * views * n + row).ravel(),
+    )
+
+
+def _between(u: np.ndarray, low: float, high: float) -> np.ndarray:
+    return low + u * (high - low)
+
+
+def _largest_sides(height: np.ndarray, width: np.ndarray, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+    ratio = width / height
+    return (
+        np.where(ratio < low, np.maximum(np.rint(width / low), 1), height),
+        np.where(ratio > high, np.maximum(np.rint(height * high), 1), width),
+    )
