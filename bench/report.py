@@ -1,0 +1,290 @@
+"""Records of measurements: written with their circumstances, compared with bootstrap intervals, made into tables.
+
+A record is one JSON file: the subject, the environment it was measured in, the command that measured it, and rows.
+`compare` says of each row that two records share whether B is slower or faster than A; `readme` replaces what stands
+between two markers in a text with the tables of the committed records.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+
+SCHEMA = 1
+PACKAGES = ("torch", "triton", "nvidia-dali-cuda130", "numpy", "pillow", "fastmoco")
+TOLERANCE = 0.03  # a change smaller than this is not worth a verdict, however certain
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured figure: `samples` in `unit` for `provider` of `name` under `config`."""
+
+    name: str
+    provider: str
+    unit: str
+    samples: tuple[float, ...]
+    config: dict = field(default_factory=dict)
+    baseline: str | None = None
+    bound: float | None = None
+    extra: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.samples:
+            raise ValueError(f"row {self.name}/{self.provider} has no samples")
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether the unit is a rate (so much a second) rather than a time or a size."""
+        return self.unit.endswith("/s")
+
+    @property
+    def median(self) -> float:
+        """Median of the samples."""
+        return statistics.median(self.samples)
+
+    @property
+    def share(self) -> float | None:
+        """Share of the physical bound that was reached, from 0 to 1; None where the row has no bound."""
+        if self.bound is None:
+            return None
+        return self.median / self.bound if self.higher_is_better else self.bound / self.median
+
+    @property
+    def key(self) -> str:
+        """What makes two rows of two records the same measurement."""
+        return json.dumps([self.name, self.provider, self.unit, self.config], sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Record:
+    """Rows of one subject, and everything needed to read or repeat them."""
+
+    subject: str
+    rows: tuple[Row, ...]
+    environment: dict
+    command: str
+    date: str
+    schema: int = SCHEMA
+
+
+def environment(device: str = "cpu") -> dict:
+    """Device, versions and commit of this measurement."""
+    return {
+        "device": _device_name(device),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "clocks": _clocks() if device.startswith("cuda") else {},
+    }
+
+
+def record(subject: str, rows: Sequence[Row], device: str = "cpu") -> Record:
+    """A record of `rows` measured by this process, now."""
+    command = " ".join(["python -m fastmoco.bench", *sys.argv[1:]])
+    return Record(subject, tuple(rows), environment(device), command, date.today().isoformat())
+
+
+def save(path: str | Path, records: Sequence[Record]) -> None:
+    """Write `records` as JSON, or one line a row where the name ends in .csv."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        return _save_csv(path, records)
+    path.write_text(json.dumps([asdict(item) for item in records], indent=1) + "\n")
+
+
+def load(path: str | Path) -> list[Record]:
+    """Read `save`'s JSON; ValueError that names the file where it is none of ours."""
+    try:
+        items = json.loads(Path(path).read_text())
+        return [_record(item) for item in items]
+    except (OSError, json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not a benchmark record: {error}") from None
+
+
+def table(records: Sequence[Record]) -> str:
+    """The records as Markdown tables, each under a line that states its circumstances."""
+    return "\n\n".join(f"{_caption(item)}\n\n{_rows(item)}" for item in records)
+
+
+def readme(text: str, records: Sequence[Record]) -> str:
+    """`text` with the tables of `records` between its two benchmark markers; ValueError where they are missing."""
+    pattern = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.S)
+    if not pattern.search(text):
+        raise ValueError("the text has no <!-- bench --> ... <!-- /bench --> markers to write between")
+    return pattern.sub(lambda found: found.group(1) + table(records) + "\n" + found.group(2), text)
+
+
+@dataclass(frozen=True)
+class Change:
+    """How one row moved: the ratio of costs B/A with its 95 % interval, and what that means."""
+
+    row: Row
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """slower or faster where the whole interval lies beyond the tolerance, else same."""
+        if self.low > 1 + TOLERANCE:
+            return "slower"
+        return "faster" if self.high < 1 - TOLERANCE else "same"
+
+
+def compare(before: Sequence[Record], after: Sequence[Record], draws: int = 2000) -> list[Change]:
+    """Every row that stands in both, with the bootstrapped ratio of its cost (time, or one over a rate)."""
+    old = {row.key: row for item in before for row in item.rows}
+    both = [(old[row.key], row) for item in after for row in item.rows if row.key in old]
+    return [_change(a, b, draws) for a, b in both]
+
+
+def compare_table(changes: Sequence[Change]) -> str:
+    """`compare`'s result as a Markdown table; a line that says so where the records share no row."""
+    if not changes:
+        return "The two records have no row in common."
+    lines = ["| what | provider | cost B / A | 95 % interval | verdict |", "|---|---|---:|---:|---|"]
+    for item in changes:
+        interval = f"{item.low:.3f} to {item.high:.3f}"
+        lines.append(f"| {_label(item.row)} | {item.row.provider} | {item.ratio:.3f} | {interval} | {item.verdict} |")
+    return "\n".join(lines)
+
+
+def _change(a: Row, b: Row, draws: int) -> Change:
+    rng = random.Random(0)
+    cost_a, cost_b = _costs(a), _costs(b)
+    ratios = sorted(
+        statistics.median(rng.choices(cost_b, k=len(cost_b))) / statistics.median(rng.choices(cost_a, k=len(cost_a)))
+        for _ in range(draws)
+    )
+    middle = statistics.median(cost_b) / statistics.median(cost_a)
+    return Change(b, middle, ratios[int(0.025 * draws)], ratios[int(0.975 * draws)])
+
+
+def _costs(row: Row) -> list[float]:
+    return [1 / value for value in row.samples] if row.higher_is_better else list(row.samples)
+
+
+def _rows(item: Record) -> str:
+    lines = ["| what | provider | median | 20 % to 80 % | n | against baseline | share of bound |"]
+    lines.append("|---|---|---:|---:|---:|---:|---:|")
+    medians = {(row.name, json.dumps(row.config), row.provider): row.median for row in item.rows}
+    for row in item.rows:
+        base = medians.get((row.name, json.dumps(row.config), row.baseline))
+        lines.append(
+            f"| {_label(row)} | {row.provider} | {_number(row.median)} {row.unit} | {_spread(row)} | "
+            f"{len(row.samples)} | {_against(row, base)} | {_percent(row.share)} |"
+        )
+    return "\n".join(lines)
+
+
+def _against(row: Row, base: float | None) -> str:
+    if not base or row.provider == row.baseline:
+        return ""
+    return f"{row.median / base if row.higher_is_better else base / row.median:.2f} x {row.baseline}"
+
+
+def _spread(row: Row) -> str:
+    ordered = sorted(row.samples)
+    last = len(ordered) - 1
+    return f"{_number(ordered[round(0.2 * last)])} to {_number(ordered[round(0.8 * last)])}"
+
+
+def _label(row: Row) -> str:
+    config = ", ".join(f"{name} {value}" for name, value in row.config.items())
+    return f"{row.name} ({config})" if config else row.name
+
+
+def _caption(item: Record) -> str:
+    env = item.environment
+    versions = ", ".join(f"{name} {value}" for name, value in env["packages"].items() if value)
+    commit = (env["commit"] or "no commit")[:10] + (" with local changes" if env["dirty"] else "")
+    return f"**{item.subject}**, {env['device']}, {item.date}, {versions}, {commit}: `{item.command}`"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
+def _save_csv(path: Path, records: Sequence[Record]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["subject", "device", "date", "name", "provider", "config", "unit", "n", "median", "bound"])
+        for item in records:
+            for row in item.rows:
+                left = [item.subject, item.environment["device"], item.date, row.name, row.provider]
+                writer.writerow([*left, json.dumps(row.config), row.unit, len(row.samples), row.median, row.bound])
+
+
+def _record(item: dict) -> Record:
+    if item["schema"] != SCHEMA:
+        raise KeyError(f"schema {item['schema']}, this version reads {SCHEMA}")
+    rows = tuple(Row(**{**row, "samples": tuple(row["samples"])}) for row in item["rows"])
+    return Record(**{**item, "rows": rows})
+
+
+def _device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    for line in _read("/proc/cpuinfo").splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _clocks() -> dict:
+    try:
+        import pynvml
+    except ImportError:
+        return {}
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    return {
+        "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+        "memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+        "power_w": pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
+        "power_limit_w": pynvml.nvmlDeviceGetPowerManagementLimit(handle) / 1e3,
+        "driver": pynvml.nvmlSystemGetDriverVersion(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*words: str) -> str | None:
+    try:
+        where = Path(__file__).resolve().parent
+        return subprocess.run(["git", *words], cwd=where, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

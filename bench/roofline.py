@@ -1,0 +1,181 @@
+"""What one MoCo step must cost: arithmetic and memory traffic of an encoder, layer by layer, by level of fusion.
+
+Every convolution is read off the encoder itself. Around it stand passes over its output, and how many depends on what
+is fused with what:
+
+  eager    convolution | statistics | normalise | ReLU | add, each a kernel of its own
+  bnrelu   normalise + ReLU (+ add) in one kernel, backward in two passes: what our batch norm does
+  stats    and the statistics in the convolutions' epilogues, forward and backward
+  main     and normalise + ReLU in the next convolution's prologue, so that inner activations are never written
+
+A kernel takes the larger of its arithmetic and its memory time. Assumed: activations of `ACTIVATION_BYTES` each, weights
+read once a batch, nothing stays in the cache from one kernel to the next, no gaps between launches. The key encoder
+runs forward only. Per image pair: query forward, query backward, key forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+LEVELS = ("eager", "bnrelu", "stats", "main")
+ACTIVATION_BYTES = 2
+
+# Passes over a convolution's output, beside the convolution itself, by level and by the place of the convolution:
+# stem, inner (followed by BN + ReLU), last (of a block: BN + add + ReLU), shortcut (BN alone).
+FORWARD_PASSES = {
+    "eager": {"stem": 5, "inner": 5, "last": 8, "shortcut": 3},
+    "bnrelu": {"stem": 3, "inner": 3, "last": 4, "shortcut": 3},
+    "stats": {"stem": 2, "inner": 2, "last": 3, "shortcut": 2},
+    "main": {"stem": 2, "inner": 0, "last": 3, "shortcut": 0},
+}
+BACKWARD_PASSES = {
+    "eager": {"stem": 8, "inner": 8, "last": 8, "shortcut": 5},
+    "bnrelu": {"stem": 5, "inner": 5, "last": 6, "shortcut": 5},
+    "stats": {"stem": 5, "inner": 3, "last": 6, "shortcut": 5},
+    "main": {"stem": 2, "inner": 0, "last": 3, "shortcut": 2},
+}
+
+
+@dataclass(frozen=True)
+class Conv:
+    """One convolution of an encoder, per image: elements in and out, weights, multiply-adds, and its place."""
+
+    name: str
+    place: str  # stem, inner, last or shortcut
+    inputs: int
+    outputs: int
+    weights: int
+    flops: float
+    stride: int
+    kernel: int
+    opens_block: bool
+    after_inner: bool
+    pooled: int  # outputs of the max-pooling that follows, 0 where none does
+
+    @property
+    def sampled(self) -> float:
+        """Input elements that are read: a strided 1x1 convolution skips pixels."""
+        return self.inputs / self.stride**2 if self.kernel == 1 else self.inputs
+
+
+@dataclass(frozen=True)
+class Work:
+    """Least work of one kernel for one image: floating-point operations and bytes."""
+
+    part: str
+    flops: float
+    nbytes: float
+
+
+def convolutions(encoder: nn.Module, pixels: int) -> list[Conv]:
+    """The convolutions of a ResNet of `fastmoco.encoder`, in forward order, at `pixels` x `pixels`."""
+    seen: list[tuple[str, nn.Conv2d, torch.Size, torch.Size]] = []
+    pools: list[int] = []
+    hooks = []
+    for name, module in encoder.named_modules():
+        if isinstance(module, nn.Conv2d):
+            hooks.append(
+                module.register_forward_hook(
+                    lambda layer, x, y, name=name: seen.append((name, layer, x[0].shape, y.shape))
+                )
+            )
+        if isinstance(module, nn.MaxPool2d):
+            hooks.append(module.register_forward_hook(lambda layer, x, y: pools.append(y[0].numel())))
+    parameter = next(encoder.parameters())
+    try:
+        with torch.no_grad():
+            encoder.eval()(torch.empty(1, 3, pixels, pixels, dtype=parameter.dtype, device=parameter.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    blocks = _last_in_block([name for name, *_ in seen])
+    return [_conv(*found, blocks, pools[0] if pools else 0) for found in seen]
+
+
+def forward_work(convs: list[Conv], level: str, batch: int) -> list[Work]:
+    """Kernels of one forward pass, per image of a batch of `batch`."""
+    works = []
+    for conv in convs:
+        nbytes = ACTIVATION_BYTES * (conv.sampled + conv.outputs + conv.weights / batch)
+        works.append(Work("conv", conv.flops, nbytes))
+        works.append(Work("norm", 0, ACTIVATION_BYTES * FORWARD_PASSES[level][conv.place] * conv.outputs))
+        works += _pool(conv, level)
+    return works
+
+
+def backward_work(convs: list[Conv], level: str, batch: int) -> list[Work]:
+    """Kernels of one backward pass, per image of a batch of `batch`."""
+    works = []
+    for conv in convs:
+        weights = conv.weights / batch
+        works += _pool(conv, level)
+        works.append(Work("norm", 0, ACTIVATION_BYTES * BACKWARD_PASSES[level][conv.place] * conv.outputs))
+        gradient = conv.outputs * (2 if level == "main" else 1)  # main forms it from two tensors in the prologue
+        if conv.place != "stem":
+            epilogue = conv.inputs if level in ("stats", "main") and conv.after_inner else 0
+            nbytes = ACTIVATION_BYTES * (gradient + conv.inputs + epilogue + weights)
+            works.append(Work("dgrad", conv.flops, nbytes))
+        works.append(Work("wgrad", conv.flops, ACTIVATION_BYTES * (gradient + conv.sampled + 2 * weights)))
+        if conv.opens_block:
+            passes = 3 if level == "eager" else 1
+            works.append(Work("gradient add", 0, ACTIVATION_BYTES * passes * conv.inputs))
+    return works
+
+
+def seconds_per_pair(convs: list[Conv], level: str, batch: int, flops: float, bandwidth: float) -> float:
+    """Least seconds for one image pair on a machine of so many flops and bytes a second; ValueError on the level."""
+    if level not in LEVELS:
+        raise ValueError(f"level is {level!r}: use one of {', '.join(LEVELS)}")
+    forward, backward = forward_work(convs, level, batch), backward_work(convs, level, batch)
+    return sum(max(work.flops / flops, work.nbytes / bandwidth) for work in [*forward, *forward, *backward])
+
+
+def flops_per_pair(convs: list[Conv]) -> float:
+    """Floating-point operations of one pair: two forward passes, and a backward that spares the input's gradient."""
+    return sum(conv.flops * (3 if conv.place == "stem" else 4) for conv in convs)
+
+
+def _pool(conv: Conv, level: str) -> list[Work]:
+    if not conv.pooled or conv.place != "stem":
+        return []
+    index_bytes = 8 if level == "eager" else 1  # torch keeps the arg-max as int64
+    return [Work("pool", 0, ACTIVATION_BYTES * (conv.outputs + conv.pooled) + index_bytes * conv.pooled)]
+
+
+def _last_in_block(names: list[str]) -> dict[str, str]:
+    last = {}
+    for name in names:
+        block, _, layer = name.rpartition(".conv")
+        if block:
+            last[block] = max(layer, last.get(block, ""))
+    return last
+
+
+def _conv(
+    name: str, layer: nn.Conv2d, x: torch.Size, y: torch.Size, last: dict[str, str], pooled: int
+) -> Conv:
+    block, _, number = name.rpartition(".conv")
+    place = "inner" if block else "stem"
+    if "downsample" in name:
+        place, number = "shortcut", ""
+    elif block and number == last[block]:
+        place = "last"
+    # Four channels are read for three: the stem's input is padded to whole 8-byte pixels.
+    inputs = x[1:].numel() * 4 // 3 if place == "stem" else x[1:].numel()
+    macs = layer.weight.numel() * y[2] * y[3]
+    return Conv(
+        name,
+        place,
+        inputs,
+        y[1:].numel(),
+        layer.weight.numel(),
+        2.0 * macs,
+        layer.stride[0],
+        layer.kernel_size[0],
+        opens_block=bool(block) and number == "1",
+        after_inner=bool(block) and number > "1",
+        pooled=pooled if place == "stem" else 0,
+    )

@@ -1,0 +1,45 @@
+"""The timer finds known differences, interleaves, and refuses to time nothing."""
+
+import time
+
+import pytest
+import torch
+
+from fastmoco.bench.timing import Timing, interleave, measure_machine
+
+
+def spin(seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+def test_a_call_twice_as_long_takes_twice_as_long():
+    times = interleave({"one": lambda: spin(0.004), "two": lambda: spin(0.008)}, rounds=15, warmup=1)
+    assert times["two"].median / times["one"].median == pytest.approx(2, rel=0.1)
+    assert times["one"].median == pytest.approx(0.004, rel=0.1)
+
+
+def test_rounds_interleave_and_change_their_order():
+    calls: list[str] = []
+    providers = {name: (lambda name=name: (calls.append(name), spin(0.006))) for name in "abc"}
+    interleave(providers, rounds=8, warmup=0)
+    rounds = ["".join(calls[i : i + 3]) for i in range(3, len(calls), 3)]  # the first three calibrate
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds) and len(set(rounds)) > 1
+
+
+def test_quantiles_are_the_samples_own():
+    timing = Timing((4.0, 1.0, 3.0, 2.0, 5.0))
+    assert (timing.median, timing.quantile(0), timing.quantile(1), timing.quantile(0.25)) == (3.0, 1.0, 5.0, 2.0)
+
+
+def test_nothing_to_time_is_refused():
+    with pytest.raises(ValueError, match="nothing to time"):
+        interleave({})
+
+
+def test_the_ceilings_of_this_machine_bound_a_copy_and_a_product():
+    machine = measure_machine("cpu", torch.float32, rounds=3)
+    assert machine.bandwidth > 1e8 and machine.flops > 1e8
+    assert machine.bound(machine.bandwidth, 0) == pytest.approx(1) == machine.bound(0, machine.flops)
+    assert machine.bound(machine.bandwidth, 3 * machine.flops) == pytest.approx(3)
