@@ -1,0 +1,86 @@
+"""The roofline's formulas against counted tensors, and against the figures they were first worked out for."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastmoco.bench import roofline
+from fastmoco.bench.baseline import PlainResNet
+from fastmoco.encoder import build_encoder
+from fastmoco.recipe import PRESETS
+
+V2 = PRESETS["v2"][1]
+SMALL = dataclasses.replace(V2, width=0.25, bn_group=2, batch_size=2)
+PLACES = ("stem", "inner", "last", "shortcut")
+
+
+@pytest.fixture(scope="module")
+def resnet50() -> list[roofline.Conv]:
+    return roofline.convolutions(build_encoder(V2), 224)
+
+
+def test_resnet50_has_its_known_arithmetic(resnet50):
+    assert len(resnet50) == 53
+    assert sum(conv.flops for conv in resnet50) / 2e9 == pytest.approx(4.087, abs=1e-3)
+    assert roofline.flops_per_pair(resnet50) / 1e9 == pytest.approx(32.46, abs=0.01)
+    assert sum(conv.outputs for conv in resnet50) / 1e6 == pytest.approx(11.11, abs=0.01)
+    assert [sum(conv.place == place for conv in resnet50) for place in PLACES] == [1, 32, 16, 4]
+
+
+@pytest.mark.parametrize("level, pairs", [("eager", 4333), ("bnrelu", 6024), ("stats", 6745), ("main", 7934)])
+def test_bounds_of_one_h100_at_790_tflops_and_3_tb_per_second(resnet50, level, pairs):
+    assert 1 / roofline.seconds_per_pair(resnet50, level, 256, 790e12, 3e12) == pytest.approx(pairs, rel=1e-3)
+
+
+def test_more_fusion_never_costs_more(resnet50):
+    for works in (roofline.forward_work, roofline.backward_work):
+        bytes_of = [sum(work.nbytes for work in works(resnet50, level, 256)) for level in roofline.LEVELS]
+        assert bytes_of == sorted(bytes_of, reverse=True) and len(set(bytes_of)) == 4
+
+
+class Counted(TorchDispatchMode):
+    """Bytes of every tensor that the eager kernels of a forward pass read and write, by part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = dict.fromkeys(("conv", "norm", "pool"), 0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        size = lambda *tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
+        if name == "convolution":
+            self.parts["conv"] += size(args[0], args[1], out)
+        elif name.endswith("batch_norm"):
+            self.parts["norm"] += 2 * size(args[0]) + size(out[0])  # once for statistics, once to normalise
+        elif name == "relu" and args[0].ndim == 4:  # not the one in the head
+            self.parts["norm"] += size(args[0], out)
+        elif name == "add" and args[0].ndim == 4:
+            self.parts["norm"] += size(args[0], args[1], out)
+        elif name == "max_pool2d_with_indices":
+            self.parts["pool"] += size(args[0], *out)
+        return out
+
+
+def test_the_forward_formulas_equal_counted_tensor_bytes_on_a_small_network():
+    encoder = build_encoder(SMALL)
+    convs = roofline.convolutions(encoder, 64)
+    formula = dict.fromkeys(("conv", "norm", "pool"), 0.0)
+    for work in roofline.forward_work(convs, "eager", batch=2):
+        formula[work.part] += 2 * work.nbytes
+    plain = PlainResNet(SMALL).to(torch.bfloat16)
+    with torch.no_grad(), Counted() as counted:
+        plain(torch.randn(2, 3, 64, 64, dtype=torch.bfloat16))
+    # The formula pads the stem's three channels to four and skips the pixels that a strided 1x1 skips.
+    stem = 2 * 2 * 3 * 64 * 64 / 3
+    skipped = sum(2 * 2 * (conv.inputs - conv.sampled) for conv in convs)
+    assert formula["conv"] == counted.parts["conv"] + stem - skipped
+    assert formula["norm"] == counted.parts["norm"]
+    assert formula["pool"] == counted.parts["pool"]
+
+
+def test_an_unknown_level_is_refused(resnet50):
+    with pytest.raises(ValueError, match="bnrelu"):
+        roofline.seconds_per_pair(resnet50, "magic", 256, 1e12, 1e12)
