@@ -1,0 +1,241 @@
+"""The command line: a table of commands, their typed flags, and one line for every mistake.
+
+A command is a row of `COMMANDS`: help, a dataclass of options and a function that takes them, the last two by name.
+The dataclass lives in a module that imports no torch; the function's module is imported only when it is called. So
+every `--help` is instant, and adding a command means adding a row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import io
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastmoco.options import Pretrain, UsageError
+from fastmoco.recipe import PRESETS, Recipe, RecipeError
+
+PROG = "fastmoco"
+# Resuming may change these: they decide how the run is judged, not what is learnt.
+HARMLESS_ON_RESUME = {"knn_k", "knn_temperature", "knn_features"}
+
+
+class Command(NamedTuple):
+    """One row of the table; `options` and `run` are "module:name"."""
+
+    help: str
+    options: str
+    run: str
+    distributed: bool = False
+    """Whether the launcher starts one process per GPU for it."""
+
+
+def _presets() -> dict[str, Command]:
+    row = ("fastmoco.options:Pretrain", "fastmoco.train.loop:run", True)
+    return {f"pretrain {name}": Command(text, *row) for name, (text, _) in PRESETS.items()}
+
+
+COMMANDS: dict[str, Command] = {
+    **_presets(),
+    "evaluate knn": Command(
+        "classify images by their nearest neighbours", "fastmoco.options:EvaluateKnn", "fastmoco.evaluate.knn:run"
+    ),
+    "data scan": Command("check a set of images", "fastmoco.options:DataScan", "fastmoco.cli:scan_data"),
+    "data synth": Command("write the embedded image set", "fastmoco.options:DataSynth", "fastmoco.cli:synthesise_data"),
+    "env": Command("print versions, devices and cores", "fastmoco.options:Env", "fastmoco.environment:run"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 wrong use, 3 bad data or checkpoint, 143 asked to stop."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        command, options = parse(argv)
+        return _load(command.run)(options) or 0
+    except SystemExit as stop:  # tyro's way out of --help and of a wrong flag
+        return stop.code if isinstance(stop.code, int) else 2
+    except (ValueError, OSError) as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        _complain(error)
+        return code
+    except KeyboardInterrupt:
+        return 130
+
+
+def parse(argv: Sequence[str]) -> tuple[Command, Any]:
+    """The command that `argv` names and its options, checked.
+
+    SystemExit with code 0 after help, 2 after a wrong flag; UsageError or RecipeError on a wrong value.
+    """
+    name, rest = _split(argv)
+    command = COMMANDS[name]
+    kind = _load(command.options)
+    if kind is not Pretrain:
+        return command, _flags(kind, name, rest)
+    preset = name.split()[1]
+    chosen = _flags(kind, name, rest, Pretrain(recipe=PRESETS[preset][1]))
+    if chosen.options.resume:
+        chosen = _resumed(name, rest, chosen)
+    return command, chosen
+
+
+def _flags(kind: type, name: str, argv: Sequence[str], default: Any = None) -> Any:
+    import tyro  # here, so that the launcher may import this module before anything is installed
+
+    # Without prefixes every flag is flat: --batch-size, not --recipe.batch-size.
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs, tyro.conf.DisallowNone)
+    kwargs = {} if default is None else {"default": default}
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, prog=f"{PROG} {name}", args=list(argv), config=config, **kwargs)
+    except SystemExit as stop:
+        # tyro frames whatever a field's check says; one plain line is better, and its box stays for typing mistakes.
+        ours = _cause(stop)
+        if ours is not None:
+            raise ours from None
+        sys.stderr.write(said.getvalue())
+        raise
+
+
+def _cause(error: BaseException) -> Exception | None:
+    while error is not None and not isinstance(error, (RecipeError, UsageError)):
+        error = error.__context__
+    return error
+
+
+def _resumed(name: str, argv: Sequence[str], chosen: Pretrain) -> Pretrain:
+    run = chosen.options.out
+    saved = _saved(run)
+    if f"pretrain {saved['preset']}" != name:
+        raise UsageError(f"{run} was started with pretrain {saved['preset']}, not {name}: give that preset")
+    before = Recipe.from_dict(saved["recipe"])
+    # The run's own recipe takes the preset's place, so that the flags it was started with need not be repeated.
+    chosen = _flags(Pretrain, name, argv, Pretrain(recipe=before))
+    for field in dataclasses.fields(Recipe):
+        old, new = getattr(before, field.name), getattr(chosen.recipe, field.name)
+        if old != new and field.name not in HARMLESS_ON_RESUME:
+            raise UsageError(
+                f"{run} was started with {field.name} {old}, not {new}: leave the flag out, or start another run"
+            )
+    places = {key: Path(value) for key, value in saved["options"].items() if key in ("data", "val") and value}
+    places |= {key: getattr(chosen.options, key) for key in ("data", "val") if getattr(chosen.options, key)}
+    return Pretrain(dataclasses.replace(chosen.options, **places), chosen.recipe)
+
+
+def _saved(run: Path) -> dict[str, Any]:
+    path = run / "recipe.json"
+    if not path.is_file():
+        raise UsageError(f"{run} is no run to resume (it has no recipe.json): check --out, or leave --resume out")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path} is damaged ({error}): restore it, or start another run") from error
+
+
+def _split(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
+    if argv and argv[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"{PROG} {version('fastmoco')}")
+        raise SystemExit(0)
+    words = [word for word in argv[:2] if not word.startswith("-")]
+    for count in range(len(words), 0, -1):
+        name = " ".join(words[:count])
+        if name in COMMANDS and list(argv[:count]) == words[:count]:
+            return name, argv[count:]
+    if any(word in ("-h", "--help") for word in argv) or not argv:
+        group = words[0] if words and argv[0] == words[0] else ""
+        print(_overview(group))
+        raise SystemExit(0 if argv else 2)
+    raise UsageError(_unknown(words))
+
+
+def _overview(group: str = "") -> str:
+    rows = {name: row.help for name, row in COMMANDS.items() if not group or name.split()[0] == group}
+    width = max(map(len, rows or COMMANDS)) + 2
+    lines = [f"usage: {PROG} COMMAND [flags]      ({PROG} COMMAND --help lists the flags)", ""]
+    return "\n".join(lines + [f"  {name:<{width}}{text}" for name, text in (rows or COMMANDS).items()])
+
+
+def _unknown(words: Sequence[str]) -> str:
+    given = " ".join(words)
+    if not words:
+        return f"no command was given: {PROG} --help lists them"
+    groups = {name.split()[0] for name in COMMANDS}
+    if words[0] in groups:
+        seconds = [name.split()[1] for name in COMMANDS if name.startswith(words[0] + " ")]
+        if len(words) == 1:
+            return f"{words[0]} needs one of {', '.join(seconds)} after it: {PROG} {words[0]} {seconds[0]}"
+        near = difflib.get_close_matches(words[1], seconds, 1, 0.4)
+        return _nearest(given, [f"{words[0]} {near[0]}"] if near else [], f"{words[0]} takes {', '.join(seconds)}")
+    near = difflib.get_close_matches(given, COMMANDS, 1) or difflib.get_close_matches(words[0], sorted(groups), 1)
+    return _nearest(given, near, f"{PROG} --help lists the commands")
+
+
+def _nearest(given: str, near: Sequence[str], otherwise: str) -> str:
+    return f"there is no command '{given}': " + (f"perhaps you meant '{near[0]}'" if near else otherwise)
+
+
+def _load(name: str) -> Any:
+    module, attribute = name.split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """None for a bug: our code raises ValueError for users only, so one that a library raised is a mistake of ours."""
+    if isinstance(error, OSError):
+        return 2 if error.filename is not None else None
+    here = error.__traceback__
+    while here is not None and here.tb_next is not None:
+        here = here.tb_next
+    raised_by = here.tb_frame.f_globals.get("__name__", "") if here else ""
+    return getattr(error, "exit_code", 2 if raised_by.split(".")[0] == PROG else None)
+
+
+def _complain(error: Exception) -> None:
+    rank = os.environ.get("RANK", "0")
+    if isinstance(error, OSError):
+        error = UsageError(f"{error.filename}: {error.strerror}: check the path, its permissions and the disk")
+    if rank == "0" or not isinstance(error, (RecipeError, UsageError)):
+        where = f" (rank {rank})" if rank != "0" else ""
+        print(f"{PROG}: error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+def scan_data(options: Any) -> None:
+    """`data scan`: print what a set of images holds and why files were left out."""
+    from fastmoco.data import manifest
+
+    train, val = manifest.split(options.path)
+    for name, path in (("images", train), ("validation", val)):
+        if path is not None:
+            _describe(name, manifest.scan(path))
+
+
+def _describe(name: str, found: Any) -> None:
+    import numpy as np
+
+    low, median, high = np.percentile(found.sizes, (0, 50, 100), axis=0).astype(int).tolist()
+    print(f"{name:<12}{len(found)} in {found.root}")
+    print(f"  classes   {len(found.classes) or 'none: kNN needs class folders, pretraining does not'}")
+    print(f"  height    {low[0]} to {high[0]}, median {median[0]}")
+    print(f"  width     {low[1]} to {high[1]}, median {median[1]}")
+    print(f"  left out  {len(found.rejected)}")
+    for path, reason in found.rejected:
+        print(f"    {path}: {reason}")
+
+
+def synthesise_data(options: Any) -> None:
+    """`data synth`: write the embedded image set."""
+    from fastmoco.data import synthetic
+
+    print(synthetic.make(options.path))

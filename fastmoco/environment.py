@@ -1,0 +1,97 @@
+"""The circumstances of a number: versions, devices, cores, commit."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = ("torch", "triton", "nvidia-dali-cuda130", "numpy", "pillow", "safetensors", "tyro")
+
+
+def versions() -> dict[str, str]:
+    """Version of Python, of this package and of each package that matters; "none" where one is not installed."""
+    return {"fastmoco": _version("fastmoco"), "python": platform.python_version()} | {
+        name: _version(name) for name in PACKAGES
+    }
+
+
+def commit() -> str:
+    """Commit of the checkout this package runs from, with "+changes" where files differ; "none" outside of one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return "none"
+    head = _git(root, "rev-parse", "--short=12", "HEAD")
+    return f"{head}+changes" if head != "none" and _git(root, "status", "--porcelain", "-uno") else head
+
+
+def command() -> str:
+    """The command line of this process."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def describe() -> dict[str, object]:
+    """Everything `env` prints: versions, commit, processor, cores, memory, GPUs."""
+    import torch
+
+    facts: dict[str, object] = {**versions(), "commit": commit(), "platform": platform.platform()}
+    facts["processor"] = _processor()
+    facts["cores"] = cores()
+    facts["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    facts["cuda"] = torch.version.cuda or "none"
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        size = f"{gpu.total_memory / 2**30:.1f} GiB, {gpu.multi_processor_count} multiprocessors"
+        facts[f"gpu{index}"] = f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {size}"
+    facts["dali_loads"] = _dali_loads()
+    return facts
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run(options) -> None:
+    """`env`: print `describe()`, as JSON where asked."""
+    facts = describe()
+    if options.json:
+        print(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        print(f"{name:<22}{value}")
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _git(root: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "none"
+    return done.stdout.strip() if done.returncode == 0 else "none"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _dali_loads() -> str:
+    try:
+        import nvidia.dali  # noqa: F401  importing is the test
+    except Exception as error:  # whatever it raises is what the user needs to read
+        return f"no: {error}"
+    return "yes"

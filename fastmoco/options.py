@@ -1,0 +1,135 @@
+"""Options: where and how a command runs. What decides a run's numbers stands in `recipe.py`.
+
+Each command takes one frozen dataclass from here. Fields without a default are positional arguments, the others are
+flags; the string under a field is its help. Only the standard library is imported, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from fastmoco.recipe import Recipe
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class UsageError(ValueError):
+    """The command was used wrongly; the message says what, where and what to do."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where a pretraining run reads and writes, and how it goes about it; none of it changes the numbers."""
+
+    data: Path | None = None
+    """Images: a folder of class folders, a flat folder, a parent of train/ and val/, or a text file of paths."""
+    out: Path | None = None
+    """Folder of the run, which must not exist yet unless --resume is given."""
+    resume: bool = False
+    """Continue the run in --out from its newest good checkpoint, with the recipe it was started with."""
+    val: Path | None = None
+    """Labelled images whose classes kNN predicts; left out, the val/ beside train/."""
+    knn: bool = True
+    """Evaluate kNN before the first step and after the last, where there are labels."""
+    knn_every: int = 0
+    """Also evaluate kNN every so many epochs; 0 is never."""
+
+    device: Device = "auto"
+    """Where to compute; auto is the GPU where there is one."""
+    threads: int = 0
+    """Threads that decode images, for each rank; 0 is its share of the cores."""
+    prefetch: int = 2
+    """Batches that are prepared ahead of the step."""
+
+    log_every: int = 10
+    """Steps between two lines of the log."""
+    save_every: int = 0
+    """Steps between two checkpoints; 0 leaves it to --save-minutes."""
+    save_minutes: float = 15.0
+    """Minutes between two checkpoints; 0 leaves it to --save-every."""
+    keep: int = 2
+    """Newest checkpoints that are kept, at least 2."""
+    stop_after: int | None = None
+    """Step of the run after which to stop early, checkpoint written; the schedule stays that of all epochs."""
+    tensorboard: bool = False
+    """Also write RUN/tensorboard (needs the extra: pip install 'fastmoco[tensorboard]')."""
+
+    def __post_init__(self) -> None:
+        at_least = {"log_every": 1, "prefetch": 1, "keep": 2, "knn_every": 0, "threads": 0}
+        at_least |= {"save_every": 0, "save_minutes": 0}
+        for name, low in at_least.items():
+            _require(getattr(self, name) >= low, name, getattr(self, name), f"use a number of at least {low}")
+        if self.stop_after is not None:
+            _require(self.stop_after >= 1, "stop_after", self.stop_after, "use a number of at least 1")
+        if self.resume and self.out is None:
+            raise UsageError("--resume needs the run to continue: add --out RUN")
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """A pretraining run: what decides its numbers, and where and how it runs."""
+
+    options: Options = field(default_factory=Options)
+    """Where and how."""
+    recipe: Recipe = field(default_factory=Recipe)
+    """What decides the result."""
+
+
+@dataclass(frozen=True)
+class EvaluateKnn:
+    """Weighted kNN on the frozen encoder of a run: train images vote on the class of validation images."""
+
+    run: Path
+    """Folder of the run."""
+    data: Path | None = None
+    """Labelled images whose classes vote; left out, those that the run was trained on."""
+    val: Path | None = None
+    """Labelled images to classify; left out, the val/ beside train/."""
+    k: int | None = None
+    """Neighbours that vote; left out, the recipe's."""
+    temperature: float | None = None
+    """Temperature of the votes exp(similarity / T); left out, the recipe's."""
+    features: Literal["backbone", "projection"] | None = None
+    """Features to compare: before or after the projection head; left out, the recipe's."""
+    device: Device = "auto"
+    """Where to compute; auto is the GPU where there is one."""
+    threads: int = 0
+    """Threads that decode images; 0 is all cores."""
+
+    def __post_init__(self) -> None:
+        _require(self.k is None or self.k >= 1, "k", self.k, "use a number of at least 1")
+        _require(self.temperature is None or self.temperature > 0, "temperature", self.temperature, "use more than 0")
+
+
+@dataclass(frozen=True)
+class DataScan:
+    """Check a set of images: how many, which classes, which sizes, and the reason for every file left out."""
+
+    path: Path
+    """Folder or text file of image paths."""
+
+
+@dataclass(frozen=True)
+class DataSynth:
+    """Write the embedded set of labelled JPEG images, train/CLASS/*.jpg and val/CLASS/*.jpg."""
+
+    path: Path
+    """Folder to write."""
+
+
+@dataclass(frozen=True)
+class Env:
+    """Versions, devices and cores, for bug reports and beside every published figure."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+def _require(ok: bool, name: str, value: object, remedy: str) -> None:
+    if not ok:
+        raise UsageError(f"--{name.replace('_', '-')} is {value!r}: {remedy}")
+

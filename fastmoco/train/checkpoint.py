@@ -1,0 +1,228 @@
+"""Checkpoints that survive: written whole or not at all, verified before they are trusted.
+
+    RUN/checkpoints/step_00012345/model.safetensors   both encoders and the queue
+                                 /state.pt            velocities, counters, recipe (tensors and plain data only)
+                                 /manifest.json       size and SHA-256 of the two, step, versions
+    RUN/checkpoints/latest                            link to the newest
+
+A checkpoint is written under a temporary name, each file is synced, the manifest comes last, and one rename makes it
+appear. Neither torch nor safetensors notices a flipped byte, so nothing is loaded before its hashes are checked; a
+damaged checkpoint is renamed *.damaged and the one before it is used. Nothing is ever unpickled beyond tensors and
+plain data (`weights_only`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastmoco.environment import versions
+
+FORMAT = 1
+MODEL, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
+LATEST, PREFIX, TEMPORARY, DAMAGED = "latest", "step_", ".writing", ".damaged"
+READ_BYTES = 1 << 22
+
+
+class CheckpointError(ValueError):
+    """No checkpoint can be used; the message names each one and what is wrong with it."""
+
+    exit_code = 3
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds."""
+
+    step: int
+    """Steps done."""
+    state: dict[str, Tensor]
+    """Tensors on the CPU, by the names of `Step.state`."""
+    meta: dict[str, Any]
+    """Plain data stored beside them, the recipe for one."""
+
+
+def save(run: Path, step: int, state: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int = 2) -> Path:
+    """Write the checkpoint of `step`, then remove all but the newest `keep` (at least 2).
+
+    OSError where the disk refuses; every earlier checkpoint is then still whole. An existing checkpoint of the same
+    step is replaced.
+    """
+    root = run / "checkpoints"
+    root.mkdir(parents=True, exist_ok=True)
+    final = root / f"{PREFIX}{step:08d}"
+    draft = root / f"{final.name}{TEMPORARY}"
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        _write(draft, step, state, meta)
+        if final.exists():
+            _set_aside(final, "replaced")
+        os.replace(draft, final)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    _sync(root)
+    _point(root, final.name)
+    _prune(root, max(keep, 2))
+    return final
+
+
+def latest(run: Path, report: Callable[[str], None] | None = None) -> Path | None:
+    """Newest checkpoint of `run` that verifies, or None where the run has none yet.
+
+    Damaged ones on the way are renamed *.damaged and reported, stale drafts removed. CheckpointError where there are
+    checkpoints and none is good.
+    """
+    report = report or _to_stderr
+    root = run / "checkpoints"
+    _sweep(root)
+    reasons = []
+    for path in reversed(steps(run)):
+        reason = damage(path)
+        if reason is None:
+            return path
+        aside = _set_aside(path, DAMAGED)
+        reasons.append(f"{path.name} ({reason})")
+        report(f"checkpoint {path} is damaged and was set aside as {aside.name}: {reason}")
+    earlier = [path.name for path in root.glob(f"{PREFIX}*{DAMAGED}*")] if not reasons else []
+    if reasons or earlier:
+        what = ", ".join(reasons) or ", ".join(sorted(earlier))
+        raise CheckpointError(f"{root} holds no good checkpoint: {what}: restore one, or start another run")
+    return None
+
+
+def steps(run: Path) -> list[Path]:
+    """Checkpoints of `run`, oldest first, verified or not."""
+    found = (run / "checkpoints").glob(f"{PREFIX}*")
+    return sorted((path for path in found if path.name[len(PREFIX) :].isdigit()), key=_step)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None where every byte is as it was written."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            return f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"
+        if manifest["step"] != _step(path):
+            return f"{MANIFEST} is of step {manifest['step']}"
+        if _seal(manifest) != manifest["seal"]:
+            return f"{MANIFEST} does not match its own seal"
+        if set(manifest["files"]) != {MODEL, STATE}:
+            return f"{MANIFEST} does not list {MODEL} and {STATE}"
+        for name, expected in manifest["files"].items():
+            reason = _difference(path / name, expected)
+            if reason:
+                return reason
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({error!r})"
+    return None
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU, verifying it first; CheckpointError where it is damaged."""
+    reason = damage(path)
+    if reason is not None:
+        raise CheckpointError(f"{path}: {reason}: use another checkpoint")
+    rest = torch.load(path / STATE, map_location="cpu", weights_only=True)
+    return Checkpoint(rest["meta"]["step"], load_file(path / MODEL) | rest["tensors"], rest["meta"])
+
+
+def _write(draft: Path, step: int, state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    draft.mkdir()
+    tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
+    model = {name: value for name, value in tensors.items() if name.startswith("encoder_") or name == "queue"}
+    rest = {name: value for name, value in tensors.items() if name not in model}
+    save_file(model, draft / MODEL, metadata={"format": "pt", "step": str(step)})
+    torch.save({"tensors": rest, "meta": {**meta, "step": step}}, draft / STATE)
+    for name in (MODEL, STATE):
+        _sync(draft / name)
+    manifest: dict[str, Any] = {"format": FORMAT, "step": step, "versions": versions()}
+    manifest["files"] = {
+        name: {"bytes": (draft / name).stat().st_size, "sha256": _sha256(draft / name)} for name in (MODEL, STATE)
+    }
+    manifest["seal"] = _seal(manifest)
+    (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    _sync(draft / MANIFEST)
+    _sync(draft)
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    # The manifest vouches for the files; this vouches for the manifest.
+    body = {name: value for name, value in manifest.items() if name != "seal"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _difference(path: Path, expected: Mapping[str, Any]) -> str | None:
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        return f"{path.name} has {size} bytes instead of {expected['bytes']}"
+    return None if _sha256(path) == expected["sha256"] else f"{path.name} does not have the SHA-256 it was written with"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _step(path: Path) -> int:
+    return int(path.name[len(PREFIX) :])
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _point(root: Path, name: str) -> None:
+    link = root / f"{LATEST}{TEMPORARY}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(name)
+    os.replace(link, root / LATEST)
+
+
+def _prune(root: Path, keep: int) -> None:
+    for path in steps(root.parent)[:-keep]:
+        # Renamed first, so that a kill halfway through leaves no half checkpoint behind under a good name.
+        shutil.rmtree(_set_aside(path, "old"), ignore_errors=True)
+    _remove(root.glob(f"{PREFIX}*.old"))
+
+
+def _sweep(root: Path) -> None:
+    _remove([*root.glob(f"*{TEMPORARY}"), *root.glob(f"{PREFIX}*.old"), *root.glob(f"{PREFIX}*.replaced")])
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_symlink():
+            path.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _set_aside(path: Path, suffix: str) -> Path:
+    name = f"{path.name}.{suffix.removeprefix('.')}"
+    taken = sum(other.name.startswith(name) for other in path.parent.iterdir())
+    aside = path.with_name(f"{name}{taken}" if taken else name)
+    os.replace(path, aside)
+    return aside
+
+
+def _to_stderr(message: str) -> None:
+    print(f"fastmoco: {message}", file=sys.stderr, flush=True)
