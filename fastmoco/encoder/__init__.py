@@ -1,0 +1,24 @@
+"""Encoders: residual networks with grouped batch norm and a projection head."""
+
+from __future__ import annotations
+
+import torch
+
+from fastmoco.encoder.norm import BatchNormAct
+from fastmoco.encoder.resnet import Encoder
+from fastmoco.recipe import Recipe
+
+__all__ = ["BatchNormAct", "Encoder", "build_encoder"]
+
+
+def build_encoder(recipe: Recipe) -> Encoder:
+    """The recipe's encoder in fp32 on the CPU: a pure function of the recipe, drawing from no global generator."""
+    return Encoder(
+        recipe.arch,
+        width=recipe.width,
+        stem=recipe.stem,
+        head=recipe.head,
+        dim=recipe.dim,
+        bn_group=recipe.bn_group,
+        generator=torch.Generator().manual_seed(recipe.seed),
+    )

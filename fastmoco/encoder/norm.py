@@ -1,0 +1,68 @@
+"""Batch norm over groups of samples, fused with what follows it in a residual network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastmoco.kernels.batch_norm import Norm, batch_norm_act
+
+
+class BatchNormAct(nn.Module):
+    """Batch norm, an optional residual and an optional ReLU, in one pass over memory.
+
+    In training, statistics are taken over consecutive groups of `group_size` samples (0: the whole batch), so that
+    they do not depend on how a batch is spread over GPUs. Parameters and buffers carry nn.BatchNorm2d's names and
+    stay fp32 whatever the activations are; evaluation is nn.BatchNorm2d's. `num_batches_tracked` is kept by the
+    encoder, which advances all of them in one launch.
+    """
+
+    def __init__(self, channels: int, *, group_size: int = 0, relu: bool = True) -> None:
+        super().__init__()
+        self.group_size, self.relu = group_size, relu
+        self.momentum, self.eps = 0.1, 1e-5
+        self.weight = nn.Parameter(torch.empty(channels))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.register_buffer("running_mean", torch.empty(channels))
+        self.register_buffer("running_var", torch.empty(channels))
+        self.register_buffer("num_batches_tracked", torch.empty((), dtype=torch.int64))
+
+    def reset(self) -> None:
+        """Scale 1, shift 0, and statistics of a standard normal."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+        self.num_batches_tracked.zero_()
+
+    @property
+    def norm(self) -> Norm:
+        """What another layer needs to apply this one to its residual."""
+        return Norm(self.weight, self.bias, (self.running_mean, self.running_var))
+
+    def groups(self, samples: int) -> int:
+        """Groups among `samples`; ValueError where they do not divide."""
+        if not self.training or not self.group_size:
+            return 1
+        if samples % self.group_size:
+            raise ValueError(
+                f"{samples} samples do not split over batch-norm groups of {self.group_size}: "
+                f"use a multiple of {self.group_size}, or another group size"
+            )
+        return samples // self.group_size
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, shortcut: BatchNormAct | None = None) -> Tensor:
+        """Normalise `x` [N, C, H, W] (channels-last), add `residual` (through `shortcut`'s own norm), apply ReLU."""
+        return batch_norm_act(
+            x,
+            self.weight,
+            self.bias,
+            (self.running_mean, self.running_var),
+            self.groups(x.shape[0]),
+            residual=residual,
+            residual_norm=None if shortcut is None else shortcut.norm,
+            relu=self.relu,
+            momentum=self.momentum,
+            eps=self.eps,
+            training=self.training,
+        )
