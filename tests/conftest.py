@@ -1,6 +1,12 @@
-"""What all tests share: the interpreter where there is no GPU, one thread, a device."""
+"""What all tests share: the interpreter where there is no GPU, one thread, a device, forked ranks."""
 
+import functools
 import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 
@@ -10,6 +16,9 @@ if not torch.cuda.is_available():
 
 import pytest
 import torch._dynamo  # noqa: F401  forked ranks would each import it again, eight seconds at a time
+import torch.distributed as dist
+
+from fastmoco.parallel import Parallel
 
 torch.set_num_threads(1)  # the last bits of a sum depend on the number of threads
 
@@ -18,3 +27,43 @@ torch.set_num_threads(1)  # the last bits of a sum depend on the number of threa
 def device() -> torch.device:
     """Where kernels are tested: the GPU, or the interpreter on the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def run_ranks(tmp_path: Path) -> Callable[..., list]:
+    """run_ranks(n, body, *args): body(parallel, *args) in n forked gloo ranks; their results, by rank.
+
+    A rank that raises, dies or takes longer than a minute fails the test, with its traceback.
+    """
+    return functools.partial(_run_ranks, tmp_path)
+
+
+def _run_ranks(folder: Path, world: int, body: Callable, *args: object) -> list:
+    folder = Path(tempfile.mkdtemp(dir=folder))
+    context = torch.multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_be_rank, args=(folder, rank, world, body, args)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    for process in ranks:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    errors = [path.read_text() for path in sorted(folder.glob("error*"))]
+    assert not errors, "\n".join(errors)
+    assert [process.exitcode for process in ranks] == [0] * world
+    return [torch.load(folder / f"result{rank}", weights_only=False) for rank in range(world)]
+
+
+def _be_rank(folder: Path, rank: int, world: int, body: Callable, args: tuple) -> None:
+    try:
+        torch.set_num_threads(1)
+        store = dist.FileStore(str(folder / "store"), world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=30))
+        parallel = Parallel(rank, rank, world)
+        torch.save(body(parallel, *args), folder / f"result{rank}")
+        parallel.close()
+    except BaseException:
+        (folder / f"error{rank}").write_text(traceback.format_exc())
+        raise SystemExit(1) from None

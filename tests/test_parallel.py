@@ -1,0 +1,83 @@
+"""Collectives of a single process and of forked gloo ranks, and the choice of device."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+
+from fastmoco.parallel import Parallel
+
+
+@pytest.fixture
+def lonely(monkeypatch: pytest.MonkeyPatch) -> Parallel:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return Parallel.start("cpu")
+
+
+def test_a_single_process_needs_no_launcher(lonely: Parallel) -> None:
+    assert (lonely.rank, lonely.local_rank, lonely.world, lonely.is_main) == (0, 0, 1, True)
+    rows = torch.arange(6).view(3, 2)
+    assert torch.equal(lonely.all_gather(rows), rows)
+    assert torch.equal(lonely.exchange(rows, [3], [3]), rows)
+    assert torch.equal(lonely.mean(torch.tensor(2.5)), torch.tensor(2.5))
+    assert lonely.any(True) and not lonely.any(False)
+    lonely.barrier()
+    lonely.set_timeout(timedelta(seconds=1))
+    lonely.close()
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "mps", ""])
+def test_an_unknown_device_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match="use auto, cpu, cuda or cuda:N"):
+        Parallel.start(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_missing_gpu_is_said_and_auto_does_without() -> None:
+    with pytest.raises(ValueError, match="this machine has 0 GPUs: use --device cpu"):
+        Parallel.start("cuda")
+    assert Parallel.start("auto").device == torch.device("cpu")
+
+
+def every_collective(parallel: Parallel) -> dict:
+    rank, world = parallel.rank, parallel.world
+    mine = torch.arange(4).view(2, 2) + 10 * rank
+    # Rank r sends r + 1 rows to rank 0 and one to each other.
+    send = [rank + 1] + [1] * (world - 1)
+    rows = torch.full((sum(send), 3), rank, dtype=torch.uint8)
+    receive = [r + 1 for r in range(world)] if rank == 0 else [1] * world
+    wait = parallel.start_all_gather(mine.T)  # not contiguous
+    return {
+        "later": wait(),
+        "gathered": parallel.all_gather(mine),
+        "half": parallel.all_gather(mine.to(torch.bfloat16)),
+        "exchanged": parallel.exchange(rows, send, receive),
+        "mean": parallel.mean(torch.tensor([float(rank), 1.0])),
+        "any": [parallel.any(rank == 1), parallel.any(False)],
+    }
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_collectives_over_ranks(run_ranks, world: int) -> None:
+    results = run_ranks(world, every_collective)
+    each = [torch.arange(4).view(2, 2) + 10 * rank for rank in range(world)]
+    for rank, result in enumerate(results):
+        assert torch.equal(result["gathered"], torch.cat(each))
+        assert torch.equal(result["half"], torch.cat(each).to(torch.bfloat16))
+        assert torch.equal(result["later"], torch.cat([rows.T for rows in each]))
+        sources = [r for r in range(world) for _ in range(r + 1 if rank == 0 else 1)]
+        assert result["exchanged"][:, 0].tolist() == sources
+        assert result["mean"].tolist() == [(world - 1) / 2, 1.0]
+        assert result["any"] == [True, False]
+
+
+def fail_on_rank_1(parallel: Parallel) -> None:
+    if parallel.rank == 1:
+        raise RuntimeError("as asked")
+
+
+def test_a_failing_rank_fails_the_test(run_ranks) -> None:
+    with pytest.raises(AssertionError, match="as asked"):
+        run_ranks(2, fail_on_rank_1)
