@@ -6,9 +6,16 @@ type, so float64 inputs give a float64 oracle. None of them reads a value back t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastmoco.kernels.sgd_ema import TensorTable
 
 # Columns of the photometric parameters, one row a view (float32 [N, 8]).
 FLIP, GRAY, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, SIGMA = range(8)
@@ -137,3 +144,39 @@ def _eval_batch_norm(x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Ten
 def _update_running(running: tuple[Tensor, Tensor], mean: Tensor, variance: Tensor, count: int, momentum: float):
     for buffer, new in zip(running, (mean.mean(0), variance.mean(0) * (count / (count - 1)))):
         buffer.mul_(1 - momentum).add_(new, alpha=momentum)
+
+
+def sgd_ema(
+    table: TensorTable,
+    grads: Sequence[Tensor],
+    lr: float | Tensor,
+    momentum: float | Tensor,
+    weight_decay: float | Tensor,
+    ema_momentum: float | Tensor,
+    nonfinite: Tensor,
+    grad_scale: Tensor | None = None,
+) -> None:
+    """SGD with momentum, EMA and casts, in place; a non-finite gradient changes nothing but `nonfinite`.
+
+    Skipping by selection would write a second copy of everything, so this twin alone reads a verdict back, which on
+    a CPU waits for nothing.
+    """
+    if not torch.stack(torch._foreach_norm(list(grads), math.inf)).isfinite().all():
+        nonfinite.fill_(1)
+        return
+    for q, velocity, grad in zip(table.q, table.velocity, grads, strict=True):
+        grad = grad.to(q.dtype, copy=True) if grad_scale is None else grad.to(q.dtype) * (1 / grad_scale)
+        velocity.mul_(momentum).add_(grad.add_(q * weight_decay))
+        q.sub_(velocity * lr)
+    for q, q_work in zip(table.q, table.q_work, strict=True):
+        if q_work is not q:
+            q_work.copy_(q)
+    ema(table, ema_momentum)
+
+
+def ema(table: TensorTable, ema_momentum: float | Tensor) -> None:
+    """k = m k + (1 - m) q in place, and its cast; written as a lerp, so that k stays put where it equals q."""
+    torch._foreach_lerp_(table.k, table.q, 1 - ema_momentum)
+    for k, k_work in zip(table.k, table.k_work, strict=True):
+        if k_work is not k:
+            k_work.copy_(k)
