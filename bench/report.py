@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import platform
-import random
 import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
-from importlib import metadata
 from pathlib import Path
 
+import numpy as np
+
+from fastmoco.environment import commit, cores, processor, versions
+
 SCHEMA = 1
-PACKAGES = ("torch", "triton", "nvidia-dali-cuda130", "numpy", "pillow", "fastmoco")
+SHOWN = ("fastmoco", "torch", "triton", "nvidia-dali-cuda130")
 TOLERANCE = 0.03  # a change smaller than this is not worth a verdict, however certain
 
 
@@ -80,14 +79,12 @@ class Record:
 
 
 def environment(device: str = "cpu") -> dict:
-    """Device, versions and commit of this measurement."""
+    """Device, clocks, versions and commit of this measurement."""
     return {
         "device": _device_name(device),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "cores": cores(),
+        "versions": versions(),
+        "commit": commit(),
         "clocks": _clocks() if device.startswith("cuda") else {},
     }
 
@@ -165,18 +162,18 @@ def compare_table(changes: Sequence[Change]) -> str:
 
 
 def _change(a: Row, b: Row, draws: int) -> Change:
-    rng = random.Random(0)
-    cost_a, cost_b = _costs(a), _costs(b)
-    ratios = sorted(
-        statistics.median(rng.choices(cost_b, k=len(cost_b))) / statistics.median(rng.choices(cost_a, k=len(cost_a)))
-        for _ in range(draws)
-    )
-    middle = statistics.median(cost_b) / statistics.median(cost_a)
-    return Change(b, middle, ratios[int(0.025 * draws)], ratios[int(0.975 * draws)])
+    rng = np.random.default_rng(0)
+    ratios = _medians(_costs(b), draws, rng) / _medians(_costs(a), draws, rng)
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return Change(b, float(np.median(_costs(b)) / np.median(_costs(a))), float(low), float(high))
 
 
-def _costs(row: Row) -> list[float]:
-    return [1 / value for value in row.samples] if row.higher_is_better else list(row.samples)
+def _medians(samples: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+    return np.median(rng.choice(samples, (draws, len(samples))), axis=1)
+
+
+def _costs(row: Row) -> np.ndarray:
+    return 1 / np.array(row.samples) if row.higher_is_better else np.array(row.samples)
 
 
 def _rows(item: Record) -> str:
@@ -211,9 +208,9 @@ def _label(row: Row) -> str:
 
 def _caption(item: Record) -> str:
     env = item.environment
-    versions = ", ".join(f"{name} {value}" for name, value in env["packages"].items() if value)
-    commit = (env["commit"] or "no commit")[:10] + (" with local changes" if env["dirty"] else "")
-    return f"**{item.subject}**, {env['device']}, {item.date}, {versions}, {commit}: `{item.command}`"
+    shown = ", ".join(f"{name} {env['versions'][name]}" for name in SHOWN)
+    where = f"{env['device']} ({env['cores']} cores)"
+    return f"**{item.subject}** on {where}, {item.date}, {shown}, commit {env['commit']}: `{item.command}`"
 
 
 def _number(value: float) -> str:
@@ -242,14 +239,11 @@ def _record(item: dict) -> Record:
 
 
 def _device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        import torch
+    if not device.startswith("cuda"):
+        return processor()
+    import torch
 
-        return torch.cuda.get_device_name(device)
-    for line in _read("/proc/cpuinfo").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return torch.cuda.get_device_name(device)
 
 
 def _clocks() -> dict:
@@ -266,25 +260,3 @@ def _clocks() -> dict:
         "power_limit_w": pynvml.nvmlDeviceGetPowerManagementLimit(handle) / 1e3,
         "driver": pynvml.nvmlSystemGetDriverVersion(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*words: str) -> str | None:
-    try:
-        where = Path(__file__).resolve().parent
-        return subprocess.run(["git", *words], cwd=where, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""

@@ -39,7 +39,7 @@ def describe() -> dict[str, object]:
     import torch
 
     facts: dict[str, object] = {**versions(), "commit": commit(), "platform": platform.platform()}
-    facts["processor"] = _processor()
+    facts["processor"] = processor()
     facts["cores"] = cores()
     facts["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     facts["cuda"] = torch.version.cuda or "none"
@@ -54,6 +54,15 @@ def describe() -> dict[str, object]:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """Name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def run(options) -> None:
@@ -79,14 +88,6 @@ def _git(root: Path, *arguments: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "none"
     return done.stdout.strip() if done.returncode == 0 else "none"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _dali_loads() -> str:

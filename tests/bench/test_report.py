@@ -74,7 +74,7 @@ def test_the_table_names_device_versions_commit_command_spread_and_baseline():
     plain = Row("step", "plain", "pairs/s", (100.0, 105.0, 110.0), baseline="plain")
     text = table([record("step", [fast, plain])])
     env = report.environment()
-    for part in (env["device"], f"torch {env['packages']['torch']}", "2.00 x plain", "200 to 220", "52 %"):
+    for part in (env["device"], f"torch {env['versions']['torch']}", "2.00 x plain", "200 to 220", "52 %"):
         assert part in text, part
 
 
