@@ -10,11 +10,14 @@ from fastmoco.bench import report
 from fastmoco.bench.report import Record, Row, compare, load, readme, record, save, table
 
 
+ENVIRONMENT = report.environment()
+
+
 def made(scale: float = 1.0, noise: float = 0.01, unit: str = "ms", seed: int = 0, n: int = 20) -> list[Record]:
     rng = random.Random(seed)
     samples = tuple(scale * rng.gauss(1, noise) for _ in range(n))
     rows = (Row("step", "ours", unit, samples, {"batch": 32}, baseline="ours", bound=0.5),)
-    return [Record("step", rows, report.environment(), "python -m fastmoco.bench step", "2026-01-01")]
+    return [Record("step", rows, ENVIRONMENT, "python -m fastmoco.bench step", "2026-01-01")]
 
 
 def verdicts(scale: float, noise: float, draws: int, unit: str = "ms") -> list[str]:
