@@ -1,13 +1,13 @@
 """Plain-torch twins of the kernels: the CPU path, the tests' oracle and the benchmarks' baseline.
 
 Each function has the public signature of its kernel less `impl`. They compute in the widest of fp32 and the inputs'
-type, so float64 inputs give a float64 oracle. None of them reads a value back to the host.
+type, so float64 inputs give a float64 oracle. None but `photometric` reads a value back to the host.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 FLIP, GRAY, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, SIGMA = range(8)
 GRAY_NEVER, GRAY_BEFORE_JITTER, GRAY_AFTER_JITTER = 0, 1, 2
 NO_JITTER = -1  # in ORDER; otherwise four 2-bit codes, lowest bits first: 0 brightness, 1 contrast, 2 saturation, 3 hue
+MAX_SIGMA = 4.0  # of the blur, in pixels; a larger SIGMA is taken as this
+CACHED_PIXELS = 1 << 16  # that `photometric` takes through all its operations at a time: fp32 RGB of 768 KB
 
 
 def info_nce(z_q: Tensor, k: Tensor, queue: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -180,3 +182,108 @@ def ema(table: TensorTable, ema_momentum: float | Tensor) -> None:
     for k, k_work in zip(table.k, table.k_work, strict=True):
         if k_work is not k:
             k_work.copy_(k)
+
+
+def photometric(
+    crops: Tensor,
+    parameters: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    dtype: torch.dtype = torch.float32,
+    channels: int = 3,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Jitter, grey, blur, flip, normalise and cast of uint8 [N, S, S, 3] crops, in the widest of fp32 and `dtype`.
+
+    As many rows at a time as stay in the cache, and each operation touches only the rows that drew it; so it depends on
+    the parameters' values, which is free on a CPU and a sync on a GPU.
+    """
+    n, size = crops.shape[:2]
+    wide = torch.promote_types(dtype, torch.float32)
+    shift, scale = (torch.tensor(value, dtype=wide, device=crops.device).view(3, 1, 1) for value in (mean, std))
+    views = torch.empty((n, size, size, channels), dtype=dtype, device=crops.device).permute(0, 3, 1, 2)
+    views[:, 3:] = 0
+    source = torch.arange(n, device=crops.device) if rows is None else torch.argsort(rows)
+    together = max(1, CACHED_PIXELS // size**2)
+    for picked, written in zip(source.split(together), views[:, :3].split(together)):
+        x = crops.index_select(0, picked).permute(0, 3, 1, 2).to(wide, memory_format=torch.contiguous_format).div_(255)
+        drawn = parameters.index_select(0, picked).to(wide)
+        x = _on(drawn[:, SIGMA] > 0, _jitter_and_gray(x, drawn), _blur, drawn[:, SIGMA])
+        x = _on(drawn[:, FLIP] > 0, x, lambda rows: rows.flip(3))
+        written.copy_(x.sub_(shift).div_(scale))
+    return views
+
+
+def _jitter_and_gray(x: Tensor, drawn: Tensor) -> Tensor:
+    when, order = drawn[:, GRAY], drawn[:, ORDER].to(torch.int64)
+    factors = drawn[:, BRIGHTNESS : HUE + 1, None, None, None].unbind(1)
+    x = _on(when == GRAY_BEFORE_JITTER, x, _gray)
+    for position in range(4):
+        code = torch.where(order >= 0, order >> 2 * position & 3, NO_JITTER)
+        for jitter, function in enumerate((_brightness, _contrast, _saturation, _hue)):
+            x = _on(code == jitter, x, function, factors[jitter])
+    return _on(when == GRAY_AFTER_JITTER, x, _gray)
+
+
+def _on(chosen: Tensor, x: Tensor, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
+    rows = chosen.nonzero().flatten()
+    if len(rows) == len(x):
+        return function(x, *values)
+    if len(rows):
+        x.index_copy_(0, rows, function(x.index_select(0, rows), *(value.index_select(0, rows) for value in values)))
+    return x
+
+
+def _gray(x: Tensor) -> Tensor:
+    return x.copy_(_luma(x))
+
+
+def _luma(x: Tensor) -> Tensor:
+    return (0.299 * x[:, 0:1]).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:3], alpha=0.114)
+
+
+def _brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return x.mul_(factor).clamp_(0, 1)
+
+
+def _contrast(x: Tensor, factor: Tensor) -> Tensor:
+    center = _luma(x.mean((2, 3), keepdim=True))
+    return x.mul_(factor).add_((1 - factor) * center).clamp_(0, 1)
+
+
+def _saturation(x: Tensor, factor: Tensor) -> Tensor:
+    gray = _luma(x).mul_(1 - factor)
+    return x.mul_(factor).add_(gray).clamp_(0, 1)
+
+
+def _hue(x: Tensor, turns: Tensor) -> Tensor:
+    """HSV hue shift without branches: the hue's distance from red is 1 + (g + b - r - min) / chroma sixths of a turn."""
+    r, g, b = x.split(1, 1)
+    low = torch.minimum(r, g).minimum(b)
+    chroma = torch.maximum(r, g).maximum(b).sub_(low)
+    from_red = (g + b).sub_(r).sub_(low).div_(chroma.clamp_min(1e-12)).add_(1)
+    hue = from_red.copysign_(g - b).add_(6 * turns)
+    hue.sub_(hue.div(6).floor_(), alpha=6)
+    shares = (hue - 3).abs_().sub_(1), (hue - 2).abs_().neg_().add_(2), (hue - 4).abs_().neg_().add_(2)
+    return torch.cat([torch.addcmul(low, chroma, share.clamp_(0, 1)) for share in shares], 1)
+
+
+def _blur(x: Tensor, sigma: Tensor) -> Tensor:
+    sigma = sigma.clamp(1e-3, MAX_SIGMA)[:, None]
+    radius = (3 * sigma).ceil().clamp_max(x.shape[-1] - 1)
+    reach = int(radius.max())
+    taps = torch.arange(reach + 1, dtype=x.dtype, device=x.device)
+    weights = torch.exp(-0.5 * (taps / sigma) ** 2) * (taps <= radius)
+    weights /= 2 * weights.sum(1, keepdim=True) - 1
+    weight = weights[:, :, None, None, None].unbind(1)
+    size = x.shape[-1]
+    for dim in (2, 3):
+        before, after = x.narrow(dim, 1, reach).flip(dim), x.narrow(dim, size - 1 - reach, reach).flip(dim)
+        padded = torch.cat([before, x, after], dim)
+        x = x * weight[0]
+        for tap in range(1, reach + 1):
+            x.addcmul_(padded.narrow(dim, reach - tap, size), weight[tap])
+            x.addcmul_(padded.narrow(dim, reach + tap, size), weight[tap])
+    return x
+
