@@ -41,12 +41,13 @@ BACKWARD_PASSES = {
 
 @dataclass(frozen=True)
 class Conv:
-    """One convolution of an encoder, per image: elements in and out, weights, multiply-adds, and its place."""
+    """One convolution of an encoder, per image: elements in, channels and side out, weights, operations, its place."""
 
     name: str
     place: str  # stem, inner, last or shortcut
     inputs: int
-    outputs: int
+    channels: int
+    side: int
     weights: int
     flops: float
     stride: int
@@ -54,6 +55,11 @@ class Conv:
     opens_block: bool
     after_inner: bool
     pooled: int  # outputs of the max-pooling that follows, 0 where none does
+
+    @property
+    def outputs(self) -> int:
+        """Output elements."""
+        return self.channels * self.side**2
 
     @property
     def sampled(self) -> float:
@@ -170,7 +176,8 @@ def _conv(
         name,
         place,
         inputs,
-        y[1:].numel(),
+        y[1],
+        y[2],
         layer.weight.numel(),
         2.0 * macs,
         layer.stride[0],

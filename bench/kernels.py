@@ -1,0 +1,279 @@
+"""Every kernel against what others would use for the same work, in the same run.
+
+A case holds providers that do the same work on the same tensors, and the least bytes and operations of that work from
+the kernel's own `cost`. `PROVIDED` has one entry per kernel file; a test fails where one is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmoco.bench.report import Row
+from fastmoco.bench.roofline import convolutions
+from fastmoco.bench.timing import Machine, interleave, measure_machine
+from fastmoco.encoder import build_encoder
+from fastmoco.kernels import batch_norm, enqueue, info_nce, photometric, sgd_ema
+from fastmoco.recipe import PRESETS, Recipe
+
+OURS = "fastmoco"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shapes that the kernels are timed at: those of one step."""
+
+    recipe: Recipe
+    batch: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, device: torch.device) -> Size:
+        """MoCo v2 with ResNet-50 at 224 px and 256 pairs on a GPU; something a CPU does in a second elsewhere."""
+        v2 = PRESETS["v2"][1]
+        if device.type == "cuda":
+            return cls(v2, 256, torch.bfloat16)
+        small = {**v2.as_dict(), "arch": "resnet18", "queue_size": 4096, "crop_size": 64}
+        return cls(Recipe.from_dict(small), 32, torch.float32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: `providers` do the same work, whose least cost is `nbytes` and `flops`."""
+
+    name: str
+    config: dict
+    providers: dict[str, Callable[[], object]]
+    baseline: str
+    nbytes: float
+    flops: float = 0.0
+
+
+def run(device: torch.device, *, rounds: int = 20, only: str | None = None) -> list[Row]:
+    """Time every case on `device`; ValueError on a kernel that there is not."""
+    if only is not None and only not in PROVIDED:
+        raise ValueError(f"there is no kernel {only}: use one of {', '.join(PROVIDED)}")
+    size = Size.of(device)
+    machine = measure_machine(device, size.dtype)
+    names = [only] if only else list(PROVIDED)
+    return [row for name in names for case in PROVIDED[name](size, device) for row in rows(case, machine, device, rounds)]
+
+
+def rows(case: Case, machine: Machine, device: torch.device, rounds: int) -> list[Row]:
+    """One row per provider of `case`, in milliseconds, with bytes moved per second beside it."""
+    times = interleave(case.providers, rounds=rounds, device=device, cold=True)
+    bound = 1e3 * machine.bound(case.nbytes, case.flops)
+    return [
+        Row(
+            case.name,
+            provider,
+            "ms",
+            tuple(1e3 * sample for sample in timing.samples),
+            case.config,
+            case.baseline,
+            bound,
+            {"GB/s": case.nbytes / timing.median / 1e9},
+        )
+        for provider, timing in times.items()
+    ]
+
+
+def info_nce_cases(size: Size, device: torch.device) -> list[Case]:
+    """Loss, rank and gradient over the whole queue."""
+    n, k, d, t = size.batch, size.recipe.queue_size, size.recipe.dim, size.recipe.temperature
+    z = torch.randn(n, d, device=device, dtype=size.dtype).requires_grad_()
+    keys = F.normalize(torch.randn(n, d, device=device), dim=1).to(size.dtype)
+    queue = F.normalize(torch.randn(k, d, device=device), dim=1).to(size.dtype)
+
+    def ours() -> Tensor:
+        loss, _ = info_nce.info_nce(z, keys, queue, t)
+        return torch.autograd.grad(loss.mean(), z)[0]
+
+    providers = {OURS: ours, "eager": functools.partial(_published_loss, z, keys, queue, t)}
+    if device.type == "cuda":
+        compiled = torch.compile(_published_forward)
+        providers["torch.compile"] = functools.partial(_published_loss, z, keys, queue, t, compiled)
+        providers["split attention"] = functools.partial(_split_attention, z, keys, queue, t)
+    nbytes, flops = info_nce.cost(n, k, d, size.dtype, size.dtype)
+    config = {"N": n, "K": k, "D": d, "dtype": _short(size.dtype)}
+    return [Case("info_nce", config, providers, "eager", nbytes, flops)]
+
+
+def enqueue_cases(size: Size, device: torch.device) -> list[Case]:
+    """Write one batch of keys into the ring."""
+    k, d = size.recipe.queue_size, size.recipe.dim
+    queue, keys = torch.zeros(k, d, device=device, dtype=size.dtype), torch.randn(size.batch, d, device=device)
+    pointer = torch.zeros(1, dtype=torch.int64, device=device)
+    published = torch.zeros(d, k, device=device)
+
+    def slice_at_a_host_pointer() -> None:
+        start = int(pointer) // size.batch * size.batch
+        published[:, start : start + size.batch] = keys.T
+        pointer[0] = (start + size.batch) % k
+
+    providers = {OURS: lambda: enqueue.enqueue(queue, pointer, keys), "published": slice_at_a_host_pointer}
+    nbytes, flops = enqueue.cost(size.batch, d, keys.dtype, size.dtype)
+    return [Case("enqueue", {"B": size.batch, "K": k, "D": d}, providers, "published", nbytes, flops)]
+
+
+def sgd_ema_cases(size: Size, device: torch.device) -> list[Case]:
+    """SGD, EMA and casts over an encoder's tensors, and EMA alone."""
+    shapes = [p.shape for p in build_encoder(size.recipe).parameters()]
+    masters = [[torch.randn(s, device=device) * 0.01 for s in shapes] for _ in range(3)]
+    q, velocity, k = masters
+    work = [[p.to(size.dtype, copy=True) for p in tensors] for tensors in (q, k)]
+    grads = [torch.randn_like(p) * 1e-3 for p in work[0]]
+    table = sgd_ema.TensorTable(q, velocity, k, *work)
+    lr, flag = torch.tensor(1e-4, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    kind = "fused" if device.type == "cuda" else "foreach"
+    optimizer = torch.optim.SGD(q, 1e-4, momentum=0.9, weight_decay=1e-4, **{kind: True})
+    wide = [torch.empty_like(p) for p in q]
+    for p, g in zip(q, wide, strict=True):
+        p.grad = g
+
+    def separate() -> None:
+        torch._foreach_copy_(wide, grads)
+        optimizer.step()
+        torch._foreach_lerp_(k, q, 0.001)
+        torch._foreach_copy_(work[0], q)
+        torch._foreach_copy_(work[1], k)
+
+    def loop() -> None:
+        for key, query in zip(k, q, strict=True):
+            key.data = key.data * 0.999 + query.data * 0.001
+
+    step_bytes, step_flops = sgd_ema.cost(table, [g.dtype for g in grads])
+    ema_bytes, ema_flops = sgd_ema.ema_cost(table)
+    plain = sgd_ema.TensorTable(q, velocity, k, q, k)
+    config = {"tensors": len(q), "parameters": sum(p.numel() for p in q), "dtype": _short(size.dtype)}
+    ours = lambda: sgd_ema.sgd_ema(table, grads, lr, 0.9, 1e-4, 0.999, flag)  # noqa: E731
+    ema = {
+        OURS: lambda: sgd_ema.ema(plain, 0.999),
+        "foreach lerp": lambda: torch._foreach_lerp_(k, q, 0.001),
+        "published": loop,
+    }
+    return [
+        Case("sgd_ema", config, {OURS: ours, "torch separate": separate}, "torch separate", step_bytes, step_flops),
+        Case("ema", {**config, "dtype": "fp32"}, ema, "foreach lerp", ema_bytes, ema_flops),
+    ]
+
+
+def batch_norm_cases(size: Size, device: torch.device) -> list[Case]:
+    """Batch norm + ReLU (+ residual), forward and backward, over all the shapes of an encoder."""
+    convs = [c for c in convolutions(build_encoder(size.recipe), size.recipe.crop_size) if c.place != "shortcut"]
+    shapes = Counter((conv.channels, conv.side, conv.place == "last") for conv in convs)
+    layers = [_NormLayer(size, device, *key, repeats=count) for key, count in shapes.items()]
+    groups = size.batch // size.recipe.bn_group
+    providers = {OURS: lambda: [layer.ours(groups) for layer in layers], "native": lambda: _each(layers, "native")}
+    if device.type == "cuda":
+        providers["native fp16"] = lambda: _each(layers, "native_fp16")
+    costs = [layer.cost() for layer in layers]
+    config = {"encoder": size.recipe.arch, "N": size.batch, "layers": sum(shapes.values()), "dtype": _short(size.dtype)}
+    return [Case("batch_norm", config, providers, "native", sum(c[0] for c in costs), sum(c[1] for c in costs))]
+
+
+def photometric_cases(size: Size, device: torch.device) -> list[Case]:
+    """All photometric operations of one batch of views."""
+    from fastmoco.data.plan import Plan
+
+    n, s, augmentation = size.batch, size.recipe.crop_size, size.recipe.augmentation
+    crops = torch.randint(0, 256, (n, s, s, 3), dtype=torch.uint8, device=device)
+    plan = Plan(size.recipe, torch.full((n * 10, 2), 400, dtype=torch.int32).numpy())
+    parameters = torch.from_numpy(plan.photometric(0, plan.samples(0)[:n], 0)).to(device)
+    call = functools.partial(photometric.photometric, crops, parameters, augmentation.mean, augmentation.std)
+    providers = {OURS: lambda: call(dtype=size.dtype), "twin": lambda: call(dtype=size.dtype, impl="reference")}
+    nbytes, flops = photometric.cost(n, s, size.dtype)
+    return [Case("photometric", {"N": n, "S": s, "dtype": _short(size.dtype)}, providers, "twin", nbytes, flops)]
+
+
+PROVIDED: dict[str, Callable[[Size, torch.device], list[Case]]] = {
+    "info_nce": info_nce_cases,
+    "sgd_ema": sgd_ema_cases,
+    "batch_norm": batch_norm_cases,
+    "photometric": photometric_cases,
+    "enqueue": enqueue_cases,
+}
+
+
+class _NormLayer:
+    """One batch norm of an encoder, with the tensors to run it forward and backward."""
+
+    def __init__(
+        self, size: Size, device: torch.device, channels: int, side: int, residual: bool, *, repeats: int
+    ) -> None:
+        self.repeats, self.shape, self.dtype = repeats, (size.batch, channels, side, side), size.dtype
+        make = lambda: torch.randn(self.shape, device=device, dtype=size.dtype).to(memory_format=torch.channels_last)  # noqa: E731
+        self.x, self.dy = make().requires_grad_(), make()
+        self.residual = make().requires_grad_() if residual else None
+        self.affine = [torch.ones(channels, device=device, requires_grad=True) for _ in range(2)]
+        self.running = (torch.zeros(channels, device=device), torch.ones(channels, device=device))
+
+    def ours(self, groups: int) -> None:
+        for _ in range(self.repeats):
+            y = batch_norm.batch_norm_act(self.x, *self.affine, self.running, groups, residual=self.residual)
+            self._backward(y, self.x, self.residual, self.dy)
+
+    def native(self) -> None:
+        self._torch(self.x, self.residual, self.dy)
+
+    def native_fp16(self) -> None:
+        half = [t if t is None else t.detach().half() for t in (self.x, self.residual, self.dy)]
+        self._torch(*[t if t is None or i == 2 else t.requires_grad_() for i, t in enumerate(half)])
+
+    def _torch(self, x: Tensor, residual: Tensor | None, dy: Tensor) -> None:
+        for _ in range(self.repeats):
+            y = F.batch_norm(x, *self.running, *self.affine, training=True)
+            self._backward(F.relu(y if residual is None else y + residual), x, residual, dy)
+
+    def _backward(self, y: Tensor, x: Tensor, residual: Tensor | None, dy: Tensor) -> None:
+        inputs = [x, *self.affine] if residual is None else [x, *self.affine, residual]
+        torch.autograd.grad(y, inputs, dy)
+
+    def cost(self) -> tuple[float, float]:
+        forward = batch_norm.cost(self.shape, self.dtype, residual=self.residual is not None)
+        backward = batch_norm.backward_cost(self.shape, self.dtype, residual=self.residual is not None)
+        return self.repeats * (forward[0] + backward[0]), self.repeats * (forward[1] + backward[1])
+
+
+def _each(layers: list[_NormLayer], method: str) -> None:
+    for layer in layers:
+        getattr(layer, method)()
+
+
+def _published_forward(z: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    q = F.normalize(z, dim=1)
+    positive = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)
+    logits = torch.cat([positive, q @ queue.clone().T], dim=1) / temperature
+    labels = torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
+    return F.cross_entropy(logits, labels), logits.topk(5, 1).indices
+
+
+def _published_loss(
+    z: Tensor, k: Tensor, queue: Tensor, temperature: float, forward: Callable = _published_forward
+) -> Tensor:
+    return torch.autograd.grad(forward(z, k, queue, temperature)[0], z)[0]
+
+
+def _split_attention(z: Tensor, k: Tensor, queue: Tensor, temperature: float, splits: int = 64) -> Tensor:
+    # Attention with V = K over pieces of the queue, merged by their log-sum-exp: the one-pass form without a kernel.
+    q = F.normalize(z.float(), dim=1)
+    pieces = queue.view(1, splits, -1, queue.shape[1])
+    heads = q.to(queue.dtype).expand(1, splits, *q.shape)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention
+    out, lse, *_ = attend(heads, pieces, pieces, 0.0, False, scale=1 / temperature)
+    positive = (q * k).sum(1) / temperature
+    total = torch.logsumexp(torch.cat([lse[0].T, positive[:, None]], 1), 1)
+    mean = (torch.exp(lse[0] - total)[..., None] * out[0]).sum(0) + torch.exp(positive - total)[:, None] * k
+    gradient = (mean - k) / temperature
+    gradient = gradient - (gradient * q).sum(1, keepdim=True) * q
+    return gradient / z.float().norm(dim=1, keepdim=True)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
