@@ -1,0 +1,1 @@
+"""Momentum contrast: queue, shuffle, update, and the step that joins them."""

@@ -1,0 +1,167 @@
+"""One training step of MoCo, whole: from uint8 crops to the updated encoders and queue.
+
+The published order is momentum update, key forward, query forward, loss, SGD (He et al., 2020, algorithm 1). Updating
+the key right after SGD is the same arithmetic one line earlier, since the very first update of a copy changes nothing;
+it lets SGD and momentum update be one kernel. Negatives are the K keys enqueued before this step.
+
+Nothing is read back to the host and nothing that persists is reallocated, so that a CUDA graph can hold a step.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastmoco.contrast.queue import Queue
+from fastmoco.contrast.shuffle import positives, start_unshuffle
+from fastmoco.contrast.update import PRECISIONS, Precision, Update, resolve_precision
+from fastmoco.encoder import Encoder, build_encoder
+from fastmoco.kernels.info_nce import info_nce
+from fastmoco.kernels.photometric import photometric
+from fastmoco.parallel import Parallel
+from fastmoco.recipe import Recipe
+
+if TYPE_CHECKING:
+    from fastmoco.data.loader import Batch
+
+QUEUE_SEED = 1 << 63  # added to the recipe's seed, which is smaller: the encoder draws from the seed itself
+
+
+class Metrics(NamedTuple):
+    """This rank's figures of one step, each a tensor [] on the device."""
+
+    loss: Tensor
+    """InfoNCE, mean over the rank's samples; symmetric: sum of both directions."""
+    top1: Tensor
+    """Percent of queries whose positive scores above every negative."""
+    top5: Tensor
+    """Percent of queries whose positive is among the five highest."""
+    nonfinite: Tensor
+    """int32: 1 where loss or gradients are infinite or NaN. An overflow that the loss scale takes care of is none."""
+
+
+class Step:
+    """Encoders, queue and optimiser of a run, and the step that advances them.
+
+    `precision` overrides the recipe's. TF32 is a process-wide switch in torch, which this sets. With several ranks,
+    construction, `step` and `state` are collective: every rank calls them.
+    """
+
+    def __init__(self, recipe: Recipe, parallel: Parallel, precision: Precision | None = None) -> None:
+        recipe.check_ranks(parallel.world)
+        self.recipe, self.parallel = recipe, parallel
+        self.precision = resolve_precision(precision or recipe.precision, parallel.device)
+        self._numbers = numbers = PRECISIONS[self.precision]
+        _allow_tf32(numbers.tf32)
+        self.encoder_q: Encoder = build_encoder(recipe).to(parallel.device).train()
+        self.encoder_k: Encoder = copy.deepcopy(self.encoder_q).requires_grad_(False)
+        self.update = Update(self.encoder_q, self.encoder_k, recipe, numbers)
+        generator = torch.Generator().manual_seed(recipe.seed + QUEUE_SEED)
+        dtype = numbers.work if recipe.queue_dtype == "auto" else getattr(torch, recipe.queue_dtype)
+        self.queue = Queue(recipe.queue_size, recipe.dim, dtype, generator).to(parallel.device)
+        self._query = self._over_ranks(self.encoder_q)
+
+    def step(self, batch: Batch, lr: float) -> Metrics:
+        """Train on `batch` with learning rate `lr`."""
+        self.update.lr.fill_(lr)
+        return self.advance(batch)
+
+    def advance(self, batch: Batch) -> Metrics:
+        """Train on `batch` with the learning rate in `update.lr`: the part that a CUDA graph can hold."""
+        unshuffled = start_unshuffle(self.parallel, self._encode_keys(batch), batch.unshuffle)
+        z_q = self._query(self._views(batch.query_crops, batch.query_parameters))
+        keys = unshuffled()
+        views = self.recipe.views
+        positive = positives(keys, self.parallel, views)
+        losses, rank = info_nce(z_q, positive, self.queue.keys, self.recipe.temperature)
+        loss = views * losses.mean()
+        self.update.backward(loss)
+        finite = self.update.apply()
+        self.queue.enqueue(keys)
+        return self._metrics(loss.detach(), rank, finite)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, by name: fp32 masters, batch-norm buffers, velocity, queue.
+
+        The tensors are live: copy them before the next step. Over several ranks running statistics become their mean,
+        here and in this rank's encoders.
+        """
+        self._merge_statistics()
+        return self._tensors()
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Continue from what `state` gave; ValueError where names or shapes do not fit this recipe.
+
+        A loss scale is taken where both sides have one, so that a run may go on in another precision.
+        """
+        live = self._tensors()
+        optional = {"loss_scale", "loss_scale_good_steps"}
+        wrong = sorted((set(live) ^ set(state)) - optional)
+        wrong += [name for name in live.keys() & state.keys() if live[name].shape != state[name].shape]
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise ValueError(f"the state does not fit the recipe: {', '.join(wrong[:3])}{more} missing, extra or reshaped")
+        for name in live.keys() & state.keys():
+            live[name].copy_(state[name])
+        self.update.refresh()
+
+    def _over_ranks(self, encoder: Encoder) -> nn.Module:
+        if self.parallel.world == 1:
+            return encoder
+        return DistributedDataParallel(
+            encoder,
+            device_ids=[self.parallel.device] if self.parallel.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            static_graph=True,
+        )
+
+    def _views(self, crops: Tensor, parameters: Tensor, rows: Tensor | None = None) -> Tensor:
+        colours = self.recipe.augmentation
+        return photometric(crops, parameters, colours.mean, colours.std, dtype=self._numbers.work, rows=rows)
+
+    @torch.no_grad()
+    def _encode_keys(self, batch: Batch) -> Tensor:
+        z_k = self.encoder_k(self._views(batch.key_crops, batch.key_parameters, batch.key_rows))
+        return F.normalize(z_k.to(self._numbers.master), dim=1)
+
+    def _metrics(self, loss: Tensor, rank: Tensor, finite: Tensor) -> Metrics:
+        if self.update.scale is not None:
+            finite = finite | (self.update.scale.value > 1)
+        top1, top5 = (100 * (rank < k).mean(dtype=torch.float32) for k in (1, 5))
+        return Metrics(loss, top1, top5, (~(finite & loss.isfinite())).to(torch.int32))
+
+    def _merge_statistics(self) -> None:
+        if self.parallel.world == 1:
+            return
+        statistics = [
+            buffer
+            for encoder in (self.encoder_q, self.encoder_k)
+            for buffer in encoder.buffers()
+            if buffer.is_floating_point()
+        ]
+        mean = self.parallel.mean(torch.cat(statistics))
+        torch._foreach_copy_(statistics, list(mean.split([buffer.numel() for buffer in statistics])))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        update, queue = self.update, self.queue
+        tensors = {}
+        for side, encoder, masters in (("encoder_q", self.encoder_q, update.q), ("encoder_k", self.encoder_k, update.k)):
+            for name, value in encoder.state_dict().items():
+                tensors[f"{side}.{name}"] = masters.get(name, value)
+        tensors |= {f"velocity.{name}": value for name, value in update.velocity.items()}
+        tensors |= {"queue": queue.keys, "queue_pointer": queue.pointer, "queue_count": queue.count}
+        if update.scale is not None:
+            tensors |= {"loss_scale": update.scale.value, "loss_scale_good_steps": update.scale.good_steps}
+        return tensors
+
+
+def _allow_tf32(allow: bool) -> None:
+    torch.set_float32_matmul_precision("high" if allow else "highest")
+    torch.backends.cudnn.allow_tf32 = allow

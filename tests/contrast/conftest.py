@@ -1,0 +1,73 @@
+"""Batches of random crops, made by hand from the plan: what the loader hands over, without images or threads."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fastmoco.data.plan import FLIP, GRAY, ORDER, SIGMA, Plan, route
+from fastmoco.recipe import Recipe
+
+IMAGES = 48
+
+
+def crops_of(recipe: Recipe, images: int = IMAGES) -> np.ndarray:
+    """Two uint8 crops of each image [images, 2, S, S, 3]: smooth colours, unlike each other, the views alike."""
+    random = np.random.default_rng(1)
+    coarse = random.integers(0, 256, (images, 1, 4, 4, 3)) + random.integers(-20, 21, (images, 2, 4, 4, 3))
+    repeat = -(-recipe.crop_size // 4)
+    fine = coarse.repeat(repeat, 2).repeat(repeat, 3)[:, :, : recipe.crop_size, : recipe.crop_size]
+    return np.clip(fine, 0, 255).astype(np.uint8)
+
+
+def flips_only(plan: Plan, epoch: int, samples: np.ndarray, view: int) -> np.ndarray:
+    """The plan's photometric parameters, less all but the flip."""
+    parameters = plan.photometric(epoch, samples, view)
+    parameters[:, [GRAY, SIGMA]], parameters[:, ORDER] = 0, -1
+    assert set(np.unique(parameters[:, FLIP])) <= {0.0, 1.0}
+    return parameters
+
+
+def batch_of(recipe: Recipe, step: int, world: int = 1, rank: int = 0, shuffles: list | None = None) -> SimpleNamespace:
+    """What the loader would give `rank` of `world` for `step`; `shuffles` replaces the plan's permutations."""
+    plan = Plan(recipe, np.full((IMAGES, 2), 64, np.int32), world, rank)
+    crops, samples, epoch = crops_of(recipe), plan.samples(step), plan.epoch(step)
+    if shuffles is None:
+        shuffles = [plan.shuffle(step, view) for view in plan.key_views]
+    way = route(shuffles, world, rank)
+    mine = samples[rank * plan.per_rank : (rank + 1) * plan.per_rank]
+    keys = [(samples[slot], plan.key_views[view]) for slot, view in zip(way.slots, way.views, strict=True)]
+    queries = [(sample, view) for view in plan.query_views for sample in mine]
+
+    def gather(pairs: list) -> tuple[torch.Tensor, torch.Tensor]:
+        parameters = [flips_only(plan, epoch, np.array([sample]), view) for sample, view in pairs]
+        return (
+            torch.from_numpy(np.stack([crops[sample, view] for sample, view in pairs])),
+            torch.from_numpy(np.concatenate(parameters)),
+        )
+
+    query_crops, query_parameters = gather(queries)
+    key_crops, key_parameters = gather(keys)
+    return SimpleNamespace(
+        step=step,
+        epoch=epoch,
+        sample=mine,
+        query_crops=query_crops,
+        query_parameters=query_parameters,
+        key_crops=key_crops,
+        key_parameters=key_parameters,
+        key_rows=torch.from_numpy(way.key_rows),
+        unshuffle=torch.from_numpy(way.unshuffle),
+    )
+
+
+@pytest.fixture
+def make_batch() -> Callable[..., SimpleNamespace]:
+    return batch_of
+
+
+@pytest.fixture
+def make_crops() -> Callable[..., np.ndarray]:
+    return crops_of
