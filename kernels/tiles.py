@@ -52,6 +52,60 @@ TABLE: dict[str, dict[int, Tiles]] = {
     "enqueue": {
         80: Tiles((16,), 4, 1, "16 rows x 128 bf16 = 4 KB, 32 bytes a thread; a batch of 256 keys gives 16 blocks"),
     },
+    # block: queries, keys, programs per multiprocessor (how many pieces the queue is cut into). Fixed by D; 16-bit queue.
+    "info_nce.64": {
+        80: Tiles((64, 64, 2), 4, 3, "small accumulators: two blocks overlap one's exponentials with the other's mma"),
+        90: Tiles((128, 128, 1), 8, 3, "two warpgroups of 64 rows"),
+        100: Tiles((128, 128, 1), 8, 3, "as sm_90"),
+    },
+    "info_nce.128": {
+        80: Tiles((64, 64, 2), 4, 3, "x"),
+        90: Tiles((128, 128, 1), 8, 3, "x"),
+        100: Tiles((128, 128, 1), 8, 3, "x"),
+    },
+    "info_nce.256": {
+        80: Tiles((64, 32, 1), 8, 3, "x"),
+        90: Tiles((128, 64, 1), 8, 2, "x"),
+        100: Tiles((128, 64, 1), 8, 2, "x"),
+    },
+    "info_nce.512": {
+        80: Tiles((32, 32, 1), 8, 2, "x"),
+        90: Tiles((64, 64, 1), 8, 2, "x"),
+        100: Tiles((64, 64, 1), 8, 2, "x"),
+    },
+    "info_nce.fp32.64": {80: Tiles((32, 32, 2), 4, 2, "x")},
+    "info_nce.fp32.128": {80: Tiles((32, 32, 1), 4, 2, "x")},
+    "info_nce.fp32.256": {80: Tiles((16, 32, 1), 4, 2, "x")},
+    "info_nce.fp32.512": {80: Tiles((16, 16, 1), 8, 2, "x")},
+    "info_nce.combine": {80: Tiles((32,), 4, 2, "x")},
+    # block: pixels a program takes.
+    "photometric.mean_gray": {
+        80: Tiles((1024,), 4, 1, "8 pixels a thread; 49 sums a 224 px view are added by whoever needs the mean"),
+    },
+    "photometric.sharp": {
+        80: Tiles((1024,), 4, 1, "8 pixels a thread: three channels and the hue's temporaries stay in registers"),
+    },
+    # block: side of the square that a program blurs; with radius r, side - 2r pixels of it are stored.
+    "photometric.blurred": {
+        80: Tiles((64,), 8, 1, "radius 12 (sigma 4) still leaves 40 of 64; three planes take 48 registers a thread"),
+    },
+    # block: elements of a chunk (one program), elements a program takes at a time.
+    "sgd_ema": {
+        80: Tiles((4096, 512), 4, 1, "4 elements a thread: 16-byte fp32 accesses without a gap; 8 turns a program"),
+    },
+    # block: rows x channels of a channels-last activation; fewer channels give as many more rows.
+    "batch_norm.statistics": {
+        80: Tiles((32, 128), 4, 1, "32 values a thread: four 16-byte loads in flight, two accumulators stay in registers"),
+    },
+    "batch_norm.apply": {
+        80: Tiles((32, 128), 4, 1, "four 16-byte loads a tensor and thread; 256-byte runs of a row"),
+    },
+    "batch_norm.sums": {
+        80: Tiles((16, 128), 4, 1, "three accumulators and three tensors: 16 values a thread keep four blocks resident"),
+    },
+    "batch_norm.gradient": {
+        80: Tiles((16, 128), 4, 1, "three tensors in, two out: 16 values a thread keep the registers under 128"),
+    },
 }
 
 
