@@ -6,7 +6,6 @@ type, so float64 inputs give a float64 oracle. None but `photometric` reads a va
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fastmoco.kernels.sgd_ema import TensorTable
+    from fastmoco.kernels.tensor_table import Tensors, TensorTable
 
 # Columns of the photometric parameters, one row a view (float32 [N, 8]).
 FLIP, GRAY, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, SIGMA = range(8)
 GRAY_NEVER, GRAY_BEFORE_JITTER, GRAY_AFTER_JITTER = 0, 1, 2
 NO_JITTER = -1  # in ORDER; otherwise four 2-bit codes, lowest bits first: 0 brightness, 1 contrast, 2 saturation, 3 hue
-MAX_SIGMA = 4.0  # of the blur, in pixels; a larger SIGMA is taken as this
+MIN_SIGMA, MAX_SIGMA = 1e-3, 4.0  # of the blur, in pixels; a positive SIGMA outside is taken as the nearer
 CACHED_PIXELS = 1 << 16  # that `photometric` takes through all its operations at a time: fp32 RGB of 768 KB
 
 
@@ -149,39 +148,58 @@ def _update_running(running: tuple[Tensor, Tensor], mean: Tensor, variance: Tens
 
 
 def sgd_ema(
-    table: TensorTable,
+    table: Tensors | TensorTable,
     grads: Sequence[Tensor],
     lr: float | Tensor,
     momentum: float | Tensor,
     weight_decay: float | Tensor,
     ema_momentum: float | Tensor,
     nonfinite: Tensor,
-    grad_scale: Tensor | None = None,
+    grad_scale: float | Tensor | None = None,
 ) -> None:
     """SGD with momentum, EMA and casts, in place; a non-finite gradient changes nothing but `nonfinite`.
 
-    Skipping by selection would write a second copy of everything, so this twin alone reads a verdict back, which on
-    a CPU waits for nothing.
+    Alone among the twins it reads values back, the scalars and the verdict on the gradients: on a CPU that waits for
+    nothing, and it makes the arithmetic that of `torch.optim.SGD` to the last bit.
     """
-    if not torch.stack(torch._foreach_norm(list(grads), math.inf)).isfinite().all():
+    lr, momentum, decay, weight = float(lr), float(momentum), float(weight_decay), 1 - float(ema_momentum)
+    unscale = 1 / float(1 if grad_scale is None else grad_scale)
+    flat = [_in_storage_order(grad) for grad in grads if grad.numel()]
+    if flat and not torch.stack([end for grad in flat for end in torch.aminmax(grad)]).isfinite().all():
         nonfinite.fill_(1)
         return
-    for q, velocity, grad in zip(table.q, table.velocity, grads, strict=True):
-        grad = grad.to(q.dtype, copy=True) if grad_scale is None else grad.to(q.dtype) * (1 / grad_scale)
-        velocity.mul_(momentum).add_(grad.add_(q * weight_decay))
-        q.sub_(velocity * lr)
-    for q, q_work in zip(table.q, table.q_work, strict=True):
-        if q_work is not q:
-            q_work.copy_(q)
-    ema(table, ema_momentum)
+    for entry in zip(table.q, table.velocity, table.k, table.q_work, table.k_work, grads, strict=True):
+        for q, velocity, k, q_work, k_work, grad in _blocks(entry):
+            grad = grad.to(q.dtype)
+            grad = grad if unscale == 1 else grad * unscale
+            velocity.mul_(momentum).add_(grad.add(q, alpha=decay))
+            q.add_(velocity, alpha=-lr)
+            k.lerp_(q, weight)
+            _cast(q, q_work)
+            _cast(k, k_work)
 
 
-def ema(table: TensorTable, ema_momentum: float | Tensor) -> None:
+def ema(table: Tensors | TensorTable, ema_momentum: float | Tensor) -> None:
     """k = m k + (1 - m) q in place, and its cast; written as a lerp, so that k stays put where it equals q."""
-    torch._foreach_lerp_(table.k, table.q, 1 - ema_momentum)
-    for k, k_work in zip(table.k, table.k_work, strict=True):
-        if k_work is not k:
-            k_work.copy_(k)
+    weight = 1 - float(ema_momentum)
+    for entry in zip(table.q, table.k, table.k_work, strict=True):
+        for q, k, k_work in _blocks(entry):
+            k.lerp_(q, weight)
+            _cast(k, k_work)
+
+
+def _blocks(tensors: Sequence[Tensor], size: int = 65536) -> Iterator[tuple[Tensor, ...]]:
+    # Blocks that stay in a core's cache from the first operation to the last.
+    return zip(*(_in_storage_order(tensor).split(size) for tensor in tensors), strict=True)
+
+
+def _in_storage_order(dense: Tensor) -> Tensor:
+    return dense.as_strided((dense.numel(),), (1,))
+
+
+def _cast(master: Tensor, work: Tensor) -> None:
+    if not work.is_set_to(master):
+        work.copy_(master)
 
 
 def photometric(
@@ -270,8 +288,8 @@ def _hue(x: Tensor, turns: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor, sigma: Tensor) -> Tensor:
-    sigma = sigma.clamp(1e-3, MAX_SIGMA)[:, None]
-    radius = (3 * sigma).ceil().clamp_max(x.shape[-1] - 1)
+    sigma = sigma.clamp(MIN_SIGMA, MAX_SIGMA)[:, None]
+    radius = (3 * sigma.float()).ceil().clamp_max(x.shape[-1] - 1)  # in fp32, so that every dtype has the same taps
     reach = int(radius.max())
     taps = torch.arange(reach + 1, dtype=x.dtype, device=x.device)
     weights = torch.exp(-0.5 * (taps / sigma) ** 2) * (taps <= radius)
