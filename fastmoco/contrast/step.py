@@ -106,7 +106,8 @@ class Step:
         wrong += [name for name in live.keys() & state.keys() if live[name].shape != state[name].shape]
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise ValueError(f"the state does not fit the recipe: {', '.join(wrong[:3])}{more} missing, extra or reshaped")
+            names = ", ".join(wrong[:3]) + more
+            raise ValueError(f"the state does not fit the recipe: {names} missing, extra or of another shape")
         for name in live.keys() & state.keys():
             live[name].copy_(state[name])
         self.update.refresh()
@@ -151,10 +152,12 @@ class Step:
 
     def _tensors(self) -> dict[str, Tensor]:
         update, queue = self.update, self.queue
-        tensors = {}
-        for side, encoder, masters in (("encoder_q", self.encoder_q, update.q), ("encoder_k", self.encoder_k, update.k)):
-            for name, value in encoder.state_dict().items():
-                tensors[f"{side}.{name}"] = masters.get(name, value)
+        sides = {"encoder_q": (self.encoder_q, update.q), "encoder_k": (self.encoder_k, update.k)}
+        tensors = {
+            f"{side}.{name}": masters.get(name, value)
+            for side, (encoder, masters) in sides.items()
+            for name, value in encoder.state_dict().items()
+        }
         tensors |= {f"velocity.{name}": value for name, value in update.velocity.items()}
         tensors |= {"queue": queue.keys, "queue_pointer": queue.pointer, "queue_count": queue.count}
         if update.scale is not None:
