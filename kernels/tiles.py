@@ -82,20 +82,19 @@ TABLE: dict[str, dict[int, Tiles]] = {
     "photometric.mean_gray": {
         80: Tiles((1024,), 4, 1, "8 pixels a thread; 49 sums a 224 px view are added by whoever needs the mean"),
     },
-    "photometric.sharp": {
+    "photometric.color": {
         80: Tiles((1024,), 4, 1, "8 pixels a thread: three channels and the hue's temporaries stay in registers"),
     },
     # block: side of the square that a program blurs; with radius r, side - 2r pixels of it are stored.
-    "photometric.blurred": {
-        80: Tiles((64,), 8, 1, "radius 12 (sigma 4) still leaves 40 of 64; three planes take 48 registers a thread"),
+    "photometric.blur": {
+        80: Tiles((64,), 4, 1, "radius 12 (sigma 4) still leaves 40 of 64; one channel at a time, 32 registers"),
     },
-    # block: elements of a chunk (one program), elements a program takes at a time.
-    "sgd_ema": {
-        80: Tiles((4096, 512), 4, 1, "4 elements a thread: 16-byte fp32 accesses without a gap; 8 turns a program"),
+    "photometric.blur.fp32": {
+        80: Tiles((64,), 8, 1, "three-term tf32 holds every operand twice"),
     },
     # block: rows x channels of a channels-last activation; fewer channels give as many more rows.
     "batch_norm.statistics": {
-        80: Tiles((32, 128), 4, 1, "32 values a thread: four 16-byte loads in flight, two accumulators stay in registers"),
+        80: Tiles((32, 128), 4, 1, "four 16-byte loads in flight a thread; both accumulators stay in registers"),
     },
     "batch_norm.apply": {
         80: Tiles((32, 128), 4, 1, "four 16-byte loads a tensor and thread; 256-byte runs of a row"),
