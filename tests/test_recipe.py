@@ -1,0 +1,146 @@
+"""Recipes: published figures, learning-rate tables, validation, and the way to plain data and back."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastmoco.recipe import PRESETS, Augmentation, Recipe, RecipeError
+
+V1, V2, CIFAR = (PRESETS[name][1] for name in ("v1", "v2", "cifar"))
+STEPS_PER_EPOCH = 1_281_167 // 256
+
+
+def test_an_epoch_of_imagenet_is_5004_steps() -> None:
+    assert STEPS_PER_EPOCH == 5004
+
+
+@pytest.mark.parametrize(
+    ("epoch", "rate"), [(0, 0.03), (119, 0.03), (120, 0.003), (159, 0.003), (160, 0.0003), (199, 0.0003)]
+)
+def test_v1_divides_the_rate_at_120_and_160(epoch: int, rate: float) -> None:
+    for step in (0, STEPS_PER_EPOCH - 1):
+        assert V1.learning_rate(epoch * STEPS_PER_EPOCH + step, STEPS_PER_EPOCH) == pytest.approx(rate, rel=1e-12)
+
+
+@pytest.mark.parametrize(("epoch", "rate"), [(0, 0.03), (100, 0.015), (199, 1.85e-6)])
+def test_v2_follows_a_cosine_in_whole_epochs(epoch: int, rate: float) -> None:
+    for step in (0, STEPS_PER_EPOCH - 1):
+        assert V2.learning_rate(epoch * STEPS_PER_EPOCH + step, STEPS_PER_EPOCH) == pytest.approx(rate, rel=1e-3)
+
+
+def test_v2_at_every_epoch() -> None:
+    for epoch in range(200):
+        expected = 0.03 * (1 + math.cos(math.pi * epoch / 200)) / 2
+        assert V2.learning_rate(epoch * STEPS_PER_EPOCH, STEPS_PER_EPOCH) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_cifar_notebook_counts_epochs_from_one() -> None:
+    assert CIFAR.base_lr == 0.06
+    assert CIFAR.learning_rate(0, 97) == pytest.approx(0.059996, abs=1e-6)
+    assert CIFAR.learning_rate(199 * 97, 97) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_cosine_per_step_passes_through_that_per_epoch() -> None:
+    smooth = dataclasses.replace(V2, schedule_per="step")
+    assert smooth.learning_rate(50 * 10, 10) == pytest.approx(V2.learning_rate(50 * 10, 10))
+    rates = [smooth.learning_rate(step, 10) for step in range(2000)]
+    assert all(later < earlier for earlier, later in zip(rates, rates[1:], strict=False))
+
+
+def test_warm_up_rises_by_equal_steps_to_the_base_rate() -> None:
+    warm = dataclasses.replace(V1, warmup_epochs=2.0)
+    rates = [warm.learning_rate(step, 10) for step in range(21)]
+    assert rates[:20] == pytest.approx([0.03 * (step + 1) / 20 for step in range(20)])
+    assert rates[20] == 0.03
+
+
+@pytest.mark.parametrize(("batch", "rate"), [(256, 0.03), (128, 0.015), (64, 0.0075), (4096, 0.48)])
+def test_auto_scales_the_rate_with_the_batch(batch: int, rate: float) -> None:
+    assert dataclasses.replace(V1, batch_size=batch).base_lr == pytest.approx(rate, rel=1e-12)
+    assert dataclasses.replace(V1, batch_size=batch, lr=0.1).base_lr == 0.1
+
+
+def test_published_figures() -> None:
+    assert (V1.arch, V1.head, V1.temperature, V1.dim, V1.queue_size) == ("resnet50", "linear", 0.07, 128, 65536)
+    assert (V1.ema_momentum, V1.sgd_momentum, V1.weight_decay, V1.batch_size) == (0.999, 0.9, 1e-4, 256)
+    assert (V1.bn_group, V1.epochs, V1.crop_size, V1.shuffle_bn) == (32, 200, 224, True)
+    assert (V2.head, V2.temperature, V2.schedule, V2.schedule_per) == ("mlp", 0.2, "cosine", "epoch")
+    assert (CIFAR.arch, CIFAR.stem, CIFAR.batch_size, CIFAR.bn_group) == ("resnet18", "cifar", 512, 64)
+    assert (CIFAR.temperature, CIFAR.ema_momentum, CIFAR.queue_size, CIFAR.weight_decay) == (0.1, 0.99, 4096, 5e-4)
+
+
+def test_published_augmentation() -> None:
+    for recipe in (V1, V2):
+        assert recipe.augmentation.crop_scale == (0.2, 1.0)
+        assert (recipe.augmentation.gray_p, recipe.augmentation.flip_p) == (0.2, 0.5)
+    assert (V1.augmentation.hue, V1.augmentation.jitter_p, V1.augmentation.gray_first) == (0.4, 1.0, True)
+    assert V1.augmentation.blur_p == CIFAR.augmentation.blur_p == 0
+    assert (V2.augmentation.hue, V2.augmentation.jitter_p, V2.augmentation.gray_first) == (0.1, 0.8, False)
+    assert (V2.augmentation.blur_p, V2.augmentation.blur_sigma) == (0.5, (0.1, 2.0))
+    assert CIFAR.augmentation.crop_scale == (0.08, 1.0)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_plain_data_and_back(preset: str) -> None:
+    recipe = PRESETS[preset][1]
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.as_dict()))) == recipe
+
+
+def test_unknown_fields_are_named() -> None:
+    with pytest.raises(RecipeError, match="colour"):
+        Recipe.from_dict(Recipe().as_dict() | {"colour": 1})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("dim", 0), ("queue_size", 0), ("arch", "vgg"), ("width", 0.0), ("ema_momentum", 1.1), ("sgd_momentum", 1.0)]
+    + [("temperature", 0.0), ("lr", -1.0), ("weight_decay", -1e-9), ("seed", -1), ("warmup_epochs", -1.0)],
+)
+def test_bad_values_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(RecipeError, match=rf"{field} is {value!r}: use"):
+        Recipe(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("hue", 0.6), ("gray_p", 1.5), ("brightness", -0.1), ("crop_scale", (0.5, 0.2)), ("blur_sigma", (0.1, 9.0))]
+    + [("std", (0.2, 0.0, 0.2)), ("crop_ratio", (0.0, 1.0))],
+)
+def test_bad_augmentation_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(RecipeError, match=field):
+        Augmentation(**{field: value})
+
+
+def test_a_batch_that_does_not_split_names_those_that_do() -> None:
+    with pytest.raises(RecipeError, match="use --batch-size 96 or 128"):
+        Recipe(batch_size=100)
+    with pytest.raises(RecipeError, match="3 ranks in .* use --batch-size 192 or 288"):
+        Recipe(batch_size=256).check_ranks(3)
+    assert Recipe(batch_size=256).check_ranks(8) == 32
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    batch=st.integers(-5, 600), group=st.integers(-1, 70), queue=st.integers(-1, 5), temperature=st.floats(-1, 1)
+)
+def test_a_recipe_is_either_whole_or_refused_with_a_remedy(
+    batch: int, group: int, queue: int, temperature: float
+) -> None:
+    try:
+        recipe = Recipe(batch_size=batch, bn_group=group, queue_size=queue, temperature=temperature)
+    except RecipeError as error:
+        assert "use " in str(error)
+    else:
+        assert recipe.batch_size % recipe.bn_group == 0 and recipe.queue_size > 0 and recipe.temperature > 0
+
+
+def test_recipes_need_no_torch() -> None:
+    code = "import fastmoco.recipe, sys; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.split() == ["False", "False"]
