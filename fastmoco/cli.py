@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastmoco.options import Pretrain, UsageError
+from fastmoco.options import Pretrain, PretrainFlags, UsageError, check_places
 from fastmoco.recipe import PRESETS, Recipe, RecipeError
 
 PROG = "fastmoco"
@@ -38,7 +38,7 @@ class Command(NamedTuple):
 
 
 def _presets() -> dict[str, Command]:
-    row = ("fastmoco.options:Pretrain", "fastmoco.train.loop:run", True)
+    row = ("fastmoco.options:PretrainFlags", "fastmoco.train.loop:run", True)
     return {f"pretrain {name}": Command(text, *row) for name, (text, _) in PRESETS.items()}
 
 
@@ -62,11 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # tyro's way out of --help and of a wrong flag
         return stop.code if isinstance(stop.code, int) else 2
     except (ValueError, OSError) as error:
-        code = _exit_code(error)
-        if code is None:
-            raise
-        _complain(error)
-        return code
+        return complain(error)
     except KeyboardInterrupt:
         return 130
 
@@ -79,13 +75,15 @@ def parse(argv: Sequence[str]) -> tuple[Command, Any]:
     name, rest = _split(argv)
     command = COMMANDS[name]
     kind = _load(command.options)
-    if kind is not Pretrain:
+    if kind is not PretrainFlags:
         return command, _flags(kind, name, rest)
     preset = name.split()[1]
-    chosen = _flags(kind, name, rest, Pretrain(recipe=PRESETS[preset][1]))
+    chosen = _flags(kind, name, rest, PretrainFlags(recipe=PRESETS[preset][1]))
     if chosen.options.resume:
-        chosen = _resumed(name, rest, chosen)
-    return command, chosen
+        chosen = _resumed(preset, rest, chosen)
+    # The first rank may have made RUN while the others are still here.
+    check_places(preset, chosen.options, is_main=os.environ.get("RANK", "0") == "0")
+    return command, Pretrain(preset, chosen.recipe, chosen.options)
 
 
 def _flags(kind: type, name: str, argv: Sequence[str], default: Any = None) -> Any:
@@ -113,14 +111,14 @@ def _cause(error: BaseException) -> Exception | None:
     return error
 
 
-def _resumed(name: str, argv: Sequence[str], chosen: Pretrain) -> Pretrain:
+def _resumed(preset: str, argv: Sequence[str], chosen: PretrainFlags) -> PretrainFlags:
     run = chosen.options.out
     saved = _saved(run)
-    if f"pretrain {saved['preset']}" != name:
-        raise UsageError(f"{run} was started with pretrain {saved['preset']}, not {name}: give that preset")
+    if saved["preset"] in PRESETS and saved["preset"] != preset:
+        raise UsageError(f"{run} was started with preset {saved['preset']}, not {preset}: give that one")
     before = Recipe.from_dict(saved["recipe"])
     # The run's own recipe takes the preset's place, so that the flags it was started with need not be repeated.
-    chosen = _flags(Pretrain, name, argv, Pretrain(recipe=before))
+    chosen = _flags(PretrainFlags, f"pretrain {preset}", argv, PretrainFlags(recipe=before))
     for field in dataclasses.fields(Recipe):
         old, new = getattr(before, field.name), getattr(chosen.recipe, field.name)
         if old != new and field.name not in HARMLESS_ON_RESUME:
@@ -129,7 +127,7 @@ def _resumed(name: str, argv: Sequence[str], chosen: Pretrain) -> Pretrain:
             )
     places = {key: Path(value) for key, value in saved["options"].items() if key in ("data", "val") and value}
     places |= {key: getattr(chosen.options, key) for key in ("data", "val") if getattr(chosen.options, key)}
-    return Pretrain(dataclasses.replace(chosen.options, **places), chosen.recipe)
+    return PretrainFlags(dataclasses.replace(chosen.options, **places), chosen.recipe)
 
 
 def _saved(run: Path) -> dict[str, Any]:
@@ -202,13 +200,19 @@ def _exit_code(error: Exception) -> int | None:
     return getattr(error, "exit_code", 2 if raised_by.split(".")[0] == PROG else None)
 
 
-def _complain(error: Exception) -> None:
-    rank = os.environ.get("RANK", "0")
+def complain(error: Exception) -> int:
+    """Print one line about a user's mistake and return its exit code; what is no user's mistake is raised again."""
+    code = _exit_code(error)
+    if code is None:
+        raise error
     if isinstance(error, OSError):
         error = UsageError(f"{error.filename}: {error.strerror}: check the path, its permissions and the disk")
+    rank = os.environ.get("RANK", "0")
+    # Every rank finds the same mistake in the same flags; what happens to one rank alone, that rank reports.
     if rank == "0" or not isinstance(error, (RecipeError, UsageError)):
         where = f" (rank {rank})" if rank != "0" else ""
         print(f"{PROG}: error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return code
 
 
 def scan_data(options: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from fastmoco.recipe import Recipe
 
@@ -70,13 +70,24 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Pretrain:
+class PretrainFlags:
     """A pretraining run: what decides its numbers, and where and how it runs."""
 
     options: Options = field(default_factory=Options)
     """Where and how."""
     recipe: Recipe = field(default_factory=Recipe)
     """What decides the result."""
+
+
+class Pretrain(NamedTuple):
+    """What `pretrain PRESET` was asked to do."""
+
+    preset: str
+    """Name of the preset."""
+    recipe: Recipe
+    """The preset with the flags that change it."""
+    options: Options
+    """Where and how."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +138,17 @@ class Env:
 
     json: bool = False
     """Print JSON."""
+
+
+def check_places(preset: str, options: Options, is_main: bool = True) -> None:
+    """UsageError where a run lacks a place that its preset does not bring, or would overwrite another run."""
+    for name in ("data", "out"):
+        if getattr(options, name) is None and preset != "demo":
+            raise UsageError(f"pretrain {preset} needs --{name} PATH: only pretrain demo brings its own")
+    if options.resume and not options.out.is_dir():
+        raise UsageError(f"{options.out} does not exist: check --out, or leave --resume out")
+    if is_main and not options.resume and options.out is not None and options.out.exists():
+        raise UsageError(f"{options.out} exists: continue it with --resume, or give --out another name")
 
 
 def _require(ok: bool, name: str, value: object, remedy: str) -> None:

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,8 @@ from fastmoco.environment import versions
 
 FORMAT = 1
 MODEL, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
-LATEST, PREFIX, TEMPORARY, DAMAGED = "latest", "step_", ".writing", ".damaged"
+LATEST, PREFIX = "latest", "step_"
+TEMPORARY, DAMAGED, OLD = ".writing", ".damaged", ".old"
 READ_BYTES = 1 << 22
 
 
@@ -54,18 +55,20 @@ class Checkpoint(NamedTuple):
 def save(run: Path, step: int, state: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int = 2) -> Path:
     """Write the checkpoint of `step`, then remove all but the newest `keep` (at least 2).
 
-    OSError where the disk refuses; every earlier checkpoint is then still whole. An existing checkpoint of the same
-    step is replaced.
+    OSError where the disk refuses; every earlier checkpoint is then still whole. Where a good checkpoint of this step
+    exists it stays: a run has one state at a step.
     """
     root = run / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"{PREFIX}{step:08d}"
+    if final.exists():
+        if damage(final) is None:
+            return final
+        _set_aside(final, DAMAGED)
     draft = root / f"{final.name}{TEMPORARY}"
     shutil.rmtree(draft, ignore_errors=True)
     try:
         _write(draft, step, state, meta)
-        if final.exists():
-            _set_aside(final, "replaced")
         os.replace(draft, final)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
@@ -129,9 +132,9 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def load(path: Path) -> Checkpoint:
-    """Read a checkpoint onto the CPU, verifying it first; CheckpointError where it is damaged."""
-    reason = damage(path)
+def load(path: Path, verified: bool = False) -> Checkpoint:
+    """Read a checkpoint onto the CPU, verifying it unless `latest` just did; CheckpointError where it is damaged."""
+    reason = None if verified else damage(path)
     if reason is not None:
         raise CheckpointError(f"{path}: {reason}: use another checkpoint")
     rest = torch.load(path / STATE, map_location="cpu", weights_only=True)
@@ -200,16 +203,11 @@ def _point(root: Path, name: str) -> None:
 def _prune(root: Path, keep: int) -> None:
     for path in steps(root.parent)[:-keep]:
         # Renamed first, so that a kill halfway through leaves no half checkpoint behind under a good name.
-        shutil.rmtree(_set_aside(path, "old"), ignore_errors=True)
-    _remove(root.glob(f"{PREFIX}*.old"))
+        shutil.rmtree(_set_aside(path, OLD), ignore_errors=True)
 
 
 def _sweep(root: Path) -> None:
-    _remove([*root.glob(f"*{TEMPORARY}"), *root.glob(f"{PREFIX}*.old"), *root.glob(f"{PREFIX}*.replaced")])
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    for path in paths:
+    for path in [*root.glob(f"*{TEMPORARY}"), *root.glob(f"{PREFIX}*{OLD}*")]:
         if path.is_symlink():
             path.unlink(missing_ok=True)
         else:
@@ -217,7 +215,7 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 def _set_aside(path: Path, suffix: str) -> Path:
-    name = f"{path.name}.{suffix.removeprefix('.')}"
+    name = f"{path.name}{suffix}"
     taken = sum(other.name.startswith(name) for other in path.parent.iterdir())
     aside = path.with_name(f"{name}{taken}" if taken else name)
     os.replace(path, aside)

@@ -1,0 +1,70 @@
+"""Weighted kNN: each of the k nearest images of the bank votes for its class with weight exp(similarity / T).
+
+The protocol of Wu et al., 2018 (InstDisc, arXiv:1805.01978), which the authors of MoCo use as their monitor. Exact,
+not approximate: similarities are computed for a chunk of queries at a time against the whole bank.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 25  # similarities held at a time: 128 MiB in fp32
+
+
+def knn_accuracy(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    k: int = 200,
+    temperature: float = 0.1,
+    classes: int | None = None,
+) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy, in percent, of voting by the `k` nearest rows of `bank` (all of it, if it is smaller).
+
+    `bank` [n, F] and `queries` [m, F] hold unit vectors, the labels are int64 [n] and [m] from 0 to `classes` - 1.
+    """
+    if len(bank) == 0 or len(queries) == 0:
+        raise ValueError(f"kNN needs images on both sides, not {len(bank)} that vote and {len(queries)} to classify")
+    classes = classes or int(torch.cat([bank_labels, query_labels]).max()) + 1
+    rows = max(1, CHUNK_ELEMENTS // len(bank))
+    hits = torch.zeros(2, dtype=torch.int64, device=queries.device)
+    for chunk, labels in zip(queries.split(rows), query_labels.split(rows), strict=True):
+        votes, best = knn_votes(bank, bank_labels, chunk, k, temperature, classes).topk(min(5, classes), dim=1)
+        right = (best == labels[:, None]) & (votes > 0)  # a class that no neighbour is of is no prediction
+        hits += torch.stack([right[:, 0].sum(), right.sum()])
+    top1, top5 = (100 * hits.double() / len(queries)).tolist()
+    return top1, top5
+
+
+def knn_votes(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int, temperature: float, classes: int) -> Tensor:
+    """Votes [m, classes] of the `k` nearest rows of `bank` for each query, float64, the largest weight being 1."""
+    similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=1)
+    # The common factor exp(-best / T) changes no ranking and keeps a small T from overflowing.
+    weight = ((similarity - similarity[:, :1]).double() / temperature).exp()
+    votes = weight.new_zeros(len(queries), classes)
+    return votes.scatter_add_(1, bank_labels[nearest], weight)
+
+
+def evaluate(encoder: Any, train: Any, val: Any, recipe: Any, parallel: Any, **settings: Any) -> dict[str, float]:
+    """kNN of `encoder` with the images of manifest `train` voting on those of `val`.
+
+    `settings` go to `extract` (threads). Returns top1 and top5 in percent, k, temperature, classes and both counts.
+    """
+    from fastmoco.evaluate.features import extract
+
+    classes = len(train.classes)
+    if train.classes != val.classes:
+        raise ValueError(
+            f"{train.root} and {val.root} have different classes ({classes} and {len(val.classes)}): kNN needs the same"
+        )
+    bank, bank_labels = extract(encoder, train, recipe, parallel, **settings)
+    queries, labels = extract(encoder, val, recipe, parallel, **settings)
+    top1, top5 = knn_accuracy(bank, bank_labels, queries, labels, recipe.knn_k, recipe.knn_temperature, classes)
+    facts = {"k": min(recipe.knn_k, len(bank)), "temperature": recipe.knn_temperature, "classes": classes}
+    return {"top1": top1, "top5": top5, **facts, "bank": len(bank), "queries": len(queries)}

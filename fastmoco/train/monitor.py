@@ -1,0 +1,319 @@
+"""What a run says while it lasts: a progress bar or plain lines, log.jsonl, TensorBoard, and a picture at the end.
+
+Reading a metric on the host waits for the device. So metrics are summed on the device, copied to the host without
+waiting at the end of an interval, and read one interval later, when they have long arrived.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastmoco.recipe import Recipe
+
+LOG, KNN = "log.jsonl", "knn.jsonl"
+GIB = 2**30
+
+
+def chance_level(recipe: Recipe) -> float:
+    """Loss of a guess among the positive and K negatives: ln(K + 1)."""
+    return math.log(recipe.queue_size + 1)
+
+
+def fill_steps(recipe: Recipe) -> int:
+    """Steps until the queue holds nothing but keys."""
+    return math.ceil(recipe.queue_size / (recipe.batch_size * recipe.views))
+
+
+def expectation(recipe: Recipe, steps_per_epoch: int) -> str:
+    """What a healthy loss looks like, for the first line of a run."""
+    fill = fill_steps(recipe)
+    return (
+        f"chance level of the loss is ln(K+1) = {chance_level(recipe):.3f}. A healthy loss starts low (the first "
+        f"negatives are random vectors), rises while the queue fills with real keys ({fill} steps, "
+        f"{fill / steps_per_epoch:.2g} epochs) and somewhat beyond, then falls"
+    )
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Metrics of the steps since the last one, on their way to the host."""
+
+    step: int
+    sums: Tensor
+    arrived: torch.cuda.Event | None
+    facts: Mapping[str, float]
+
+    def wait(self) -> None:
+        """Return when the sums can be read."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+
+
+class Meter:
+    """Sums metrics on the device; an interval is read `lag` intervals after it ended (one on a GPU)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.lag = 1 if device.type == "cuda" else 0
+        self._sums: Tensor | None = None
+        self._steps = 0
+        self._pending: deque[Interval] = deque()
+
+    def add(self, values: Iterable[Tensor]) -> None:
+        """Add one step's 0-d tensors: loss, top1, top5, nonfinite."""
+        row = torch.stack([value.detach().float() for value in values])
+        self._sums = row if self._sums is None else self._sums + row
+        self._steps += 1
+
+    @property
+    def steps(self) -> int:
+        """Steps in the current interval."""
+        return self._steps
+
+    def nonfinite(self) -> bool:
+        """Whether a step of the current interval or of one not yet read was not finite. Waits for the device."""
+        for interval in self._pending:
+            interval.wait()
+        sums = [interval.sums for interval in self._pending] + ([] if self._sums is None else [self._sums.cpu()])
+        return any(bool(row[3] > 0) for row in sums)
+
+    def cut(self, step: int, parallel: Any, facts: Mapping[str, float]) -> None:
+        """End the interval at `step`: average over steps and ranks, and start the copy to the host."""
+        assert self._sums is not None
+        mean = parallel.mean(self._sums / self._steps)
+        arrived = None
+        if self.device.type == "cuda":
+            pinned = torch.empty(mean.shape, dtype=mean.dtype, pin_memory=True)
+            mean = pinned.copy_(mean, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._pending.append(Interval(step, mean, arrived, dict(facts)))
+        self._sums, self._steps = None, 0
+
+    def read(self, everything: bool = False) -> list[dict[str, float]]:
+        """Intervals that are due, as log lines: step, loss, top1, top5, nonfinite and their facts."""
+        lines = []
+        while len(self._pending) > (0 if everything else self.lag):
+            interval = self._pending.popleft()
+            interval.wait()
+            loss, top1, top5, nonfinite = interval.sums.tolist()
+            values = {"loss": loss, "top1": top1, "top5": top5, "nonfinite": nonfinite}
+            lines.append({"step": interval.step, **values, **interval.facts})
+        return lines
+
+
+class Stopwatch:
+    """Time of an interval, and how much of it was spent waiting for data."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._waited = 0.0
+
+    def waited(self, seconds: float) -> None:
+        """Note a wait for data."""
+        self._waited += seconds
+
+    def lap(self, pairs: int) -> dict[str, float]:
+        """Pairs per second and the share of data wait since the last lap."""
+        now = time.perf_counter()
+        elapsed = max(now - self._start, 1e-9)
+        facts = {"pairs_per_s": pairs / elapsed, "data_wait": min(self._waited / elapsed, 1.0)}
+        self._start, self._waited = now, 0.0
+        return facts
+
+    def skip(self) -> None:
+        """Start the interval anew: what happened since the last lap was no training."""
+        self._start, self._waited = time.perf_counter(), 0.0
+
+
+def memory(device: torch.device) -> float:
+    """Peak memory in GiB: of the GPU's allocations, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+class Monitor:
+    """Writes the lines of the main rank: to the terminal, log.jsonl, knn.jsonl and TensorBoard."""
+
+    def __init__(
+        self, run: Path, total: int, start: int = 0, *, tensorboard: bool = False, stream: TextIO | None = None
+    ) -> None:
+        """`total` and `start` are steps of the whole run; lines of a log beyond `start` are dropped."""
+        self.run, self.total = run, total
+        self.stream = stream or sys.stderr
+        for name in (LOG, KNN):
+            truncate(run / name, start)
+        lines = read_lines(run / LOG)
+        self._elapsed_before = lines[-1]["seconds"] if lines else 0.0
+        self._begin = time.perf_counter()
+        self._log, self._knn = ((run / name).open("a", encoding="utf-8") for name in (LOG, KNN))
+        self._bar = tqdm(total=total, initial=start, file=self.stream, unit="step", dynamic_ncols=True,
+                         disable=not self.stream.isatty())  # fmt: skip
+        self._board = _tensorboard(run, start) if tensorboard else None
+
+    @property
+    def seconds(self) -> float:
+        """Time since the run began, resumed parts added up."""
+        return self._elapsed_before + time.perf_counter() - self._begin
+
+    def say(self, text: str) -> None:
+        """One line for people, above the bar where there is one."""
+        tqdm.write(text, file=self.stream) if not self._bar.disable else print(text, file=self.stream, flush=True)
+
+    def advance(self) -> None:
+        """A step is done."""
+        self._bar.update()
+
+    def interval(self, line: Mapping[str, float]) -> None:
+        """A logging interval is known: write it everywhere."""
+        line = {**line, "seconds": self.seconds}
+        _append(self._log, line)
+        self._to_board(line)
+        text = (
+            f"loss {line['loss']:.3f}  top1 {line['top1']:.1f}%  top5 {line['top5']:.1f}%  lr {line['lr']:.2e}  "
+            f"{line['pairs_per_s']:.1f} pairs/s  data wait {line['data_wait']:.0%}  "
+            f"queue {line['queue_filled']:.0%}  {line['memory']:.1f} GiB"
+        )
+        if self._bar.disable:
+            self.say(f"step {line['step']}/{self.total}  epoch {line['epoch']:.2f}  {text}")
+        else:
+            self._bar.set_postfix_str(text)
+
+    def knn(self, line: Mapping[str, float]) -> None:
+        """A kNN evaluation is done."""
+        _append(self._knn, line)
+        self._to_board({"step": line["step"], "knn_top1": line["top1"], "knn_top5": line["top5"]})
+        self.say(f"kNN after step {line['step']}: top-1 {line['top1']:.2f}%, top-5 {line['top5']:.2f}%")
+
+    def close(self) -> None:
+        """Close files and bar."""
+        self._bar.close()
+        self._log.close()
+        self._knn.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _to_board(self, line: Mapping[str, float]) -> None:
+        if self._board is not None:
+            for name in line.keys() - {"step"}:
+                self._board.add_scalar(name, line[name], int(line["step"]))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of a JSONL file; a last line that was cut off by a kill is left out, and so is a missing file."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def truncate(path: Path, step: int) -> None:
+    """Drop the lines after `step` and a last line that was cut off, so that a resumed log has no line twice."""
+    if path.exists():
+        kept = [line for line in read_lines(path) if line["step"] <= step]
+        draft = path.with_name(path.name + ".writing")
+        draft.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        draft.replace(path)
+
+
+def _append(file: TextIO, line: Mapping[str, Any]) -> None:
+    file.write(json.dumps(line) + "\n")
+    file.flush()
+
+
+def _tensorboard(run: Path, start: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # seconds to import, so only where asked for
+    except ImportError as error:
+        raise ValueError("--tensorboard needs a package: pip install 'fastmoco[tensorboard]'") from error
+    return SummaryWriter(str(run / "tensorboard"), purge_step=start)
+
+
+def draw_curves(run: Path, recipe: Recipe) -> Path:
+    """RUN/curves.png from the logs: loss with its chance level, contrast accuracy, kNN."""
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    log, knn = read_lines(run / LOG), read_lines(run / KNN)
+    figure = Figure(figsize=(12, 3.6), dpi=130, layout="constrained")
+    loss, accuracy, neighbours = figure.subplots(1, 3)
+    _draw_loss(loss, log, recipe)
+    _draw_accuracy(accuracy, log, recipe)
+    _draw_knn(neighbours, knn)
+    for axes in (loss, accuracy, neighbours):
+        _dress(axes)
+    figure.savefig(run / "curves.png")
+    return run / "curves.png"
+
+
+BLUE, ORANGE, GREEN, GREY = "#2f6db5", "#dd8452", "#3a8a5f", "#8a8f98"
+
+
+def _draw_loss(axes: Any, log: list[dict], recipe: Recipe) -> None:
+    axes.set_title("InfoNCE loss", loc="left", fontsize=10)
+    axes.plot([line["step"] for line in log], [line["loss"] for line in log], color=BLUE, linewidth=1.6)
+    level = chance_level(recipe)
+    axes.axhline(level, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(f"chance, ln(K+1) = {level:.2f}", (0.99, level), xycoords=("axes fraction", "data"), ha="right",
+                  va="bottom", xytext=(0, 2), textcoords="offset points", color=GREY, fontsize=8)  # fmt: skip
+    filled = fill_steps(recipe)
+    if log and filled <= log[-1]["step"]:
+        axes.axvline(filled, color=GREY, linewidth=0.8, alpha=0.6)
+        axes.annotate("queue full", (filled, 0.03), xycoords=("data", "axes fraction"), xytext=(3, 0),
+                      textcoords="offset points", color=GREY, fontsize=8)  # fmt: skip
+    top = max([level, *(line["loss"] for line in log)])
+    axes.set_ylim(0, top * 1.12)
+
+
+def _draw_accuracy(axes: Any, log: list[dict], recipe: Recipe) -> None:
+    axes.set_title(f"Contrast accuracy, 1 of {recipe.queue_size + 1} (%)", loc="left", fontsize=10)
+    steps = [line["step"] for line in log]
+    for name, color, label in (("top5", ORANGE, "top-5"), ("top1", BLUE, "top-1")):
+        axes.plot(steps, [line[name] for line in log], color=color, linewidth=1.6, label=label)
+    axes.set_ylim(0, 102)
+    if log:
+        axes.legend(frameon=False, fontsize=8, loc="best")
+
+
+def _draw_knn(axes: Any, knn: list[dict]) -> None:
+    axes.set_title("kNN top-1 on validation images (%)", loc="left", fontsize=10)
+    axes.set_ylim(0, 102)
+    if not knn:
+        axes.annotate("no labels", (0.5, 0.5), xycoords="axes fraction", ha="center", color=GREY)
+        return
+    steps, top1 = [line["step"] for line in knn], [line["top1"] for line in knn]
+    axes.plot(steps, top1, color=GREEN, linewidth=1.6, marker="o", markersize=5)
+    for at in {0, len(knn) - 1}:
+        axes.annotate(f"{top1[at]:.1f}", (steps[at], top1[at]), xytext=(0, 7), textcoords="offset points", ha="center",
+                      color=GREEN, fontsize=9)  # fmt: skip
+    chance = 100 / knn[-1]["classes"]
+    axes.axhline(chance, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(f"chance {chance:.3g}", (0.99, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                  xytext=(0, 2), textcoords="offset points", color=GREY, fontsize=8)  # fmt: skip
+    axes.margins(x=0.08)
+
+
+def _dress(axes: Any) -> None:
+    axes.set_xlabel("step", fontsize=9)
+    axes.tick_params(labelsize=8, color=GREY)
+    axes.grid(axis="y", color="#e8eaee", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#c4c8cf")

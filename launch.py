@@ -1,0 +1,75 @@
+"""Start a fastmoco command with one process per GPU.
+
+    python launch.py pretrain demo                       every GPU of this machine, or its CPU
+    python launch.py --nproc 4 pretrain v2 --data ...    four processes
+    python launch.py --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29400 pretrain v2 ...
+
+Flags before the command are --nproc and torchrun's own (--nnodes, --rdzv-*, --max-restarts ...). On one GPU or a CPU
+the command runs in this process; and so it does under torchrun, where RANK is set.
+"""
+
+import os
+import sys
+
+from fastmoco.cli import complain, main, parse
+from fastmoco.options import UsageError
+
+# torchrun's default leaves SIGUSR1 out, and the signal would then kill the launcher and leave its workers running.
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+FLAG_WITHOUT_VALUE = {"--standalone", "--no-python", "--no_python", "--run-path", "--run_path"}
+
+
+def split(argv: list[str]) -> tuple[str, list[str], list[str]]:
+    """`--nproc`, torchrun's flags and the command of a command line."""
+    nproc, flags, rest = "auto", [], list(argv)
+    while rest and rest[0].startswith("-") and rest[0] not in ("-h", "--help", "-V", "--version"):
+        name, joined, value = rest.pop(0).partition("=")
+        if not joined and name not in FLAG_WITHOUT_VALUE:
+            if not rest:
+                raise UsageError(f"{name} needs a value: python launch.py {name} VALUE COMMAND")
+            value = rest.pop(0)
+        if name in ("--nproc", "--nproc-per-node", "--nproc_per_node"):
+            nproc = value
+        else:
+            flags.append(f"{name}={value}" if value else name)
+    if nproc != "auto" and not (nproc.isdecimal() and int(nproc) >= 1):
+        raise UsageError(f"--nproc is {nproc}: use auto, or a whole number of at least 1")
+    return nproc, flags, rest
+
+
+def launch(nproc: int, flags: list[str], command: list[str]) -> int:
+    """Run `command` in `nproc` processes of this machine; the exit code of the first that failed, or 0."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser, run
+
+    alone = [] if any(flag.startswith(("--nnodes", "--rdzv", "--master")) for flag in flags) else ["--standalone"]
+    own = [f"--nproc-per-node={nproc}", f"--signals-to-handle={SIGNALS}", *alone, *flags, "-m", "fastmoco", *command]
+    try:
+        run(get_args_parser().parse_args(own))
+    except SignalException:
+        return 143
+    except ChildFailedError as error:
+        return next((failure.exitcode for failure in error.failures.values() if failure.exitcode > 0), 1)
+    return 0
+
+
+def start(argv: list[str]) -> int:
+    """Check the command here, where a mistake is reported once, then run it."""
+    try:
+        nproc, flags, command = split(argv)
+        row = parse(command)[0] if "RANK" not in os.environ else None
+    except SystemExit as stop:
+        return stop.code
+    except ValueError as error:
+        return complain(error)
+    if row is None or not row.distributed:
+        return main(command)
+    import torch
+
+    count = max(1, torch.cuda.device_count()) if nproc == "auto" else int(nproc)
+    return main(command) if count == 1 and not flags else launch(count, flags, command)
+
+
+if __name__ == "__main__":
+    sys.exit(start(sys.argv[1:]))
