@@ -105,6 +105,10 @@ TABLE: dict[str, dict[int, Tiles]] = {
     "batch_norm.gradient": {
         80: Tiles((16, 128), 4, 1, "three tensors in, two out: 16 values a thread keep the registers under 128"),
     },
+    # block: elements of a chunk (one program), elements a program takes at a time.
+    "sgd_ema": {
+        80: Tiles((4096, 512), 4, 1, "4 elements a thread: 16-byte fp32 accesses without a gap; 8 turns a program"),
+    },
 }
 
 
