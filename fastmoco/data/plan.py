@@ -24,6 +24,7 @@ NO_JITTER = -1
 ORDER_STREAM, BOX_STREAM, PHOTOMETRIC_STREAM, SHUFFLE_STREAM = range(4)
 
 BOX_TRIES = 10  # torchvision's RandomResizedCrop gives up after as many
+CENTRE_SHARE, CENTRE_FROM = 0.875, 64
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 # The 24 orders of brightness 0, contrast 1, saturation 2 and hue 3, each as four 2-bit codes, first one lowest.
 ORDER_CODES = np.array(
@@ -152,6 +153,17 @@ class Plan:
         if not self.recipe.shuffle_bn:
             return slots
         return np.argsort(hash_words(self.recipe.seed, SHUFFLE_STREAM, step, view, slots), kind="stable")
+
+
+def centre_boxes(sizes: np.ndarray, crop_size: int) -> np.ndarray:
+    """The centred square that evaluation looks at, for sizes int32 [n, 2]: boxes int32 [n, 4].
+
+    Its side is 7/8 of the shorter side, which is torchvision's Resize(256), CenterCrop(224); below 64 pixels, where
+    images are seldom larger than the crop, all of the shorter side.
+    """
+    shorter = sizes.min(1)
+    side = np.maximum(np.rint(shorter * CENTRE_SHARE), 1).astype(np.int32) if crop_size >= CENTRE_FROM else shorter
+    return np.stack([(sizes[:, 0] - side) // 2, (sizes[:, 1] - side) // 2, side, side], 1).astype(np.int32)
 
 
 class Route(NamedTuple):

@@ -1,0 +1,350 @@
+"""Batches on the device, prepared by a background thread: the plan says what, the pipeline does it.
+
+With several ranks an image is decoded once, by the rank that holds it as a query. Its key crop travels as uint8 to the
+rank that encodes it, and that rank derives the photometric parameters itself, since the plan is pure.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmoco.data.manifest import Manifest
+from fastmoco.data.pipeline import DecodeError, Pipeline, Request
+from fastmoco.data.plan import Plan, Route, centre_boxes, route
+from fastmoco.recipe import Recipe
+
+if TYPE_CHECKING:
+    from fastmoco.parallel import Parallel
+
+READERS = 16  # threads that read files; they wait for the disk, not for a core
+READ_AHEAD = 1  # batches whose files are being read while another is decoded
+EVALUATION_BATCH = 256
+
+
+@dataclass
+class Batch:
+    """One rank's part of a training step: N samples, M = N rows of crops, or 2N when symmetric, view by view."""
+
+    step: int
+    epoch: int
+    sample: np.ndarray
+    """int64 [N]: samples of this rank's query slots."""
+    query_crops: Tensor
+    """uint8 [M, S, S, 3]."""
+    query_parameters: Tensor
+    """float32 [M, 8]: photometric parameters of the query crops."""
+    key_crops: Tensor
+    """uint8 [M, S, S, 3]: crops that this rank's key encoder sees, in order of arrival."""
+    key_parameters: Tensor
+    """float32 [M, 8]: photometric parameters of the key crops."""
+    key_rows: Tensor
+    """int64 [M]: row of the key batch that each key crop is written to."""
+    unshuffle: Tensor
+    """int64 [views * B]: row of the keys gathered from all ranks, for each key view and slot of the global batch."""
+
+
+class Loader:
+    """Iterator of Batch for the steps from `start_step` to `stop_step`, at most `prefetch` batches ahead.
+
+    What it yields depends on the plan alone, not on threads, prefetch or where it starts. Errors of the background
+    thread, DecodeError above all, are raised in the step they belong to. All ranks must draw the same steps.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        plan: Plan,
+        recipe: Recipe,
+        parallel: Parallel,
+        *,
+        start_step: int = 0,
+        stop_step: int,
+        threads: int | None = None,
+        prefetch: int = 2,
+    ) -> None:
+        if len(manifest) != len(plan.sizes):
+            raise ValueError(f"the plan is for {len(plan.sizes)} images, the manifest has {len(manifest)}")
+        if (plan.world, plan.rank) != (parallel.world, parallel.rank):
+            raise ValueError(f"the plan is for rank {plan.rank} of {plan.world}, not {parallel.rank} of {parallel.world}")
+        self._parallel = parallel
+        self._exchange_stream = _side_stream(parallel.device) if parallel.world > 1 else None
+        steps = range(start_step, stop_step)
+        make = partial(_training, manifest, plan, recipe.crop_size, steps, parallel.device, threads)
+        self._background = Background(make, prefetch)
+
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds that `next` has blocked so far because no batch was ready."""
+        return self._background.wait_seconds
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch, routed, event = next(self._background)
+        if self._parallel.world > 1:
+            # Here and not in the background thread: ranks that stop at the same step have exchanged as often.
+            with _on(self._exchange_stream, event):
+                counts = routed.send_counts, routed.receive_counts
+                batch.key_crops = self._parallel.exchange(batch.key_crops, *counts)
+                event = _event(self._parallel.device)
+        tensors = [value for value in vars(batch).values() if isinstance(value, Tensor)]
+        return _hand_over(batch, tensors, event)
+
+    def close(self) -> None:
+        """Stop the thread and free DALI; harmless at any moment and when done twice."""
+        self._background.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class EvaluationLoader:
+    """Iterator of (crops uint8 [n, S, S, 3], index int64 [n]) over a manifest in order, each image's centre box.
+
+    `indices` chooses images and their order; the last batch may be smaller.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        crop_size: int,
+        device: torch.device,
+        *,
+        indices: np.ndarray | None = None,
+        batch_size: int = EVALUATION_BATCH,
+        threads: int | None = None,
+        prefetch: int = 2,
+    ) -> None:
+        chosen = np.arange(len(manifest)) if indices is None else np.asarray(indices, np.int64)
+        batches = [chosen[at : at + batch_size] for at in range(0, len(chosen), batch_size)]
+        self._length = len(batches)
+        self._background = Background(partial(_evaluation, manifest, crop_size, batches, device, threads), prefetch)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[tuple[Tensor, np.ndarray]]:
+        return self
+
+    def __next__(self) -> tuple[Tensor, np.ndarray]:
+        crops, index, event = next(self._background)
+        return _hand_over((crops, index), [crops], event)
+
+    def close(self) -> None:
+        """Stop the thread and free DALI; harmless at any moment and when done twice."""
+        self._background.close()
+
+    def __enter__(self) -> EvaluationLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _End(NamedTuple):
+    error: BaseException | None
+
+
+class Background:
+    """Iterator over what `make()` generates, produced by a thread at most `depth` items ahead.
+
+    An error in the thread is raised by `next` after the items before it. The generator is made, run and closed in the
+    thread, whether it is exhausted, `close` is called, the object is collected or the interpreter exits.
+    """
+
+    def __init__(self, make: Callable[[], Generator], depth: int) -> None:
+        if depth < 1:
+            raise ValueError(f"prefetch is {depth}: use at least 1")
+        self.wait_seconds = 0.0
+        self._items: SimpleQueue = SimpleQueue()
+        self._slots, self._closed = threading.Semaphore(depth - 1), threading.Event()
+        # The thread must not refer to this object, or it could never be collected while the thread waits.
+        arguments = (make, self._items, self._slots, self._closed)
+        self._thread = threading.Thread(target=_fill, args=arguments, name="fastmoco-loader", daemon=True)
+        self._finish = weakref.finalize(self, _finish, self._thread, self._slots, self._closed)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._closed.is_set():
+            raise StopIteration
+        start = time.perf_counter()
+        item = self._items.get()
+        self.wait_seconds += time.perf_counter() - start
+        if not isinstance(item, _End):
+            self._slots.release()
+            return item
+        self.close()
+        raise item.error or StopIteration
+
+    def close(self) -> None:
+        """Stop the thread and wait for its end."""
+        self._finish()
+
+
+def _fill(make: Callable, items: SimpleQueue, slots: threading.Semaphore, closed: threading.Event) -> None:
+    try:
+        with closing(make()) as generator:
+            for item in generator:
+                items.put(item)
+                slots.acquire()
+                if closed.is_set():
+                    break
+        items.put(_End(None))
+    except BaseException as error:
+        items.put(_End(error))
+
+
+def _finish(thread: threading.Thread, slots: threading.Semaphore, closed: threading.Event) -> None:
+    closed.set()
+    slots.release()
+    if thread is not threading.current_thread():
+        thread.join()
+
+
+def _training(
+    manifest: Manifest, plan: Plan, crop_size: int, steps: range, device: torch.device, threads: int | None
+) -> Generator:
+    mine = slice(plan.rank * plan.per_rank, (plan.rank + 1) * plan.per_rank)
+
+    def boxes(step: int, samples: np.ndarray) -> np.ndarray:
+        return np.stack([plan.boxes(plan.epoch(step), samples, view) for view in (0, 1)])
+
+    wanted = ((step, plan.samples(step)[mine]) for step in steps)
+    with _on(_side_stream(device)), ThreadPoolExecutor(READERS) as readers:
+        requests = _requests(manifest, readers, wanted, boxes)
+        options = {"batch_size": plan.per_rank, "crop_size": crop_size, "device": device, "threads": threads}
+        with closing(Pipeline(requests, views=2, **options)) as pipeline:
+            for step, crops in zip(steps, pipeline, strict=True):
+                yield *_assemble(plan, step, crops), _event(device)
+
+
+def _evaluation(
+    manifest: Manifest, crop_size: int, batches: list[np.ndarray], device: torch.device, threads: int | None
+) -> Generator:
+    if not batches:
+        return
+
+    def boxes(_: int, samples: np.ndarray) -> np.ndarray:
+        return centre_boxes(manifest.sizes[samples], crop_size)[None]
+
+    with _on(_side_stream(device)), ThreadPoolExecutor(READERS) as readers:
+        requests = _requests(manifest, readers, enumerate(batches), boxes)
+        options = {"batch_size": len(batches[0]), "crop_size": crop_size, "device": device, "threads": threads}
+        with closing(Pipeline(requests, views=1, **options)) as pipeline:
+            for index, crops in zip(batches, pipeline, strict=True):
+                yield crops[0], index, _event(device)
+
+
+def _assemble(plan: Plan, step: int, crops: Tensor) -> tuple[Batch, Route]:
+    epoch, samples = plan.epoch(step), plan.samples(step)
+    own = samples[plan.rank * plan.per_rank :][: plan.per_rank]
+    routed = route([plan.shuffle(step, view) for view in plan.key_views], plan.world, plan.rank)
+    arriving = np.empty((len(routed.slots), 8), np.float32)
+    for number, view in enumerate(plan.key_views):
+        rows = routed.views == number
+        arriving[rows] = plan.photometric(epoch, samples[routed.slots[rows]], view)
+    key_crops = crops[plan.key_views[0] :].flatten(0, 1)
+    if plan.world > 1:
+        key_crops = key_crops[_move(routed.send_rows, crops.device)]
+    batch = Batch(
+        step=step,
+        epoch=epoch,
+        sample=own,
+        query_crops=crops[: len(plan.query_views)].flatten(0, 1),
+        query_parameters=_move(
+            np.concatenate([plan.photometric(epoch, own, view) for view in plan.query_views]), crops.device
+        ),
+        key_crops=key_crops,
+        key_parameters=_move(arriving, crops.device),
+        key_rows=_move(routed.key_rows, crops.device),
+        unshuffle=_move(routed.unshuffle, crops.device),
+    )
+    return batch, routed
+
+
+def _requests(
+    manifest: Manifest,
+    readers: ThreadPoolExecutor,
+    wanted: Iterable[tuple[int, np.ndarray]],
+    boxes: Callable[[int, np.ndarray], np.ndarray],
+) -> Iterator[Request]:
+    reading: deque = deque()
+    for step, samples in wanted:
+        chunks = np.array_split(samples, min(READERS, len(samples)))
+        reading.append((step, samples, readers.map(partial(_read, manifest), chunks)))
+        if len(reading) > READ_AHEAD:
+            yield _request(manifest, boxes, *reading.popleft())
+    while reading:
+        yield _request(manifest, boxes, *reading.popleft())
+
+
+def _read(manifest: Manifest, indices: np.ndarray) -> list[np.ndarray | OSError]:
+    result: list[np.ndarray | OSError] = []
+    for index in indices.tolist():
+        try:
+            result.append(manifest.read(index))
+        except OSError as error:
+            result.append(error)
+    return result
+
+
+def _request(manifest: Manifest, boxes: Callable, step: int, samples: np.ndarray, chunks: Iterator[list]) -> Request:
+    encoded = [data for chunk in chunks for data in chunk]
+    names = [manifest.path(index) for index in samples.tolist()]
+    lost = [i for i, data in enumerate(encoded) if isinstance(data, OSError)]
+    if lost:
+        reasons = [f"cannot be read: {encoded[i].strerror}" for i in lost]
+        raise DecodeError(lost, [names[i] for i in lost], reasons)
+    return Request(names, encoded, manifest.sizes[samples], boxes(step, samples))
+
+
+def _move(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def _on(stream: torch.cuda.Stream | None, after: torch.cuda.Event | None = None) -> Any:
+    if stream is None:
+        return nullcontext()
+    if after is not None:
+        stream.wait_event(after)
+    return torch.cuda.stream(stream)
+
+
+def _event(device: torch.device) -> torch.cuda.Event | None:
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+def _hand_over(item: Any, tensors: list[Tensor], event: torch.cuda.Event | None) -> Any:
+    """The item, once the consumer's stream waits for its tensors and their memory is kept until it is done with them."""
+    if event is not None:
+        stream = torch.cuda.current_stream(tensors[0].device)
+        stream.wait_event(event)
+        for tensor in tensors:
+            tensor.record_stream(stream)
+    return item
