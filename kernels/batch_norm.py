@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from fastmoco.kernels import batch_norm_kernels as kernels
 from fastmoco.kernels import reference
 from fastmoco.kernels.tiles import Variant, tiles
 
@@ -91,12 +91,11 @@ def cost(shape: tuple[int, ...], element_size: int, groups: int = 1, *, residual
         # statistics write two moments and move two running vectors; normalise reads moments, weight and bias
         small = norms * (2 * groups + 4 + 2 * groups + 2)
         return element_size * elements * passes + 4 * channels * small, elements * (6 * norms + 2)
-    masked = residual == "plain" and relu
+    masked = residual == "plain" and relu  # then the second pass reads the masked gradient alone
     passes = {"none": 5, "plain": 7 if masked else 5, "dual": 8}[residual]
     sums = norms + 1
-    mask_vectors = 2 * norms if relu and not masked else 0
-    # each pass reads the moments (and what the mask needs), the second also the sums and the weights
-    small = 4 * norms * groups + 2 * mask_vectors + (norms if not mask_vectors else 0) + sums * (2 * groups + 1)
+    # both passes read the moments, the second weights and sums too; recomputing the mask takes weight, bias, bias
+    small = norms * (4 * groups + 1 + (3 if relu and not masked else 0)) + sums * (2 * groups + 1)
     return element_size * elements * passes + 4 * channels * small, elements * (10 * norms + 2)
 
 
@@ -144,217 +143,6 @@ def _moments(x: Tensor, running: tuple[Tensor, Tensor] | None, groups: int, mome
         return torch.stack([running[0], torch.rsqrt(running[1] + eps)])[:, None]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kernels. `rows` are those of one group; a program works on one group, one block of channels.
-
-
-@triton.jit
-def _affine(x, mean, invstd, weight, bias):
-    # Centred first: x * scale + shift would cancel where the mean is large beside the deviation.
-    return (x - mean) * (invstd * weight) + bias
-
-
-@triton.jit
-def _statistics_kernel(x, partial, rows, channels, split_rows, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    split, group, splits = tl.program_id(0), tl.program_id(2), tl.num_programs(0)
-    column = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    row = tl.arange(0, BLOCK_ROWS)[:, None]
-    inside = (column < channels)[None, :]
-    first = split * split_rows
-    count = tl.minimum(split_rows, rows - first)
-    tile = x + (group * rows + first).to(tl.int64) * channels + row * channels + column[None, :]
-    head = tl.load(tile, mask=(row < count) & inside, other=0.0).to(tl.float32)
-    # Deviations from the first tile's mean: their squares do not cancel however large the mean.
-    shift = tl.sum(head, 0) / tl.minimum(count, BLOCK_ROWS)
-    total = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
-    square = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
-    for start in range(0, count, BLOCK_ROWS):
-        mask = (row < count - start) & inside
-        values = tl.load(tile, mask=mask, other=0.0).to(tl.float32)
-        deviation = tl.where(mask, values - shift[None, :], 0.0)
-        total += deviation
-        square += deviation * deviation
-        tile += BLOCK_ROWS * channels
-    total_sum = tl.sum(total, 0)
-    mean = shift + total_sum / count
-    squares = tl.maximum(tl.sum(square, 0) - total_sum * total_sum / count, 0.0)
-    out = partial + (group * splits + split) * channels + column
-    tl.store(out, mean, mask=column < channels)
-    tl.store(out + tl.num_programs(2) * splits * channels, squares, mask=column < channels)
-
-
-@triton.jit
-def _finish_statistics_kernel(partial, moments, running_mean, running_var, rows, channels, split_rows, splits, groups,
-                              momentum, eps, BLOCK_SPLITS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    column = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    split = tl.arange(0, BLOCK_SPLITS)[:, None]
-    inside = column < channels
-    mask = (split < splits) & inside[None, :]
-    count = tl.minimum(split_rows, rows - split * split_rows).to(tl.float32)
-    mean_sum = tl.zeros([BLOCK_CHANNELS], tl.float32)
-    var_sum = tl.zeros([BLOCK_CHANNELS], tl.float32)
-    for group in range(0, groups):
-        at = partial + group * splits * channels
-        means = tl.load(at + split * channels + column[None, :], mask=mask, other=0.0)
-        squares = tl.load(at + groups * splits * channels + split * channels + column[None, :], mask=mask, other=0.0)
-        origin = tl.load(at + column, mask=inside, other=0.0)
-        # Chan, Golub and LeVeque's merge of (count, mean, squares), about the first partial's mean.
-        offset = tl.where(mask, means - origin[None, :], 0.0)
-        delta = tl.sum(offset * count, 0) / rows
-        total = tl.sum(squares, 0) + tl.sum(offset * offset * count, 0) - delta * delta * rows
-        var = tl.maximum(total, 0.0) / rows
-        tl.store(moments + group * channels + column, origin + delta, mask=inside)
-        tl.store(moments + (groups + group) * channels + column, 1.0 / tl.sqrt(var + eps), mask=inside)
-        mean_sum += origin + delta
-        var_sum += var
-    if running_mean is not None:
-        old_mean = tl.load(running_mean + column, mask=inside, other=0.0)
-        old_var = tl.load(running_var + column, mask=inside, other=0.0)
-        unbiased = var_sum / groups * (rows / (rows - 1.0))
-        tl.store(running_mean + column, (1 - momentum) * old_mean + momentum * (mean_sum / groups), mask=inside)
-        tl.store(running_var + column, (1 - momentum) * old_var + momentum * unbiased, mask=inside)
-
-
-@triton.jit
-def _vectors(weight, bias, moments, group, groups, channels, column):
-    inside = column < channels
-    at = moments + group * channels + column
-    return (tl.load(at, mask=inside, other=0.0)[None, :],
-            tl.load(at + groups * channels, mask=inside, other=0.0)[None, :],
-            tl.load(weight + column, mask=inside, other=0.0)[None, :],
-            tl.load(bias + column, mask=inside, other=0.0)[None, :])
-
-
-@triton.jit
-def _apply_kernel(x, y, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, rows,
-                  channels, RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    columns = tl.cdiv(channels, BLOCK_CHANNELS)
-    column = tl.program_id(0) % columns * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    first = tl.program_id(0) // columns * BLOCK_ROWS
-    group, groups = tl.program_id(1), tl.num_programs(1)
-    row = tl.arange(0, BLOCK_ROWS)[:, None]
-    mask = (row < rows - first) & (column < channels)[None, :]
-    base = (group * rows + first).to(tl.int64) * channels
-    tile = row * channels + column[None, :]
-    values = tl.load(x + base + tile, mask=mask, other=0.0).to(tl.float32)
-    mean, invstd, scale, shift = _vectors(weight, bias, moments, group, groups, channels, column)
-    out = _affine(values, mean, invstd, scale, shift)
-    if residual is not None:
-        side = tl.load(residual + base + tile, mask=mask, other=0.0).to(tl.float32)
-        if residual_moments is not None:
-            mean, invstd, scale, shift = _vectors(residual_weight, residual_bias, residual_moments, group, groups,
-                                                  channels, column)
-            side = _affine(side, mean, invstd, scale, shift)
-        out += side
-    if RELU:
-        out = tl.where(out < 0, 0.0, out)  # not a maximum: NaN stays NaN
-    tl.store(y + base + tile, out.to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _sums_kernel(grad, x, y, masked, partial, weight, bias, moments, residual, residual_weight, residual_bias,
-                 residual_moments, rows, channels, split_rows, RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-                 BLOCK_CHANNELS: tl.constexpr):
-    split, group = tl.program_id(0), tl.program_id(2)
-    splits, groups = tl.num_programs(0), tl.num_programs(2)
-    column = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    row = tl.arange(0, BLOCK_ROWS)[:, None]
-    first = split * split_rows
-    count = tl.minimum(split_rows, rows - first)
-    base = (group * rows + first).to(tl.int64) * channels
-    tile = row * channels + column[None, :]
-    mean, invstd, scale, shift = _vectors(weight, bias, moments, group, groups, channels, column)
-    if residual is not None:
-        mean_2, invstd_2, scale_2, shift_2 = _vectors(residual_weight, residual_bias, residual_moments, group, groups,
-                                                      channels, column)
-    total = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
-    total_x = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
-    total_2 = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
-    for start in range(0, count, BLOCK_ROWS):
-        mask = (row < count - start) & (column < channels)[None, :]
-        g = tl.load(grad + base + tile, mask=mask, other=0.0).to(tl.float32)
-        values = tl.load(x + base + tile, mask=mask, other=0.0).to(tl.float32)
-        out = _affine(values, mean, invstd, scale, shift)
-        if residual is not None:
-            side = tl.load(residual + base + tile, mask=mask, other=0.0).to(tl.float32)
-            out += _affine(side, mean_2, invstd_2, scale_2, shift_2)
-        if y is not None:
-            out = tl.load(y + base + tile, mask=mask, other=0.0).to(tl.float32)
-        if RELU:
-            g = tl.where(out <= 0, 0.0, g)
-        if masked is not None:
-            tl.store(masked + base + tile, g.to(masked.dtype.element_ty), mask=mask)
-        total += g
-        total_x += g * (values - mean)
-        if residual is not None:
-            total_2 += g * (side - mean_2)
-        base += BLOCK_ROWS * channels
-    out_column = partial + (group * splits + split) * channels + column
-    array = groups * splits * channels
-    tl.store(out_column, tl.sum(total, 0), mask=column < channels)
-    tl.store(out_column + array, tl.sum(total_x * invstd, 0), mask=column < channels)
-    if residual is not None:
-        tl.store(out_column + 2 * array, tl.sum(total_2 * invstd_2, 0), mask=column < channels)
-
-
-@triton.jit
-def _finish_sums_kernel(partial, sums, totals, channels, splits, groups, BLOCK_SPLITS: tl.constexpr,
-                        BLOCK_CHANNELS: tl.constexpr):
-    column = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    array = tl.program_id(1)
-    split = tl.arange(0, BLOCK_SPLITS)[:, None]
-    inside = column < channels
-    total = tl.zeros([BLOCK_CHANNELS], tl.float32)
-    for group in range(0, groups):
-        at = (array * groups + group) * channels
-        tile = partial + at * splits + split * channels + column[None, :]
-        group_sum = tl.sum(tl.load(tile, mask=(split < splits) & inside[None, :], other=0.0), 0)
-        tl.store(sums + at + column, group_sum, mask=inside)
-        total += group_sum
-    tl.store(totals + array * channels + column, total, mask=inside)
-
-
-@triton.jit
-def _gradient_kernel(grad, x, grad_x, grad_residual, sums, weight, bias, moments, residual, residual_weight,
-                     residual_bias, residual_moments, rows, channels, RELU: tl.constexpr, TRAINING: tl.constexpr,
-                     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    columns = tl.cdiv(channels, BLOCK_CHANNELS)
-    column = tl.program_id(0) % columns * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    first = tl.program_id(0) // columns * BLOCK_ROWS
-    group, groups = tl.program_id(1), tl.num_programs(1)
-    row = tl.arange(0, BLOCK_ROWS)[:, None]
-    inside = column < channels
-    mask = (row < rows - first) & inside[None, :]
-    base = (group * rows + first).to(tl.int64) * channels
-    tile = row * channels + column[None, :]
-    g = tl.load(grad + base + tile, mask=mask, other=0.0).to(tl.float32)
-    values = tl.load(x + base + tile, mask=mask, other=0.0).to(tl.float32)
-    mean, invstd, scale, shift = _vectors(weight, bias, moments, group, groups, channels, column)
-    out = _affine(values, mean, invstd, scale, shift)
-    if residual is not None:
-        side = tl.load(residual + base + tile, mask=mask, other=0.0).to(tl.float32)
-        mean_2, invstd_2, scale_2, shift_2 = _vectors(residual_weight, residual_bias, residual_moments, group, groups,
-                                                      channels, column)
-        out += _affine(side, mean_2, invstd_2, scale_2, shift_2)
-    if RELU:
-        g = tl.where(out <= 0, 0.0, g)
-    centred, centred_2 = g, g
-    if TRAINING:
-        # The gradient through the group's own mean and variance.
-        sum_at = sums + group * channels + column
-        mean_g = tl.load(sum_at, mask=inside, other=0.0)[None, :] / rows
-        slope = tl.load(sum_at + groups * channels, mask=inside, other=0.0)[None, :] / rows
-        centred = g - mean_g - (values - mean) * (invstd * slope)
-        if residual is not None:
-            slope = tl.load(sum_at + 2 * groups * channels, mask=inside, other=0.0)[None, :] / rows
-            centred_2 = g - mean_g - (side - mean_2) * (invstd_2 * slope)
-    tl.store(grad_x + base + tile, (centred * (scale * invstd)).to(grad_x.dtype.element_ty), mask=mask)
-    if residual is not None:
-        grad_side = centred_2 * (scale_2 * invstd_2)
-        tl.store(grad_residual + base + tile, grad_side.to(grad_residual.dtype.element_ty), mask=mask)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Operators. `moments` is fp32 [2, groups, C]: mean and 1 / sqrt(variance + eps).
 
 
@@ -367,8 +155,8 @@ def statistics(x: Tensor, running_mean: Tensor | None, running_var: Tensor | Non
     partial = x.new_empty((2, groups, launch.splits, channels), dtype=torch.float32)
     moments = x.new_empty((2, groups, channels), dtype=torch.float32)
     with launch.device:
-        _statistics_kernel[launch.split_grid](x, partial, rows, channels, launch.split_rows, **launch.options)
-        _finish_statistics_kernel[(triton.cdiv(channels, FINISH_CHANNELS),)](
+        kernels.statistics[launch.split_grid](x, partial, rows, channels, launch.split_rows, **launch.options)
+        _finishkernels.statistics[(triton.cdiv(channels, FINISH_CHANNELS),)](
             partial, moments, running_mean, running_var, rows, channels, launch.split_rows, launch.splits, groups,
             momentum, eps, **launch.finish_options)
     return moments
@@ -387,7 +175,7 @@ def apply(x: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, residual: Te
     launch = _Launch("apply", x, moments.shape[1])
     y = torch.empty_like(x)
     with launch.device:
-        _apply_kernel[launch.grid](x, y, weight, bias, moments, residual, residual_weight, residual_bias,
+        kernels.apply[launch.grid](x, y, weight, bias, moments, residual, residual_weight, residual_bias,
                                    residual_moments, launch.rows, x.shape[1], RELU=relu, **launch.options)
     return y
 
@@ -416,12 +204,12 @@ def gradients(grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: T
     masked = None if y is None else grad_residual
     vectors = (weight, bias, moments, residual, residual_weight, residual_bias, residual_moments)
     with launch.device:
-        _sums_kernel[launch.split_grid](grad, x, y, masked, partial, *vectors, launch.rows, channels,
+        kernels.sums[launch.split_grid](grad, x, y, masked, partial, *vectors, launch.rows, channels,
                                         launch.split_rows, RELU=relu, **launch.options)
-        _finish_sums_kernel[(triton.cdiv(channels, FINISH_CHANNELS), arrays)](
+        _finishkernels.sums[(triton.cdiv(channels, FINISH_CHANNELS), arrays)](
             partial, sums, totals, channels, launch.splits, groups, **launch.finish_options)
         launch = _Launch("gradient", x, groups)
-        _gradient_kernel[launch.grid](grad if y is None else masked, x, grad_x, grad_residual, sums, *vectors,
+        kernels.gradient[launch.grid](grad if y is None else masked, x, grad_x, grad_residual, sums, *vectors,
                                       launch.rows, channels, RELU=relu and y is None, TRAINING=training,
                                       **launch.options)
     return grad_x, grad_residual, totals
@@ -453,6 +241,41 @@ def _backward(ctx, grad):
 
 
 apply.register_autograd(_backward, setup_context=_save)
+
+
+def variants(arch: int) -> list[Variant]:
+    """What the compile gate compiles: every pass in each of its forms, bf16, at 64 channels and at 128 and more."""
+    found = []
+    for channels in (64, 256):
+        found.append(_variant("statistics", kernels.statistics, channels, arch, {}))
+        for form, absent in _FORMS.items():
+            found.append(_variant("apply", kernels.apply, channels, arch, {"RELU": True}, form, absent))
+            sums_absent = absent + (() if form == "plain" else ("y", "masked"))
+            relu = {"RELU": form != "plain"}
+            found.append(_variant("sums", kernels.sums, channels, arch, {"RELU": True}, form, sums_absent))
+            found.append(_variant("gradient", kernels.gradient, channels, arch, relu | {"TRAINING": True}, form, absent))
+    for fn in (kernels.finish_statistics, kernels.finish_sums):
+        found.append(_variant("finish", fn, 256, arch, _finish_options(MAX_SPLITS)))
+    return found
+
+
+_SIDE = ("residual_weight", "residual_bias", "residual_moments")
+_FORMS = {"none": ("residual", *_SIDE), "plain": _SIDE, "dual": ()}  # form -> arguments that are None
+_ACTIVATIONS = ("x", "y", "grad", "grad_x", "grad_residual", "masked", "residual")
+_INTEGERS = ("rows", "channels", "split_rows", "splits", "groups")
+
+
+def _variant(kernel: str, fn: Any, channels: int, arch: int, constants: dict[str, Any], form: str = "",
+             absent: tuple[str, ...] = ()) -> Variant:
+    if kernel in ("sums", "gradient") and form == "plain":
+        absent += ("residual",)  # the backward of a plain residual reads y or the masked gradient instead
+    options = dict(constants) if kernel == "finish" else constants | _options(kernel, channels, arch)
+    warps, stages = options.pop("num_warps"), options.pop("num_stages", 1)
+    options |= dict.fromkeys(name for name in fn.arg_names if name in absent)
+    types = dict.fromkeys(_ACTIVATIONS, "*bf16") | dict.fromkeys(_INTEGERS, "i32") | {"momentum": "fp32", "eps": "fp32"}
+    signature = {name: "constexpr" if name in options else types.get(name, "*fp32") for name in fn.arg_names}
+    label = f"batch_norm.{fn.__name__} {form} C={channels}".replace("  ", " ")
+    return Variant(label, fn, signature, options, warps, stages, divisible=("channels",), streaming=kernel != "finish")
 
 
 class _Launch:

@@ -1,0 +1,215 @@
+"""The Triton functions of batch_norm.py. `rows` are those of one group; a program has one group, one block of channels.
+
+Activations are [groups, rows, channels] in memory; `moments` is fp32 [2, groups, channels]: mean and
+1 / sqrt(variance + eps). The reductions write fp32 partials [arrays, groups, splits, channels]. An absent tensor is
+None, which compiles its branch away; so does a vector that nothing uses.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _affine(x, mean, invstd, weight, bias):
+    # Centred first: x * scale + shift would cancel where the mean is large beside the deviation.
+    return (x - mean) * (invstd * weight) + bias
+
+
+@triton.jit
+def statistics(x, partial, rows, channels, split_rows, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    split, group, splits = tl.program_id(0), tl.program_id(2), tl.num_programs(0)
+    column = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    row = tl.arange(0, BLOCK_ROWS)[:, None]
+    inside = (column < channels)[None, :]
+    first = split * split_rows
+    count = tl.minimum(split_rows, rows - first)
+    tile = x + (group * rows + first).to(tl.int64) * channels + row * channels + column[None, :]
+    head = tl.load(tile, mask=(row < count) & inside, other=0.0).to(tl.float32)
+    # Deviations from the first tile's mean: their squares do not cancel however large the mean.
+    shift = tl.sum(head, 0) / tl.minimum(count, BLOCK_ROWS)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
+    square = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
+    for start in range(0, count, BLOCK_ROWS):
+        mask = (row < count - start) & inside
+        values = tl.load(tile, mask=mask, other=0.0).to(tl.float32)
+        deviation = tl.where(mask, values - shift[None, :], 0.0)
+        total += deviation
+        square += deviation * deviation
+        tile += BLOCK_ROWS * channels
+    total_sum = tl.sum(total, 0)
+    mean = shift + total_sum / count
+    squares = tl.maximum(tl.sum(square, 0) - total_sum * total_sum / count, 0.0)
+    out = partial + (group * splits + split) * channels + column
+    tl.store(out, mean, mask=column < channels)
+    tl.store(out + tl.num_programs(2) * splits * channels, squares, mask=column < channels)
+
+
+@triton.jit
+def finish_statistics(partial, moments, running_mean, running_var, rows, channels, split_rows, splits, groups,
+                              momentum, eps, BLOCK_SPLITS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    column = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    split = tl.arange(0, BLOCK_SPLITS)[:, None]
+    inside = column < channels
+    mask = (split < splits) & inside[None, :]
+    count = tl.minimum(split_rows, rows - split * split_rows).to(tl.float32)
+    mean_sum = tl.zeros([BLOCK_CHANNELS], tl.float32)
+    var_sum = tl.zeros([BLOCK_CHANNELS], tl.float32)
+    for group in range(0, groups):
+        at = partial + group * splits * channels
+        means = tl.load(at + split * channels + column[None, :], mask=mask, other=0.0)
+        squares = tl.load(at + groups * splits * channels + split * channels + column[None, :], mask=mask, other=0.0)
+        origin = tl.load(at + column, mask=inside, other=0.0)
+        # Chan, Golub and LeVeque's merge of (count, mean, squares), about the first partial's mean.
+        offset = tl.where(mask, means - origin[None, :], 0.0)
+        delta = tl.sum(offset * count, 0) / rows
+        total = tl.sum(squares, 0) + tl.sum(offset * offset * count, 0) - delta * delta * rows
+        var = tl.maximum(total, 0.0) / rows
+        tl.store(moments + group * channels + column, origin + delta, mask=inside)
+        tl.store(moments + (groups + group) * channels + column, 1.0 / tl.sqrt(var + eps), mask=inside)
+        mean_sum += origin + delta
+        var_sum += var
+    if running_mean is not None:
+        old_mean = tl.load(running_mean + column, mask=inside, other=0.0)
+        old_var = tl.load(running_var + column, mask=inside, other=0.0)
+        unbiased = var_sum / groups * (rows / (rows - 1.0))
+        tl.store(running_mean + column, (1 - momentum) * old_mean + momentum * (mean_sum / groups), mask=inside)
+        tl.store(running_var + column, (1 - momentum) * old_var + momentum * unbiased, mask=inside)
+
+
+@triton.jit
+def _vectors(weight, bias, moments, group, groups, channels, column):
+    inside = column < channels
+    at = moments + group * channels + column
+    return (tl.load(at, mask=inside, other=0.0)[None, :],
+            tl.load(at + groups * channels, mask=inside, other=0.0)[None, :],
+            tl.load(weight + column, mask=inside, other=0.0)[None, :],
+            tl.load(bias + column, mask=inside, other=0.0)[None, :])
+
+
+@triton.jit
+def apply(x, y, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, rows,
+                  channels, RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    columns = tl.cdiv(channels, BLOCK_CHANNELS)
+    column = tl.program_id(0) % columns * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    first = tl.program_id(0) // columns * BLOCK_ROWS
+    group, groups = tl.program_id(1), tl.num_programs(1)
+    row = tl.arange(0, BLOCK_ROWS)[:, None]
+    mask = (row < rows - first) & (column < channels)[None, :]
+    base = (group * rows + first).to(tl.int64) * channels
+    tile = row * channels + column[None, :]
+    values = tl.load(x + base + tile, mask=mask, other=0.0).to(tl.float32)
+    mean, invstd, scale, shift = _vectors(weight, bias, moments, group, groups, channels, column)
+    out = _affine(values, mean, invstd, scale, shift)
+    if residual is not None:
+        side = tl.load(residual + base + tile, mask=mask, other=0.0).to(tl.float32)
+        if residual_moments is not None:
+            mean, invstd, scale, shift = _vectors(residual_weight, residual_bias, residual_moments, group, groups,
+                                                  channels, column)
+            side = _affine(side, mean, invstd, scale, shift)
+        out += side
+    if RELU:
+        out = tl.where(out < 0, 0.0, out)  # not a maximum: NaN stays NaN
+    tl.store(y + base + tile, out.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sums(grad, x, y, masked, partial, weight, bias, moments, residual, residual_weight, residual_bias,
+                 residual_moments, rows, channels, split_rows, RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+                 BLOCK_CHANNELS: tl.constexpr):
+    split, group = tl.program_id(0), tl.program_id(2)
+    splits, groups = tl.num_programs(0), tl.num_programs(2)
+    column = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    row = tl.arange(0, BLOCK_ROWS)[:, None]
+    first = split * split_rows
+    count = tl.minimum(split_rows, rows - first)
+    base = (group * rows + first).to(tl.int64) * channels
+    tile = row * channels + column[None, :]
+    mean, invstd, scale, shift = _vectors(weight, bias, moments, group, groups, channels, column)
+    if residual is not None:
+        mean_2, invstd_2, scale_2, shift_2 = _vectors(residual_weight, residual_bias, residual_moments, group, groups,
+                                                      channels, column)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
+    total_x = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
+    total_2 = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
+    for start in range(0, count, BLOCK_ROWS):
+        mask = (row < count - start) & (column < channels)[None, :]
+        g = tl.load(grad + base + tile, mask=mask, other=0.0).to(tl.float32)
+        values = tl.load(x + base + tile, mask=mask, other=0.0).to(tl.float32)
+        out = _affine(values, mean, invstd, scale, shift)
+        if residual is not None:
+            side = tl.load(residual + base + tile, mask=mask, other=0.0).to(tl.float32)
+            out += _affine(side, mean_2, invstd_2, scale_2, shift_2)
+        if y is not None:
+            out = tl.load(y + base + tile, mask=mask, other=0.0).to(tl.float32)
+        if RELU:
+            g = tl.where(out <= 0, 0.0, g)
+        if masked is not None:
+            tl.store(masked + base + tile, g.to(masked.dtype.element_ty), mask=mask)
+        total += g
+        total_x += g * (values - mean)
+        if residual is not None:
+            total_2 += g * (side - mean_2)
+        base += BLOCK_ROWS * channels
+    out_column = partial + (group * splits + split) * channels + column
+    array = groups * splits * channels
+    tl.store(out_column, tl.sum(total, 0), mask=column < channels)
+    tl.store(out_column + array, tl.sum(total_x * invstd, 0), mask=column < channels)
+    if residual is not None:
+        tl.store(out_column + 2 * array, tl.sum(total_2 * invstd_2, 0), mask=column < channels)
+
+
+@triton.jit
+def finish_sums(partial, sums, totals, channels, splits, groups, BLOCK_SPLITS: tl.constexpr,
+                        BLOCK_CHANNELS: tl.constexpr):
+    column = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    array = tl.program_id(1)
+    split = tl.arange(0, BLOCK_SPLITS)[:, None]
+    inside = column < channels
+    total = tl.zeros([BLOCK_CHANNELS], tl.float32)
+    for group in range(0, groups):
+        at = (array * groups + group) * channels
+        tile = partial + at * splits + split * channels + column[None, :]
+        group_sum = tl.sum(tl.load(tile, mask=(split < splits) & inside[None, :], other=0.0), 0)
+        tl.store(sums + at + column, group_sum, mask=inside)
+        total += group_sum
+    tl.store(totals + array * channels + column, total, mask=inside)
+
+
+@triton.jit
+def gradient(grad, x, grad_x, grad_residual, sums, weight, bias, moments, residual, residual_weight,
+                     residual_bias, residual_moments, rows, channels, RELU: tl.constexpr, TRAINING: tl.constexpr,
+                     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    columns = tl.cdiv(channels, BLOCK_CHANNELS)
+    column = tl.program_id(0) % columns * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    first = tl.program_id(0) // columns * BLOCK_ROWS
+    group, groups = tl.program_id(1), tl.num_programs(1)
+    row = tl.arange(0, BLOCK_ROWS)[:, None]
+    inside = column < channels
+    mask = (row < rows - first) & inside[None, :]
+    base = (group * rows + first).to(tl.int64) * channels
+    tile = row * channels + column[None, :]
+    g = tl.load(grad + base + tile, mask=mask, other=0.0).to(tl.float32)
+    values = tl.load(x + base + tile, mask=mask, other=0.0).to(tl.float32)
+    mean, invstd, scale, shift = _vectors(weight, bias, moments, group, groups, channels, column)
+    out = _affine(values, mean, invstd, scale, shift)
+    if residual is not None:
+        side = tl.load(residual + base + tile, mask=mask, other=0.0).to(tl.float32)
+        mean_2, invstd_2, scale_2, shift_2 = _vectors(residual_weight, residual_bias, residual_moments, group, groups,
+                                                      channels, column)
+        out += _affine(side, mean_2, invstd_2, scale_2, shift_2)
+    if RELU:
+        g = tl.where(out <= 0, 0.0, g)
+    centred, centred_2 = g, g
+    if TRAINING:
+        # The gradient through the group's own mean and variance.
+        sum_at = sums + group * channels + column
+        mean_g = tl.load(sum_at, mask=inside, other=0.0)[None, :] / rows
+        slope = tl.load(sum_at + groups * channels, mask=inside, other=0.0)[None, :] / rows
+        centred = g - mean_g - (values - mean) * (invstd * slope)
+        if residual is not None:
+            slope = tl.load(sum_at + 2 * groups * channels, mask=inside, other=0.0)[None, :] / rows
+            centred_2 = g - mean_g - (side - mean_2) * (invstd_2 * slope)
+    tl.store(grad_x + base + tile, (centred * (scale * invstd)).to(grad_x.dtype.element_ty), mask=mask)
+    if residual is not None:
+        grad_side = centred_2 * (scale_2 * invstd_2)
+        tl.store(grad_residual + base + tile, grad_side.to(grad_residual.dtype.element_ty), mask=mask)
