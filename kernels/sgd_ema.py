@@ -19,9 +19,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastmoco.kernels import reference
-from fastmoco.kernels.tensor_table import COLUMNS, KINDS, WORK_DTYPES, DeviceTable, Tensors, TensorTable, check_like, table_of
+from fastmoco.kernels.tensor_table import COLUMNS, KINDS, WORK_DTYPES, Tensors, TensorTable, check_like, table_of
 from fastmoco.kernels.tiles import Tiles, Variant, tiles
 
 Impl = Literal["auto", "triton", "reference"]
@@ -54,9 +55,14 @@ def sgd_ema(
     Raises ValueError for a gradient or scalar of wrong count, shape, strides, dtype or device.
     """
     scalars = (lr, momentum, weight_decay, ema_momentum, 1.0 if grad_scale is None else grad_scale)
-    on_device, numbers = _split_scalars(scalars)
-    _sgd_ema(table.handle, _use_triton(impl, table.device), table.q, table.velocity, table.k, table.q_casts,
-             table.k_casts, list(grads), on_device, numbers, nonfinite)  # fmt: skip
+    use_triton = _use_triton(impl, table.device)
+    if _is_traced(table):
+        _sgd_ema(table.handle, use_triton, table.q, table.velocity, table.k, table.q_casts, table.k_casts, list(grads),
+                 *_split_scalars(scalars), nonfinite)  # fmt: skip
+    else:
+        _update(table, table.tensors, use_triton, grads, scalars, nonfinite)
+        written = (table.q, table.velocity, table.k, table.q_casts, table.k_casts, [nonfinite])
+        torch.autograd.graph.increment_version([tensor for group in written for tensor in group])
 
 
 def ema(table: TensorTable, ema_momentum: float | Tensor, impl: Impl = "auto") -> None:
@@ -64,8 +70,12 @@ def ema(table: TensorTable, ema_momentum: float | Tensor, impl: Impl = "auto") -
 
     Raises ValueError for a scalar of wrong shape or device.
     """
-    on_device, numbers = _split_scalars((ema_momentum,))
-    _ema(table.handle, _use_triton(impl, table.device), table.q, table.k, table.k_casts, on_device, numbers)
+    use_triton = _use_triton(impl, table.device)
+    if _is_traced(table):
+        _ema(table.handle, use_triton, table.q, table.k, table.k_casts, *_split_scalars((ema_momentum,)))
+    else:
+        _average(table, table.tensors, use_triton, ema_momentum)
+        torch.autograd.graph.increment_version([*table.k, *table.k_casts])
 
 
 def cost(table: TensorTable, grads: Sequence[Tensor] | None = None) -> tuple[int, int]:
@@ -121,13 +131,7 @@ def _sgd_ema(
     # The tensors are arguments, and not only the table's own, because functionalisation may hand over copies.
     table = table_of(handle)
     tensors = Tensors(q, velocity, k, _merged(q, q_casts, table.q_is_work), _merged(k, k_casts, table.k_is_work))
-    _check_gradients(table, grads)
-    _check_flag(nonfinite, table.device)
-    values = _joined_scalars(scalars, numbers, table.device)
-    if use_triton:
-        _launch_update(table.on_device(), tensors, grads, values, nonfinite)
-    else:
-        reference.sgd_ema(tensors, grads, *values[:4], nonfinite, values[4])
+    _update(table, tensors, use_triton, grads, _joined_scalars(scalars, numbers), nonfinite)
 
 
 @torch.library.custom_op("fastmoco::ema", mutates_args=("k", "k_casts"))
@@ -142,11 +146,7 @@ def _ema(
 ) -> None:
     table = table_of(handle)
     tensors = Tensors(q, table.velocity, k, table.q_work, _merged(k, k_casts, table.k_is_work))
-    (ema_momentum,) = _joined_scalars(scalars, numbers, table.device)
-    if use_triton:
-        _launch_ema(table.on_device(), tensors, ema_momentum)
-    else:
-        reference.ema(tensors, ema_momentum)
+    _average(table, tensors, use_triton, *_joined_scalars(scalars, numbers))
 
 
 @_sgd_ema.register_fake
@@ -159,29 +159,46 @@ def _(*args: Any) -> None:
     return None
 
 
-def _launch_update(
-    table: DeviceTable, tensors: Tensors, grads: Sequence[Tensor], scalars: list[float | Tensor], nonfinite: Tensor
+def _is_traced(table: TensorTable) -> bool:
+    # An operator call with a thousand tensors costs the host half a millisecond; only tracers need one.
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(table.q[0]) is not Tensor
+
+
+def _update(
+    table: TensorTable,
+    tensors: Tensors,
+    use_triton: bool,
+    grads: Sequence[Tensor],
+    scalars: Sequence[float | Tensor],
+    nonfinite: Tensor,
 ) -> None:
-    if not len(table.chunks):
-        return
+    _check_gradients(table, grads)
+    _check_scalars(scalars, table.device)
+    _check_flag(nonfinite, table.device)
     lr, momentum, weight_decay, ema_momentum, grad_scale = scalars
-    records, grid = table.records(tensors, grads), (len(table.chunks),)
+    if not use_triton:
+        reference.sgd_ema(tensors, grads, lr, momentum, weight_decay, ema_momentum, nonfinite, grad_scale)
+        return
+    found = table.on_device()
+    records, options = found.records(tensors, grads), _options(found.row)
     skip = torch.zeros(1, dtype=torch.int32, device=table.device)
     with torch.cuda.device_of(skip):
-        _check_kernel[grid](records, table.chunks, skip, **_options(table.row))
-        _update_kernel[grid](
-            records, table.chunks, skip, nonfinite, lr, momentum, weight_decay, _weight(ema_momentum), grad_scale,
-            **_options(table.row),
+        _check_kernel[found.grid](records, found.chunks, skip, **options)
+        _update_kernel[found.grid](
+            records, found.chunks, skip, nonfinite, lr, momentum, weight_decay, _weight(ema_momentum), grad_scale,
+            **options,
         )  # fmt: skip
 
 
-def _launch_ema(table: DeviceTable, tensors: Tensors, ema_momentum: float | Tensor) -> None:
-    if not len(table.chunks):
+def _average(table: TensorTable, tensors: Tensors, use_triton: bool, ema_momentum: float | Tensor) -> None:
+    _check_scalars((ema_momentum,), table.device)
+    if not use_triton:
+        reference.ema(tensors, ema_momentum)
         return
-    records = table.records(tensors, None)
+    found = table.on_device()
+    records = found.records(tensors, None)
     with torch.cuda.device_of(records):
-        grid = (len(table.chunks),)
-        _ema_kernel[grid](records, table.chunks, _weight(ema_momentum), **_options(table.row))
+        _ema_kernel[found.grid](records, found.chunks, _weight(ema_momentum), **_options(found.row))
 
 
 def _options(row: Tiles) -> dict[str, Any]:
@@ -198,23 +215,24 @@ def _weight(ema_momentum: float | Tensor) -> float | Tensor:
 @triton.jit
 def _check_kernel(records, chunks, skip, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     record, start, left = _locate(records, chunks, tl.program_id(0), CHUNK)
-    kind = (tl.load(record + _KINDS) & 3).to(tl.int32)
-    if (left >= CHUNK) & (tl.load(record + _GRAD) % 16 == 0):
-        poison = _poison(_address(record, _GRAD, True), kind, start, CHUNK, None, BLOCK)
+    if (left == CHUNK) & (tl.load(record + _GRAD) % 16 == 0):
+        bad = _poison(record, start, None, CHUNK, BLOCK)
     else:
-        poison = _poison(_address(record, _GRAD, False), kind, start, left, left, BLOCK)
-    if tl.max((poison != 0).to(tl.int32), 0) != 0:
+        bad = _poison(record, start, left, CHUNK, BLOCK)
+    if bad:
         tl.store(skip, 1)
 
 
 @triton.jit
-def _poison(address, kind, start, stop, left, BLOCK: tl.constexpr):
-    # Zero times a finite number is zero, and times anything else NaN, which no later sum loses.
+def _poison(record, start, left, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    address, kind = tl.load(record + _GRAD), _kind(record, 0)
     poison = tl.zeros([BLOCK], tl.float32)
-    for offset in range(0, stop, BLOCK):
-        offsets, mask = _offsets(offset, left, BLOCK)
-        poison = tl.fma(_load(address, kind, start + offsets, mask), 0.0, poison)
-    return poison
+    for offset in range(0, CHUNK if left is None else left, BLOCK):
+        offsets = offset + tl.arange(0, BLOCK)
+        mask = None if left is None else offsets < left
+        # Zero times a finite number is zero, and times anything else NaN, which no later sum loses.
+        poison = tl.fma(_load(address, start, offsets, kind, mask), 0.0, poison)
+    return tl.max((poison != 0).to(tl.int32), 0) != 0
 
 
 @triton.jit
@@ -222,66 +240,64 @@ def _update_kernel(
     records, chunks, skip, nonfinite, lr, momentum, weight_decay, ema_momentum, grad_scale,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    record, start, left = _locate(records, chunks, tl.num_programs(0) - 1 - tl.program_id(0), CHUNK)
     if tl.load(skip) != 0:
         if tl.program_id(0) == 0:
             tl.store(nonfinite, 1)
     else:
-        record, start, left = _locate(records, chunks, tl.num_programs(0) - 1 - tl.program_id(0), CHUNK)
-        lr, momentum, weight_decay = _scalar(lr), _scalar(momentum), _scalar(weight_decay)
+        rate, friction, decay = _scalar(lr), _scalar(momentum), _scalar(weight_decay)
         weight, unscale = _ema_weight(ema_momentum), tl.div_rn(1.0, _scalar(grad_scale))
-        if (left >= CHUNK) & _aligned(record, True):
-            _update_chunk(record, start, CHUNK, None, lr, momentum, weight_decay, weight, unscale, True, BLOCK)
+        if (left == CHUNK) & _aligned(record, True):
+            _update_chunk(record, start, None, rate, friction, decay, weight, unscale, CHUNK, BLOCK)
         else:
-            _update_chunk(record, start, left, left, lr, momentum, weight_decay, weight, unscale, False, BLOCK)
+            _update_chunk(record, start, left, rate, friction, decay, weight, unscale, CHUNK, BLOCK)
 
 
 @triton.jit
 def _update_chunk(
-    record, start, stop, left, lr, momentum, weight_decay, weight, unscale, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+    record, start, left, lr, momentum, decay, weight, unscale, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 ):
-    masters = tl.pointer_type(tl.float32)
-    q_at = _address(record, _Q, ALIGNED).to(masters) + start
-    velocity_at = _address(record, _VELOCITY, ALIGNED).to(masters) + start
-    k_at = _address(record, _K, ALIGNED).to(masters) + start
-    grad_at, kinds = _address(record, _GRAD, ALIGNED), tl.load(record + _KINDS).to(tl.int32)
-    q_work_at, k_work_at = _address(record, _Q_WORK, ALIGNED), _address(record, _K_WORK, ALIGNED)
-    for offset in range(0, stop, BLOCK):
-        offsets, mask = _offsets(offset, left, BLOCK)
-        q = tl.load(q_at + offsets, mask=mask)
-        velocity = tl.load(velocity_at + offsets, mask=mask)
-        k = tl.load(k_at + offsets, mask=mask)
-        grad = _load(grad_at, kinds & 3, start + offsets, mask) * unscale
-        velocity = velocity * momentum + tl.fma(q, weight_decay, grad)
+    q_at, velocity_at, k_at = tl.load(record + _Q), tl.load(record + _VELOCITY), tl.load(record + _K)
+    q_work_at, k_work_at, grad_at = tl.load(record + _Q_WORK), tl.load(record + _K_WORK), tl.load(record + _GRAD)
+    grad_kind, q_kind, k_kind = _kind(record, 0), _kind(record, 2), _kind(record, 4)
+    for offset in range(0, CHUNK if left is None else left, BLOCK):
+        offsets = offset + tl.arange(0, BLOCK)
+        mask = None if left is None else offsets < left
+        q = _load(q_at, start, offsets, _FP32, mask)
+        velocity = _load(velocity_at, start, offsets, _FP32, mask)
+        k = _load(k_at, start, offsets, _FP32, mask)
+        grad = _load(grad_at, start, offsets, grad_kind, mask) * unscale
+        velocity = velocity * momentum + tl.fma(q, decay, grad)
         q = tl.fma(velocity, -lr, q)
         k = _lerp(k, q, weight)
-        tl.store(velocity_at + offsets, velocity, mask=mask)
-        tl.store(q_at + offsets, q, mask=mask)
-        tl.store(k_at + offsets, k, mask=mask)
-        _store(q_work_at, (kinds >> 2) & 3, start + offsets, q, mask)
-        _store(k_work_at, (kinds >> 4) & 3, start + offsets, k, mask)
+        _store(velocity_at, start, offsets, velocity, _FP32, mask)
+        _store(q_at, start, offsets, q, _FP32, mask)
+        _store(k_at, start, offsets, k, _FP32, mask)
+        _store(q_work_at, start, offsets, q, q_kind, mask)
+        _store(k_work_at, start, offsets, k, k_kind, mask)
 
 
 @triton.jit
 def _ema_kernel(records, chunks, ema_momentum, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     record, start, left = _locate(records, chunks, tl.program_id(0), CHUNK)
     weight = _ema_weight(ema_momentum)
-    if (left >= CHUNK) & _aligned(record, False):
-        _ema_chunk(record, start, CHUNK, None, weight, True, BLOCK)
+    if (left == CHUNK) & _aligned(record, False):
+        _ema_chunk(record, start, None, weight, CHUNK, BLOCK)
     else:
-        _ema_chunk(record, start, left, left, weight, False, BLOCK)
+        _ema_chunk(record, start, left, weight, CHUNK, BLOCK)
 
 
 @triton.jit
-def _ema_chunk(record, start, stop, left, weight, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    masters = tl.pointer_type(tl.float32)
-    q_at = _address(record, _Q, ALIGNED).to(masters) + start
-    k_at = _address(record, _K, ALIGNED).to(masters) + start
-    k_work_at, kind = _address(record, _K_WORK, ALIGNED), (tl.load(record + _KINDS).to(tl.int32) >> 4) & 3
-    for offset in range(0, stop, BLOCK):
-        offsets, mask = _offsets(offset, left, BLOCK)
-        k = _lerp(tl.load(k_at + offsets, mask=mask), tl.load(q_at + offsets, mask=mask), weight)
-        tl.store(k_at + offsets, k, mask=mask)
-        _store(k_work_at, kind, start + offsets, k, mask)
+def _ema_chunk(record, start, left, weight, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    q_at, k_at, k_work_at = tl.load(record + _Q), tl.load(record + _K), tl.load(record + _K_WORK)
+    kind = _kind(record, 4)
+    for offset in range(0, CHUNK if left is None else left, BLOCK):
+        offsets = offset + tl.arange(0, BLOCK)
+        mask = None if left is None else offsets < left
+        k = _load(k_at, start, offsets, _FP32, mask)
+        k = _lerp(k, _load(q_at, start, offsets, _FP32, mask), weight)
+        _store(k_at, start, offsets, k, _FP32, mask)
+        _store(k_work_at, start, offsets, k, kind, mask)
 
 
 @triton.jit
@@ -293,11 +309,8 @@ def _locate(records, chunks, index, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _address(record, column: tl.constexpr, ALIGNED: tl.constexpr):
-    address = tl.load(record + column)
-    if ALIGNED:
-        address = (address >> 4) << 4  # changes nothing; lets the compiler see that 16-byte accesses are legal
-    return address
+def _kind(record, bit: tl.constexpr):
+    return (tl.load(record + _KINDS).to(tl.int32) >> bit) & 3
 
 
 @triton.jit
@@ -309,34 +322,32 @@ def _aligned(record, UPDATE: tl.constexpr):
 
 
 @triton.jit
-def _offsets(offset, left, BLOCK: tl.constexpr):
-    offsets = offset + tl.arange(0, BLOCK)
-    if left is None:
-        mask = None
-    else:
-        mask = offsets < left
-    return offsets, mask
+def _pointer(address, start, mask, dtype: tl.constexpr):
+    pointer = address.to(tl.pointer_type(dtype))
+    if mask is None:  # a whole chunk of aligned tensors
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer + start
 
 
 @triton.jit
-def _load(address, kind, offsets, mask):
+def _load(address, start, offsets, kind, mask):
     if kind == _FP32:
-        x = tl.load(address.to(tl.pointer_type(tl.float32)) + offsets, mask=mask)
+        x = tl.load(_pointer(address, start, mask, tl.float32) + offsets, mask=mask)
     elif kind == _BF16:
-        x = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + offsets, mask=mask).to(tl.float32)
+        x = tl.load(_pointer(address, start, mask, tl.bfloat16) + offsets, mask=mask).to(tl.float32)
     else:
-        x = tl.load(address.to(tl.pointer_type(tl.float16)) + offsets, mask=mask).to(tl.float32)
+        x = tl.load(_pointer(address, start, mask, tl.float16) + offsets, mask=mask).to(tl.float32)
     return x
 
 
 @triton.jit
-def _store(address, kind, offsets, x, mask):
+def _store(address, start, offsets, x, kind, mask):
     if kind == _FP32:
-        tl.store(address.to(tl.pointer_type(tl.float32)) + offsets, x, mask=mask)
+        tl.store(_pointer(address, start, mask, tl.float32) + offsets, x, mask=mask)
     elif kind == _BF16:
-        tl.store(address.to(tl.pointer_type(tl.bfloat16)) + offsets, x.to(tl.bfloat16), mask=mask)
+        tl.store(_pointer(address, start, mask, tl.bfloat16) + offsets, x.to(tl.bfloat16), mask=mask)
     elif kind == _FP16:
-        tl.store(address.to(tl.pointer_type(tl.float16)) + offsets, x.to(tl.float16), mask=mask)
+        tl.store(_pointer(address, start, mask, tl.float16) + offsets, x.to(tl.float16), mask=mask)
 
 
 @triton.jit
@@ -374,14 +385,17 @@ def _split_scalars(scalars: Sequence[float | Tensor]) -> tuple[list[Tensor | Non
     return on_device, [0.0 if isinstance(scalar, Tensor) else float(scalar) for scalar in scalars]
 
 
-def _joined_scalars(
-    scalars: Sequence[Tensor | None], numbers: Sequence[float], device: torch.device
-) -> list[float | Tensor]:
+def _joined_scalars(scalars: Sequence[Tensor | None], numbers: Sequence[float]) -> list[float | Tensor]:
+    return [number if scalar is None else scalar for scalar, number in zip(scalars, numbers, strict=True)]
+
+
+def _check_scalars(scalars: Sequence[float | Tensor], device: torch.device) -> None:
     for scalar in scalars:
-        if scalar is not None and (scalar.numel() != 1 or scalar.device != device or not scalar.is_floating_point()):
+        if not isinstance(scalar, Tensor):
+            continue
+        if scalar.numel() != 1 or scalar.device != device or not scalar.is_floating_point():
             found = f"{scalar.dtype} {tuple(scalar.shape)} on {scalar.device}"
             raise ValueError(f"a scalar is a float or one floating-point element on {device}, not {found}")
-    return [number if scalar is None else scalar for scalar, number in zip(scalars, numbers, strict=True)]
 
 
 def _merged(masters: Sequence[Tensor], casts: Sequence[Tensor], is_work: Sequence[bool]) -> list[Tensor]:

@@ -67,25 +67,18 @@ class TensorTable:
         self.q_work, self.k_work = _copies(q, self.q, q_work), _copies(k, self.k, k_work)
         self.q_is_work = [copy is master for copy, master in zip(self.q_work, self.q, strict=True)]
         self.k_is_work = [copy is master for copy, master in zip(self.k_work, self.k, strict=True)]
+        self.tensors = Tensors(self.q, self.velocity, self.k, self.q_work, self.k_work)
+        self.q_casts = [copy for copy, same in zip(self.q_work, self.q_is_work, strict=True) if not same]
+        self.k_casts = [copy for copy, same in zip(self.k_work, self.k_is_work, strict=True) if not same]
         self.device: torch.device = q[0].device
         self.handle: int = next(_handles)
         self._on_device: DeviceTable | None = None
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and q[0].dtype == torch.float32:
             self.on_device()  # here, because nothing of it may happen while a graph is captured
         _tables[self.handle] = self
 
     def __len__(self) -> int:
         return len(self.q)
-
-    @property
-    def q_casts(self) -> list[Tensor]:
-        """The working copies of the query that are not masters themselves."""
-        return [copy for copy, same in zip(self.q_work, self.q_is_work, strict=True) if not same]
-
-    @property
-    def k_casts(self) -> list[Tensor]:
-        """The working copies of the key that are not masters themselves."""
-        return [copy for copy, same in zip(self.k_work, self.k_is_work, strict=True) if not same]
 
     def on_device(self) -> DeviceTable:
         """Chunks and records in device memory, made on first use."""
@@ -112,9 +105,11 @@ class DeviceTable:
         ]
         chunk = self.row.block[0]
         chunks = [(entry, part) for entry, size in enumerate(self.sizes) for part in range(-(-size // chunk))]
-        self.chunks = torch.tensor(chunks, dtype=torch.int32, device=table.device).reshape(-1, 2)
+        self.chunks = torch.tensor(chunks or [(0, 0)], dtype=torch.int32, device=table.device)
         self.device = table.device
-        self._addresses: list[list[int]] = []
+        self.grid = (len(self.chunks),)
+        self._own = table.tensors
+        self._own_addresses = self._addresses = _addresses(self._own)
         self._grads: list[list[int]] = [[0] * len(table), [0] * len(table)]  # addresses, kinds
         self._sent: Tensor | None = None
         self._spare = self._pinned() if cuda else None
@@ -122,7 +117,7 @@ class DeviceTable:
 
     def records(self, tensors: Tensors, grads: Sequence[Tensor] | None) -> Tensor:
         """The records of these tensors, int64 [entries, 8] on the device; sent again only where something moved."""
-        addresses = [[tensor.data_ptr() for tensor in group] for group in tensors]
+        addresses = self._own_addresses if tensors is self._own else _addresses(tensors)
         moving = self._grads if grads is None else [[g.data_ptr() for g in grads], [KINDS[g.dtype] for g in grads]]
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         sent = self._sent
@@ -151,6 +146,10 @@ class DeviceTable:
 
     def _pinned(self) -> Tensor:
         return torch.empty(len(self.sizes), COLUMNS, dtype=torch.int64, pin_memory=True)
+
+
+def _addresses(tensors: Tensors) -> list[list[int]]:
+    return [[tensor.data_ptr() for tensor in group] for group in tensors]
 
 
 def _check_entry(index: int, device: torch.device, entry: dict[str, Tensor]) -> None:
