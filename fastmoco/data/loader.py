@@ -79,7 +79,7 @@ class Loader:
         if len(manifest) != len(plan.sizes):
             raise ValueError(f"the plan is for {len(plan.sizes)} images, the manifest has {len(manifest)}")
         if (plan.world, plan.rank) != (parallel.world, parallel.rank):
-            raise ValueError(f"the plan is for rank {plan.rank} of {plan.world}, not {parallel.rank} of {parallel.world}")
+            raise ValueError(f"rank {parallel.rank} of {parallel.world} has the plan of {plan.rank} of {plan.world}")
         self._parallel = parallel
         self._exchange_stream = _side_stream(parallel.device) if parallel.world > 1 else None
         steps = range(start_step, stop_step)
@@ -341,8 +341,7 @@ def _event(device: torch.device) -> torch.cuda.Event | None:
 
 
 def _hand_over(item: Any, tensors: list[Tensor], event: torch.cuda.Event | None) -> Any:
-    """The item, once the consumer's stream waits for its tensors and their memory is kept until it is done with them."""
-    if event is not None:
+        if event is not None:  # the consumer's stream waits for the tensors, and their memory waits for that stream
         stream = torch.cuda.current_stream(tensors[0].device)
         stream.wait_event(event)
         for tensor in tensors:
