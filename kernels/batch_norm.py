@@ -156,7 +156,7 @@ def statistics(x: Tensor, running_mean: Tensor | None, running_var: Tensor | Non
     moments = x.new_empty((2, groups, channels), dtype=torch.float32)
     with launch.device:
         kernels.statistics[launch.split_grid](x, partial, rows, channels, launch.split_rows, **launch.options)
-        _finishkernels.statistics[(triton.cdiv(channels, FINISH_CHANNELS),)](
+        kernels.finish_statistics[(triton.cdiv(channels, FINISH_CHANNELS),)](
             partial, moments, running_mean, running_var, rows, channels, launch.split_rows, launch.splits, groups,
             momentum, eps, **launch.finish_options)
     return moments
@@ -206,7 +206,7 @@ def gradients(grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: T
     with launch.device:
         kernels.sums[launch.split_grid](grad, x, y, masked, partial, *vectors, launch.rows, channels,
                                         launch.split_rows, RELU=relu, **launch.options)
-        _finishkernels.sums[(triton.cdiv(channels, FINISH_CHANNELS), arrays)](
+        kernels.finish_sums[(triton.cdiv(channels, FINISH_CHANNELS), arrays)](
             partial, sums, totals, channels, launch.splits, groups, **launch.finish_options)
         launch = _Launch("gradient", x, groups)
         kernels.gradient[launch.grid](grad if y is None else masked, x, grad_x, grad_residual, sums, *vectors,
