@@ -6,12 +6,23 @@ not approximate: similarities are computed for a chunk of queries at a time agai
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastmoco.data import manifest
+from fastmoco.data.manifest import Manifest
+from fastmoco.encoder import Encoder, build_encoder
+from fastmoco.evaluate.features import extract
+from fastmoco.options import EvaluateKnn, UsageError
+from fastmoco.parallel import Parallel
+from fastmoco.recipe import Recipe
+from fastmoco.train import checkpoint
+from fastmoco.train.checkpoint import CheckpointError
 
 CHUNK_ELEMENTS = 1 << 25  # similarities held at a time: 128 MiB in fp32
 
@@ -51,20 +62,74 @@ def knn_votes(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int, temper
     return votes.scatter_add_(1, bank_labels[nearest], weight)
 
 
-def evaluate(encoder: Any, train: Any, val: Any, recipe: Any, parallel: Any, **settings: Any) -> dict[str, float]:
-    """kNN of `encoder` with the images of manifest `train` voting on those of `val`.
+def evaluate(
+    encoder: Encoder, train: Manifest, val: Manifest, recipe: Recipe, parallel: Parallel, threads: int | None = None
+) -> dict[str, Any]:
+    """kNN of `encoder` with the labelled images of `train` voting on those of `val`; all ranks call this.
 
-    `settings` go to `extract` (threads). Returns top1 and top5 in percent, k, temperature, classes and both counts.
+    Returns top1 and top5 in percent, k, temperature, the number of classes and of images on either side.
     """
-    from fastmoco.evaluate.features import extract
-
+    bank, bank_labels = extract(encoder, train, recipe, parallel, threads=threads)
+    queries, labels = extract(encoder, val, recipe, parallel, threads=threads)
     classes = len(train.classes)
-    if train.classes != val.classes:
-        raise ValueError(
-            f"{train.root} and {val.root} have different classes ({classes} and {len(val.classes)}): kNN needs the same"
-        )
-    bank, bank_labels = extract(encoder, train, recipe, parallel, **settings)
-    queries, labels = extract(encoder, val, recipe, parallel, **settings)
     top1, top5 = knn_accuracy(bank, bank_labels, queries, labels, recipe.knn_k, recipe.knn_temperature, classes)
     facts = {"k": min(recipe.knn_k, len(bank)), "temperature": recipe.knn_temperature, "classes": classes}
     return {"top1": top1, "top5": top5, **facts, "bank": len(bank), "queries": len(queries)}
+
+
+def run(options: EvaluateKnn) -> None:
+    """`evaluate knn RUN`: print the accuracies and write them to RUN/knn.json."""
+    parallel = Parallel.start(options.device)
+    try:
+        encoder, recipe, step = load_encoder(options.run, parallel)
+        recipe = _chosen(recipe, options)
+        train, val = _sides(options)
+        if parallel.is_main:
+            print(f"{len(train)} images vote on {len(val)}, encoder of {options.run} after step {step}")
+        figures = evaluate(encoder, train, val, recipe, parallel, threads=options.threads or None)
+        if parallel.is_main:
+            facts = {"step": step, "features": recipe.knn_features, "data": train.root, "val": val.root, **figures}
+            (options.run / "knn.json").write_text(json.dumps(facts, indent=2) + "\n")
+            print(f"kNN top-1 {figures['top1']:.2f}%, top-5 {figures['top5']:.2f}% "
+                  f"(k {figures['k']}, T {figures['temperature']}; see {options.run}/knn.json)")  # fmt: skip
+    finally:
+        parallel.close()
+
+
+def load_encoder(run: Path, parallel: Parallel) -> tuple[Encoder, Recipe, int]:
+    """Query encoder of the newest good checkpoint of `run`, in evaluation mode on the device, its recipe and step.
+
+    UsageError where `run` is no run, CheckpointError where it has no good checkpoint.
+    """
+    if not (run / "recipe.json").is_file():
+        raise UsageError(f"{run} is no run (it has no recipe.json): give the folder that pretrain wrote")
+    path = checkpoint.latest(run)
+    if path is None:
+        raise CheckpointError(f"{run} has no checkpoint yet: let it train until its first one")
+    saved = checkpoint.load(path, verified=True)
+    recipe = Recipe.from_dict(saved.meta["recipe"])
+    encoder = build_encoder(recipe)
+    prefix = "encoder_q."
+    encoder.load_state_dict({n.removeprefix(prefix): v for n, v in saved.state.items() if n.startswith(prefix)})
+    encoder = encoder.to(parallel.device, memory_format=torch.channels_last)
+    return encoder.eval().requires_grad_(False), recipe, saved.step
+
+
+def _chosen(recipe: Recipe, options: EvaluateKnn) -> Recipe:
+    given = {"knn_k": options.k, "knn_temperature": options.temperature, "knn_features": options.features}
+    return dataclasses.replace(recipe, **{name: value for name, value in given.items() if value is not None})
+
+
+def _sides(options: EvaluateKnn) -> tuple[Manifest, Manifest]:
+    data = options.data or json.loads((options.run / "recipe.json").read_text())["options"]["data"]
+    train, val = manifest.split(data)
+    val = options.val or val
+    if val is None:
+        raise UsageError(f"{data} has no val/ beside a train/: name labelled images with --val PATH")
+    bank = manifest.scan(train)
+    if bank.labels is None:
+        raise UsageError(f"{train} has no classes: kNN needs one folder per class, or a list with classes")
+    queries = manifest.scan(val, classes=bank.classes)
+    if queries.labels is None:
+        raise UsageError(f"{val} has no classes: kNN needs one folder per class, or a list with classes")
+    return bank, queries

@@ -112,12 +112,13 @@ def steps(run: Path) -> list[Path]:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None where every byte is as it was written."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        text = (path / MANIFEST).read_text()
+        manifest = json.loads(text)
         if manifest["format"] != FORMAT:
             return f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"
         if manifest["step"] != _step(path):
             return f"{MANIFEST} is of step {manifest['step']}"
-        if _seal(manifest) != manifest["seal"]:
+        if _seal(manifest) != manifest["seal"] or _render(manifest) != text:
             return f"{MANIFEST} does not match its own seal"
         if set(manifest["files"]) != {MODEL, STATE}:
             return f"{MANIFEST} does not list {MODEL} and {STATE}"
@@ -155,7 +156,7 @@ def _write(draft: Path, step: int, state: Mapping[str, Tensor], meta: Mapping[st
         name: {"bytes": (draft / name).stat().st_size, "sha256": _sha256(draft / name)} for name in (MODEL, STATE)
     }
     manifest["seal"] = _seal(manifest)
-    (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    (draft / MANIFEST).write_text(_render(manifest))
     _sync(draft / MANIFEST)
     _sync(draft)
 
@@ -164,6 +165,10 @@ def _seal(manifest: Mapping[str, Any]) -> str:
     # The manifest vouches for the files; this vouches for the manifest.
     body = {name: value for name, value in manifest.items() if name != "seal"}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _render(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=2) + "\n"
 
 
 def _difference(path: Path, expected: Mapping[str, Any]) -> str | None:

@@ -209,6 +209,8 @@ class Run:
             return
         if self.options.resume and any(line["step"] == self.done for line in read_lines(self.out / KNN)):
             return
+        if self.parallel.world > 1:
+            self.step.state()  # makes the ranks' running statistics one, so that they evaluate one encoder
         figures = knn.evaluate(self.step.encoder_q, self.train_set, self.val_set, self.recipe, self.parallel,
                                threads=self.threads)  # fmt: skip
         if self.monitor is not None:

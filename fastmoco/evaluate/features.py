@@ -1,0 +1,77 @@
+"""Features of a frozen encoder: centre crops, evaluation mode, unit length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmoco.data.loader import EvaluationLoader
+from fastmoco.data.manifest import Manifest
+from fastmoco.encoder import Encoder
+from fastmoco.kernels.photometric import photometric
+from fastmoco.kernels.reference import BRIGHTNESS, HUE, NO_JITTER, ORDER
+from fastmoco.parallel import Parallel
+from fastmoco.recipe import Recipe
+
+
+def extract(
+    encoder: Encoder,
+    manifest: Manifest,
+    recipe: Recipe,
+    parallel: Parallel,
+    *,
+    threads: int | None = None,
+    batch_size: int = 256,
+    progress: Callable[[int], Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Unit features float32 [n, F] of every image, and labels int64 [n] (-1 where there are none), on the device.
+
+    `recipe.knn_features` says which: of the backbone, or after the projection head. Each rank encodes its share of the
+    images and gets all features, in the manifest's order; all ranks call this. The encoder's mode is put back.
+    `progress` is told how many images were just encoded.
+    """
+    share = -(-len(manifest) // parallel.world)
+    # Every rank encodes equally many, the last images again where the shares do not come out even.
+    indices = (np.arange(share) + parallel.rank * share).clip(max=len(manifest) - 1)
+    loader = EvaluationLoader(
+        manifest, recipe.crop_size, parallel.device, indices=indices, batch_size=batch_size, threads=threads
+    )
+    forward = encoder.features if recipe.knn_features == "backbone" else encoder
+    features, done = None, 0
+    with loader, _evaluating(encoder), torch.no_grad():
+        for crops, _ in loader:
+            rows = F.normalize(forward(_plain(crops, encoder, recipe)).float().flatten(1), dim=1)
+            if features is None:
+                features = rows.new_empty(share, rows.shape[1])
+            features[done : done + len(rows)] = rows
+            done += len(rows)
+            if progress is not None:
+                progress(len(rows))
+    assert features is not None and done == share
+    labels = np.full(len(manifest), -1, np.int64) if manifest.labels is None else manifest.labels
+    return parallel.all_gather(features)[: len(manifest)], torch.from_numpy(labels).to(parallel.device)
+
+
+def _plain(crops: Tensor, encoder: Encoder, recipe: Recipe) -> Tensor:
+    parameters = torch.zeros(len(crops), 8, device=crops.device)
+    parameters[:, ORDER] = NO_JITTER
+    parameters[:, BRIGHTNESS:HUE] = 1
+    colours = recipe.augmentation
+    dtype = next(encoder.parameters()).dtype
+    return photometric(crops, parameters, colours.mean, colours.std, dtype=dtype)
+
+
+@contextmanager
+def _evaluating(encoder: nn.Module) -> Iterator[None]:
+    mode = encoder.training
+    encoder.eval()
+    try:
+        yield
+    finally:
+        encoder.train(mode)

@@ -1,0 +1,168 @@
+"""Checkpoints: what is saved comes back, every damage is noticed, the one before is used."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from fastmoco.train import checkpoint
+from fastmoco.train.checkpoint import CheckpointError
+
+META = {"recipe": {"arch": "resnet18", "crop_scale": (0.2, 1.0)}}
+
+
+def state(step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    weight = torch.randn(8, 3, 3, 3, generator=generator).to(memory_format=torch.channels_last)
+    return {
+        "encoder_q.conv1.weight": weight,
+        "encoder_k.conv1.weight": weight,  # shares its memory, as masters may do
+        "encoder_q.bn1.num_batches_tracked": torch.tensor(step),
+        "velocity.conv1.weight": torch.randn(8, 3, 3, 3, generator=generator),
+        "queue": torch.randn(64, 16, generator=generator).bfloat16(),
+        "queue_pointer": torch.tensor([step % 64]),
+        "queue_count": torch.tensor(step),
+    }
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    path = checkpoint.save(tmp_path, 7, state(7), META)
+    assert path.name == "step_00000007" and checkpoint.latest(tmp_path) == path
+    loaded = checkpoint.load(path)
+    assert loaded.step == 7 and loaded.meta["recipe"] == META["recipe"]
+    assert_same(loaded.state, state(7))
+    assert (tmp_path / "checkpoints/latest/model.safetensors").stat().st_size > 0
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["step"] == 7 and manifest["versions"]["torch"] == torch.__version__
+
+
+def test_the_newest_are_kept_and_nothing_else(tmp_path):
+    for step in (1, 2, 30, 4):
+        checkpoint.save(tmp_path, step, state(step), META, keep=1)  # never fewer than two
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["latest", "step_00000004", "step_00000030"]
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path):
+    assert checkpoint.latest(tmp_path) is None
+
+
+def flip(path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << (at % 8)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "manifest.json"])
+def test_every_flipped_byte_is_noticed(tmp_path, name):
+    path = checkpoint.save(tmp_path, 3, state(3), META)
+    size = (path / name).stat().st_size
+    for at in torch.randint(size, (40,), generator=torch.Generator().manual_seed(0)).tolist():
+        flip(path / name, at)
+        assert checkpoint.damage(path), f"byte {at} of {name}"
+        flip(path / name, at)
+    assert checkpoint.damage(path) is None
+
+
+def test_torch_alone_notices_no_flip_in_the_tensors(tmp_path):
+    """The control: without the hashes a flipped weight would be trained on."""
+    path = checkpoint.save(tmp_path, 3, state(3), META)
+    flip(path / "model.safetensors", (path / "model.safetensors").stat().st_size - 5)
+    assert checkpoint.load(path, verified=True).state.keys() == state(3).keys()
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "manifest.json"])
+@pytest.mark.parametrize("how", ["cut", "emptied", "removed"])
+def test_the_one_before_is_used_and_the_damaged_one_set_aside(tmp_path, name, how):
+    good = checkpoint.save(tmp_path, 3, state(3), META)
+    bad = checkpoint.save(tmp_path, 4, state(4), META)
+    file = bad / name
+    if how == "removed":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: 0 if how == "emptied" else -1])
+    said = []
+    assert checkpoint.latest(tmp_path, said.append) == good
+    assert len(said) == 1 and name in said[0] and "step_00000004.damaged" in said[0]
+    assert not bad.exists() and bad.with_name("step_00000004.damaged").exists()
+    assert checkpoint.save(tmp_path, 4, state(4), META) == checkpoint.latest(tmp_path)
+
+
+def test_no_good_checkpoint_is_an_error_with_every_reason(tmp_path):
+    for step in (3, 4):
+        flip(checkpoint.save(tmp_path, step, state(step), META) / "state.pt", 100)
+    with pytest.raises(CheckpointError, match=r"step_00000004 \(state.pt.*step_00000003 \(state.pt") as caught:
+        checkpoint.latest(tmp_path)
+    assert caught.value.exit_code == 3
+    with pytest.raises(CheckpointError, match="damaged"):  # and it stays one: a run must not start over silently
+        checkpoint.latest(tmp_path)
+
+
+def test_an_earlier_checkpoint_survives_a_failing_disk(tmp_path, monkeypatch):
+    good = checkpoint.save(tmp_path, 3, state(3), META)
+    for name in ("replace", "fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            with pytest.raises(OSError, match="No space"):
+                checkpoint.save(tmp_path, 4, state(4), META)
+        assert checkpoint.latest(tmp_path) == good
+        assert not list((tmp_path / "checkpoints").glob("*.writing"))
+
+
+def test_a_good_checkpoint_of_the_same_step_stays(tmp_path):
+    path = checkpoint.save(tmp_path, 3, state(3), META)
+    before = (path / "manifest.json").stat().st_mtime_ns
+    assert checkpoint.save(tmp_path, 3, state(3), META) == path
+    assert (path / "manifest.json").stat().st_mtime_ns == before
+    flip(path / "state.pt", 100)
+    assert_same(checkpoint.load(checkpoint.save(tmp_path, 3, state(3), META)).state, state(3))
+
+
+def test_no_pickled_code_is_run(tmp_path):
+    path = checkpoint.save(tmp_path, 3, state(3), META)
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    torch.save({"tensors": {}, "meta": Evil()}, path / "state.pt")
+    with pytest.raises(Exception, match="(?i)weights.only"):
+        checkpoint.load(path, verified=True)
+    assert not (tmp_path / "owned").exists()
+
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from fastmoco.train import checkpoint
+torch.manual_seed(0)
+big = {"encoder_q.w": torch.randn(1_000_000), "velocity.w": torch.randn(500_000)}
+print("ready", flush=True)
+for step in range(1, 10_000):
+    checkpoint.save(Path(sys.argv[1]), step, big, {})
+"""
+
+
+@pytest.mark.slow
+def test_kills_during_saves_corrupt_nothing(tmp_path):
+    for trial in range(8):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, tmp_path / str(trial)], stdout=subprocess.PIPE)
+        writer.stdout.readline()
+        time.sleep(0.15 + 0.04 * trial)
+        writer.kill()
+        writer.wait()
+        newest = checkpoint.latest(tmp_path / str(trial))
+        assert newest is not None and checkpoint.damage(newest) is None
+        assert not list(newest.parent.glob("*.damaged")) and not list(newest.parent.glob("*.writing"))
