@@ -209,9 +209,9 @@ def gradients(grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: T
         kernels.finish_sums[(triton.cdiv(channels, FINISH_CHANNELS), arrays)](
             partial, sums, totals, channels, launch.splits, groups, **launch.finish_options)
         launch = _Launch("gradient", x, groups)
-        kernels.gradient[launch.grid](grad if y is None else masked, x, grad_x, grad_residual, sums, *vectors,
-                                      launch.rows, channels, RELU=relu and y is None, TRAINING=training,
-                                      **launch.options)
+        incoming, grad_side = grad if y is None else masked, None if residual is None else grad_residual
+        kernels.gradient[launch.grid](incoming, x, grad_x, grad_side, sums, *vectors, launch.rows, channels,
+                                      RELU=relu and y is None, TRAINING=training, **launch.options)
     return grad_x, grad_residual, totals
 
 
@@ -269,6 +269,8 @@ def _variant(kernel: str, fn: Any, channels: int, arch: int, constants: dict[str
              absent: tuple[str, ...] = ()) -> Variant:
     if kernel in ("sums", "gradient") and form == "plain":
         absent += ("residual",)  # the backward of a plain residual reads y or the masked gradient instead
+    if form != "dual":
+        absent += ("grad_residual",)
     options = dict(constants) if kernel == "finish" else constants | _options(kernel, channels, arch)
     warps, stages = options.pop("num_warps"), options.pop("num_stages", 1)
     options |= dict.fromkeys(name for name in fn.arg_names if name in absent)

@@ -1,0 +1,369 @@
+"""Batch norm + ReLU against torch's own batch norm, group by group, in float64."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastmoco.kernels import batch_norm, batch_norm_kernels, reference
+from fastmoco.kernels.batch_norm import Norm, batch_norm_act, cost
+
+FORMS = ("none", "plain", "dual")
+IMPLS = ("triton", "reference")
+EPS = 1e-5
+
+
+class Case(NamedTuple):
+    """The inputs of one call; `side` is the residual's batch norm (dual form)."""
+
+    x: Tensor
+    main: Norm
+    residual: Tensor | None
+    side: Norm | None
+    grad: Tensor
+
+
+def channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+
+def make_case(shape: tuple[int, ...], form: str, dtype: torch.dtype, device: torch.device, mean: float = 0.7) -> Case:
+    generator = torch.Generator().manual_seed(sum(shape))
+
+    def activation() -> Tensor:
+        return channels_last((torch.randn(shape, generator=generator) + mean).to(device, dtype))
+
+    def vector() -> Tensor:
+        return (torch.rand(shape[1], generator=generator) + 0.5).to(device)
+
+    def norm() -> Norm:
+        return Norm(vector(), vector() - 1, (vector(), vector()))
+
+    return Case(activation(), norm(), activation() if form != "none" else None, norm() if form == "dual" else None,
+                activation() - mean)
+
+
+def to(case: Case, dtype: torch.dtype, vectors: torch.dtype) -> Case:
+    def norm(n: Norm | None) -> Norm | None:
+        return n and Norm(n.weight.to(vectors), n.bias.to(vectors), tuple(r.to(vectors).clone() for r in n.running))
+
+    residual = None if case.residual is None else case.residual.to(dtype)
+    return Case(case.x.to(dtype), norm(case.main), residual, norm(case.side), case.grad.to(dtype))
+
+
+def by_torch(x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor], groups: int = 1, *,
+             residual: Tensor | None = None, residual_norm: Norm | None = None, relu: bool = True,
+             training: bool = True) -> Tensor:
+    """One F.batch_norm a group; the running statistics are the mean over groups of what torch makes of them."""
+    def normalise(t: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor]) -> Tensor:
+        each = [tuple(r.clone() for r in running) for _ in range(groups)]
+        parts = [F.batch_norm(part, *r, weight, bias, training, 0.1, EPS) for part, r in zip(t.chunk(groups), each)]
+        for target, values in zip(running, zip(*each)):
+            target.copy_(torch.stack(values).mean(0))
+        return torch.cat(parts)
+
+    y = normalise(x, weight, bias, running)
+    if residual is not None:
+        y = y + (normalise(residual, *residual_norm) if residual_norm is not None else residual)
+    return y.relu() if relu else y
+
+
+def results(function: Callable[..., Tensor], case: Case, groups: int, **options: object) -> dict[str, Tensor]:
+    """Output, running statistics and every gradient of one call on copies of the case's tensors."""
+    leaves = {"x": case.x, "weight": case.main.weight, "bias": case.main.bias}
+    if case.residual is not None:
+        leaves["residual"] = case.residual
+    if case.side is not None:
+        leaves.update(residual_weight=case.side.weight, residual_bias=case.side.bias)
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in leaves.items()}
+    running = [tuple(r.clone() for r in n.running) for n in (case.main, case.side) if n is not None]
+    side = Norm(leaves["residual_weight"], leaves["residual_bias"], running[1]) if case.side is not None else None
+    y = function(leaves["x"], leaves["weight"], leaves["bias"], running[0], groups, residual=leaves.get("residual"),
+                 residual_norm=side, **options)
+    found = dict(zip((f"d_{name}" for name in leaves), torch.autograd.grad(y, list(leaves.values()), case.grad)))
+    found["y"] = y.detach()
+    for i, (mean, var) in enumerate(running):
+        found.update({f"mean_{i}": mean, f"var_{i}": var})
+    return found
+
+
+def largest_terms(case: Case, groups: int, truth: dict[str, Tensor], training: bool = True) -> dict[str, Tensor]:
+    """Where results are sums or differences, they round as their largest term does; sums, as that of absolute terms."""
+    terms = {}
+    for t, norm, suffix, name in ((case.x, case.main, "", "x"), (case.residual, case.side, "residual_", "residual")):
+        if norm is None:
+            continue
+        rows, grad = (v.double().unflatten(0, (groups, -1)).transpose(1, 2).flatten(2) for v in (t, case.grad))
+        mean, var = (rows.mean(2), rows.var(2, correction=0)) if training else (r[None] for r in norm.running)
+        invstd = (var + EPS).rsqrt()
+        hat = (rows - mean[..., None]) * invstd[..., None]
+        factor = norm.weight.abs() * invstd
+        slope = truth[f"d_{suffix}weight"].abs() * groups / hat[:, 0].numel() * invstd
+        terms[f"d_{suffix}weight"] = (grad * hat).abs().sum((0, 2)).max()
+        terms[f"d_{suffix}bias"] = grad.abs().sum((0, 2)).max()
+        terms[f"d_{name}"] = torch.maximum((grad.abs().amax(2) * factor).max(), (rows.abs().amax(2) * slope * factor).max())
+        terms["y"] = torch.maximum((rows.abs().amax(2) * factor).max(), terms.get("y", rows.new_zeros(())))
+    return terms
+
+
+def assert_within_budget(ours: dict[str, Tensor], torchs: dict[str, Tensor], truth: dict[str, Tensor],
+                         terms: dict[str, Tensor]) -> None:
+    """error(ours) <= error(torch at the same precision) + one rounding of the result, or four fp32 ones of a term."""
+    for name, exact in truth.items():
+        epsilon = torch.finfo(ours[name].dtype).eps * exact.abs().max()
+        if name in terms:
+            epsilon = torch.maximum(epsilon, 2 * torch.finfo(torch.float32).eps * terms[name])
+        error, budget = ((t[name].double() - exact).abs().max() for t in (ours, torchs))
+        assert error <= budget + epsilon, f"{name}: {error:.3e} > {budget:.3e} + {epsilon:.3e}"
+
+
+def check(case: Case, groups: int, impl: str, **options: object) -> None:
+    truth = results(by_torch, to(case, torch.float64, torch.float64), groups, **options)
+    torchs = results(by_torch, case, groups, **options)
+    terms = largest_terms(case, groups, truth, options.get("training", True))
+    assert_within_budget(results(batch_norm_act, case, groups, impl=impl, **options), torchs, truth, terms)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("relu", [True, False])
+def test_error_budget(form: str, relu: bool, dtype: torch.dtype, impl: str, device: torch.device) -> None:
+    check(make_case((8, 16, 9, 7), form, dtype, device), 4, impl, relu=relu)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("shape", "groups"), [
+    ((2, 1, 1, 1), 1), ((4, 3, 1, 1), 2), ((6, 17, 5, 3), 3), ((4, 1, 7, 7), 2), ((6, 130, 3, 3), 2), ((12, 5), 3),
+    ((4, 64, 12, 12), 2),
+])  # fmt: skip
+def test_odd_shapes(shape: tuple[int, ...], groups: int, impl: str, device: torch.device) -> None:
+    check(make_case(shape, "dual", torch.float32, device), groups, impl)
+
+
+@pytest.mark.parametrize("wrong", [{"groups": 2}, {"eps": 1e-3}, {"momentum": 0.11}, {"relu": False}])
+def test_the_budget_rejects(wrong: dict[str, object], device: torch.device) -> None:
+    case = make_case((8, 16, 9, 7), "dual", torch.bfloat16, device)
+    options = {"groups": 4} | wrong
+    truth, torchs = results(by_torch, to(case, torch.float64, torch.float64), 4), results(by_torch, case, 4)
+    with pytest.raises(AssertionError, match=" > "):
+        found = results(batch_norm_act, case, **options, impl="triton")
+        assert_within_budget(found, torchs, truth, largest_terms(case, 4, truth))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_group_is_torchs_module(impl: str, device: torch.device) -> None:
+    case = make_case((4, 24, 6, 6), "none", torch.float32, device)
+    module = nn.BatchNorm2d(24, device=device)
+    ours = [t.clone() for t in module.buffers() if t.dim()]
+    x = case.x.clone().requires_grad_()
+    expected = torch.autograd.grad(module(x).relu(), [x, *module.parameters()], case.grad)
+    y = batch_norm_act(x, module.weight, module.bias, tuple(ours), impl=impl)
+    for ours_grad, torch_grad in zip(torch.autograd.grad(y, [x, *module.parameters()], case.grad), expected):
+        torch.testing.assert_close(ours_grad, torch_grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, [module.running_mean, module.running_var], rtol=1e-6, atol=1e-7)
+
+
+class SplitBatchNorm(nn.BatchNorm2d):
+    """Statistics of S interleaved splits as the published CIFAR demo defines them: sample n belongs to split n mod S."""
+
+    def forward(self, x: Tensor, splits: int = 4) -> Tensor:
+        n, c, h, w = x.shape
+        means, variances = self.running_mean.repeat(splits), self.running_var.repeat(splits)
+        y = F.batch_norm(x.reshape(-1, c * splits, h, w), means, variances, self.weight.repeat(splits),
+                         self.bias.repeat(splits), True, self.momentum, self.eps)  # fmt: skip
+        self.running_mean.copy_(means.view(splits, c).mean(0))
+        self.running_var.copy_(variances.view(splits, c).mean(0))
+        return y.reshape(n, c, h, w)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_split_batch_norm(impl: str, device: torch.device) -> None:
+    """Group after group, x[s::S] is the interleaved form; grouped any other way the result is another one."""
+    splits, module = 4, SplitBatchNorm(6, device=device)
+    x = make_case((8, 6, 4, 4), "none", torch.float32, device).x
+    order = torch.arange(8, device=device).view(-1, splits).T.flatten()
+    ours = [torch.zeros(6, device=device), torch.ones(6, device=device)]
+    y = torch.empty_like(x)
+    y[order] = batch_norm_act(channels_last(x[order]), module.weight, module.bias, tuple(ours), splits, relu=False,
+                              impl=impl).detach()
+    expected = module(x.contiguous())
+    torch.testing.assert_close(y, channels_last(expected).detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, [module.running_mean, module.running_var], rtol=1e-6, atol=1e-6)
+    for groups in (splits, 1, 2):  # consecutive samples, and other numbers of groups
+        wrong = batch_norm_act(x, module.weight, module.bias, None, groups, relu=False, impl=impl)
+        assert (wrong - expected).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("mean", [1e3, 1e4])
+def test_large_mean(mean: float, impl: str, device: torch.device) -> None:
+    case = make_case((8, 4, 16, 16), "none", torch.float32, device, mean)
+    check(case, 2, impl, relu=False)
+    rows = case.x.permute(0, 2, 3, 1).reshape(-1, 4)
+    naive = rows.square().mean(0) - rows.mean(0).square()
+    assert relative_error(naive, rows, correction=0) > 0.01  # what this test would catch
+    running = (torch.zeros(4, device=device), torch.ones(4, device=device))
+    batch_norm_act(case.x, case.main.weight, case.main.bias, running, momentum=1.0, impl=impl)
+    assert relative_error(running[1], rows, correction=1) < (1e-5 if impl == "triton" else 1e-3)
+
+
+def relative_error(var: Tensor, rows: Tensor, correction: int) -> float:
+    exact = rows.double().var(0, correction=correction)
+    return ((var - exact).abs() / exact).max().item()
+
+
+def test_an_outlier_first_does_not_spoil_the_shift(device: torch.device) -> None:
+    case = make_case((4, 4, 16, 16), "none", torch.float32, device, 1e4)
+    case.x[0, :, 0, 0] = 0.0
+    check(case, 1, "triton", relu=False)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("form", FORMS)
+def test_eval_mode(form: str, impl: str, device: torch.device) -> None:
+    check(make_case((4, 6, 5, 5), form, torch.float32, device), 1, impl, training=False)
+    case = make_case((4, 6, 5, 5), form, torch.float32, device)
+    before = results(batch_norm_act, case, 2, training=False, impl=impl)
+    assert torch.equal(before["mean_0"], case.main.running[0]) and torch.equal(before["var_0"], case.main.running[1])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("form", FORMS)
+def test_two_runs_are_bit_equal(form: str, impl: str, device: torch.device) -> None:
+    case = make_case((4, 24, 8, 9), form, torch.bfloat16, device)
+    first, second = (results(batch_norm_act, case, 2, impl=impl) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_twin_gradients_by_differences(form: str, device: torch.device) -> None:
+    case = to(make_case((4, 2, 2, 3), form, torch.float32, device), torch.float64, torch.float64)
+    leaves = [case.x, case.main.weight, case.main.bias, case.residual, *(case.side or (None, None))[:2]]
+    leaves = [t if t is None else t.clone().requires_grad_() for t in leaves]
+
+    def function(x, weight, bias, residual, residual_weight, residual_bias):
+        side = None if residual_weight is None else Norm(residual_weight, residual_bias, None)
+        return reference.batch_norm_act(x, weight, bias, None, 2, residual=residual, residual_norm=side)
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_saved(form: str, impl: str, device: torch.device) -> None:
+    """The key encoder keeps nothing; a plain residual is not kept, as the output tells its mask."""
+    case = make_case((4, 8, 6, 6), form, torch.float32, device)
+    weight = case.main.weight.clone().requires_grad_()
+    saved: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    def call() -> Tensor:
+        return batch_norm_act(case.x, weight, case.main.bias, None, 2, residual=case.residual,
+                              residual_norm=case.side, impl=impl)
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, keep):
+        with torch.no_grad():
+            assert call().grad_fn is None and not saved
+        call()
+    activations = {t.data_ptr() for t in saved if t.numel() == case.x.numel()}
+    assert case.x.data_ptr() in activations
+    assert (case.residual is not None and case.residual.data_ptr() in activations) == (form == "dual")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_stays_nan(impl: str, device: torch.device) -> None:
+    x = make_case((2, 2, 2, 2), "none", torch.float32, device).x
+    x[0, 0, 0, 0] = torch.nan
+    y = batch_norm_act(x, x.new_ones(2), x.new_zeros(2), None, impl=impl)
+    assert y[:, 0].isnan().all() and not y[:, 1].isnan().any()
+
+
+@pytest.mark.parametrize(("change", "text"), [
+    ({"x": torch.zeros(2, 3, 4, 5)}, "channels-last"),
+    ({"x": torch.zeros(2, 3, 4)}, r"\[N, C\]"),
+    ({"groups": 3}, "do not divide into 3"),
+    ({"groups": 0}, "do not divide into 0"),
+    ({"x": torch.zeros(0, 3)}, "do not divide"),
+    ({"x": torch.zeros(2, 3), "groups": 2}, "more than one value"),
+    ({"weight": torch.ones(4)}, "weight must be contiguous"),
+    ({"weight": torch.ones(3, dtype=torch.bfloat16)}, "weight must be fp32"),
+    ({"running": None, "training": False}, "needs running"),
+    ({"running": (torch.zeros(4), torch.ones(3))}, "running mean"),
+    ({"residual": torch.zeros(2, 3, dtype=torch.bfloat16)}, "residual must be"),
+    ({"residual_norm": Norm(torch.ones(3), torch.ones(3))}, "needs a residual"),
+    ({"x": torch.zeros(4, 3).double(), "impl": "triton"}, "not torch.float64"),
+    ({"impl": "cuda"}, "impl must be"),
+])  # fmt: skip
+def test_refusals(change: dict[str, object], text: str) -> None:
+    arguments = {"x": torch.zeros(4, 3), "weight": torch.ones(3), "bias": torch.zeros(3), "running": None} | change
+    with pytest.raises(ValueError, match=text):
+        batch_norm_act(**arguments)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_operators_are_well_registered(form: str, device: torch.device) -> None:
+    case = make_case((4, 6, 3, 3), form, torch.float32, device)
+    statistics = (case.x, *case.main.running, 2, 0.1, EPS)
+    torch.library.opcheck(batch_norm.statistics, statistics)
+    torch.library.opcheck(batch_norm.statistics, (case.x, None, None, 2, 0.1, EPS))
+    moments = batch_norm.statistics(*statistics)
+    side = (None, None, None) if case.side is None else (*case.side[:2], moments)
+    weight = case.main.weight.requires_grad_()
+    torch.library.opcheck(batch_norm.apply, (case.x, weight, case.main.bias, moments, case.residual, *side, True, True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_compiles_whole_and_fakes(impl: str, device: torch.device) -> None:
+    case = make_case((4, 6, 3, 3), "dual", torch.float32, device)
+    compiled = torch.compile(batch_norm_act, fullgraph=True, backend="aot_eager")
+    expected, found = (results(f, case, 2, impl=impl) for f in (batch_norm_act, compiled))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = results(batch_norm_act, Case(*(
+            mode.from_tensor(t) if isinstance(t, Tensor) else Norm(*(map(mode.from_tensor, t[:2])), tuple(
+                map(mode.from_tensor, t.running))) for t in case)), 2, impl=impl)  # fmt: skip
+    assert all(fake[name].stride() == t.stride() and fake[name].dtype == t.dtype for name, t in expected.items())
+
+
+class Counter:
+    """Stands for a Triton function and counts the bytes of the tensors that it is given and uses."""
+
+    def __init__(self, kernel: object, total: list[int]) -> None:
+        self.kernel, self.total = kernel, total
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: object, **options: object) -> None:
+            self.kernel[grid](*args, **options)
+            given = dict(zip(self.kernel.arg_names, args)) | options
+            name = self.kernel.fn.__name__
+            unused = {"partial"}  # stays in cache
+            if name in ("sums", "gradient") and (not given["RELU"] or given.get("y") is not None):
+                unused |= {"bias", "residual_bias"} | ({"weight", "residual_weight"} if name == "sums" else set())
+            for key, value in given.items():
+                if isinstance(value, Tensor) and key not in unused:
+                    self.total[0] += value.nbytes * (2 if key.startswith("running") else 1)
+        return launch
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_cost_is_the_bytes_of_the_tensors(form: str, relu: bool, device: torch.device,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    total = [0]
+    for name in ("statistics", "finish_statistics", "apply", "sums", "finish_sums", "gradient"):
+        monkeypatch.setattr(batch_norm_kernels, name, Counter(getattr(batch_norm_kernels, name), total))
+    case, groups = make_case((4, 24, 5, 3), form, torch.bfloat16, device), 2
+    expected = [cost(case.x.shape, 2, groups, residual=form, relu=relu, backward=backward) for backward in (False, True)]
+    x = case.x.requires_grad_()
+    y = batch_norm_act(x, *case.main, groups, residual=case.residual, residual_norm=case.side, relu=relu, impl="triton")
+    assert total[0] == expected[0][0] > 0 and expected[0][1] > 0
+    y.backward(case.grad)
+    assert total[0] == expected[0][0] + expected[1][0]
