@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         command, options = parse(argv)
-        return _load(command.run)(options) or 0
+        return load(command.run)(options) or 0
     except SystemExit as stop:  # tyro's way out of --help and of a wrong flag
         return stop.code if isinstance(stop.code, int) else 2
     except (ValueError, OSError) as error:
@@ -74,7 +74,7 @@ def parse(argv: Sequence[str]) -> tuple[Command, Any]:
     """
     name, rest = _split(argv)
     command = COMMANDS[name]
-    kind = _load(command.options)
+    kind = load(command.options)
     if kind is not PretrainFlags:
         return command, _flags(kind, name, rest)
     preset = name.split()[1]
@@ -184,7 +184,8 @@ def _nearest(given: str, near: Sequence[str], otherwise: str) -> str:
     return f"there is no command '{given}': " + (f"perhaps you meant '{near[0]}'" if near else otherwise)
 
 
-def _load(name: str) -> Any:
+def load(name: str) -> Any:
+    """The object that "module:name" names."""
     module, attribute = name.split(":")
     return getattr(importlib.import_module(module), attribute)
 

@@ -1,0 +1,185 @@
+"""The loop: a resumed run is the undisturbed run, bit for bit; a run asked to stop stops; what it writes is true."""
+
+import gc
+import json
+import math
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmoco.contrast.step import Step
+from fastmoco.options import Options, Pretrain, UsageError
+from fastmoco.recipe import RecipeError
+from fastmoco.train import checkpoint, loop
+from fastmoco.train.loop import NonFiniteError, pretrain
+from fastmoco.train.monitor import read_lines
+
+STEPS = 30
+LINE = {"step", "epoch", "loss", "top1", "top5", "lr", "pairs_per_s", "data_wait", "memory", "queue_filled", "seconds"}
+
+NEW_PROCESS = """
+import json, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from fastmoco.options import Options
+from fastmoco.recipe import Recipe
+from fastmoco.train.loop import pretrain
+recipe, data, out = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+pretrain(Recipe.from_dict(recipe), Options(data=data, out=out, device="cpu", threads=2, prefetch=3, resume=True, knn=False))
+"""
+
+
+def options(images: Path, out: Path, **changes) -> Options:
+    return Options(data=images, out=out, **{"device": "cpu", "threads": 1, "knn": False, "log_every": 4, **changes})
+
+
+def final(out: Path) -> dict[str, torch.Tensor]:
+    saved = checkpoint.load(checkpoint.latest(out))
+    assert saved.step == STEPS
+    return saved.state
+
+
+def differing(one: dict, other: dict) -> list[str]:
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+@pytest.fixture(scope="module")
+def whole(images, recipe, tmp_path_factory) -> Path:
+    """The undisturbed run, with kNN, that every other one is compared with."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    summary = pretrain(recipe, options(images, out, knn=True, knn_every=2), "demo")
+    assert summary["steps"] == STEPS and not summary["stopped"]
+    return out
+
+
+@pytest.mark.parametrize("cut", [11, 15], ids=["inside an epoch", "at its end"])
+def test_a_run_resumed_in_a_new_process_is_bit_equal(cut, images, recipe, whole, tmp_path):
+    out = tmp_path / "run"
+    pretrain(recipe, options(images, out, stop_after=cut))
+    assert checkpoint.latest(out).name == f"step_{cut:08d}"
+    command = [sys.executable, "-c", NEW_PROCESS, json.dumps(recipe.as_dict()), images, out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert differing(final(out), final(whole)) == []
+
+
+def test_a_step_count_off_by_one_is_noticed(images, recipe, whole, tmp_path):
+    """The control: the comparison above can fail."""
+    out = tmp_path / "run"
+    pretrain(recipe, options(images, out, stop_after=11))
+    saved = checkpoint.load(checkpoint.latest(out))
+    checkpoint.save(out, 12, saved.state, saved.meta)
+    pretrain(recipe, options(images, out, resume=True))
+    names = differing(final(out), final(whole))
+    assert {"queue", "encoder_q.conv1.weight", "encoder_k.conv1.weight", "velocity.conv1.weight"} <= set(names)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_run_asked_to_stop_finishes_the_step_saves_and_can_go_on(number, images, recipe, whole, tmp_path, monkeypatch):
+    out, before = tmp_path / "run", signal.getsignal(number)
+    step, calls = Step.step, []
+
+    def asking(self, batch, lr):
+        calls.append(batch.step)
+        if len(calls) == 7:
+            signal.raise_signal(number)
+        return step(self, batch, lr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "step", asking)
+        assert loop.run(Pretrain("custom", recipe, options(images, out))) == 143
+    assert calls == list(range(7)) and checkpoint.latest(out).name == "step_00000007"
+    assert signal.getsignal(number) is before and gc.isenabled()
+    assert not (out / "summary.json").exists()
+    if number == signal.SIGTERM:
+        pretrain(recipe, options(images, out, resume=True))
+        assert differing(final(out), final(whole)) == []
+        assert [line["step"] for line in read_lines(out / "log.jsonl")] == [4, 7, 8, 12, 16, 20, 24, 28, 30]
+
+
+def test_what_a_run_writes(whole, recipe):
+    log, knn = read_lines(whole / "log.jsonl"), read_lines(whole / "knn.jsonl")
+    assert [line["step"] for line in log] == [4, 8, 12, 16, 20, 24, 28, 30]
+    assert all(line.keys() == LINE for line in log)
+    for line in log:
+        assert line["epoch"] == line["step"] / 5 and line["lr"] == recipe.learning_rate(line["step"] - 1, 5)
+        assert 0 < line["loss"] < 2 * math.log(21) and 0 <= line["top1"] <= line["top5"] <= 100
+        assert line["pairs_per_s"] > 0 and 0 <= line["data_wait"] <= 1 and 0 < line["memory"] < 64
+        assert line["queue_filled"] == min(1, line["step"] / 3)
+    assert [line["step"] for line in knn] == [0, 10, 20, 30] and knn[0]["classes"] == 2 and knn[0]["queries"] == 12
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["knn_before"] == knn[0]["top1"] and summary["knn_after"] == knn[-1]["top1"]
+    assert summary["loss"] == log[-1]["loss"] and summary["chance_loss"] == math.log(21)
+    saved = json.loads((whole / "recipe.json").read_text())
+    assert saved["recipe"] == json.loads(json.dumps(recipe.as_dict())) and saved["preset"] == "demo"
+    assert {"versions", "commit", "command", "device", "options", "steps"} <= saved.keys()
+    assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(whole.glob("*.writing"))
+
+
+def test_where_and_how_change_nothing(images, recipe, whole, tmp_path):
+    """kNN in between, saves, threads, prefetch and logging leave the run as it is."""
+    out = tmp_path / "run"
+    pretrain(recipe, options(images, out, threads=3, prefetch=1, log_every=7, save_every=4, keep=3))
+    assert differing(final(out), final(whole)) == []
+    assert [path.name for path in checkpoint.steps(out)] == ["step_00000024", "step_00000028", "step_00000030"]
+
+
+def test_a_finished_run_resumed_stays_as_it_is(images, recipe, tmp_path):
+    out = tmp_path / "run"
+    short = replace(recipe, epochs=1)
+    pretrain(short, options(images, out))
+    before = checkpoint.load(checkpoint.latest(out)).state
+    assert pretrain(short, options(images, out, resume=True))["steps"] == 5
+    assert differing(checkpoint.load(checkpoint.latest(out)).state, before) == []
+    assert [line["step"] for line in read_lines(out / "log.jsonl")] == [4, 5]
+
+
+def test_wrong_use_writes_nothing(images, recipe, whole, tmp_path):
+    out = tmp_path / "run"
+    for error, wrong, given in (
+        (RecipeError, replace(recipe, batch_size=48), options(images, out)),  # more than there are images
+        (UsageError, recipe, options(images, whole)),
+        (UsageError, recipe, options(images, out, resume=True)),
+        (UsageError, replace(recipe, temperature=0.3), options(images, whole, resume=True)),
+        (UsageError, recipe, options(images, whole, resume=True, stop_after=3)),
+    ):
+        before = sorted(path.name for path in whole.iterdir())
+        with pytest.raises(error):
+            pretrain(wrong, given)
+        assert not out.exists() and sorted(path.name for path in whole.iterdir()) == before
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(images, recipe, tmp_path, monkeypatch):
+    out, step = tmp_path / "run", Step.step
+
+    def diverging(self, batch, lr):
+        return step(self, batch, math.nan if batch.step >= 6 else lr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "step", diverging)
+        with pytest.raises(NonFiniteError, match="last good checkpoint is of step 5"):
+            pretrain(recipe, options(images, out, save_every=5))
+    newest = checkpoint.latest(out)
+    assert newest.name == "step_00000005"
+    assert all(value.isfinite().all() for value in checkpoint.load(newest).state.values())
+
+
+def test_unlabelled_images_train_without_knn(images, recipe, tmp_path, capsys):
+    out = tmp_path / "run"
+    summary = pretrain(recipe, options(images / "train" / "down", out, knn=True, stop_after=2))
+    assert summary["knn_after"] is None and "no kNN evaluation" in capsys.readouterr().err
+
+
+def test_fresh_names(tmp_path):
+    assert loop.fresh(tmp_path / "demo") == tmp_path / "demo"
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo-2").mkdir()
+    assert loop.fresh(tmp_path / "demo") == tmp_path / "demo-3"
