@@ -5,9 +5,10 @@ tensors, size, dtypes); a second table cuts the parameters into chunks, and each
 Addresses are compared on every call and the records sent again only where one has changed, so gradients may move.
 
 A gradient that holds an infinity or NaN anywhere must stop the update everywhere, so a first launch reads all
-gradients and leaves its verdict in device memory, where every program of the second launch finds it. That costs one
-more read of the gradients, 2 bytes a parameter at bf16 on top of the update's own 32. The update walks the chunks
-backwards, so that it meets first the gradients that the check has just left in the L2 cache.
+gradients and leaves its verdict in device memory, where every program of the second launch finds it. With bf16
+gradients and copies the update moves 30 bytes a parameter (reads 14, writes 16) and the check 2 more; with fp32
+gradients 32 and 4. The update walks the chunks backwards, so that it meets first the gradients that the check has
+just left in the L2 cache.
 """
 
 from __future__ import annotations
@@ -78,20 +79,24 @@ def ema(table: TensorTable, ema_momentum: float | Tensor, impl: Impl = "auto") -
         torch.autograd.graph.increment_version([*table.k, *table.k_casts])
 
 
-def cost(table: TensorTable, grads: Sequence[Tensor] | None = None) -> tuple[int, int]:
-    """Bytes moved and arithmetic done by `sgd_ema`, or by `ema` where no gradients are given. Meta tensors will do.
+def cost(table: TensorTable, grad_dtypes: Sequence[torch.dtype]) -> tuple[int, int]:
+    """Bytes and floating-point operations of `sgd_ema` with gradients of these dtypes. A table of meta tensors will do.
 
     Bytes are those of the tensors, each gradient counted twice (check and update) as if no cache kept it; records
-    and chunks come to less than 0.1 % and are left out. At bf16 that is 34 a parameter for `sgd_ema`, 14 for `ema`.
+    and chunks come to less than 0.1 % and are left out. At bf16 that is 32 a parameter, with fp32 gradients 36.
     """
-    size = sum(q.numel() for q in table.q)
-    k_casts = sum(_bytes(copy) for copy in table.k_casts)
-    if grads is None:
-        return sum(_bytes(q) + 2 * _bytes(k) for q, k in zip(table.q, table.k, strict=True)) + k_casts, size * EMA_FLOPS
-    masters = sum(2 * _bytes(tensor) for group in (table.q, table.velocity, table.k) for tensor in group)
-    casts = k_casts + sum(_bytes(copy) for copy in table.q_casts)
-    moved = masters + casts + 2 * sum(_bytes(grad) for grad in grads)
-    return moved, size * (CHECK_FLOPS + SGD_FLOPS + EMA_FLOPS)
+    masters = sum(2 * q.nbytes + 2 * v.nbytes for q, v in zip(table.q, table.velocity, strict=True))
+    masters += sum(2 * k.nbytes for k in table.k)
+    grads = sum(q.numel() * dtype.itemsize for q, dtype in zip(table.q, grad_dtypes, strict=True))
+    casts = sum(copy.nbytes for copy in (*table.q_casts, *table.k_casts))
+    flops = CHECK_FLOPS + SGD_FLOPS + EMA_FLOPS
+    return masters + 2 * grads + casts, flops * sum(q.numel() for q in table.q)
+
+
+def ema_cost(table: TensorTable) -> tuple[int, int]:
+    """Bytes and floating-point operations of `ema`; at bf16 14 bytes a parameter."""
+    masters = sum(q.nbytes + 2 * k.nbytes for q, k in zip(table.q, table.k, strict=True))
+    return masters + sum(copy.nbytes for copy in table.k_casts), EMA_FLOPS * sum(q.numel() for q in table.q)
 
 
 def variants(arch: int) -> list[Variant]:
@@ -416,7 +421,3 @@ def _check_flag(nonfinite: Tensor, device: torch.device) -> None:
     if nonfinite.dtype != torch.int32 or nonfinite.numel() != 1 or nonfinite.device != device:
         found = f"{nonfinite.dtype} {tuple(nonfinite.shape)} on {nonfinite.device}"
         raise ValueError(f"nonfinite is {found}, expected torch.int32 (1,) on {device}")
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -199,6 +199,11 @@ def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _copies(masters: Sequence[Tensor], detached: list[Tensor], copies: Sequence[Tensor]) -> list[Tensor]:
     return [
-        held if copy is master or copy.is_set_to(master) else copy.detach()
+        held if _memory(copy) == _memory(master) else copy.detach()
         for master, held, copy in zip(masters, detached, copies, strict=True)
     ]
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    # By storage, because meta and fake tensors have no address.
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
