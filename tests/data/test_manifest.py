@@ -1,0 +1,319 @@
+"""Which files count as images, the reason for every other, and what the cache may and may not do."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastmoco.data import manifest as manifest_module
+from fastmoco.data.manifest import DataError, Manifest, probe, scan, split
+
+
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    home = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    return home
+
+
+def encode(format: str = "JPEG", size: tuple[int, int] = (64, 48), mode: str = "RGB", **options: object) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    buffer = io.BytesIO()
+    image = Image.fromarray(pixels)
+    deep = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    image = deep if mode == "I;16" else image.convert(mode)
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+JPEG = encode()
+
+
+def test_class_folders_nested_with_spaces_and_unicode(tmp_path: Path) -> None:
+    for name in ("great dane/a b.jpg", "great dane/deep/er/c.jpg", "œuf 卵/d.jpg", "zebra/#e%20.jpg"):
+        write(tmp_path / name, JPEG)
+    write(tmp_path / "README.txt", b"hello")
+    write(tmp_path / ".hidden/x.jpg", JPEG)
+    write(tmp_path / "zebra/.DS_Store", b"\0\0")
+    found = scan(tmp_path)
+    assert found.paths == ["great dane/a b.jpg", "great dane/deep/er/c.jpg", "zebra/#e%20.jpg", "œuf 卵/d.jpg"]
+    assert found.classes == ["great dane", "zebra", "œuf 卵"] and found.labels.tolist() == [0, 0, 1, 2]
+    assert found.rejected == [("README.txt", "not an image")]
+    assert found.sizes.tolist() == [[48, 64]] * 4 and found.sizes.dtype == np.int32 and found.labels.dtype == np.int64
+    assert bytes(found.read(0)) == JPEG and found.path(0) == str(tmp_path / "great dane/a b.jpg")
+
+
+def test_flat_and_mixed_folders_and_a_single_class_have_no_labels(tmp_path: Path) -> None:
+    write(tmp_path / "one/only/a.jpg", JPEG)
+    assert scan(tmp_path).labels is None and scan(tmp_path / "one/only").labels is None
+    write(tmp_path / "two/b.jpg", JPEG)
+    assert scan(tmp_path).classes == ["one", "two"]
+    write(tmp_path / "c.jpg", JPEG)
+    mixed = scan(tmp_path)
+    assert len(mixed) == 3 and mixed.labels is None and mixed.classes == []
+
+
+def test_numbered_classes_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for name in ("0", "2", "10"):
+        write(tmp_path / name / "a.jpg", JPEG)
+    assert scan(tmp_path).classes == ["0", "2", "10"]
+
+
+def test_list_of_paths(tmp_path: Path) -> None:
+    write(tmp_path / "b c/é #.jpg", JPEG)
+    write(tmp_path / "a.jpg", JPEG)
+    lines = f"\ufeffb c/é #.jpg\r\n\n{tmp_path / 'a.jpg'}\nmissing.jpg\n"
+    listing = write(tmp_path / "list.txt", lines.encode())
+    found = scan(listing)
+    assert found.paths == [str(tmp_path / "a.jpg"), "b c/é #.jpg"] and found.labels is None
+    assert found.rejected == [("missing.jpg", "unreadable: No such file or directory")]
+    assert all(len(found.read(i)) for i in range(2))
+    listing.write_text("a.jpg\tdog\nb c/é #.jpg\tcat\n")
+    found = scan(listing)
+    assert found.classes == ["cat", "dog"] and found.labels.tolist() == [1, 0]
+    listing.write_text("a.jpg\tdog\nb c/é #.jpg\n")
+    assert scan(listing).labels is None
+
+
+def test_validation_part_takes_the_numbering_of_the_training_part(tmp_path: Path) -> None:
+    for name in ("train/a/1.jpg", "train/b/1.jpg", "train/c/1.jpg", "val/c/1.jpg", "val/a/1.jpg"):
+        write(tmp_path / name, JPEG)
+    train_path, val_path = split(tmp_path)
+    train = scan(train_path)
+    assert scan(val_path, classes=train.classes).labels.tolist() == [0, 2]
+    write(tmp_path / "val/d/1.jpg", JPEG)
+    with pytest.raises(DataError, match="class 'd' is not among the 3 classes"):
+        scan(val_path, classes=train.classes)
+
+
+def test_split(tmp_path: Path) -> None:
+    assert split(tmp_path) == (str(tmp_path), None)
+    (tmp_path / "train").mkdir()
+    assert split(tmp_path) == (str(tmp_path / "train"), None)
+    (tmp_path / "test").mkdir()
+    assert split(tmp_path) == (str(tmp_path / "train"), str(tmp_path / "test"))
+    (tmp_path / "val").mkdir()
+    assert split(tmp_path) == (str(tmp_path / "train"), str(tmp_path / "val"))
+
+
+def test_links_that_loop_or_lead_nowhere(tmp_path: Path) -> None:
+    write(tmp_path / "data/a/1.jpg", JPEG)
+    write(tmp_path / "data/b/2.jpg", JPEG)
+    (tmp_path / "data/b/up").symlink_to(tmp_path / "data")
+    (tmp_path / "data/a/sideways").symlink_to(tmp_path / "data/b")
+    (tmp_path / "data/itself").symlink_to(tmp_path / "data/itself")
+    (tmp_path / "data/gone.jpg").symlink_to(tmp_path / "nothing")
+    (tmp_path / "data/good.jpg").symlink_to(tmp_path / "data/a/1.jpg")
+    os.mkfifo(tmp_path / "data/pipe.jpg")
+    found = scan(tmp_path / "data")
+    assert found.paths == ["a/1.jpg", "a/sideways/2.jpg", "good.jpg"]  # each folder once, by the first way in
+    assert dict(found.rejected) == {
+        "a/sideways/up": "folder already entered by another path",
+        "b": "folder already entered by another path",
+        "gone.jpg": "broken link",
+        "itself": "broken link",
+        "pipe.jpg": "not a regular file",
+    }
+
+
+WITH_THUMBNAIL = JPEG[:2] + b"\xff\xe1" + (2 + 6 + len(JPEG)).to_bytes(2, "big") + b"Thumb\0" + JPEG + JPEG[2:]
+BAD = {
+    "empty file": b"",
+    "GIF, which DALI cannot decode": encode("GIF"),
+    "not an image": b"<html>not found</html>",
+    "truncated": JPEG[:-2],
+    "truncated ": JPEG[: len(JPEG) // 2],
+    "truncated  ": JPEG[: len(JPEG) // 2] + b"\xff\x00\xff",
+    "truncated   ": WITH_THUMBNAIL[:-100],
+    "truncated    ": encode("PNG")[:-13],
+    "truncated     ": encode("WEBP")[:-10],
+    "truncated      ": JPEG[:2],
+    "truncated       ": encode("PNG")[:20],
+    "broken header": JPEG[:4] + JPEG[-2:],
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_bad_files_are_left_out_with_the_reason(tmp_path: Path, reason: str) -> None:
+    path = write(tmp_path / "x.jpg", BAD[reason])
+    height, width, said = probe(str(path))
+    assert (height, width) == (0, 0) and said == reason.rstrip()
+
+
+EXIF = Image.Exif()
+EXIF[0x0112] = 6
+GOOD = {
+    "plain": JPEG,
+    "trailing garbage": JPEG + b"\0garbage" * 100,
+    "thumbnail": WITH_THUMBNAIL,
+    "long header": JPEG[:2] + (b"\xff\xe2\xff\xff" + bytes(65533)) * 3 + JPEG[2:],
+    "progressive": encode(progressive=True),
+    "grey": encode(mode="L"),
+    "CMYK": encode(mode="CMYK"),
+    "exif jpeg": encode(exif=EXIF),
+    "exif png": encode("PNG", exif=EXIF),
+    "exif webp": encode("WEBP", exif=EXIF),
+    "rotated tiff": encode("TIFF", tiffinfo={274: 6}),
+    "png garbage": encode("PNG") + b"more",
+    "palette png": encode("PNG", mode="P"),
+    "16 bit png": encode("PNG", mode="I;16"),
+    "RGBA png": encode("PNG", mode="RGBA"),
+    "webp": encode("WEBP"),
+    "bmp": encode("BMP"),
+    "jpeg 2000": encode("JPEG2000"),
+    "ppm": encode("PPM"),
+}
+
+
+@pytest.mark.parametrize("kind", GOOD)
+@pytest.mark.parametrize("name", ["x.jpg", "odd name without ending"])
+def test_odd_but_valid_files_are_told_by_content(tmp_path: Path, kind: str, name: str) -> None:
+    assert probe(str(write(tmp_path / name, GOOD[kind]))) == (48, 64, "")
+
+
+def test_images_over_the_pixel_limit(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "x.jpg", JPEG))
+    assert probe(path, max_pixels=64 * 48) == (48, 64, "")
+    assert probe(path, max_pixels=64 * 48 - 1) == (0, 0, "64 x 48 pixels, over the limit of 3071")
+    header = bytearray(JPEG)
+    start = header.index(b"\xff\xc0") + 5
+    header[start : start + 4] = b"\xea\x60\xea\x60"  # 60000 x 60000
+    assert probe(str(write(tmp_path / "huge.jpg", bytes(header))))[2] == "over the limit of 100000000 pixels"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_random_damage_never_raises(tmp_path: Path) -> None:
+    generator, path = random.Random(0), tmp_path / "x"
+    for trial in range(600):
+        data = bytearray(generator.choice(list(GOOD.values())))
+        for _ in range(generator.randint(1, 12)):
+            data[generator.randrange(min(len(data), 400))] = generator.randrange(256)
+        height, width, reason = probe(str(write(path, bytes(data[: generator.randint(1, len(data))]))))
+        assert (height > 0 and width > 0) != bool(reason), trial
+
+
+@pytest.mark.parametrize("make", ["missing", "empty", "only text", "an image", "an archive"])
+def test_nothing_usable_is_one_clear_line(tmp_path: Path, make: str) -> None:
+    path = tmp_path / "data"
+    if make in ("empty", "only text"):
+        path.mkdir()
+    if make == "only text":
+        (path / "a.txt").write_text("hello")
+    if make in ("an image", "an archive"):
+        path.write_bytes(JPEG if make == "an image" else bytes(512))
+    with pytest.raises(DataError) as caught:
+        scan(path)
+    message = str(caught.value)
+    assert caught.value.exit_code == 2 and str(path) in message and "\n" not in message
+    assert ("a.txt: not an image" in message) == (make == "only text")
+
+
+def test_unreadable_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "data/a.jpg", JPEG)
+    write(tmp_path / "data/closed/b.jpg", JPEG)
+    closed, scandir = [str(tmp_path / "data/closed")], os.scandir  # root may read anything, so refuse here
+
+    def refuse(path: str) -> object:
+        if path.rstrip("/") in closed:
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert scan(tmp_path / "data").rejected == [("closed", "unreadable folder: Permission denied")]
+    closed.append(str(tmp_path / "data"))
+    with pytest.raises(DataError, match="cannot read the folder: Permission denied"):
+        scan(tmp_path / "data")
+
+
+class Probes:
+    """Counts the headers that a scan reads."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.paths: list[str] = []
+        monkeypatch.setattr(manifest_module, "probe", self)
+
+    def __call__(self, path: str, max_pixels: int) -> tuple[int, int, str]:
+        self.paths.append(Path(path).name)
+        return probe(path, max_pixels)
+
+
+def same(a: Manifest, b: Manifest) -> bool:
+    return a.paths == b.paths and np.array_equal(a.sizes, b.sizes) and a.rejected == b.rejected
+
+
+def test_cache_spares_unchanged_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.jpg", "b.jpg", "bad.txt"):
+        write(tmp_path / name, JPEG if name != "bad.txt" else b"text")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    probes = Probes(monkeypatch)
+    first = scan(tmp_path)
+    assert sorted(probes.paths) == ["a.jpg", "b.jpg", "bad.txt"]
+    assert same(scan(tmp_path), first) and len(probes.paths) == 3
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before  # nothing written beside the data
+
+    os.utime(write(tmp_path / "b.jpg", encode(size=(56, 40))), ns=(0, before[tmp_path / "b.jpg"]))
+    write(tmp_path / "c.jpg", JPEG)
+    (tmp_path / "a.jpg").unlink()
+    probes.paths.clear()
+    second = scan(tmp_path)  # b by its size, c because it is new
+    assert sorted(probes.paths) == ["b.jpg", "c.jpg"] and second.sizes.tolist() == [[40, 56], [48, 64]]
+    os.utime(tmp_path / "c.jpg", ns=(0, 12345))
+    probes.paths.clear()
+    assert same(scan(tmp_path), second) and probes.paths == ["c.jpg"]
+    probes.paths.clear()
+    scan(tmp_path, max_pixels=10**7)
+    assert len(probes.paths) == 3  # another limit is another question
+    probes.paths.clear()
+    scan(tmp_path, cache=False)
+    assert len(probes.paths) == 3
+
+
+def test_damaged_or_unwritable_cache_is_ignored(
+    tmp_path: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.jpg", JPEG)
+    write(tmp_path / "b.jpg", JPEG)
+    first = scan(tmp_path)
+    (cached,) = (cache_home / "fastmoco").iterdir()
+    whole = cached.read_bytes()
+    generator = random.Random(0)
+    for trial in range(60):
+        damaged = bytearray(whole[: generator.randrange(len(whole))] if trial % 2 else whole)
+        for _ in range(3 if damaged else 0):
+            damaged[generator.randrange(len(damaged))] ^= generator.randrange(1, 256)
+        cached.write_bytes(bytes(damaged))
+        assert same(scan(tmp_path), first), trial
+    blocked = write(tmp_path.parent / "blocked", b"a file where a folder is wanted")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    assert same(scan(tmp_path), first)
+    assert not list((cache_home / "fastmoco").glob("*.partial"))
+
+
+def test_progress_reaches_the_end(tmp_path: Path) -> None:
+    for i in range(600):
+        write(tmp_path / f"{i}.jpg", JPEG)
+    told: list[tuple[int, int]] = []
+    scan(tmp_path, progress=lambda done, total: told.append((done, total)))
+    assert told == [(256, 600), (512, 600), (600, 600)]
+
+
+@pytest.mark.parametrize("state", ["new", "cached"])
+def test_benchmark_scan_of_5000_files(tmp_path: Path, benchmark: object, state: str) -> None:
+    """The aim is 5,000 files a second on two cores: one second or less."""
+    data = encode(size=(500, 375), quality=60)
+    for i in range(5000):
+        write(tmp_path / f"{i % 20}/{i}.jpg", data)
+    scan(tmp_path)
+    assert len(benchmark(lambda: scan(tmp_path, cache=state == "cached"))) == 5000
