@@ -1,16 +1,225 @@
-"""Photometric augmentation: uint8 crops and one row of drawn parameters a view -> normalised channels-last views."""
+"""Photometric augmentation: uint8 crops and one row of drawn parameters a view -> normalised channels-last views.
+
+Three launches, each over all views, each leaving at once where a view has nothing for it:
+
+1. mean grey, of views with jitter: applies what comes before contrast, sums 0.299 R + 0.587 G + 0.114 B over a block.
+2. color: grey and jitters; a sharp view is flipped, normalised, cast and stored, a blurred one goes to scratch.
+3. blur: two products of a square of pixels with a banded matrix, V X V' with V[o, i] = exp(-(i - o - r)^2 / 2 sigma^2)
+   for |i - o - r| <= r = ceil(3 sigma), scaled to rows of sum 1; then flip, normalise, cast, store. The borders are
+   reflected in the reads. A square of E pixels gives E - 2r. Operands are fp16 with fp32 accumulation: [0, 1] in fp16
+   is 1/16 of an 8-bit level off at most. For fp32 results they are fp32, by three-term tf32.
+
+Bytes a view of S x S pixels, C channels and e bytes an element: 3 S^2 read, 3 S^2 read again where jitter was drawn
+(from L2 while a launch's crops fit there), C S^2 e written, and 12 S^2 through scratch where blur was drawn (24 for
+fp32); besides, 32 of parameters, and 4 each block's sum. 512 views of 224 px in bf16 with MoCo v2's draws:
+77 + 62 + 154 + 154 MB. Some 200 fp32 instructions a pixel take as long again. Scratch has room for every view, as the
+shapes of the launches depend on N and S alone; nothing is read back, so a CUDA graph may hold them.
+
+A view's sums are added in a fixed order: two runs give the same bits.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from fastmoco.kernels import reference
+from fastmoco.kernels.tiles import Tiles, Variant, tiles
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+__all__ = ["cost", "photometric", "variants"]
+
+FLOPS_PER_PIXEL, BLUR_FLOPS_PER_PIXEL = 94, 156  # four jitters and normalisation; two passes of 13 taps on 3 channels
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+COLUMNS = tl.constexpr(8)
+FLIP, GRAY, ORDER = (tl.constexpr(column) for column in (reference.FLIP, reference.GRAY, reference.ORDER))
+FACTORS, SIGMA = tl.constexpr(reference.BRIGHTNESS), tl.constexpr(reference.SIGMA)
+GRAY_BEFORE_JITTER = tl.constexpr(reference.GRAY_BEFORE_JITTER)
+GRAY_AFTER_JITTER = tl.constexpr(reference.GRAY_AFTER_JITTER)
+MAX_SIGMA, MIN_SIGMA = tl.constexpr(reference.MAX_SIGMA), tl.constexpr(reference.MIN_SIGMA)
+CONTRAST_CODE = tl.constexpr(1)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _luma(r, g, b):
+    return 0.299 * r + 0.587 * g + 0.114 * b
+
+
+@triton.jit
+def _toward(x, center, factor):
+    return tl.minimum(tl.maximum(factor * x + (1.0 - factor) * center, 0.0), 1.0)
+
+
+@triton.jit
+def _hue(r, g, b, turns):
+    # From red, the hue is 1 + (g + b - r - low) / chroma sixths of a turn away, towards green where g > b.
+    low = tl.minimum(tl.minimum(r, g), b)
+    chroma = tl.maximum(tl.maximum(r, g), b) - low
+    from_red = 1.0 + (g + b - r - low) / tl.maximum(chroma, 1e-12)
+    hue = tl.where(g >= b, from_red, -from_red) + 6.0 * turns
+    hue -= 6.0 * tl.floor(hue * (1.0 / 6.0))
+    r = low + chroma * tl.minimum(tl.maximum(tl.abs(hue - 3.0) - 1.0, 0.0), 1.0)
+    g = low + chroma * tl.minimum(tl.maximum(2.0 - tl.abs(hue - 2.0), 0.0), 1.0)
+    b = low + chroma * tl.minimum(tl.maximum(2.0 - tl.abs(hue - 4.0), 0.0), 1.0)
+    return r, g, b
+
+
+@triton.jit
+def _jitters(r, g, b, drawn, order, center, count):
+    for position in range(count):
+        code = (order >> (2 * position)) & 3
+        factor = tl.load(drawn + FACTORS + code)
+        if code == 3:
+            r, g, b = _hue(r, g, b, factor)
+        elif code == 2:
+            gray = _luma(r, g, b)
+            r, g, b = _toward(r, gray, factor), _toward(g, gray, factor), _toward(b, gray, factor)
+        else:
+            pivot = tl.where(code == CONTRAST_CODE, center, 0.0)
+            r, g, b = _toward(r, pivot, factor), _toward(g, pivot, factor), _toward(b, pivot, factor)
+    return r, g, b
+
+
+@triton.jit
+def _pixels(crop, offset, mask, drawn):
+    r = tl.load(crop + offset, mask=mask).to(tl.float32) * (1.0 / 255.0)
+    g = tl.load(crop + offset + 1, mask=mask).to(tl.float32) * (1.0 / 255.0)
+    b = tl.load(crop + offset + 2, mask=mask).to(tl.float32) * (1.0 / 255.0)
+    if tl.load(drawn + GRAY) == GRAY_BEFORE_JITTER:
+        gray = _luma(r, g, b)
+        r, g, b = gray, gray, gray
+    return r, g, b
+
+
+@triton.jit
+def _jittered_pixels(crop, offset, mask, drawn, sums, blocks: tl.constexpr, lanes: tl.constexpr, pixels: tl.constexpr):
+    r, g, b = _pixels(crop, offset, mask, drawn)
+    order = tl.load(drawn + ORDER).to(tl.int32)
+    if order >= 0:
+        lane = tl.arange(0, lanes)
+        center = tl.sum(tl.load(sums + lane, mask=lane < blocks, other=0.0), 0) / pixels
+        r, g, b = _jitters(r, g, b, drawn, order, center, 4)
+    if tl.load(drawn + GRAY) == GRAY_AFTER_JITTER:
+        gray = _luma(r, g, b)
+        r, g, b = gray, gray, gray
+    return r, g, b
+
+
+@triton.jit
+def _cast(x, dtype: tl.constexpr):
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter truncates
+        bits = x.to(tl.uint32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def _flipped(drawn, pixel, size: tl.constexpr):
+    return tl.where(tl.load(drawn + FLIP) > 0, pixel + (size - 1 - 2 * (pixel % size)), pixel)
+
+
+@triton.jit
+def _destination(rows, view):
+    if rows is None:
+        return view
+    return tl.load(rows + view)
+
+
+@triton.jit
+def _mean_gray_kernel(crops, parameters, sums, size: tl.constexpr, blocks: tl.constexpr, block: tl.constexpr):
+    view = tl.program_id(0).to(tl.int64) // blocks
+    start = tl.program_id(0) % blocks * block
+    drawn = parameters + view * COLUMNS
+    order = tl.load(drawn + ORDER).to(tl.int32)
+    if order >= 0:
+        before = 0
+        for position in range(1, 4):
+            before = tl.where(((order >> (2 * position)) & 3) == CONTRAST_CODE, position, before)
+        pixel = start + tl.arange(0, block)
+        mask = pixel < size * size
+        r, g, b = _pixels(crops + view * (size * size * 3), pixel * 3, mask, drawn)
+        r, g, b = _jitters(r, g, b, drawn, order, 0.0, before)
+        tl.store(sums + tl.program_id(0), tl.sum(tl.where(mask, _luma(r, g, b), 0.0), 0))
+
+
+@triton.jit
+def _color_kernel(
+    crops, parameters, sums, rows, views, scratch, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
+    size: tl.constexpr, channels: tl.constexpr, blocks: tl.constexpr, lanes: tl.constexpr,
+    tiles: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    view = tl.program_id(0).to(tl.int64) // tiles
+    pixels: tl.constexpr = size * size
+    pixel = tl.program_id(0) % tiles * block + tl.arange(0, block)
+    mask = pixel < pixels
+    drawn = parameters + view * COLUMNS
+    r, g, b = _jittered_pixels(
+        crops + view * (pixels * 3), pixel * 3, mask, drawn, sums + view * blocks, blocks, lanes, pixels
+    )
+    place = views + _destination(rows, view) * (pixels * channels) + _flipped(drawn, pixel, size) * channels
+    if channels == 4:
+        tl.store(place + 3, tl.zeros([block], views.dtype.element_ty), mask=mask)
+    if tl.load(drawn + SIGMA) > 0:
+        plane = scratch + view * (pixels * 3) + pixel
+        tl.store(plane, r.to(scratch.dtype.element_ty), mask=mask)
+        tl.store(plane + pixels, g.to(scratch.dtype.element_ty), mask=mask)
+        tl.store(plane + 2 * pixels, b.to(scratch.dtype.element_ty), mask=mask)
+    else:
+        tl.store(place, _cast(r * scale_r + shift_r, views.dtype.element_ty), mask=mask)
+        tl.store(place + 1, _cast(g * scale_g + shift_g, views.dtype.element_ty), mask=mask)
+        tl.store(place + 2, _cast(b * scale_b + shift_b, views.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _band(offset, radius, sigma, operand: tl.constexpr):
+    ratio = offset.to(tl.float32) / sigma
+    return tl.where(tl.abs(offset) <= radius, tl.exp2(-0.7213475204444817 * ratio * ratio), 0.0).to(operand)
+
+
+@triton.jit
+def _reflected(index, size: tl.constexpr):
+    return tl.maximum(size - 1 - tl.abs(size - 1 - tl.abs(index)), 0)  # 0 only where no valid pixel looks
+
+
+@triton.jit
+def _pick(channel, first, second, third):
+    return tl.where(channel == 0, first, tl.where(channel == 1, second, third))
+
+
+@triton.jit
+def _blur_kernel(
+    parameters, rows, views, scratch, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
+    size: tl.constexpr, channels: tl.constexpr, tiles: tl.constexpr, edge: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    plane = tl.program_id(0).to(tl.int64) // (tiles * tiles)
+    tile = tl.program_id(0) % (tiles * tiles)
+    view, channel = plane // 3, plane % 3
+    drawn = parameters + view * COLUMNS
+    drawn_sigma = tl.load(drawn + SIGMA)
+    sigma = tl.minimum(tl.maximum(drawn_sigma, MIN_SIGMA), MAX_SIGMA)
+    radius = tl.minimum(tl.ceil(3.0 * sigma).to(tl.int32), size - 1)
+    step = edge - 2 * radius
+    top, left = tile // tiles * step, tile % tiles * step
+    if (drawn_sigma > 0) & (tl.maximum(top, left) < size):
+        operand: tl.constexpr = scratch.dtype.element_ty
+        i, j = tl.arange(0, edge)[:, None], tl.arange(0, edge)[None, :]
+        source = _reflected(top + i - radius, size) * size + _reflected(left + j - radius, size)
+        down = _band(j - i - radius, radius, sigma, operand)
+        scale = 1.0 / tl.sum(_band(tl.arange(0, edge) - edge // 2, radius, sigma, operand).to(tl.float32), 0)
+        x = tl.load(scratch + plane * (size * size) + source)
+        x = tl.dot(down, x, input_precision=precision) * scale
+        x = tl.dot(x.to(operand), tl.trans(down), input_precision=precision) * scale
+        x = x * _pick(channel, scale_r, scale_g, scale_b) + _pick(channel, shift_r, shift_g, shift_b)
+        place = _flipped(drawn, (top + i) * size + left + j, size) * channels + channel
+        mask = (tl.maximum(i, j) < step) & (top + i < size) & (left + j < size)
+        target = views + _destination(rows, view) * (size * size * channels)
+        tl.store(target + place, _cast(x, views.dtype.element_ty), mask=mask)
 
 
 def photometric(
@@ -31,13 +240,20 @@ def photometric(
     mean grey of the crop at that moment; saturation about grey 0.299 R + 0.587 G + 0.114 B; HSV hue shift in turns;
     each clamped to [0, 1]), grey after them, a Gaussian blur of deviation SIGMA pixels (none at 0, at most 4) over a
     radius of ceil(3 SIGMA) pixels (at most S - 1) with reflected borders, horizontal flip, (x - mean) / std, cast.
-    View i goes to row rows[i] (int64 [N], a permutation), or i. With 4 channels the last is zero.
-    float64 is served by the reference alone. Raises ValueError for what does not fit.
+    View i goes to row rows[i] (int64 [N], a permutation; on a GPU that is not checked), or i. With 4 channels the last
+    is zero. impl="auto" is Triton on a GPU, the reference on a CPU; float64 is served by the reference alone.
+    Raises ValueError for what does not fit.
     """
     _check(crops, parameters, mean, std, dtype, channels, rows)
-    triton = impl == "triton" or impl == "auto" and crops.is_cuda
+    if impl not in ("auto", "triton", "reference"):
+        raise ValueError(f"impl must be auto, triton or reference, not {impl!r}")
+    compiled = impl == "triton" or impl == "auto" and crops.is_cuda
+    if compiled and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype} needs impl='reference'")
+    if compiled and not (crops.is_cuda or INTERPRETED.value):
+        raise ValueError(f"impl='triton' needs crops on a GPU, not on {crops.device}")
     mean, std = [float(value) for value in mean], [float(value) for value in std]
-    return _photometric(crops, parameters, mean, std, dtype, channels, rows, triton)
+    return _photometric(crops, parameters, mean, std, dtype, channels, rows, compiled)
 
 
 @torch.library.custom_op("fastmoco::photometric", mutates_args=())
@@ -49,15 +265,63 @@ def _photometric(
     dtype: torch.dtype,
     channels: int,
     rows: Tensor | None,
-    triton: bool,
+    compiled: bool,
 ) -> Tensor:
-    return reference.photometric(crops, parameters, mean, std, dtype=dtype, channels=channels, rows=rows)
+    if not compiled:
+        return reference.photometric(crops, parameters, mean, std, dtype=dtype, channels=channels, rows=rows)
+    n, size = crops.shape[:2]
+    views = _empty_views(crops, dtype, channels)
+    capability = torch.cuda.get_device_capability(crops.device) if crops.is_cuda else None
+    gray, color, blur = _plans(size, channels, dtype, capability)
+    sums = crops.new_empty((n, gray.constants["blocks"]), dtype=torch.float32)
+    scratch = crops.new_empty((n, 3, size, size), dtype=_scratch_dtype(dtype))
+    affine = [1 / value for value in std] + [-center / value for center, value in zip(mean, std)]
+    gray.launch(n, crops, parameters, sums)
+    color.launch(n, crops, parameters, sums, rows, views, scratch, *affine)
+    blur.launch(n, parameters, rows, views, scratch, *affine)
+    return views
 
 
 @_photometric.register_fake
-def _(crops, parameters, mean, std, dtype, channels, rows, triton):
-    n, size = crops.shape[:2]
-    return crops.new_empty((n, size, size, channels), dtype=dtype).permute(0, 3, 1, 2)
+def _(crops, parameters, mean, std, dtype, channels, rows, compiled):
+    return _empty_views(crops, dtype, channels)
+
+
+def _empty_views(crops: Tensor, dtype: torch.dtype, channels: int) -> Tensor:
+    return crops.new_empty((*crops.shape[:3], channels), dtype=dtype).permute(0, 3, 1, 2)
+
+
+class _Plan(NamedTuple):
+    kernel: Any
+    programs: int
+    tile: Tiles
+    constants: dict[str, Any]
+
+    def launch(self, views: int, *arguments: Any) -> None:
+        self.kernel[(views * self.programs,)](
+            *arguments, **self.constants, num_warps=self.tile.num_warps, num_stages=self.tile.num_stages
+        )
+
+
+def _scratch_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype is torch.float32 else torch.float16
+
+
+def _plans(size: int, channels: int, dtype: torch.dtype, capability: tuple[int, int] | int | None) -> list[_Plan]:
+    wide = dtype is torch.float32
+    gray, color = (tiles(f"photometric.{phase}", capability) for phase in ("mean_gray", "color"))
+    blur = tiles("photometric.blur.fp32" if wide else "photometric.blur", capability)
+    pixels, edge = size * size, blur.block[0]
+    blocks, strips = triton.cdiv(pixels, gray.block[0]), triton.cdiv(pixels, color.block[0])
+    squares = triton.cdiv(size, edge - 2 * min(math.ceil(3 * reference.MAX_SIGMA), size - 1))
+    view = {"size": size, "channels": channels}
+    sums = {"blocks": blocks, "lanes": triton.next_power_of_2(blocks)}
+    square = {"tiles": squares, "edge": edge, "precision": "tf32x3" if wide else "tf32"}
+    return [
+        _Plan(_mean_gray_kernel, blocks, gray, {"size": size, "blocks": blocks, "block": gray.block[0]}),
+        _Plan(_color_kernel, strips, color, view | sums | {"tiles": strips, "block": color.block[0]}),
+        _Plan(_blur_kernel, 3 * squares**2, blur, view | square),
+    ]
 
 
 def _check(crops, parameters, mean, std, dtype, channels, rows):
@@ -77,9 +341,42 @@ def _check(crops, parameters, mean, std, dtype, channels, rows):
         raise ValueError(f"mean and std must have three values, std positive: {tuple(mean)}, {tuple(std)}")
     if channels not in (3, 4):
         raise ValueError(f"channels must be 3 or 4, not {channels}")
-    if dtype not in (*DTYPES, torch.float64):
+    if dtype not in DTYPES and dtype is not torch.float64:
         raise ValueError(f"dtype must be a floating-point type of 16, 32 or 64 bits, not {dtype}")
 
 
 def _kind(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} of strides {tensor.stride()}"
+
+
+def cost(
+    n: int, size: int, *, dtype: torch.dtype, channels: int = 3, permuted: bool = False, blurred: float = 0.0
+) -> tuple[int, int]:
+    """(bytes, flops) no implementation can avoid for n views of `size` pixels square.
+
+    Bytes: crops, parameters and, where `permuted`, destination rows read once, views written once. Flops: of a pixel's
+    four jitters and normalisation, and of a separable blur of radius 6 (sigma 2) for the share `blurred` of the views.
+    """
+    pixels = n * size * size
+    moved = 3 * pixels + 32 * n + 8 * n * permuted + channels * pixels * dtype.itemsize
+    return moved, pixels * (FLOPS_PER_PIXEL + round(blurred * BLUR_FLOPS_PER_PIXEL))
+
+
+def variants(arch: int) -> list[Variant]:
+    """What the compile gate compiles: the production launches at 224 px, and the widest (fp32) form of the blur."""
+    found = []
+    for dtype, channels in ((torch.bfloat16, 3), (torch.bfloat16, 4), (torch.float32, 3)):
+        for plan in _plans(224, channels, dtype, arch):
+            found.append(_variant(plan, dtype, channels))
+    return found
+
+
+def _variant(plan: _Plan, dtype: torch.dtype, channels: int) -> Variant:
+    name, scratch = DTYPES[dtype], DTYPES[_scratch_dtype(dtype)]
+    known = {"crops": "*u8", "parameters": "*fp32", "sums": "*fp32", "rows": "*i64", "views": f"*{name}"}
+    known |= {"scratch": f"*{scratch}"} | dict.fromkeys(plan.constants, "constexpr")
+    signature = {argument: known.get(argument, "fp32") for argument in plan.kernel.arg_names}
+    phase = plan.kernel.__name__.removeprefix("_").removesuffix("_kernel")
+    label = f"photometric.{phase} {name} C={channels}"
+    tile = plan.tile
+    return Variant(label, plan.kernel, signature, plan.constants, tile.num_warps, tile.num_stages, streaming=True)

@@ -222,7 +222,7 @@ def photometric(
     shift, scale = (torch.tensor(value, dtype=wide, device=crops.device).view(3, 1, 1) for value in (mean, std))
     views = torch.empty((n, size, size, channels), dtype=dtype, device=crops.device).permute(0, 3, 1, 2)
     views[:, 3:] = 0
-    source = torch.arange(n, device=crops.device) if rows is None else torch.argsort(rows)
+    source = torch.arange(n, device=crops.device) if rows is None else _inverse(rows)
     together = max(1, CACHED_PIXELS // size**2)
     for picked, written in zip(source.split(together), views[:, :3].split(together)):
         x = crops.index_select(0, picked).permute(0, 3, 1, 2).to(wide, memory_format=torch.contiguous_format).div_(255)
@@ -231,6 +231,13 @@ def photometric(
         x = _on(drawn[:, FLIP] > 0, x, lambda rows: rows.flip(3))
         written.copy_(x.sub_(shift).div_(scale))
     return views
+
+
+def _inverse(permutation: Tensor) -> Tensor:
+    source = torch.argsort(permutation)
+    if not torch.equal(permutation[source], torch.arange(len(source), device=source.device)):
+        raise ValueError(f"rows must hold each of 0 to {len(source) - 1} once, not {permutation.tolist()}")
+    return source
 
 
 def _jitter_and_gray(x: Tensor, drawn: Tensor) -> Tensor:
@@ -276,11 +283,11 @@ def _saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _hue(x: Tensor, turns: Tensor) -> Tensor:
-    """HSV hue shift without branches: the hue's distance from red is 1 + (g + b - r - min) / chroma sixths of a turn."""
+    # Without branches: from red, the hue is 1 + (g + b - r - low) / chroma sixths of a turn away, on the side of g - b.
     r, g, b = x.split(1, 1)
     low = torch.minimum(r, g).minimum(b)
     chroma = torch.maximum(r, g).maximum(b).sub_(low)
-    from_red = (g + b).sub_(r).sub_(low).div_(chroma.clamp_min(1e-12)).add_(1)
+    from_red = (g + b).sub_(r).sub_(low).div_(chroma.clamp_min(torch.finfo(x.dtype).tiny)).add_(1)
     hue = from_red.copysign_(g - b).add_(6 * turns)
     hue.sub_(hue.div(6).floor_(), alpha=6)
     shares = (hue - 3).abs_().sub_(1), (hue - 2).abs_().neg_().add_(2), (hue - 4).abs_().neg_().add_(2)

@@ -1,0 +1,479 @@
+"""Photometric augmentation: the twin against NumPy and Pillow, the kernel against the twin in float64."""
+
+import colorsys
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from fastmoco.kernels import reference
+from fastmoco.kernels.photometric import DTYPES, cost, photometric
+from fastmoco.kernels.reference import (
+    BRIGHTNESS, CONTRAST, FLIP, GRAY, GRAY_AFTER_JITTER, GRAY_BEFORE_JITTER, HUE, NO_JITTER, ORDER, SATURATION, SIGMA,
+)  # fmt: skip
+from PIL import Image, ImageEnhance, ImageFilter
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LUMA = np.array([0.299, 0.587, 0.114])
+NAMES = ("brightness", "contrast", "saturation", "hue")
+ORDERS = list(itertools.permutations(range(4)))
+
+
+def order_code(order):
+    return sum(code << 2 * position for position, code in enumerate(order))
+
+
+def identity(n):
+    parameters = torch.zeros(n, 8)
+    parameters[:, ORDER] = NO_JITTER
+    parameters[:, BRIGHTNESS:HUE] = 1
+    return parameters
+
+
+def draws(n, kind, seed=0):
+    """Rows as MoCo v1 or v2 draws them (facts of the published recipes), orders taken in turn."""
+    rng, rows = np.random.default_rng(seed), identity(n)
+    for i, row in enumerate(rows):
+        jitter = kind == "v1" or rng.random() < 0.8
+        row[ORDER] = order_code(ORDERS[(5 * i + 7 * seed) % 24]) if jitter else NO_JITTER
+        row[BRIGHTNESS:HUE] = torch.tensor(rng.uniform(0.6, 1.4, 3))
+        row[HUE] = rng.uniform(-0.4, 0.4) if kind == "v1" else rng.uniform(-0.1, 0.1)
+        row[GRAY] = (rng.random() < 0.2) * (GRAY_BEFORE_JITTER if kind == "v1" else GRAY_AFTER_JITTER)
+        row[SIGMA] = (kind == "v2" and rng.random() < 0.5) * rng.uniform(0.1, 2)
+        row[FLIP] = rng.random() < 0.5
+    return rows
+
+
+def photos(n, size, seed=0):
+    """Smooth colour fields with edges and noise: many hues, dark and clipped areas."""
+    rng, at = np.random.default_rng(seed), np.linspace(0, 6, size)
+    y, x = np.meshgrid(at, at, indexing="ij")
+    waves = np.stack([np.sin(rng.uniform(0.3, 2, (n, 1, 1)) * (x + c) + rng.uniform(0, 6, (n, 1, 1)) * y)
+                      for c in range(3)], -1)  # fmt: skip
+    boxes = rng.uniform(-60, 60, (n, 1, 1, 3)) * ((x > 2) & (y > 3))[None, :, :, None]
+    noise = rng.normal(0, 6, (n, size, size, 3))
+    return torch.from_numpy(np.clip(120 + 110 * waves + boxes + noise, 0, 255).astype(np.uint8))
+
+
+def views(crops, parameters, dtype=torch.float64, **options):
+    return photometric(crops, parameters, MEAN, STD, dtype=dtype, **options)
+
+
+def levels(crops, parameters, **options):
+    """Views before normalisation, as [N, S, S, 3] in 8-bit levels, from the twin in float64."""
+    mean, std = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)
+    return photometric(crops, parameters, mean, std, dtype=torch.float64, **options).permute(0, 2, 3, 1).numpy()
+
+
+# A second implementation, in NumPy float64 and the standard library.
+
+
+def numpy_jitter(x, code, factor):
+    if code == 3:
+        hsv = [colorsys.rgb_to_hsv(*pixel) for pixel in x.reshape(-1, 3)]
+        return np.array([colorsys.hsv_to_rgb((h + factor) % 1, s, v) for h, s, v in hsv]).reshape(x.shape)
+    gray = (x @ LUMA)[..., None]
+    center = (0.0, gray.mean(), gray)[code]
+    return np.clip(factor * x + (1 - factor) * center, 0, 1)
+
+
+def numpy_blur(x, sigma, radius):
+    taps = np.arange(-radius, radius + 1)
+    kernel = np.exp(-(taps**2) / (2 * sigma**2))
+    for axis in (0, 1):
+        padded = np.pad(x, [(radius, radius) if a == axis else (0, 0) for a in range(3)], mode="reflect")
+        x = np.apply_along_axis(np.convolve, axis, padded, kernel / kernel.sum(), "valid")
+    return x
+
+
+def numpy_view(crop, row, jitter=numpy_jitter):
+    x = crop.numpy() / 255
+    row = row.double().numpy()
+    if row[GRAY] == GRAY_BEFORE_JITTER:
+        x = np.repeat((x @ LUMA)[..., None], 3, -1)
+    if row[ORDER] >= 0:
+        for code in (int(row[ORDER]) >> 2 * position & 3 for position in range(4)):
+            x = jitter(x, code, row[BRIGHTNESS + code])
+    if row[GRAY] == GRAY_AFTER_JITTER:
+        x = np.repeat((x @ LUMA)[..., None], 3, -1)
+    if row[SIGMA] > 0:
+        x = numpy_blur(x, row[SIGMA], min(int(np.ceil(3 * row[SIGMA])), x.shape[0] - 1))
+    return x[:, ::-1] if row[FLIP] else x
+
+
+def numpy_views(crops, parameters, **options):
+    return 255 * np.stack([numpy_view(crop, row, **options) for crop, row in zip(crops, parameters)])
+
+
+# A third, in Pillow, which rounds to 8 bits after each operation.
+
+
+def pillow_jitter(image, code, factor):
+    if code < 3:
+        enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[code]
+        return enhance(image).enhance(factor)
+    hue, saturation, value = image.convert("HSV").split()
+    turned = np.asarray(hue).astype(np.int64) + round(factor * 255)
+    hue = Image.fromarray((turned % 256).astype(np.uint8))
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+
+
+def pillow_view(crop, row):
+    image = Image.fromarray(crop)
+    if row[GRAY] == GRAY_BEFORE_JITTER:
+        image = image.convert("L").convert("RGB")
+    if row[ORDER] >= 0:
+        for code in (int(row[ORDER]) >> 2 * position & 3 for position in range(4)):
+            image = pillow_jitter(image, code, row[BRIGHTNESS + code])
+    if row[GRAY] == GRAY_AFTER_JITTER:
+        image = image.convert("L").convert("RGB")
+    if row[SIGMA] > 0:
+        image = image.filter(ImageFilter.GaussianBlur(row[SIGMA]))
+    return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if row[FLIP] else image)
+
+
+def pillow_views(crops, parameters):
+    return np.stack([pillow_view(crop.numpy(), row.tolist()) for crop, row in zip(crops, parameters)])
+
+
+def one_jitter(code, factor, n=1):
+    """Rows of which only one jitter does anything (the others have their identity factor)."""
+    rows = identity(n)
+    rows[:, ORDER] = order_code([code, *(other for other in range(4) if other != code)])
+    rows[:, BRIGHTNESS + code] = factor
+    return rows
+
+
+# Twin against NumPy.
+
+
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_twin_equals_numpy_over_whole_chains(kind):
+    crops, parameters = photos(24, 17), draws(24, kind)
+    truth = numpy_views(crops, parameters)
+    assert np.abs(levels(crops, parameters) - truth).max() < 1e-9
+    narrow = photometric(crops, parameters, (0.0,) * 3, (1.0,) * 3).permute(0, 2, 3, 1).numpy()
+    assert np.abs(255 * narrow - truth).max() < 1e-3
+
+
+def about_half(x, code, factor):
+    return np.clip(factor * x + (1 - factor) * 0.5, 0, 1) if code == 1 else numpy_jitter(x, code, factor)
+
+
+def test_numpy_comparison_sees_a_wrong_contrast_pivot_and_a_wrong_order():
+    crops, parameters = photos(4, 17), draws(4, "v1")
+    ours = levels(crops, parameters)
+    assert np.abs(ours - numpy_views(crops, parameters, jitter=about_half)).max() > 0.5
+    swapped = parameters.clone()
+    swapped[:, ORDER] = order_code((3, 2, 1, 0))
+    assert np.abs(ours - numpy_views(crops, swapped)).max() > 0.5
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.34, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("size", [5, 33])
+def test_blur_is_a_true_gaussian_with_reflected_borders(sigma, size):
+    crops, parameters = photos(2, size), identity(2)
+    parameters[:, SIGMA] = sigma
+    assert np.abs(levels(crops, parameters) - numpy_views(crops, parameters)).max() < 1e-9
+    wider = parameters.clone()
+    wider[:, SIGMA] = 1.2 * sigma
+    if sigma >= 0.3:
+        assert np.abs(levels(crops, parameters) - numpy_views(crops, wider)).max() > 0.1
+
+
+# Twin against Pillow, in 8-bit levels. Mean and largest difference of one operation, and where it comes from:
+# blending truncates (up to 1); luma and the mean grey are whole levels (0.5 |1 - f| each); hue is truncated to steps of
+# 6 levels, of which 255 are a turn but 256 wrap around; Pillow's blur is three boxes that repeat the border.
+PILLOW = {
+    "gray": (0.3, 0.51),
+    "brightness": (0.4, 1.01),
+    "contrast": (0.4, 1.7),
+    "saturation": (0.45, 1.3),
+    "hue": (1.0, 13.0),
+    "blur": (0.8, 5.0),
+}
+BORDER = 7  # where the blurs differ by design
+
+
+def pillow_case(name):
+    if name in NAMES:
+        code = NAMES.index(name)
+        factors = (-77 / 255, -26 / 255, 13 / 255, 26 / 255, 102 / 255) if name == "hue" else (0.6, 0.8, 1.0, 1.2, 1.4)
+        return torch.cat([one_jitter(code, factor) for factor in factors])
+    rows = identity(5)
+    rows[:, GRAY] = GRAY_AFTER_JITTER if name == "gray" else 0
+    rows[:, SIGMA] = torch.tensor([0.5, 0.8, 1.2, 1.6, 2.0]) * (name == "blur")
+    return rows
+
+
+def pillow_difference(name, ours, rows, crops):
+    if name not in NAMES:
+        return np.abs(ours - pillow_views(crops, rows))[:, BORDER:-BORDER, BORDER:-BORDER]
+    code = NAMES.index(name)  # alone: Pillow would round, and its HSV quantise, in the identities too
+    factors = rows[:, BRIGHTNESS + code].tolist()
+    images = [pillow_jitter(Image.fromarray(crop.numpy()), code, factor) for crop, factor in zip(crops, factors)]
+    return np.abs(ours - np.stack([np.asarray(image) for image in images]))
+
+
+@pytest.mark.parametrize("name", PILLOW)
+def test_twin_is_within_rounding_of_pillow(name):
+    rows = pillow_case(name)
+    crops, (mean, largest) = photos(len(rows), 48), PILLOW[name]
+    difference = pillow_difference(name, levels(crops, rows), rows, crops)
+    assert difference.mean() < mean and difference.max() < largest
+    nothing = pillow_difference(name, levels(crops, identity(len(rows))), rows, crops)
+    assert nothing.mean() > 10 * mean  # the bound would see the operation left out
+
+
+def test_pillow_bound_sees_contrast_about_one_half():
+    rows = pillow_case("contrast")
+    dark = photos(len(rows), 48) // 3
+    half = np.stack([255 * about_half(crop.numpy() / 255, 1, float(row[CONTRAST])) for crop, row in zip(dark, rows)])
+    assert pillow_difference("contrast", levels(dark, rows), rows, dark).mean() < PILLOW["contrast"][0]
+    assert pillow_difference("contrast", half, rows, dark).mean() > 5 * PILLOW["contrast"][0]
+
+
+def backwards(parameters):
+    codes = parameters[:, ORDER].to(torch.int64)
+    turned = sum((codes >> 2 * position & 3) << 6 - 2 * position for position in range(4))
+    changed = parameters.clone()
+    changed[:, ORDER] = torch.where(codes >= 0, turned, NO_JITTER)
+    return changed
+
+
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_whole_chains_stay_near_pillow(kind):
+    crops, parameters = photos(48, 48, seed=3), draws(48, kind, seed=3)
+    pillow = pillow_views(crops, parameters)
+    difference = np.abs(levels(crops, parameters) - pillow).mean((1, 2, 3))
+    assert difference.mean() < 1.6 and difference.max() < 3.5
+    assert np.abs(levels(crops, backwards(parameters)) - pillow).mean() > 3
+    without_hue = parameters.clone()
+    without_hue[:, HUE] = 0
+    assert np.abs(levels(crops, without_hue) - pillow).mean() > 6
+
+
+# Properties.
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 224])
+def test_identity_is_exactly_normalisation(size):
+    crops = photos(2, size)
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (MEAN, STD))
+    exact = (crops.permute(0, 3, 1, 2).float() / 255 - mean) / std
+    assert torch.equal(views(crops, identity(2), torch.float32), exact)
+
+
+def test_gray_pixels_know_no_hue_or_saturation():
+    gray = photos(4, 9)[..., :1].expand(-1, -1, -1, 3).contiguous()
+    for code, factor in ((2, 0.3), (3, 0.21)):
+        assert np.abs(levels(gray, one_jitter(code, factor, 4)) - gray.numpy()).max() < 1e-12
+    assert np.abs(levels(gray, one_jitter(0, 0.5, 4)) - gray.numpy()).max() > 10
+
+
+def test_a_third_of_a_turn_permutes_the_channels_of_pure_colours():
+    crops = torch.zeros(3, 4, 4, 3, dtype=torch.uint8)
+    for channel in range(3):
+        crops[channel, ..., channel] = 200
+    turned = levels(crops, one_jitter(3, 1 / 3, 3))
+    assert np.abs(turned - crops.roll(1, 3).numpy()).max() < 1e-4
+
+
+def test_flip_mirrors_columns_and_twice_is_nothing():
+    crops, rows = photos(3, 11), identity(3)
+    rows[:, FLIP] = 1
+    once = views(crops, rows)
+    assert torch.equal(once, views(crops, identity(3)).flip(3)) and not torch.equal(once, views(crops, identity(3)))
+    assert torch.equal(views(crops.flip(2).contiguous(), rows), views(crops, identity(3)))
+
+
+# The kernel.
+
+
+def plain(crops, parameters, dtype):
+    """The same chain by plain torch with everything held in `dtype`: the budget of errors."""
+    x, row = crops.permute(0, 3, 1, 2).to(dtype) / 255, parameters.to(dtype)
+    x = reference._jitter_and_gray(x, row)
+    x = reference._on(row[:, SIGMA] > 0, x, reference._blur, row[:, SIGMA])
+    x = reference._on(row[:, FLIP] > 0, x, lambda rows: rows.flip(3))
+    mean, std = (torch.tensor(value, dtype=dtype, device=x.device).view(3, 1, 1) for value in (MEAN, STD))
+    return (x - mean) / std
+
+
+def check_budget(crops, parameters, dtype, device, **options):
+    crops, parameters = crops.to(device), parameters.to(device)
+    truth = views(crops, parameters, impl="reference")
+    ours = views(crops, parameters, dtype, impl="triton", **options)
+    budget = (plain(crops, parameters, dtype).double() - truth).abs().amax((1, 2, 3))
+    rows = options.get("rows")
+    ours = ours if rows is None else ours[rows]
+    error = (ours[:, :3].double() - truth).abs().amax((1, 2, 3))
+    epsilon = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]  # half a unit at the range's end
+    assert (error <= budget + epsilon).all(), (error / (budget + epsilon)).tolist()
+    return ours, truth
+
+
+def alone():
+    rows = torch.cat([one_jitter(code, factor) for code, factor in
+                      ((0, 0.6), (0, 1.4), (1, 0.6), (1, 1.4), (2, 0.6), (2, 1.4), (3, -0.5), (3, 0.07))])  # fmt: skip
+    rest = identity(4)
+    rest[0, GRAY], rest[1, GRAY], rest[2, FLIP] = GRAY_BEFORE_JITTER, GRAY_AFTER_JITTER, 1
+    return torch.cat([rows, rest])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernel_does_each_operation_alone(dtype, device):
+    check_budget(photos(12, 21), alone(), dtype, device)
+
+
+def test_kernel_applies_all_24_orders(device):
+    rows = draws(24, "v1")
+    rows[:, ORDER] = torch.tensor([order_code(order) for order in ORDERS])
+    ours, truth = check_budget(photos(1, 16).expand(24, -1, -1, -1).contiguous(), rows, torch.float32, device)
+    assert (ours.double() - truth.roll(1, 0)).abs().amax((1, 2, 3)).min() > 1e-3  # the neighbour's order is noticed
+
+
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernel_runs_whole_chains_in_any_rows(kind, dtype, device):
+    rows = torch.randperm(10, generator=torch.Generator().manual_seed(1)).to(device)
+    check_budget(photos(10, 19), draws(10, kind), dtype, device, rows=rows, channels=4)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 20), (torch.float16, 40), (torch.bfloat16, 67)])
+def test_kernel_blurs(dtype, size, device):
+    rows = identity(6)
+    rows[:, SIGMA] = torch.tensor([0.0, 0.1, 0.34, 1.0, 2.0, 4.0])
+    rows[1::2, FLIP] = 1
+    ours, truth = check_budget(photos(6, size), rows, dtype, device)
+    assert (ours[4].double() - truth[5].flip(2)).abs().max() > 0.1  # another sigma is noticed
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_kernel_blurs_crops_smaller_than_the_radius(size, device):
+    rows = identity(2)
+    rows[:, SIGMA] = torch.tensor([4.0, 0.5])
+    check_budget(photos(2, size), rows, torch.float32, device)
+
+
+def test_blur_keeps_flat_crops_flat(device):
+    rows = identity(2)
+    rows[:, SIGMA] = torch.tensor([1.3, 4.0])
+    flat = torch.full((2, 24, 24, 3), 255, dtype=torch.uint8)
+    check = views(flat.to(device), rows.to(device), torch.float16, impl="triton")
+    assert torch.equal(check, views(flat.to(device), identity(2).to(device), torch.float16, impl="triton"))
+
+
+def test_rows_and_padding_reach_their_place(device):
+    crops, rows = photos(5, 12).to(device), torch.tensor([3, 0, 4, 1, 2], device=device)
+    parameters = draws(5, "v2", seed=4).to(device)
+    for impl in ("reference", "triton"):
+        straight = views(crops, parameters, torch.bfloat16, impl=impl)
+        moved = views(crops, parameters, torch.bfloat16, channels=4, rows=rows, impl=impl)
+        assert moved.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(moved[rows, :3], straight) and not torch.equal(moved[:, :3], straight)
+        assert not moved[:, 3].any()
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_two_runs_give_the_same_bits_whatever_the_neighbours(impl, device):
+    crops, parameters = photos(8, 18).to(device), draws(8, "v2", seed=2).to(device)
+    first = views(crops, parameters, torch.float32, impl=impl)
+    assert torch.equal(first, views(crops, parameters, torch.float32, impl=impl))
+    if impl == "triton":
+        assert torch.equal(first[3:5], views(crops[3:5], parameters[3:5], torch.float32, impl=impl))
+
+
+# As an operator.
+
+
+def good():
+    return {"crops": photos(2, 6), "parameters": identity(2), "mean": MEAN, "std": STD}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"crops": photos(2, 6).float()}, "crops must be uint8"),
+        ({"crops": photos(2, 6)[:, :4]}, "crops must be uint8"),
+        ({"crops": photos(2, 6).permute(0, 2, 1, 3)}, "contiguous"),
+        ({"crops": photos(2, 6)[:0], "parameters": identity(0)}, "at least one pixel"),
+        ({"parameters": identity(3)}, r"float32 \[2, 8\]"),
+        ({"parameters": identity(2).double()}, r"float32 \[2, 8\]"),
+        ({"parameters": identity(2).to("meta")}, "must be where crops are"),
+        ({"rows": torch.tensor([0, 1], dtype=torch.int32)}, "rows must be"),
+        ({"rows": torch.tensor([1, 1])}, "once"),
+        ({"mean": (0.5,)}, "three values"),
+        ({"std": (0.5, 0.0, 0.5)}, "three values"),
+        ({"channels": 5}, "channels must be 3 or 4"),
+        ({"dtype": torch.int8}, "dtype must be"),
+        ({"dtype": torch.float64, "impl": "triton"}, "impl='reference'"),
+        ({"impl": "cuda"}, "impl must be"),
+    ],
+)
+def test_misuse_is_refused(change, message):
+    assert photometric(**good()).shape == (2, 3, 6, 6)
+    with pytest.raises(ValueError, match=message):
+        photometric(**(good() | change))
+
+
+def test_operator_passes_opcheck_and_fake_tensors():
+    operator = torch.ops.fastmoco.photometric.default
+    arguments = (photos(2, 6), draws(2, "v2"), list(MEAN), list(STD), torch.bfloat16, 4, torch.tensor([1, 0]), False)
+    torch.library.opcheck(operator, arguments)
+    with FakeTensorMode() as mode:
+        crops, rows = (mode.from_tensor(tensor) for tensor in (photos(2, 6), identity(2)))
+        fake = views(crops, rows, torch.float16, channels=4)
+    assert fake.shape == (2, 4, 6, 6) and fake.dtype == torch.float16
+    assert fake.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_compiled_whole_it_gives_the_same_views():
+    crops, parameters = photos(3, 8), draws(3, "v2")
+    compiled = torch.compile(lambda c, p: 2 * views(c, p, torch.float32), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(crops, parameters), 2 * views(crops, parameters, torch.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graph_replays_with_new_parameters():
+    crops, parameters = photos(4, 40).cuda(), draws(4, "v2").cuda()
+    views(crops, parameters, torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = views(crops, parameters, torch.bfloat16)
+    parameters.copy_(draws(4, "v2", seed=9))
+    graph.replay()
+    assert torch.equal(out, views(crops, parameters, torch.bfloat16))
+
+
+@pytest.mark.parametrize("rows", [None, torch.tensor([2, 0, 1])])
+@pytest.mark.parametrize(("dtype", "channels"), [(torch.bfloat16, 4), (torch.float32, 3)])
+def test_cost_counts_the_bytes_of_the_tensors(dtype, channels, rows):
+    crops, parameters = photos(3, 10), identity(3)
+    out = views(crops, parameters, dtype, channels=channels, rows=rows)
+    tensors = [crops, parameters, out] + ([] if rows is None else [rows])
+    moved, flops = cost(3, 10, dtype=dtype, channels=channels, permuted=rows is not None)
+    assert moved == sum(tensor.nbytes for tensor in tensors)
+    assert flops < cost(3, 10, dtype=dtype, channels=channels, blurred=0.5)[1]
+
+
+# Speed, with --benchmark-enable: 32 views of 224 px with v2's draws, one thread; Pillow ends in the same fp32 NCHW.
+
+
+@pytest.mark.benchmark(group="photometric: 32 views of 224 px")
+def test_speed_of_the_twin(benchmark):
+    benchmark(views, photos(32, 224), draws(32, "v2"), torch.float32)
+
+
+@pytest.mark.benchmark(group="photometric: 32 views of 224 px")
+def test_speed_of_pillow(benchmark):
+    crops, parameters = photos(32, 224), draws(32, "v2")
+    mean, std = np.float32(MEAN), np.float32(STD)
+
+    def run():
+        return (pillow_views(crops, parameters).astype(np.float32) / np.float32(255) - mean) / std
+
+    assert run().dtype == np.float32
+    benchmark(run)
