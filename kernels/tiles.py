@@ -87,10 +87,10 @@ TABLE: dict[str, dict[int, Tiles]] = {
     },
     # block: side of the square that a program blurs; with radius r, side - 2r pixels of it are stored.
     "photometric.blur": {
-        80: Tiles((64,), 4, 1, "radius 12 (sigma 4) still leaves 40 of 64; one channel at a time, 32 registers"),
+        80: Tiles((64,), 8, 1, "radius 12 (sigma 4) still leaves 40 of 64; no spills, two resident blocks"),
     },
     "photometric.blur.fp32": {
-        80: Tiles((64,), 8, 1, "three-term tf32 holds every operand twice"),
+        80: Tiles((32,), 4, 1, "three-term tf32 holds every operand twice: 64 spills. Radius 12 leaves 8 of 32"),
     },
     # block: rows x channels of a channels-last activation; fewer channels give as many more rows.
     "batch_norm.statistics": {
