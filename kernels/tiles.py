@@ -31,7 +31,8 @@ class Variant:
     `signature` maps every argument in order to its Triton type ("*bf16", "i32", "fp32", or "constexpr");
     `constexprs` gives the values of the latter. Pointers are taken as 16-byte aligned, as torch allocates them;
     `divisible` names the integer arguments that are multiples of 16 in production. `streaming` kernels live on
-    memory bandwidth and must leave room for two resident blocks per multiprocessor.
+    memory bandwidth and must leave room for two resident blocks per multiprocessor; `native_mma` kernels must use
+    their architecture's own tensor-core instruction (mma, wgmma, tcgen05).
     """
 
     name: str
@@ -42,6 +43,7 @@ class Variant:
     num_stages: int
     divisible: tuple[str, ...] = ()
     streaming: bool = False
+    native_mma: bool = False
 
 
 VariantsHook = Callable[[int], list[Variant]]  # each kernel file's `variants(arch)`, arch 80, 90 or 100
@@ -52,31 +54,31 @@ TABLE: dict[str, dict[int, Tiles]] = {
     "enqueue": {
         80: Tiles((16,), 4, 1, "16 rows x 128 bf16 = 4 KB, 32 bytes a thread; a batch of 256 keys gives 16 blocks"),
     },
-    # block: queries, keys, programs per multiprocessor (how many pieces the queue is cut into). Fixed by D; 16-bit queue.
+    # block: queries, keys, programs per multiprocessor (how finely the queue is cut), columns.
     "info_nce.64": {
-        80: Tiles((64, 64, 2), 4, 3, "small accumulators: two blocks overlap one's exponentials with the other's mma"),
-        90: Tiles((128, 128, 1), 8, 3, "two warpgroups of 64 rows"),
-        100: Tiles((128, 128, 1), 8, 3, "as sm_90"),
+        80: Tiles((64, 64, 2, 64), 4, 3, "small accumulators: two blocks overlap one's exponentials with the other's mma"),
+        90: Tiles((128, 128, 1, 64), 8, 3, "two warpgroups of 64 rows"),
+        100: Tiles((128, 128, 1, 64), 8, 3, "as sm_90"),
     },
     "info_nce.128": {
-        80: Tiles((64, 64, 2), 4, 3, "x"),
-        90: Tiles((128, 128, 1), 8, 3, "x"),
-        100: Tiles((128, 128, 1), 8, 3, "x"),
+        80: Tiles((64, 64, 2, 128), 4, 3, "x"),
+        90: Tiles((128, 128, 1, 128), 8, 3, "x"),
+        100: Tiles((128, 128, 1, 128), 8, 3, "x"),
     },
     "info_nce.256": {
-        80: Tiles((64, 32, 1), 8, 3, "x"),
-        90: Tiles((128, 64, 1), 8, 2, "x"),
-        100: Tiles((128, 64, 1), 8, 2, "x"),
+        80: Tiles((64, 32, 1, 256), 8, 3, "x"),
+        90: Tiles((128, 64, 1, 256), 8, 2, "x"),
+        100: Tiles((128, 64, 1, 256), 8, 2, "x"),
     },
     "info_nce.512": {
-        80: Tiles((32, 32, 1), 8, 2, "x"),
-        90: Tiles((64, 64, 1), 8, 2, "x"),
-        100: Tiles((64, 64, 1), 8, 2, "x"),
+        80: Tiles((32, 32, 1, 512), 8, 2, "x"),
+        90: Tiles((64, 64, 1, 512), 8, 2, "x"),
+        100: Tiles((64, 64, 1, 512), 8, 2, "x"),
     },
-    "info_nce.fp32.64": {80: Tiles((32, 32, 2), 4, 2, "x")},
-    "info_nce.fp32.128": {80: Tiles((32, 32, 1), 4, 2, "x")},
-    "info_nce.fp32.256": {80: Tiles((16, 32, 1), 4, 2, "x")},
-    "info_nce.fp32.512": {80: Tiles((16, 16, 1), 8, 2, "x")},
+    "info_nce.fp32.64": {80: Tiles((32, 32, 2, 64), 4, 1, "x")},
+    "info_nce.fp32.128": {80: Tiles((32, 32, 2, 64), 4, 1, "x")},
+    "info_nce.fp32.256": {80: Tiles((32, 32, 2, 64), 4, 1, "x")},
+    "info_nce.fp32.512": {80: Tiles((32, 32, 2, 64), 4, 1, "x")},
     "info_nce.combine": {80: Tiles((32,), 4, 2, "x")},
     # block: pixels a program takes.
     "photometric.mean_gray": {

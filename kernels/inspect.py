@@ -1,0 +1,212 @@
+"""Compile every kernel ahead of time at its production tiles, without a GPU, and show what the compiler made of it.
+
+    python -m fastmoco.kernels.inspect [--arch 80|90|100|all] [--json FILE]
+
+A module of this package takes part by having `variants(arch) -> list[Variant]` (see tiles.py). Registers and stack
+come from `cuobjdump --dump-resource-usage`, spills and 16-byte loads from the machine code, tensor-core instructions
+from the PTX; resident blocks are arithmetic over the architecture's limits. Ends with exit code 1, naming each
+offender, if `faults` finds any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+import fastmoco.kernels
+from fastmoco.kernels.tiles import ARCHITECTURES, Variant
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+NATIVE_MMA = {80: "mma", 90: "wgmma", 100: "tcgen05"}
+_MMA_PATTERNS = {"mma": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma"}
+_WIDE_LOAD = re.compile(r"\b(?:LDG|LDGSTS)\.[\w.]*(?:128|256)")
+_SPILL_STORE = re.compile(r"\bSTL(?:\.(?P<bits>64|128))?\b")
+
+
+class Limits(NamedTuple):
+    """Per multiprocessor, from the CUDA programming guide's table of technical specifications; bytes and counts."""
+
+    shared: int
+    shared_per_block: int
+    registers: int = 65536
+    threads: int = 2048
+    blocks: int = 32
+    tensor_columns: int = 0
+
+
+LIMITS = {
+    80: Limits(164 * 1024, 163 * 1024),
+    90: Limits(228 * 1024, 227 * 1024),
+    100: Limits(228 * 1024, 227 * 1024, tensor_columns=512),
+}
+SHARED_RESERVED = 1024  # the driver's own, in every block
+REGISTER_UNIT = 256  # registers are given to a warp in units of this many
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of one variant. Sizes in bytes; `blocks` is resident blocks per multiprocessor."""
+
+    name: str
+    arch: int
+    registers: int
+    spill: int
+    stack: int
+    shared: int
+    blocks: int
+    mma: dict[str, int]
+    wide_loads: int
+    streaming: bool
+    native_mma: bool
+
+
+def resident_blocks(arch: int, registers: int, shared: int, warps: int, tensor_columns: int = 0) -> int:
+    """Blocks one multiprocessor holds at once; 0 means the kernel cannot be launched at all."""
+    limits = LIMITS[arch]
+    if shared > limits.shared_per_block or tensor_columns > limits.tensor_columns:
+        return 0
+    registers_per_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
+    bounds = [
+        limits.blocks,
+        limits.threads // (32 * warps),
+        limits.registers // (registers_per_warp * warps),
+        limits.shared // (shared + SHARED_RESERVED),
+    ]
+    if tensor_columns:
+        bounds.append(limits.tensor_columns // tensor_columns)
+    return min(bounds)
+
+
+def compile_variant(variant: Variant, arch: int) -> CompiledKernel:
+    """Compile for `arch` with pointers, and the named integers, known to be multiples of 16."""
+    aligned = {
+        (position,): [["tt.divisibility", 16]]
+        for position, (argument, kind) in enumerate(variant.signature.items())
+        if kind.startswith("*") or argument in variant.divisible
+    }
+    source = ASTSource(variant.fn, variant.signature, variant.constexprs, aligned)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def examine(variant: Variant, arch: int) -> Report:
+    """Compile one variant and read its binary. Raises what the compiler raises."""
+    kernel = compile_variant(variant, arch)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage = _cuobjdump("--dump-resource-usage", cubin)
+        machine_code = _cuobjdump("--dump-sass", cubin)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    shared = kernel.metadata.shared
+    tensor_columns = getattr(kernel.metadata, "tmem_size", None) or 0
+    return Report(
+        name=variant.name,
+        arch=arch,
+        registers=registers,
+        spill=sum(int(match["bits"] or 32) // 8 for match in _SPILL_STORE.finditer(machine_code)),
+        stack=stack,
+        shared=shared,
+        blocks=resident_blocks(arch, registers, shared, variant.num_warps, tensor_columns),
+        mma={name: len(re.findall(pattern, kernel.asm["ptx"])) for name, pattern in _MMA_PATTERNS.items()},
+        wide_loads=len(_WIDE_LOAD.findall(machine_code)),
+        streaming=variant.streaming,
+        native_mma=variant.native_mma,
+    )
+
+
+def _cuobjdump(option: str, cubin: Path) -> str:
+    search = {**os.environ, "PATH": f"{TOOLS}{os.pathsep}{os.environ.get('PATH', '')}"}
+    done = subprocess.run([TOOLS / "cuobjdump", option, cubin], capture_output=True, text=True, env=search, check=True)
+    return done.stdout
+
+
+def faults(report: Report) -> list[str]:
+    """Why this kernel must not ship, one line each; empty if it may."""
+    found = []
+    if report.spill or report.stack:
+        found.append(f"spills {report.spill} bytes (stack {report.stack})")
+    if not report.blocks:
+        found.append(f"does not fit a multiprocessor ({report.shared} bytes of shared memory)")
+    if report.streaming and report.blocks == 1:
+        found.append("streams with a single resident block per multiprocessor")
+    instruction = NATIVE_MMA[report.arch]
+    if report.native_mma and not report.mma[instruction]:
+        found.append(f"has no {instruction} instruction")
+    return [f"sm_{report.arch} {report.name}: {fault}" for fault in found]
+
+
+def kernel_modules() -> list[ModuleType]:
+    """The modules of this package that have a `variants` hook, by name."""
+    names = sorted(found.name for found in pkgutil.iter_modules(fastmoco.kernels.__path__))
+    here = __spec__.name.rpartition(".")[2]
+    modules = [importlib.import_module(f"fastmoco.kernels.{name}") for name in names if name != here]
+    return [module for module in modules if hasattr(module, "variants")]
+
+
+def examine_all(architectures: tuple[int, ...] = ARCHITECTURES, workers: int | None = None) -> list[Report]:
+    """Every variant of every kernel, compiled in parallel processes; by kernel, then architecture."""
+    if triton.knobs.runtime.interpret:
+        raise ValueError("inspect compiles: unset TRITON_INTERPRET")
+    jobs = [
+        (module.__name__, index, arch)
+        for module in kernel_modules()
+        for arch in architectures
+        for index in range(len(module.variants(arch)))
+    ]
+    with ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(_examine_job, *zip(*jobs, strict=True)))
+
+
+def _examine_job(module: str, index: int, arch: int) -> Report:
+    return examine(importlib.import_module(module).variants(arch)[index], arch)
+
+
+def table(reports: list[Report]) -> str:
+    """The reports as aligned text, one line each."""
+    head = ("kernel", "sm", "regs", "spill", "stack", "shared", "blocks", "tensor cores", "16-byte loads")
+    lines = [head]
+    for report in reports:
+        mma = " ".join(f"{name}:{count}" for name, count in report.mma.items() if count) or "-"
+        numbers = (report.arch, report.registers, report.spill, report.stack, report.shared, report.blocks)
+        lines.append((report.name, *map(str, numbers), mma, str(report.wide_loads)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table and any faults; 1 if there are faults."""
+    parser = argparse.ArgumentParser(prog="python -m fastmoco.kernels.inspect", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", choices=[*map(str, ARCHITECTURES), "all"], default="all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table here, with the versions")
+    options = parser.parse_args(arguments)
+    architectures = ARCHITECTURES if options.arch == "all" else (int(options.arch),)
+    reports = examine_all(architectures)
+    found = [fault for report in reports for fault in faults(report)]
+    print(table(reports))
+    print(f"\n{len(reports)} variants, {len(found)} faults (triton {triton.__version__})", *found, sep="\n")
+    if options.json:
+        content = {"triton": triton.__version__, "kernels": [asdict(report) for report in reports], "faults": found}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
