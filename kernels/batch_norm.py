@@ -251,9 +251,9 @@ def variants(arch: int) -> list[Variant]:
         for form, absent in _FORMS.items():
             found.append(_variant("apply", kernels.apply, channels, arch, {"RELU": True}, form, absent))
             sums_absent = absent + (() if form == "plain" else ("y", "masked"))
-            relu = {"RELU": form != "plain"}
+            flags = {"RELU": form != "plain", "TRAINING": True}
             found.append(_variant("sums", kernels.sums, channels, arch, {"RELU": True}, form, sums_absent))
-            found.append(_variant("gradient", kernels.gradient, channels, arch, relu | {"TRAINING": True}, form, absent))
+            found.append(_variant("gradient", kernels.gradient, channels, arch, flags, form, absent))
     for fn in (kernels.finish_statistics, kernels.finish_sums):
         found.append(_variant("finish", fn, 256, arch, _finish_options(MAX_SPLITS)))
     return found

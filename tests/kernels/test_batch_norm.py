@@ -105,7 +105,8 @@ def largest_terms(case: Case, groups: int, truth: dict[str, Tensor], training: b
         slope = truth[f"d_{suffix}weight"].abs() * groups / hat[:, 0].numel() * invstd
         terms[f"d_{suffix}weight"] = (grad * hat).abs().sum((0, 2)).max()
         terms[f"d_{suffix}bias"] = grad.abs().sum((0, 2)).max()
-        terms[f"d_{name}"] = torch.maximum((grad.abs().amax(2) * factor).max(), (rows.abs().amax(2) * slope * factor).max())
+        through_x, through_moments = grad.abs().amax(2) * factor, rows.abs().amax(2) * slope * factor
+        terms[f"d_{name}"] = torch.maximum(through_x.max(), through_moments.max())
         terms["y"] = torch.maximum((rows.abs().amax(2) * factor).max(), terms.get("y", rows.new_zeros(())))
     return terms
 
@@ -169,7 +170,7 @@ def test_one_group_is_torchs_module(impl: str, device: torch.device) -> None:
 
 
 class SplitBatchNorm(nn.BatchNorm2d):
-    """Statistics of S interleaved splits as the published CIFAR demo defines them: sample n belongs to split n mod S."""
+    """Statistics of S interleaved splits, as the published CIFAR demo has them: sample n is of split n mod S."""
 
     def forward(self, x: Tensor, splits: int = 4) -> Tensor:
         n, c, h, w = x.shape
@@ -361,7 +362,8 @@ def test_cost_is_the_bytes_of_the_tensors(form: str, relu: bool, device: torch.d
     for name in ("statistics", "finish_statistics", "apply", "sums", "finish_sums", "gradient"):
         monkeypatch.setattr(batch_norm_kernels, name, Counter(getattr(batch_norm_kernels, name), total))
     case, groups = make_case((4, 24, 5, 3), form, torch.bfloat16, device), 2
-    expected = [cost(case.x.shape, 2, groups, residual=form, relu=relu, backward=backward) for backward in (False, True)]
+    options = {"residual": form, "relu": relu}
+    expected = [cost(case.x.shape, 2, groups, backward=backward, **options) for backward in (False, True)]
     x = case.x.requires_grad_()
     y = batch_norm_act(x, *case.main, groups, residual=case.residual, residual_norm=case.side, relu=relu, impl="triton")
     assert total[0] == expected[0][0] > 0 and expected[0][1] > 0
