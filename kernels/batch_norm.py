@@ -32,7 +32,7 @@ from fastmoco.kernels.tiles import Variant, tiles
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FINISH_CHANNELS = 8  # one 32-byte sector of fp32 a row: the most programs without wasting the partials' traffic
 PROGRAMS_PER_MULTIPROCESSOR = 4  # of the reductions: all resident at once, so that none is a tail
-MAX_SPLITS = 256  # a program of the second stage holds one channel block's partials of a group in registers
+MAX_SPLITS = 512  # a program of the second stage holds one channel block's partials of a group in registers
 
 
 class Norm(NamedTuple):
@@ -194,7 +194,7 @@ def gradients(grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: T
     y is given where the ReLU's mask is to be read from it (plain residual), residual only in the dual form.
     """
     groups, channels = moments.shape[1], x.shape[1]
-    launch = _Launch("sums", x, groups)
+    launch = _Launch(_sums_tiles(residual is not None), x, groups)
     arrays = 2 if residual is None else 3
     partial = x.new_empty((arrays, groups, launch.splits, channels), dtype=torch.float32)
     sums = x.new_empty((arrays, groups, channels), dtype=torch.float32)
@@ -252,7 +252,7 @@ def variants(arch: int) -> list[Variant]:
             found.append(_variant("apply", kernels.apply, channels, arch, {"RELU": True}, form, absent))
             sums_absent = absent + (() if form == "plain" else ("y", "masked"))
             flags = {"RELU": form != "plain", "TRAINING": True}
-            found.append(_variant("sums", kernels.sums, channels, arch, {"RELU": True}, form, sums_absent))
+            found.append(_variant(_sums_tiles(form == "dual"), kernels.sums, channels, arch, {"RELU": True}, form, sums_absent))
             found.append(_variant("gradient", kernels.gradient, channels, arch, flags, form, absent))
     for fn in (kernels.finish_statistics, kernels.finish_sums):
         found.append(_variant("finish", fn, 256, arch, _finish_options(MAX_SPLITS)))
@@ -267,7 +267,7 @@ _INTEGERS = ("rows", "channels", "split_rows", "splits", "groups")
 
 def _variant(kernel: str, fn: Any, channels: int, arch: int, constants: dict[str, Any], form: str = "",
              absent: tuple[str, ...] = ()) -> Variant:
-    if kernel in ("sums", "gradient") and form == "plain":
+    if fn in (kernels.sums, kernels.gradient) and form == "plain":
         absent += ("residual",)  # the backward of a plain residual reads y or the masked gradient instead
     if form != "dual":
         absent += ("grad_residual",)
@@ -304,6 +304,10 @@ def _options(kernel: str, channels: int, capability: tuple[int, int] | int | Non
     block_rows = row.block[0] * row.block[1] // block_channels
     return {"BLOCK_ROWS": block_rows, "BLOCK_CHANNELS": block_channels, "num_warps": row.num_warps,
             "num_stages": row.num_stages}
+
+
+def _sums_tiles(dual: bool) -> str:
+    return "sums_dual" if dual else "sums"
 
 
 def _finish_options(splits: int) -> dict[str, int]:

@@ -102,7 +102,10 @@ TABLE: dict[str, dict[int, Tiles]] = {
         80: Tiles((32, 128), 4, 1, "four 16-byte loads a tensor and thread; 256-byte runs of a row"),
     },
     "batch_norm.sums": {
-        80: Tiles((16, 128), 4, 1, "three accumulators and three tensors: 16 values a thread keep four blocks resident"),
+        80: Tiles((16, 128), 4, 1, "two accumulators, up to three tensors: 16 values a thread keep four blocks resident"),
+    },
+    "batch_norm.sums_dual": {
+        80: Tiles((8, 128), 4, 1, "three accumulators and three tensors; at 16 values a thread three blocks are left"),
     },
     "batch_norm.gradient": {
         80: Tiles((16, 128), 4, 1, "three tensors in, two out: 16 values a thread keep the registers under 128"),
