@@ -1,0 +1,155 @@
+"""The monitor: sums are right, lines are whole, nothing is drawn where nobody looks."""
+
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastmoco.parallel import Parallel
+from fastmoco.recipe import PRESETS
+from fastmoco.train.monitor import Meter, Monitor, Stopwatch, chance_level, draw_curves, expectation, read_lines, truncate
+
+V1, CIFAR, DEMO = (PRESETS[name][1] for name in ("v1", "cifar", "demo"))
+
+
+def row(*values: float) -> list[torch.Tensor]:
+    return [torch.tensor(value) for value in values]
+
+
+def line(step: int, **changes: float) -> dict[str, float]:
+    facts = {"loss": 5.0, "top1": 10.0, "top5": 20.0, "lr": 0.03, "pairs_per_s": 100.0, "data_wait": 0.25}
+    return {"step": step, "epoch": step / 10, **facts, "memory": 1.5, "queue_filled": 1.0, **changes}
+
+
+def test_the_meter_averages_each_interval_alone():
+    meter = Meter(torch.device("cpu"))
+    meter.add(row(1.0, 10.0, 20.0, 0.0))
+    meter.add(row(3.0, 30.0, 40.0, 0.0))
+    assert meter.steps == 2
+    meter.cut(2, Parallel(), {"lr": 0.5})
+    assert meter.steps == 0
+    assert meter.read() == [{"step": 2, "loss": 2.0, "top1": 20.0, "top5": 30.0, "nonfinite": 0.0, "lr": 0.5}]
+    meter.add([torch.tensor(7.0), torch.tensor(0.0), torch.tensor(0.0), torch.tensor(1, dtype=torch.int32)])
+    assert meter.nonfinite()
+    meter.cut(3, Parallel(), {})
+    assert meter.nonfinite()
+    [read] = meter.read()
+    assert read["loss"] == 7.0 and read["nonfinite"] == 1.0
+    assert not meter.nonfinite() and meter.read(everything=True) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="reads a GPU one interval late")
+def test_on_a_gpu_an_interval_is_read_when_the_next_one_ends_and_nothing_waits():
+    device = torch.device("cuda", 0)
+    meter, parallel = Meter(device), Parallel(device=device)
+    metrics = [torch.ones((), device=device)] * 4
+    meter.add(metrics)
+    meter.cut(0, parallel, {})
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        meter.add(metrics)
+        meter.cut(1, parallel, {})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [read["step"] for read in meter.read()] == [0]
+    assert [read["step"] for read in meter.read(everything=True)] == [1]
+
+
+def test_the_share_of_data_wait(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    watch = Stopwatch()
+    watch.waited(1.0)
+    now[0] = 104.0
+    assert watch.lap(pairs=200) == {"pairs_per_s": 50.0, "data_wait": 0.25}
+    now[0] = 110.0
+    watch.skip()  # six seconds of evaluation are no training
+    now[0] = 112.0
+    assert watch.lap(pairs=200) == {"pairs_per_s": 100.0, "data_wait": 0.0}
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path):
+    stream = io.StringIO()
+    monitor = Monitor(tmp_path, total=20, stream=stream)
+    monitor.advance()
+    monitor.interval(line(10))
+    monitor.knn({"step": 10, "top1": 51.25, "top5": 90.0, "classes": 10})
+    monitor.close()
+    shown = stream.getvalue()
+    assert "\r" not in shown and len(shown.splitlines()) == 2
+    assert "step 10/20" in shown and "loss 5.000" in shown and "data wait 25%" in shown and "top-1 51.25%" in shown
+    [logged] = read_lines(tmp_path / "log.jsonl")
+    assert logged.pop("seconds") >= 0 and logged == line(10)
+
+
+def test_a_bar_on_a_terminal(tmp_path):
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monitor = Monitor(tmp_path, total=20, start=5, stream=stream)
+    monitor.advance()
+    monitor.interval(line(10))
+    monitor.close()
+    assert "/20" in stream.getvalue() and "loss 5.000" in stream.getvalue() and "\r" in stream.getvalue()
+
+
+def test_every_line_is_on_disk_at_once(tmp_path):
+    monitor = Monitor(tmp_path, total=20, stream=io.StringIO())
+    monitor.interval(line(10))
+    assert read_lines(tmp_path / "log.jsonl")[0]["step"] == 10
+    monitor.close()
+
+
+def test_a_resumed_log_has_no_line_twice_and_no_half_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps({**line(step), "seconds": step / 2}) + "\n" for step in (10, 20, 30)) + '{"step": 4')
+    monitor = Monitor(tmp_path, total=40, start=20, stream=io.StringIO())
+    monitor.interval(line(30))
+    monitor.close()
+    lines = read_lines(path)
+    assert [each["step"] for each in lines] == [10, 20, 30] and path.read_text().endswith("}\n")
+    assert lines[-1]["seconds"] >= 10.0, "time goes on where it stopped"
+    truncate(tmp_path / "none.jsonl", 5)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_chance_levels():
+    assert chance_level(V1) == pytest.approx(11.0904, abs=5e-5)  # facts of the published queue sizes
+    assert chance_level(CIFAR) == pytest.approx(8.3180, abs=5e-5)
+    text = expectation(V1, steps_per_epoch=5004)
+    assert "11.090" in text and "256 steps" in text and "0.051 epochs" in text
+    assert "128 steps" in expectation(replace(V1, symmetric=True), 5004)
+
+
+def test_tensorboard_gets_every_figure(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monitor = Monitor(tmp_path, total=20, tensorboard=True, stream=io.StringIO())
+    monitor.interval(line(10))
+    monitor.knn({"step": 10, "top1": 51.0, "top5": 90.0, "classes": 10})
+    monitor.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"loss", "top1", "lr", "pairs_per_s", "data_wait", "knn_top1"} <= set(events.Tags()["scalars"])
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(10, 5.0)]
+
+
+def test_the_curves_are_drawn_from_the_logs(tmp_path):
+    """Without lines, with them, and with kNN: three pictures that differ where they should."""
+    pictures = []
+    for lines, neighbours in (([], []), ([10, 20, 30], []), ([10, 20, 30], [0, 30])):
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(line(step, loss=3 + step / 10)) + "\n" for step in lines))
+        knn = [{"step": step, "top1": 40.0 + step, "top5": 90.0, "classes": 10} for step in neighbours]
+        (tmp_path / "knn.jsonl").write_text("".join(json.dumps(each) + "\n" for each in knn))
+        pictures.append(np.asarray(Image.open(draw_curves(tmp_path, DEMO)).convert("RGB")).astype(int))
+    empty, logged, evaluated = pictures
+    third = empty.shape[1] // 3
+    assert empty.shape == logged.shape == evaluated.shape
+    blue = np.abs(logged - np.array([0x2F, 0x6D, 0xB5])).sum(2) < 30
+    assert blue[:, :third].sum() > 100 and (np.abs(empty - np.array([0x2F, 0x6D, 0xB5])).sum(2) < 30).sum() == 0
+    assert (np.abs(evaluated[:, 2 * third :] - np.array([0x3A, 0x8A, 0x5F])).sum(2) < 30).sum() > 100
