@@ -1,6 +1,7 @@
 """The step as a whole: first losses, no read-back, stable addresses, precision, resume, several ranks."""
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -8,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 import fastmoco.contrast.step as step_module
+import fastmoco.encoder.norm as norm_module
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import PRECISIONS
 from fastmoco.parallel import Parallel
@@ -95,17 +97,12 @@ def test_a_symmetric_step_adds_both_losses_and_enqueues_both_views(make_batch: C
 # Nothing is read back, nothing moves
 
 
-class OnFakeGpu(TorchFunctionMode):
-    """Deep copies of tensors made inside become tensors without data on a GPU that need not exist."""
+class WithoutData(TorchFunctionMode):
+    """Deep copies of tensors made inside become fake ones, which have shapes and no values."""
 
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()
         self.mode = mode
-
-    def fake(self, tensor: Tensor) -> Tensor:
-        fake = self.mode.from_tensor(tensor.detach())
-        with self.mode:
-            return fake.to("cuda")
 
     def __torch_function__(
         self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
@@ -114,36 +111,45 @@ class OnFakeGpu(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         tensor, memo = args
         if id(tensor) not in memo:
-            memo[id(tensor)] = self.fake(tensor)
+            memo[id(tensor)] = self.mode.from_tensor(tensor.detach())
         return memo[id(tensor)]
 
 
-def step_without_data(recipe: Recipe, precision: str, batch: SimpleNamespace) -> Tensor:
-    step = Step(recipe, Parallel(), precision)
-    on_gpu = OnFakeGpu(FakeTensorMode())
+def loss_without_data(recipe: Recipe, precision: str, batch: SimpleNamespace) -> Tensor:
+    step, mode = Step(recipe, Parallel(), precision), FakeTensorMode()
     parameters = [*step.encoder_q.parameters(), *step.encoder_k.parameters()]
-    memo = {id(p): nn.Parameter(on_gpu.fake(p), p.requires_grad) for p in parameters}
-    with on_gpu:
+    memo = {id(p): nn.Parameter(mode.from_tensor(p.detach()), p.requires_grad) for p in parameters}
+    with WithoutData(mode):
         step, batch = copy.deepcopy((step, batch), memo)
-    with on_gpu.mode:
+    with mode:
         step.step(batch, LR)
         return step.step(batch, LR).loss
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_a_step_reads_nothing_back(precision: str, symmetric: bool, make_batch: Callable) -> None:
-    """Tensors of a GPU without data: whatever needs a value on the host raises."""
-    recipe = tiny(symmetric=symmetric)
-    loss = step_without_data(recipe, precision, make_batch(recipe, 0))
-    assert loss.device.type == "cuda"
+def use_kernels(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
+    """The custom operators that a GPU would get, or the twins."""
+    monkeypatch.setattr(step_module, "info_nce", functools.partial(step_module.info_nce, impl=impl))
+    monkeypatch.setattr(norm_module, "batch_norm_act", functools.partial(norm_module.batch_norm_act, impl=impl))
 
 
-def test_reading_a_value_would_be_noticed(make_batch: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("precision", "fields"), [("fp32", {}), ("bf16", {}), ("fp16", dict(symmetric=True))])
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_a_step_reads_nothing_back(
+    precision: str, fields: dict, impl: str, make_batch: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On tensors without values: whatever wants one on the host raises."""
+    use_kernels(monkeypatch, impl)
+    recipe = tiny(**fields)
+    assert isinstance(loss_without_data(recipe, precision, make_batch(recipe, 0)), FakeTensor)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_reading_a_value_would_be_noticed(impl: str, make_batch: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_kernels(monkeypatch, impl)
     honest = step_module.positives
     monkeypatch.setattr(step_module, "positives", lambda keys, *rest: honest(keys * keys[0, 0].item(), *rest))
     with pytest.raises(DataDependentOutputException):
-        step_without_data(tiny(), "fp32", make_batch(tiny(), 0))
+        loss_without_data(tiny(), "fp32", make_batch(tiny(), 0))
 
 
 @pytest.mark.gpu
