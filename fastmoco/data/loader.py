@@ -341,7 +341,7 @@ def _event(device: torch.device) -> torch.cuda.Event | None:
 
 
 def _hand_over(item: Any, tensors: list[Tensor], event: torch.cuda.Event | None) -> Any:
-        if event is not None:  # the consumer's stream waits for the tensors, and their memory waits for that stream
+    if event is not None:  # the consumer's stream waits for the tensors, and their memory waits for that stream
         stream = torch.cuda.current_stream(tensors[0].device)
         stream.wait_event(event)
         for tensor in tensors:
