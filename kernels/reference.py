@@ -6,6 +6,7 @@ type, so float64 inputs give a float64 oracle. None but `photometric` reads a va
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -226,9 +227,8 @@ def photometric(
     together = max(1, CACHED_PIXELS // size**2)
     for picked, written in zip(source.split(together), views[:, :3].split(together)):
         x = crops.index_select(0, picked).permute(0, 3, 1, 2).to(wide, memory_format=torch.contiguous_format).div_(255)
-        drawn = parameters.index_select(0, picked).to(wide)
-        x = _on(drawn[:, SIGMA] > 0, _jitter_and_gray(x, drawn), _blur, drawn[:, SIGMA])
-        x = _on(drawn[:, FLIP] > 0, x, lambda rows: rows.flip(3))
+        drawn = parameters.index_select(0, picked)
+        x = _blur_and_flip(_jitter_and_gray(x, drawn), drawn)
         written.copy_(x.sub_(shift).div_(scale))
     return views
 
@@ -241,21 +241,26 @@ def _inverse(permutation: Tensor) -> Tensor:
 
 
 def _jitter_and_gray(x: Tensor, drawn: Tensor) -> Tensor:
-    when, order = drawn[:, GRAY], drawn[:, ORDER].to(torch.int64)
-    factors = drawn[:, BRIGHTNESS : HUE + 1, None, None, None].unbind(1)
-    x = _on(when == GRAY_BEFORE_JITTER, x, _gray)
+    when, orders = drawn[:, GRAY].tolist(), drawn[:, ORDER].long().tolist()
+    factors = drawn[:, BRIGHTNESS : HUE + 1, None, None, None].to(x.dtype).unbind(1)
+    x = _on([gray == GRAY_BEFORE_JITTER for gray in when], x, _gray)
     for position in range(4):
-        code = torch.where(order >= 0, order >> 2 * position & 3, NO_JITTER)
+        codes = [order >> 2 * position & 3 if order >= 0 else NO_JITTER for order in orders]
         for jitter, function in enumerate((_brightness, _contrast, _saturation, _hue)):
-            x = _on(code == jitter, x, function, factors[jitter])
-    return _on(when == GRAY_AFTER_JITTER, x, _gray)
+            x = _on([code == jitter for code in codes], x, function, factors[jitter])
+    return _on([gray == GRAY_AFTER_JITTER for gray in when], x, _gray)
 
 
-def _on(chosen: Tensor, x: Tensor, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
-    rows = chosen.nonzero().flatten()
-    if len(rows) == len(x):
+def _blur_and_flip(x: Tensor, drawn: Tensor) -> Tensor:
+    x = _on((drawn[:, SIGMA] > 0).tolist(), x, _blur, drawn[:, SIGMA])
+    return _on((drawn[:, FLIP] > 0).tolist(), x, lambda rows: rows.flip(3))
+
+
+def _on(chosen: list[bool], x: Tensor, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
+    if all(chosen):
         return function(x, *values)
-    if len(rows):
+    if any(chosen):
+        rows = torch.tensor(chosen, device=x.device).nonzero().flatten()
         x.index_copy_(0, rows, function(x.index_select(0, rows), *(value.index_select(0, rows) for value in values)))
     return x
 
@@ -291,24 +296,29 @@ def _hue(x: Tensor, turns: Tensor) -> Tensor:
     hue = from_red.copysign_(g - b).add_(6 * turns)
     hue.sub_(hue.div(6).floor_(), alpha=6)
     shares = (hue - 3).abs_().sub_(1), (hue - 2).abs_().neg_().add_(2), (hue - 4).abs_().neg_().add_(2)
-    return torch.cat([torch.addcmul(low, chroma, share.clamp_(0, 1)) for share in shares], 1)
+    for channel, share in zip((r, g, b), shares):
+        torch.addcmul(low, chroma, share.clamp_(0, 1), out=channel)
+    return x
 
 
 def _blur(x: Tensor, sigma: Tensor) -> Tensor:
-    sigma = sigma.clamp(MIN_SIGMA, MAX_SIGMA)[:, None]
-    radius = (3 * sigma.float()).ceil().clamp_max(x.shape[-1] - 1)  # in fp32, so that every dtype has the same taps
-    reach = int(radius.max())
-    taps = torch.arange(reach + 1, dtype=x.dtype, device=x.device)
-    weights = torch.exp(-0.5 * (taps / sigma) ** 2) * (taps <= radius)
-    weights /= 2 * weights.sum(1, keepdim=True) - 1
-    weight = weights[:, :, None, None, None].unbind(1)
-    size = x.shape[-1]
-    for dim in (2, 3):
-        before, after = x.narrow(dim, 1, reach).flip(dim), x.narrow(dim, size - 1 - reach, reach).flip(dim)
-        padded = torch.cat([before, x, after], dim)
-        x = x * weight[0]
-        for tap in range(1, reach + 1):
-            x.addcmul_(padded.narrow(dim, reach - tap, size), weight[tap])
-            x.addcmul_(padded.narrow(dim, reach + tap, size), weight[tap])
+    # View by view, as each has its own number of taps; a scalar factor is also what torch's CPU loops are fastest with.
+    sigma = sigma.clamp(MIN_SIGMA, MAX_SIGMA)
+    radii = (3 * sigma).ceil().int().clamp_max(x.shape[-1] - 1).tolist()
+    for view, deviation, radius in zip(x, sigma.tolist(), radii):
+        weights = [math.exp(-0.5 * (tap / deviation) ** 2) for tap in range(radius + 1)]
+        total = 2 * sum(weights) - weights[0]
+        for dim in (1, 2):
+            _convolve(view, dim, [weight / total for weight in weights])
     return x
+
+
+def _convolve(view: Tensor, dim: int, weights: list[float]) -> None:
+    size, radius = view.shape[dim], len(weights) - 1
+    before, after = view.narrow(dim, 1, radius).flip(dim), view.narrow(dim, size - 1 - radius, radius).flip(dim)
+    padded = torch.cat([before, view, after], dim)
+    view.mul_(weights[0])
+    for tap in range(1, radius + 1):
+        view.add_(padded.narrow(dim, radius - tap, size), alpha=weights[tap])
+        view.add_(padded.narrow(dim, radius + tap, size), alpha=weights[tap])
 

@@ -293,10 +293,8 @@ def test_flip_mirrors_columns_and_twice_is_nothing():
 
 def plain(crops, parameters, dtype):
     """The same chain by plain torch with everything held in `dtype`: the budget of errors."""
-    x, row = crops.permute(0, 3, 1, 2).to(dtype) / 255, parameters.to(dtype)
-    x = reference._jitter_and_gray(x, row)
-    x = reference._on(row[:, SIGMA] > 0, x, reference._blur, row[:, SIGMA])
-    x = reference._on(row[:, FLIP] > 0, x, lambda rows: rows.flip(3))
+    x = crops.permute(0, 3, 1, 2).to(dtype) / 255
+    x = reference._blur_and_flip(reference._jitter_and_gray(x, parameters), parameters)
     mean, std = (torch.tensor(value, dtype=dtype, device=x.device).view(3, 1, 1) for value in (MEAN, STD))
     return (x - mean) / std
 
