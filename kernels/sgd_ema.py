@@ -107,14 +107,14 @@ def variants(arch: int) -> list[Variant]:
               "ema_momentum": "fp32", "grad_scale": "fp32"}  # fmt: skip
     return [
         _variant("sgd_ema.check", _check_kernel, tables | {"skip": "*i32"}, row),
-        _variant("sgd_ema.update", _update_kernel, tables | update, row),
-        _variant("sgd_ema.ema", _ema_kernel, tables | {"ema_momentum": "fp32"}, row),
+        _variant("sgd_ema.update", _update_kernel, tables | update, row, ON_DEVICE=1),
+        _variant("sgd_ema.ema", _ema_kernel, tables | {"ema_momentum": "fp32"}, row, ON_DEVICE=0),
     ]
 
 
-def _variant(name: str, fn: Any, signature: dict[str, str], row: Tiles) -> Variant:
+def _variant(name: str, fn: Any, signature: dict[str, str], row: Tiles, **constexprs: int) -> Variant:
     chunk, block = row.block
-    constexprs = {"CHUNK": chunk, "BLOCK": block}
+    constexprs |= {"CHUNK": chunk, "BLOCK": block}
     signature = signature | dict.fromkeys(constexprs, "constexpr")
     return Variant(name, fn, signature, constexprs, row.num_warps, row.num_stages, streaming=True)
 
@@ -191,7 +191,7 @@ def _update(
         _check_kernel[found.grid](records, found.chunks, skip, **options)
         _update_kernel[found.grid](
             records, found.chunks, skip, nonfinite, lr, momentum, weight_decay, _weight(ema_momentum), grad_scale,
-            **options,
+            ON_DEVICE=_bits(scalars), **options,
         )  # fmt: skip
 
 
@@ -203,7 +203,9 @@ def _average(table: TensorTable, tensors: Tensors, use_triton: bool, ema_momentu
     found = table.on_device()
     records = found.records(tensors, None)
     with torch.cuda.device_of(records):
-        _ema_kernel[found.grid](records, found.chunks, _weight(ema_momentum), **_options(found.row))
+        _ema_kernel[found.grid](
+            records, found.chunks, _weight(ema_momentum), ON_DEVICE=_bits((ema_momentum,)), **_options(found.row)
+        )
 
 
 def _options(row: Tiles) -> dict[str, Any]:
@@ -215,6 +217,10 @@ def _options(row: Tiles) -> dict[str, Any]:
 
 def _weight(ema_momentum: float | Tensor) -> float | Tensor:
     return ema_momentum if isinstance(ema_momentum, Tensor) else 1 - ema_momentum
+
+
+def _bits(scalars: Sequence[float | Tensor]) -> int:
+    return sum(isinstance(scalar, Tensor) << bit for bit, scalar in enumerate(scalars))
 
 
 @triton.jit
@@ -243,15 +249,16 @@ def _poison(record, start, left, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _update_kernel(
     records, chunks, skip, nonfinite, lr, momentum, weight_decay, ema_momentum, grad_scale,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    ON_DEVICE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     record, start, left = _locate(records, chunks, tl.num_programs(0) - 1 - tl.program_id(0), CHUNK)
     if tl.load(skip) != 0:
         if tl.program_id(0) == 0:
             tl.store(nonfinite, 1)
     else:
-        rate, friction, decay = _scalar(lr), _scalar(momentum), _scalar(weight_decay)
-        weight, unscale = _ema_weight(ema_momentum), tl.div_rn(1.0, _scalar(grad_scale))
+        rate, friction = _scalar(lr, ON_DEVICE & 1), _scalar(momentum, ON_DEVICE & 2)
+        decay, weight = _scalar(weight_decay, ON_DEVICE & 4), _ema_weight(ema_momentum, ON_DEVICE & 8)
+        unscale = tl.div_rn(1.0, _scalar(grad_scale, ON_DEVICE & 16))
         if (left == CHUNK) & _aligned(record, True):
             _update_chunk(record, start, None, rate, friction, decay, weight, unscale, CHUNK, BLOCK)
         else:
@@ -283,9 +290,11 @@ def _update_chunk(
 
 
 @triton.jit
-def _ema_kernel(records, chunks, ema_momentum, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def _ema_kernel(
+    records, chunks, ema_momentum, ON_DEVICE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):
     record, start, left = _locate(records, chunks, tl.program_id(0), CHUNK)
-    weight = _ema_weight(ema_momentum)
+    weight = _ema_weight(ema_momentum, ON_DEVICE)
     if (left == CHUNK) & _aligned(record, False):
         _ema_chunk(record, start, None, weight, CHUNK, BLOCK)
     else:
@@ -363,20 +372,21 @@ def _lerp(k, q, weight):
 
 
 @triton.jit
-def _scalar(x):
-    x = tl.to_tensor(x)
-    if x.dtype.is_ptr():
-        x = tl.load(x)
-    return x.to(tl.float32)
+def _scalar(x, ON_DEVICE: tl.constexpr):
+    if ON_DEVICE:
+        x = tl.load(x).to(tl.float32)
+    else:
+        x = tl.full([], x, tl.float32)
+    return x
 
 
 @triton.jit
-def _ema_weight(x):
-    # A float arrives as 1 - m already, taken in double precision.
-    x = tl.to_tensor(x)
-    if x.dtype.is_ptr():
-        x = 1 - tl.load(x)
-    return x.to(tl.float32)
+def _ema_weight(x, ON_DEVICE: tl.constexpr):
+    if ON_DEVICE:
+        x = (1 - tl.load(x)).to(tl.float32)
+    else:
+        x = tl.full([], x, tl.float32)  # 1 - m already, taken in double precision
+    return x
 
 
 def _use_triton(impl: Impl, device: torch.device) -> bool:
@@ -412,6 +422,8 @@ def _check_gradients(table: TensorTable, grads: Sequence[Tensor]) -> None:
     if len(grads) != len(table):
         raise ValueError(f"{len(grads)} gradients for a table of {len(table)} entries")
     for index, (grad, q) in enumerate(zip(grads, table.q, strict=True)):
+        if grad is None:
+            raise ValueError(f"gradient {index} is None: its parameter took no part in the loss")
         if grad.dtype not in WORK_DTYPES and grad.dtype != q.dtype:
             raise ValueError(f"gradient {index} is {grad.dtype}, expected {' or '.join(map(str, WORK_DTYPES))}")
         check_like(f"gradient {index}", grad, q, table.device)

@@ -112,7 +112,7 @@ TABLE: dict[str, dict[int, Tiles]] = {
     },
     # block: elements of a chunk (one program), elements a program takes at a time.
     "sgd_ema": {
-        80: Tiles((4096, 512), 4, 1, "4 elements a thread: 16-byte fp32 accesses without a gap; 8 turns a program"),
+        80: Tiles((4096, 512), 4, 1, "4 elements a thread: 16-byte fp32 accesses without a gap, 8-byte bf16; 8 turns"),
     },
 }
 

@@ -428,6 +428,7 @@ def test_tables_that_cannot_work_are_refused(build: Callable[[], TensorTable], t
     ("change", "text"),
     [
         ({"grads": []}, "0 gradients"),
+        ({"grads": [None]}, "gradient 0 is None"),
         ({"grads": [torch.zeros(2, 3, 4, 4).int()]}, "gradient 0 is torch.int32"),
         ({"grads": [torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last)]}, "one memory format"),
         ({"nonfinite": torch.zeros(1)}, "nonfinite is torch.float32"),
