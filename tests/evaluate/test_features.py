@@ -1,0 +1,91 @@
+"""Features: unit length, in the manifest's order, the frozen encoder untouched, the pixels those of Pillow."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from fastmoco.data import manifest
+from fastmoco.encoder import build_encoder
+from fastmoco.evaluate.features import extract
+from fastmoco.parallel import Parallel
+from fastmoco.recipe import PRESETS
+
+SIZE = 24
+RECIPE = replace(PRESETS["demo"][1], width=0.125, crop_size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> manifest.Manifest:
+    """23 lossless images, already of the size of a crop, so that the centre box is the whole image."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.RandomState(0)
+    for number in range(23):
+        folder = root / f"class{number % 3}"
+        folder.mkdir(exist_ok=True)
+        pixels = random.randint(0, 256, (6, 6, 3)).repeat(4, 0).repeat(4, 1).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+    return manifest.scan(root, cache=False)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    encoder = build_encoder(RECIPE)
+    for buffer_name, buffer in encoder.named_buffers():
+        if buffer_name.endswith("running_mean"):
+            buffer.copy_(torch.linspace(-0.2, 0.2, len(buffer)))
+    return encoder.train()
+
+
+@pytest.mark.parametrize("which", ["backbone", "projection"])
+def test_features_are_those_of_the_eval_mode_encoder_on_the_pixels(images, encoder, which):
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    found, labels = extract(encoder, images, replace(RECIPE, knn_features=which), Parallel(), threads=1, batch_size=8)
+    assert encoder.training and all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
+    assert labels.tolist() == images.labels.tolist()
+    pixels = np.stack([np.asarray(Image.open(images.path(index))) for index in range(len(images))])
+    colours = RECIPE.augmentation
+    scaled = (pixels / 255.0 - np.array(colours.mean)) / np.array(colours.std)
+    with torch.no_grad():
+        forward = encoder.eval().features if which == "backbone" else encoder.eval()
+        expected = F.normalize(forward(torch.from_numpy(scaled).float().permute(0, 3, 1, 2)), dim=1)
+    encoder.train()
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(len(images)))
+
+
+def test_the_batch_size_changes_nothing(images, encoder):
+    """Batch statistics would: in training mode a sample's features depend on its neighbours."""
+    one = extract(encoder, images, RECIPE, Parallel(), threads=1, batch_size=23)[0]
+    other = extract(encoder, images, RECIPE, Parallel(), threads=2, batch_size=5)[0]
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert (one[0] - one[1]).abs().max() > 1e-3, "all features alike would pass everything"
+
+
+class OneOf(Parallel):
+    """A rank that notes its share instead of gathering."""
+
+    def all_gather(self, rows: torch.Tensor) -> torch.Tensor:
+        SHARES[self.rank] = rows
+        return torch.cat([SHARES.get(rank, rows) for rank in range(self.world)])
+
+
+SHARES: dict[int, torch.Tensor] = {}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_the_images(images, encoder, world):
+    whole = extract(encoder, images, RECIPE, Parallel(), threads=1)[0]
+    SHARES.clear()
+    for rank in range(world):
+        gathered = extract(encoder, images, RECIPE, OneOf(rank=rank, world=world), threads=1)[0]
+    assert len(gathered) == len(images) and {len(share) for share in SHARES.values()} == {-(-23 // world)}
+    torch.testing.assert_close(gathered, whole, rtol=0, atol=1e-5)
+
+
+def test_images_without_labels(images, encoder):
+    unlabelled = replace(images, labels=None, classes=[])
+    assert extract(encoder, unlabelled, RECIPE, Parallel(), threads=1)[1].eq(-1).all()
