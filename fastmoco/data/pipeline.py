@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from nvidia import nvimgcodec  # DALI's own decoders
 from nvidia.dali import Pipeline as DaliPipeline
 from nvidia.dali import fn, types
 from torch import Tensor
@@ -90,7 +91,7 @@ class Pipeline:
 def _cpu_crops(
     requests: Iterable[Request], batch_size: int, crop_size: int, views: int, device: torch.device, threads: int
 ) -> Iterator[Tensor]:
-    feed = _Feed(_parts(requests), lambda part: (part.request.encoded,))
+    feed = _Feed(_parts(_checked(requests)), lambda part: (part.request.encoded,))
     pipe = _dali(min(batch_size, CPU_BATCH), threads, None, feed, 1, _decode_graph)
     with ThreadPoolExecutor(threads) as pool:
         run = map if threads == 1 else pool.map
@@ -98,7 +99,6 @@ def _cpu_crops(
             request, first, total = part
             if first == 0:
                 crops = torch.empty(views, total, crop_size, crop_size, 3, dtype=torch.uint8)
-            _check_shapes(part, images.shape())
             decoded = [torch.from_dlpack(image) for image in images]
             for _ in run(partial(_cut, crops, first, request.boxes, decoded), range(len(decoded))):
                 pass
@@ -117,12 +117,12 @@ def _cut(crops: Tensor, first: int, boxes: np.ndarray, decoded: list[Tensor], i:
 def _gpu_crops(
     requests: Iterable[Request], batch_size: int, crop_size: int, views: int, device: torch.device, threads: int
 ) -> Iterator[Tensor]:
-    feed = _Feed((_Part(request, 0, len(request.encoded)) for request in requests), _with_corners)
+    parts = (_Part(request, 0, len(request.encoded)) for request in _checked(requests))
+    feed = _Feed(parts, _with_corners)
     graph = partial(_crop_graph, crop_size=crop_size, batch_size=batch_size)
     pipe = _dali(batch_size, threads, device.index or 0, feed, 1 + 2 * views, graph)
     stream = torch.cuda.current_stream(device)
-    for part, (shapes, *resized) in _outputs(pipe, feed, stream):
-        _check_shapes(part, [tuple(shape) for shape in shapes.as_array()])
+    for part, resized in _outputs(pipe, feed, stream):
         crops = torch.empty(views, part.total, crop_size, crop_size, 3, dtype=torch.uint8, device=device)
         # The one copy: from here on the memory is torch's, which knows when a later stream is done with it.
         for crop, made in zip(crops, resized, strict=True):
@@ -215,26 +215,38 @@ def _crop_graph(encoded: object, *corners: object, crop_size: int, batch_size: i
         minibatch_size=batch_size,
     )
     boxes = zip(corners[::2], corners[1::2], strict=True)
-    return (image.shape(), *(resize(roi_start=start, roi_end=end) for start, end in boxes))
+    return tuple(resize(roi_start=start, roi_end=end) for start, end in boxes)
 
 
-def _check_shapes(part: _Part, shapes: list[tuple[int, ...]]) -> None:
-    sizes = [tuple(size) for size in part.request.sizes.tolist()]
-    changed = [i for i, (size, shape) in enumerate(zip(sizes, shapes, strict=True)) if size != tuple(shape[:2])]
-    if changed:
-        was = "is {1} x {0} pixels, not the {3} x {2} that were read when it was scanned"
-        reasons = [was.format(*shapes[i][:2], *sizes[i]) for i in changed]
-        raise _decode_error(part, changed, reasons)
+def _checked(requests: Iterable[Request]) -> Iterator[Request]:
+    # DALI 2.4 may crash the process on a header it cannot parse: it gives up while the rest of the batch is decoding.
+    # So its parser is asked first, 4 us an image.
+    for request in requests:
+        faults = [_fault(data, tuple(size)) for data, size in zip(request.encoded, request.sizes.tolist(), strict=True)]
+        bad = [i for i, fault in enumerate(faults) if fault]
+        if bad:
+            raise DecodeError(bad, [request.names[i] for i in bad], [faults[i] for i in bad])
+        yield request
+
+
+def _fault(data: np.ndarray, size: tuple[int, int]) -> str:
+    try:
+        header = nvimgcodec.CodeStream(data)
+        height, width = header.height, header.width
+    except RuntimeError:
+        return "not an image that can be decoded"
+    if (height, width) == size:
+        return ""
+    return f"is {width} x {height} pixels, but was {size[1]} x {size[0]} when it was scanned"
 
 
 def _explain(part: _Part, error: RuntimeError) -> Exception:
     """DecodeError for the images DALI fails on one by one, or the error itself where it fails on none of them."""
     bad = _undecodable(part, range(len(part.request.encoded)))
-    return _decode_error(part, bad, ["cannot be decoded"] * len(bad)) if bad else error
-
-
-def _decode_error(part: _Part, rows: list[int], reasons: list[str]) -> DecodeError:
-    return DecodeError([part.first + i for i in rows], [part.request.names[i] for i in rows], reasons)
+    if not bad:
+        return error
+    names = [part.request.names[i] for i in bad]
+    return DecodeError([part.first + i for i in bad], names, ["damaged: cannot be decoded"] * len(bad))
 
 
 def _undecodable(part: _Part, rows: range) -> list[int]:

@@ -1,0 +1,172 @@
+"""Decoded and cut as Pillow does, and an error that names exactly the images at fault."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from fastmoco.data.manifest import Manifest
+from fastmoco.data.pipeline import CPU_BATCH, DecodeError, Pipeline, Request, default_threads
+
+CPU = torch.device("cpu")
+
+
+def request(manifest: Manifest, indices: np.ndarray, views: int = 2, seed: int = 0) -> Request:
+    generator = np.random.default_rng(seed)
+    sizes = manifest.sizes[indices]
+    sides = np.maximum((sizes * generator.uniform(0.2, 1, (views, len(indices), 2))).astype(np.int32), 1)
+    corners = (generator.uniform(0, 1, sides.shape) * (sizes - sides + 1)).astype(np.int32)
+    boxes = np.concatenate([corners, sides], 2)
+    return Request([manifest.path(i) for i in indices], [manifest.read(i) for i in indices], sizes, boxes)
+
+
+def pipeline(requests: object, views: int = 2, crop_size: int = 64, threads: int = 1) -> Pipeline:
+    return Pipeline(requests, batch_size=200, crop_size=crop_size, views=views, device=CPU, threads=threads)
+
+
+def crops(*requests: Request, **options: int) -> list[torch.Tensor]:
+    return list(pipeline(requests, **options))
+
+
+@pytest.mark.parametrize("crop_size", [32, 96, 224])
+def test_crops_are_those_of_pillow_for_every_kind_of_file(photo_manifest: Manifest, crop_size: int) -> None:
+    asked = request(photo_manifest, np.arange(len(photo_manifest)))
+    (made,) = crops(asked, crop_size=crop_size)
+    assert made.shape == (2, len(photo_manifest), crop_size, crop_size, 3) and made.dtype == torch.uint8
+    for i, data in enumerate(asked.encoded):
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        assert (image.height, image.width) == tuple(asked.sizes[i])
+        for view in range(2):
+            top, left, height, width = asked.boxes[view, i].tolist()
+            box = (left, top, left + width, top + height)
+            exact = np.asarray(image.crop(box).resize((crop_size, crop_size), Image.BILINEAR), np.int16)
+            difference = np.abs(made[view, i].numpy() - exact)
+            assert difference.max() <= 1 and difference.mean() < 0.3, photo_manifest.paths[i]
+
+
+def test_comparison_with_pillow_sees_a_box_that_is_off_by_one(photo_manifest: Manifest) -> None:
+    """Negative control of the test above."""
+    plain = np.array([i for i, path in enumerate(photo_manifest.paths) if path.endswith(" jpeg.img")])
+    asked = request(photo_manifest, plain)
+    asked.boxes[..., 2:] = np.maximum(asked.boxes[..., 2:] - 1, 2)
+    moved = asked.boxes.copy()
+    moved[..., 1] += 1
+    made, shifted = crops(asked, asked._replace(boxes=moved))
+    assert (made.int() - shifted.int()).abs().float().mean((2, 3, 4)).min() > 0.3
+
+
+def test_exif_orientation_is_ignored(photo_manifest: Manifest) -> None:
+    index = next(i for i, path in enumerate(photo_manifest.paths) if "rotated" in path)
+    shown = ImageOps.exif_transpose(Image.open(photo_manifest.path(index)))
+    assert (shown.width, shown.height) == tuple(photo_manifest.sizes[index])  # the file does ask for it
+    boxes = np.array([[[0, 0, *photo_manifest.sizes[index]]]], np.int32)
+    asked = request(photo_manifest, np.array([index]), views=1)._replace(boxes=boxes)
+    stored = np.asarray(Image.open(photo_manifest.path(index)).resize((64, 64), Image.BILINEAR), np.int16)
+    assert np.abs(crops(asked, views=1)[0][0, 0].numpy() - stored).max() <= 1
+
+
+def test_every_size_of_batch_in_order_and_threads_change_nothing(photo_manifest: Manifest) -> None:
+    counts = [1, CPU_BATCH - 1, CPU_BATCH, CPU_BATCH + 1, 100, 2]
+    starts = np.cumsum([0, *counts[:-1]])
+    asked = [
+        request(photo_manifest, np.arange(start, start + n) % len(photo_manifest), seed=n)
+        for start, n in zip(starts, counts, strict=True)
+    ]
+    made = crops(*asked)
+    assert [batch.shape[1] for batch in made] == counts
+    alone = [crops(one)[0] for one in asked]
+    threaded = crops(*asked, threads=3)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(made, alone, threaded, strict=True))
+
+
+def test_crops_stay_intact_while_later_ones_are_made(photo_manifest: Manifest) -> None:
+    asked = [request(photo_manifest, np.arange(40), seed=seed) for seed in range(6)]
+    held, copies = [], []
+    for batch in pipeline(asked):
+        held.append(batch)
+        copies.append(batch.clone())
+    assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
+
+
+def test_one_pixel_and_one_view(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(one_pixel())
+    manifest = Manifest(str(tmp_path), ["a.png"], np.array([[1, 1]], np.int32))
+    (made,) = crops(request(manifest, np.array([0]), views=1), views=1, crop_size=8)
+    assert made.shape == (1, 1, 8, 8, 3) and (made == torch.tensor([10, 20, 30])).all()
+
+
+def one_pixel() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 1), (10, 20, 30)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+BROKEN = {
+    "empty": lambda data: data[:0],
+    "content": lambda data: data[: len(data) // 2].copy(),
+    "text": lambda _: np.frombuffer(b"<html>gone</html>", np.uint8),
+}
+
+
+@pytest.mark.parametrize("positions", [[0], [5, 70], [33, 34, 58]])
+@pytest.mark.parametrize("damage", BROKEN)
+def test_undecodable_images_are_named_and_nothing_else(
+    photo_manifest: Manifest, positions: list[int], damage: str
+) -> None:
+    good = [request(photo_manifest, np.arange(80), seed=seed) for seed in range(3)]
+    bad = good[2]._replace(encoded=list(good[2].encoded))
+    for position in positions:
+        bad.encoded[position] = BROKEN[damage](bad.encoded[position])
+    made = pipeline([good[0], good[1], bad, good[0]])
+    assert torch.equal(next(made), crops(good[0])[0]) and next(made).shape[1] == 80
+    with pytest.raises(DecodeError) as caught:
+        next(made)
+    # Of headers all that are bad; of contents those of the first part that failed.
+    found = [p for p in positions if damage != "content" or p // CPU_BATCH == positions[0] // CPU_BATCH]
+    assert caught.value.positions == found and len(caught.value.reasons) == len(found)
+    assert caught.value.names == [bad.names[position] for position in found]
+    assert str(caught.value).startswith(f"{bad.names[positions[0]]}: ") and "be decoded" in str(caught.value)
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 3
+    with pytest.raises(StopIteration):
+        next(made)
+
+
+def test_an_image_that_changed_its_size_is_named(photo_manifest: Manifest) -> None:
+    asked = request(photo_manifest, np.arange(50))
+    asked.sizes[40] += 1
+    with pytest.raises(DecodeError, match="pixels, but was .* when it was scanned") as caught:
+        crops(asked)
+    assert caught.value.positions == [40]
+
+
+def test_an_error_of_the_requests_waits_for_its_turn(photo_manifest: Manifest) -> None:
+    def requests() -> Iterator[Request]:
+        yield request(photo_manifest, np.arange(3))
+        yield request(photo_manifest, np.arange(4))
+        raise OSError("the disk is gone")
+
+    made = pipeline(requests())
+    assert [next(made).shape[1], next(made).shape[1]] == [3, 4]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(made)
+
+
+def test_closing_early_and_twice(photo_manifest: Manifest) -> None:
+    made = pipeline(request(photo_manifest, np.arange(40)) for _ in range(1000))
+    next(made)
+    made.close()
+    made.close()
+    pipeline([]).close()
+    assert crops() == []
+
+
+def test_threads_leave_room_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, expected in ((1, 1), (2, 1), (4, 2), (16, 14)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: range(cores))
+        assert default_threads() == expected
