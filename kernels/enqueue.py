@@ -1,1 +1,110 @@
-from fastmoco.kernels.reference import enqueue  # noqa: F401
+"""Write keys into the ring of the queue at a pointer held on the device, and advance the pointer, in one launch.
+
+Every block must read the pointer before any block moves it. The pointer itself keeps the count: each block adds one
+to its high bits, which returns the position (low bits) and how many blocks have read it (high bits); the last of them
+stores the new position. So there is no second launch, no scratch memory, and nothing to reset between replays of a
+CUDA graph. Which block comes last is open, what it stores is not.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmoco.kernels import reference
+from fastmoco.kernels.tiles import Variant, tiles
+
+__all__ = ["cost", "enqueue", "variants"]
+
+_TYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@triton.jit(do_not_specialize=["size", "rows", "skipped"])
+def _enqueue_kernel(
+    queue, pointer, keys, size, rows, skipped, dim: tl.constexpr, padded: tl.constexpr, block: tl.constexpr
+):
+    one_reader: tl.constexpr = 1 << 40
+    ticket = tl.atomic_add(pointer, one_reader)
+    position = ticket % one_reader
+    if ticket // one_reader == tl.num_programs(0) - 1:
+        tl.store(pointer, (position + rows) % size)
+
+    row = skipped + tl.program_id(0) * block + tl.arange(0, block)
+    column = tl.arange(0, padded)
+    mask = (row < rows)[:, None] & (column < dim)[None, :]
+    target = (position + row) % size
+    values = tl.load(keys + row.to(tl.int64)[:, None] * dim + column[None, :], mask=mask)
+    tl.store(queue + target[:, None] * dim + column[None, :], values.to(queue.dtype.element_ty), mask=mask)
+
+
+@torch.library.custom_op("fastmoco::enqueue", mutates_args=("queue", "pointer"))
+def _enqueue(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
+    (size, dim), rows = queue.shape, keys.shape[0]
+    capability = torch.cuda.get_device_capability(queue.device) if queue.is_cuda else None
+    tile = tiles("enqueue", capability)
+    skipped = max(0, rows - size)
+    _enqueue_kernel[(triton.cdiv(rows - skipped, tile.block[0]),)](
+        queue, pointer, keys, size, rows, skipped, dim, triton.next_power_of_2(dim), tile.block[0],
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+@_enqueue.register_fake
+def _enqueue_fake(queue, pointer, keys) -> None:
+    return None
+
+
+def _check(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
+    for name, tensor in (("queue", queue), ("keys", keys)):
+        if tensor.dtype not in _TYPE_NAMES:
+            raise ValueError(f"enqueue: {name} must be fp32, fp16 or bf16, not {tensor.dtype}")
+        if tensor.dim() != 2 or not tensor.numel():
+            raise ValueError(f"enqueue: {name} must be [rows, D], not empty, not {tuple(tensor.shape)}")
+    if keys.shape[1] != queue.shape[1]:
+        raise ValueError(f"enqueue: queue rows have {queue.shape[1]} numbers, keys {keys.shape[1]}")
+    if pointer.dtype != torch.int64 or pointer.shape != (1,):
+        raise ValueError(f"enqueue: pointer must be int64 [1], not {pointer.dtype} {tuple(pointer.shape)}")
+    if not queue.is_contiguous():
+        raise ValueError(f"enqueue: the queue must be contiguous, not of strides {queue.stride()}")
+    if not queue.device == pointer.device == keys.device:
+        raise ValueError(f"enqueue: queue on {queue.device}, pointer on {pointer.device}, keys on {keys.device}")
+
+
+def enqueue(
+    queue: Tensor, pointer: Tensor, keys: Tensor, *, impl: Literal["auto", "triton", "reference"] = "auto"
+) -> None:
+    """Write keys [B, D] into the ring queue [K, D] from row `pointer` (int64 [1], 0 <= pointer < K) on, in place.
+
+    Rows wrap at the end; of more than K keys the last K stay, where they would have come to lie one by one. Keys are
+    cast to the queue's dtype (fp32, fp16 or bf16). The pointer becomes (pointer + B) % K and is never read back to
+    the host. Raises ValueError for a wrong dtype, shape, stride or device.
+    """
+    _check(queue, pointer, keys)
+    keys = keys.detach()
+    if impl == "reference" or (impl == "auto" and not queue.is_cuda):
+        reference.enqueue(queue, pointer, keys)
+    else:
+        _enqueue(queue, pointer, keys.contiguous())
+
+
+def cost(size: int, dim: int, rows: int, queue_dtype: torch.dtype, keys_dtype: torch.dtype) -> tuple[int, int]:
+    """(bytes, flops): the keys that stay are read and written once; the pointer is read and written."""
+    return min(size, rows) * dim * (keys_dtype.itemsize + queue_dtype.itemsize) + 2 * torch.int64.itemsize, 0
+
+
+def variants(arch: int) -> list[Variant]:
+    """What the compile gate compiles: the usual D = 128, in each dtype of the queue."""
+    tile = tiles("enqueue", arch)
+    constants = {"dim": 128, "padded": 128, "block": tile.block[0]}
+    integers = dict.fromkeys(("size", "rows", "skipped"), "i32")
+    found = []
+    for name in _TYPE_NAMES.values():
+        pointers = {"queue": f"*{name}", "pointer": "*i64", "keys": f"*{name}"}
+        signature = pointers | integers | dict.fromkeys(constants, "constexpr")
+        label = f"enqueue {name}"
+        found.append(Variant(label, _enqueue_kernel, signature, constants, tile.num_warps, 1, streaming=True))
+    return found

@@ -222,8 +222,8 @@ def _padded(dim: int) -> int:
 
 
 def _sweep_tiles(dim: int, queue_dtype: torch.dtype, capability: tuple[int, int] | int | None) -> Tiles:
-    family = "info_nce.fp32" if queue_dtype is torch.float32 else "info_nce"
-    return tiles(f"{family}.{max(64, _padded(dim))}", capability)
+    width = "fp32" if queue_dtype is torch.float32 else max(64, _padded(dim))
+    return tiles(f"info_nce.{width}", capability)
 
 
 def _plan(n: int, size: int, dim: int, queue_dtype: torch.dtype, device: torch.device) -> _Plan:
@@ -383,11 +383,13 @@ def cost(n: int, size: int, dim: int, z_dtype: torch.dtype, queue_dtype: torch.d
 
 
 def variants(arch: int) -> list[Variant]:
-    """What the compile gate compiles: every family of tiles, and both forms of the shift at the usual D = 128."""
+    """What the compile gate compiles: every row of tiles, with the fixed shift and with a running maximum."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    found = [_sweep_variant(arch, dim, dtype) for dtype in (bf16, fp32) for dim in (64, 128, 256, 512)]
-    found += [_sweep_variant(arch, 128, dtype, running=True, on_device=True, whole=False) for dtype in (bf16, fp16)]
-    found += [_sweep_variant(arch, 512, dtype, running=True, whole=False) for dtype in (fp16, fp32)]
+    widths = (64, 128, 256, 512)
+    found = [_sweep_variant(arch, dim, dtype) for dtype in (bf16, fp32) for dim in widths]
+    found += [_sweep_variant(arch, dim, fp16, running=True, whole=False) for dim in widths]
+    found += [_sweep_variant(arch, dim, fp32, running=True, whole=False) for dim in (128, 512)]
+    found.append(_sweep_variant(arch, 128, bf16, running=True, on_device=True))
     return found + [_combine_variant(arch, 128, False), _combine_variant(arch, 512, True)]
 
 
@@ -399,7 +401,8 @@ def _sweep_variant(
     name = _TYPE_NAMES[dtype]
     types = [f"*{name}"] * 3 + ["*fp32" if on_device else "fp32"] + ["*fp32", "*fp32", "*i32", "*fp32", "*fp32"]
     label = f"info_nce.sweep {name} D={dim}" + " running" * running + " ragged" * (not whole)
-    return _variant(label, _sweep_kernel, types + ["i32"] * 3, constants, tile)
+    low = dtype is not torch.float32
+    return _variant(label, _sweep_kernel, types + ["i32"] * 3, constants, tile, native_mma=low)
 
 
 def _combine_variant(arch: int, dim: int, running: bool) -> Variant:
@@ -410,7 +413,7 @@ def _combine_variant(arch: int, dim: int, running: bool) -> Variant:
     return _variant(label, _combine_kernel, types + ["i32"] * 2, _combine_constants(tile, sweep), tile)
 
 
-def _variant(label: str, fn, types: list[str], constants: dict, tile: Tiles) -> Variant:
+def _variant(label: str, fn, types: list[str], constants: dict, tile: Tiles, native_mma: bool = False) -> Variant:
     arguments = fn.arg_names
     signature = dict(zip(arguments, types + ["constexpr"] * len(constants), strict=True))
-    return Variant(label, fn, signature, constants, tile.num_warps, tile.num_stages)
+    return Variant(label, fn, signature, constants, tile.num_warps, tile.num_stages, native_mma=native_mma)

@@ -75,6 +75,7 @@ class Report:
     wide_loads: int
     streaming: bool
     native_mma: bool
+    serialized: bool
 
 
 def resident_blocks(arch: int, registers: int, shared: int, warps: int, tensor_columns: int = 0) -> int:
@@ -129,7 +130,20 @@ def examine(variant: Variant, arch: int) -> Report:
         wide_loads=len(_WIDE_LOAD.findall(machine_code)),
         streaming=variant.streaming,
         native_mma=variant.native_mma,
+        serialized=_serialized(kernel.asm["ptx"]),
     )
+
+
+def _serialized(ptx: str) -> bool:
+    # ptxas says so only in a warning: it waits after every wgmma where registers are too few to let them overlap.
+    if "wgmma.mma_async" not in ptx:
+        return False
+    command = [TOOLS / "ptxas", "--verbose", "--gpu-name=sm_90a", "--output-file", os.devnull]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+        source.write(ptx)
+        source.flush()
+        done = subprocess.run([*command, source.name], capture_output=True, text=True, check=True)
+    return "wgmma.mma_async instructions are serialized" in done.stderr
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:
@@ -150,6 +164,8 @@ def faults(report: Report) -> list[str]:
     instruction = NATIVE_MMA[report.arch]
     if report.native_mma and not report.mma[instruction]:
         found.append(f"has no {instruction} instruction")
+    if report.serialized:
+        found.append("has its wgmma instructions serialized")
     return [f"sm_{report.arch} {report.name}: {fault}" for fault in found]
 
 

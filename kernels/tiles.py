@@ -50,36 +50,33 @@ VariantsHook = Callable[[int], list[Variant]]  # each kernel file's `variants(ar
 
 # kernel -> architecture -> row. A row serves every newer architecture up to the next row.
 TABLE: dict[str, dict[int, Tiles]] = {
-    # block: keys a program copies. Two blocks of 64 rows x 128 columns keep 16-byte accesses in flight.
+    # block: keys a program copies.
     "enqueue": {
         80: Tiles((16,), 4, 1, "16 rows x 128 bf16 = 4 KB, 32 bytes a thread; a batch of 256 keys gives 16 blocks"),
     },
-    # block: queries, keys, programs per multiprocessor (how finely the queue is cut), columns.
+    # block: queries, keys, programs per multiprocessor (how finely the queue is cut), columns (where fewer than D, the
+    # others are other programs, and each computes the scores). Sums of Q x D and Q x keys numbers live in registers.
     "info_nce.64": {
-        80: Tiles((64, 64, 2, 64), 4, 3, "small accumulators: two blocks overlap one's exponentials with the other's mma"),
-        90: Tiles((128, 128, 1, 64), 8, 3, "two warpgroups of 64 rows"),
-        100: Tiles((128, 128, 1, 64), 8, 3, "as sm_90"),
+        80: Tiles((64, 64, 2, 64), 4, 3, "two blocks a processor: one's exponentials hide behind the other's mma"),
+        90: Tiles((128, 64, 1, 64), 8, 3, "64 rows for each of two warpgroups, as wgmma wants; 185 registers at most"),
     },
     "info_nce.128": {
-        80: Tiles((64, 64, 2, 128), 4, 3, "x"),
-        90: Tiles((128, 128, 1, 128), 8, 3, "x"),
-        100: Tiles((128, 128, 1, 128), 8, 3, "x"),
+        80: Tiles((64, 64, 2, 128), 4, 3, "232 registers x 128 threads: two blocks a processor; 57 KB also fits sm_86"),
+        90: Tiles((128, 64, 1, 128), 8, 3, "128 rows halve the reads from L2; 128 keys a step would need 255 registers"),
     },
     "info_nce.256": {
-        80: Tiles((64, 32, 1, 256), 8, 3, "x"),
-        90: Tiles((128, 64, 1, 256), 8, 2, "x"),
-        100: Tiles((128, 64, 1, 256), 8, 2, "x"),
+        80: Tiles((64, 32, 1, 256), 8, 3, "sums of 64 x 256 take 64 registers a thread; 32 keys leave room for scores"),
+        90: Tiles((64, 64, 1, 256), 8, 2, "with 128 rows ptxas waits for each wgmma, for want of registers"),
     },
     "info_nce.512": {
-        80: Tiles((32, 32, 1, 512), 8, 2, "x"),
-        90: Tiles((64, 64, 1, 512), 8, 2, "x"),
-        100: Tiles((64, 64, 1, 512), 8, 2, "x"),
+        80: Tiles((32, 32, 1, 512), 8, 2, "sums of 32 x 512 take 64 registers a thread; 68 KB also fits sm_86"),
+        90: Tiles((64, 64, 1, 256), 8, 2, "wgmma wants 64 rows, whose sums over 512 columns spill; so two halves"),
+        100: Tiles((64, 32, 1, 512), 8, 2, "sums lie in tensor memory; 64 keys a step would not fit shared memory"),
     },
-    "info_nce.fp32.64": {80: Tiles((32, 32, 2, 64), 4, 1, "x")},
-    "info_nce.fp32.128": {80: Tiles((32, 32, 2, 64), 4, 1, "x")},
-    "info_nce.fp32.256": {80: Tiles((32, 32, 2, 64), 4, 1, "x")},
-    "info_nce.fp32.512": {80: Tiles((32, 32, 2, 64), 4, 1, "x")},
-    "info_nce.combine": {80: Tiles((32,), 4, 2, "x")},
+    # Three-term tf32 holds both terms of its operands in registers, so few columns at a time.
+    "info_nce.fp32": {80: Tiles((32, 32, 1, 64), 8, 1, "the largest that never spills, up to D = 512")},
+    # block: pieces added at a time. One program a row.
+    "info_nce.combine": {80: Tiles((32,), 4, 2, "32 x 128 partial sums: 32 registers a thread, all loads in flight")},
     # block: pixels a program takes.
     "photometric.mean_gray": {
         80: Tiles((1024,), 4, 1, "8 pixels a thread; 49 sums a 224 px view are added by whoever needs the mean"),
@@ -120,11 +117,14 @@ TABLE: dict[str, dict[int, Tiles]] = {
 def tiles(kernel: str, capability: tuple[int, int] | int | None = None) -> Tiles:
     """The row of `kernel` for a device capability ((9, 0) or 90), from the nearest architecture not newer.
 
-    `None` (the interpreter on a CPU) takes the sm_90 row; a device older than every row takes the oldest.
+    `None` (the interpreter on a CPU) takes the sm_90 row; a device older than every row takes the oldest, and
+    consumer Blackwell (sm_12x: no wgmma or tcgen05, 99 KB of shared memory) the sm_80 row.
     Raises KeyError for a kernel that has no entry.
     """
     rows = TABLE[kernel]
     if capability is None:
         capability = 90
     arch = capability if isinstance(capability, int) else 10 * capability[0] + capability[1]
+    if arch >= 120:
+        arch = 80
     return rows[max((known for known in rows if known <= arch), default=min(rows))]

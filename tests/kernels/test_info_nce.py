@@ -1,0 +1,275 @@
+"""InfoNCE against the float64 twin by the error budget: our error may not exceed plain torch's in the same dtype."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastmoco.kernels import info_nce as module
+from fastmoco.kernels import reference
+from fastmoco.kernels.info_nce import _info_nce, cost, info_nce, scratch_bytes
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+LOW = [torch.bfloat16, torch.float16]
+EPSILON = {torch.float32: 3e-7, torch.bfloat16: 2**-9, torch.float16: 2**-12}  # one rounding of one number
+
+
+def _inputs(n, size, dim, dtype, device, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    z, k, queue = (torch.randn(rows, dim, generator=generator) for rows in (n, n, size))
+    likeness = torch.linspace(0, 1, n)[:, None]  # from a stranger, with half the queue above it, to a close relative
+    k = F.normalize(likeness * F.normalize(z) + F.normalize(k))
+    return 3 * z.to(device), k.to(device, dtype), F.normalize(queue).to(device, dtype)
+
+
+def _truth(z, k, queue, temperature):
+    z = z.double().requires_grad_()
+    loss, rank = reference.info_nce(z, k.double(), queue.double(), temperature)
+    weights = torch.arange(1, len(z) + 1, dtype=torch.float64, device=z.device)
+    (gradient,) = torch.autograd.grad(loss @ weights, z)
+    return loss.detach(), rank, gradient
+
+
+def _ours(z, k, queue, temperature):
+    z = z.detach().requires_grad_()
+    loss, rank = info_nce(z, k, queue, temperature, impl="triton")
+    (gradient,) = torch.autograd.grad(loss @ torch.arange(1, len(z) + 1, dtype=loss.dtype, device=z.device), z)
+    return loss.detach(), rank, gradient
+
+
+def _plain_torch(z, k, queue, temperature):
+    # facebookresearch/moco's loss, in the arithmetic autocast would give it.
+    z = z.detach().requires_grad_()
+    q = F.normalize(z).to(queue.dtype)
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / temperature
+    loss = F.cross_entropy(logits.float(), torch.zeros(len(z), dtype=torch.long, device=z.device), reduction="none")
+    (gradient,) = torch.autograd.grad(loss @ torch.arange(1, len(z) + 1, dtype=loss.dtype, device=z.device), z)
+    return loss.detach(), gradient
+
+
+def _within_budget(z, k, queue, temperature, given=None):
+    loss, rank, gradient = _truth(z, k, queue, float(temperature))
+    our_loss, our_rank, our_gradient = _ours(z, k, queue, temperature if given is None else given)
+    torch_loss, torch_gradient = _plain_torch(z, k, queue, float(temperature))
+    epsilon = EPSILON[queue.dtype]
+    scale = 1 / float(temperature)
+    assert (our_loss - loss).norm() <= (torch_loss - loss).norm() + epsilon * scale * len(z) ** 0.5
+    # A gradient is bounded by 2 / (T |z|) a row; what is left of it after cancellation may be far less.
+    bound = (torch.arange(1, len(z) + 1, device=z.device) * scale / z.norm(dim=1)).norm()
+    assert (our_gradient - gradient).norm() <= (torch_gradient - gradient).norm() + epsilon * bound
+    # A rank may differ only by negatives whose true score ties with the positive's, to rounding of the operands.
+    q = F.normalize(z.double())
+    margin = (q @ queue.double().T - (q * k.double()).sum(1, keepdim=True)).abs()
+    ties = (margin < 4 * epsilon).sum(1)
+    assert ((our_rank - rank).abs() <= ties).all()
+
+
+SHAPES = [(1, 1, 16), (1, 300, 48), (7, 257, 80), (13, 512, 128), (130, 200, 64), (3, 130, 256), (2, 65, 512)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize(("n", "size", "dim"), SHAPES)
+def test_within_error_budget(device, n, size, dim, dtype):
+    _within_budget(*_inputs(n, size, dim, dtype, device), 0.07)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize("temperature", [0.01, 0.02, 0.025, 0.2, 1.0])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_temperatures(device, temperature, on_device, dtype):
+    given = torch.tensor(temperature, device=device) if on_device else temperature
+    _within_budget(*_inputs(5, 150, 32, dtype, device), temperature, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize("temperature", [0.01, 0.025, 0.07])
+@pytest.mark.parametrize(("positive", "negative"), [(1, -1), (-1, 1), (1, 1), (-1, -1)])
+def test_extreme_logits(device, temperature, positive, negative, dtype):
+    z = torch.zeros(3, 32, device=device)
+    z[:, 5] = 2.0
+    unit = (z / 2).to(dtype)
+    loss, rank, gradient = _ours(z, positive * unit, (negative * unit[:1]).repeat(100, 1), temperature)
+    expected, expected_rank, _ = _truth(z, positive * unit, (negative * unit[:1]).repeat(100, 1), temperature)
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=1e-5)
+    assert torch.equal(rank, expected_rank)
+    # All keys lie along the query, so every gradient is normal to its own direction: nought.
+    assert gradient.abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_all_negatives_far_below_still_turn_the_query(device, dtype):
+    # What a fixed shift would lose: every fp16 probability at T = 0.07 underflows here, positive and negatives alike.
+    z = torch.zeros(2, 16, device=device)
+    z[:, 0] = 1.0
+    away = F.normalize(torch.tensor([[-1.0, 0.2]], device=device))
+    k, queue = torch.zeros(2, 16, device=device), torch.zeros(70, 16, device=device)
+    k[:, :2], queue[:, :2] = away, away * torch.tensor([1.0, -1.0], device=device)
+    _, _, gradient = _ours(z, k.to(dtype), queue.to(dtype), 0.07)
+    _, _, expected = _truth(z, k.to(dtype), queue.to(dtype), 0.07)
+    assert (gradient - expected).norm() <= 8 * EPSILON[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+def test_keys_equal_to_the_positive_do_not_outscore_it(device, dtype):
+    z, k, _ = _inputs(9, 1, 128, dtype, device)
+    queue = k[:1].repeat(200, 1)
+    _, rank = info_nce(z[:1].repeat(9, 1), k[:1].repeat(9, 1), queue, 0.07, impl="triton")
+    assert not rank.any()
+    # The control: a positive that is any worse is outscored by all of them.
+    _, rank = info_nce(z[:1], -k[:1], queue, 0.07, impl="triton")
+    assert rank.tolist() == [200]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_order_of_the_queue_does_not_matter(device, dtype):
+    z, k, queue = _inputs(11, 400, 64, dtype, device)
+    shuffled = queue[torch.randperm(400, generator=torch.Generator().manual_seed(1)).to(device)]
+    (loss, rank, gradient), (other, other_rank, turned) = (_ours(z, k, keys, 0.07) for keys in (queue, shuffled))
+    assert torch.equal(rank, other_rank)
+    torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(turned, gradient, rtol=2e-3, atol=2e-3 * float(gradient.abs().max()))
+    # The control: another queue does change it.
+    assert rank.any()
+    assert not torch.equal(_ours(z, k, -queue, 0.07)[1], rank)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.07])
+def test_two_runs_give_the_same_bits(device, temperature):
+    inputs = _inputs(33, 700, 128, torch.bfloat16, device)
+    for first, second in zip(_ours(*inputs, temperature), _ours(*inputs, temperature), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_the_number_of_pieces_does_not_matter(device, monkeypatch):
+    z, k, queue = _inputs(5, 900, 32, torch.float32, device)
+    whole = module._plan
+    monkeypatch.setattr(module, "_plan", lambda *a: whole(*a)._replace(pieces=1, tiles_per_piece=1000))
+    single = _ours(z, k, queue, 0.01)
+    monkeypatch.setattr(module, "_plan", whole)
+    assert whole(5, 900, 32, queue.dtype, z.device).pieces > 1
+    for one, several in zip(single, _ours(z, k, queue, 0.01), strict=True):
+        torch.testing.assert_close(one, several, rtol=1e-5, atol=1e-5)
+
+
+def test_low_precision_queries_get_gradients_of_their_dtype(device):
+    z, k, queue = _inputs(4, 100, 32, torch.bfloat16, device)
+    gradient = _ours(z.bfloat16(), k, queue, 0.07)[2]
+    assert gradient.dtype == torch.bfloat16
+    exact = _truth(z.bfloat16().float(), k, queue, 0.07)[2]
+    assert (gradient - exact).norm() <= 2**-6 * exact.norm()
+
+
+def test_zero_query_is_finite(device):
+    z, k, queue = _inputs(3, 50, 16, torch.float32, device)
+    loss, rank, _ = _ours(z * 0, k, queue, 0.07)
+    torch.testing.assert_close(loss, torch.full_like(loss, 51.0).log(), rtol=1e-5, atol=1e-5)
+    assert not rank.any()
+
+
+def _empty(*shape, dtype=torch.float32):
+    return torch.ones(*shape, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("z", "k", "queue", "temperature", "what"),
+    [
+        (_empty(0, 16), _empty(0, 16), _empty(4, 16), 0.1, "at least one row"),
+        (_empty(2, 16), _empty(2, 16), _empty(0, 16), 0.1, "at least one row"),
+        (_empty(2, 20), _empty(2, 20), _empty(4, 20), 0.1, "multiple of 16"),
+        (_empty(2, 528), _empty(2, 528), _empty(4, 528), 0.1, "multiple of 16"),
+        (_empty(2, 16), _empty(3, 16), _empty(4, 16), 0.1, r"needs z_q \[N, D\]"),
+        (_empty(2, 16), _empty(2, 16), _empty(4, 32), 0.1, r"needs z_q \[N, D\]"),
+        (_empty(2, 16).double(), _empty(2, 16), _empty(4, 16), 0.1, "z_q must be fp32"),
+        (_empty(2, 16), _empty(2, 16), _empty(16, 16).T[::2], 0.1, "contiguous"),
+        (_empty(2, 16), _empty(2, 16), _empty(4, 16), 0.0, "positive"),
+        (_empty(2, 16), _empty(2, 16), _empty(4, 16), float("nan"), "positive"),
+        (_empty(2, 16), _empty(2, 16), _empty(4, 16), torch.ones(1), "0-d float"),
+    ],
+)
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_refuses(z, k, queue, temperature, what, impl):
+    with pytest.raises(ValueError, match=what):
+        info_nce(z, k, queue, temperature, impl=impl)
+
+
+def test_operator_contract(device):
+    z, k, queue = _inputs(3, 70, 16, torch.float32, device)
+    torch.library.opcheck(_info_nce, (z.requires_grad_(), k, queue, 0.07, None))
+
+
+def test_traces_whole(device):
+    z, k, queue = _inputs(3, 70, 16, torch.float32, device)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(z, k, queue):
+        loss, rank = info_nce(z * 2, k, queue, 0.07, impl="triton")
+        return loss.mean(), rank
+
+    z.requires_grad_()
+    loss, rank = step(z, k, queue)
+    (gradient,) = torch.autograd.grad(loss, z)
+    eager, eager_rank = info_nce(z * 2, k, queue, 0.07, impl="triton")
+    assert torch.equal(loss, eager.mean())
+    assert torch.equal(rank, eager_rank)
+    torch.testing.assert_close(gradient, torch.autograd.grad(eager.mean(), z)[0])
+
+
+def test_fake_tensors_pass(device):
+    # Fake CUDA tensors need no CUDA; autograd's own threads do.
+    with FakeTensorMode(), torch.no_grad():
+        z = torch.empty(8, 128, device="cuda")
+        queue = torch.empty(1 << 16, 128, device="cuda", dtype=torch.bfloat16)
+        loss, rank = info_nce(z, torch.empty_like(z), queue, torch.tensor(0.07, device="cuda"))
+    assert (loss.shape, loss.dtype, rank.dtype, loss.device.type) == ((8,), torch.float32, torch.int32, "cuda")
+    with FakeTensorMode():
+        z = torch.empty(8, 128, device=device, requires_grad=True)
+        loss, _ = info_nce(z, torch.empty_like(z), torch.empty(64, 128, device=device), 0.07, impl="triton")
+        loss.sum().backward()
+    assert z.grad.shape == (8, 128)
+
+
+def test_extra_memory_stays_under_ten_megabytes(monkeypatch):
+    class Processors:
+        multi_processor_count = 0
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Processors)
+    logits = 4 * 256 * (65536 + 1)
+    for processors, capability in ((108, (8, 0)), (132, (9, 0)), (148, (10, 0))):
+        Processors.multi_processor_count = processors
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        for running in (False, True):
+            extra = scratch_bytes(256, 65536, 128, torch.bfloat16, torch.device("cuda", 0), running)
+            assert extra <= 10 * 2**20 < logits / 25
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.07])
+def test_extra_memory_formula_counts_what_is_allocated(device, temperature, monkeypatch):
+    z, k, queue = _inputs(20, 500, 48, torch.bfloat16, device)
+    seen = []
+    launch = module._sweep_kernel, module._combine_kernel
+
+    class Spy:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def call(*arguments, **constants):
+                seen.extend(a for a in arguments if isinstance(a, torch.Tensor))
+                return self.kernel[grid](*arguments, **constants)
+
+            return call
+
+    monkeypatch.setattr(module, "_sweep_kernel", Spy(launch[0]))
+    monkeypatch.setattr(module, "_combine_kernel", Spy(launch[1]))
+    loss, rank, _ = _info_nce(z, k, queue, temperature, None)
+    given = {t.data_ptr() for t in (z, k, queue, loss, rank)}
+    allocated = {t.data_ptr(): t.nbytes for t in seen if t.data_ptr() not in given}
+    assert sum(allocated.values()) == scratch_bytes(20, 500, 48, queue.dtype, z.device, temperature < 0.025)
+
+
+def test_cost_counts_the_bytes_of_the_tensors(device):
+    z, k, queue = _inputs(6, 90, 48, torch.bfloat16, device)
+    k = k.float()
+    loss, rank, gradient = _info_nce(z, k, queue, 0.07, None)
+    moved, flops = cost(6, 90, 48, torch.float32, torch.bfloat16)
+    assert moved == sum(t.nbytes for t in (z, k, queue, loss, rank, gradient))
+    # Scores and gradient are a product each, of N rows with the queue and the positive.
+    assert flops == 2 * (2 * 6 * 91 * 48)
