@@ -127,8 +127,10 @@ def _flipped(drawn, pixel, size: tl.constexpr):
 @triton.jit
 def _destination(rows, view):
     if rows is None:
-        return view
-    return tl.load(rows + view)
+        row = view
+    else:
+        row = tl.load(rows + view)
+    return row
 
 
 @triton.jit
@@ -363,20 +365,23 @@ def cost(
 
 
 def variants(arch: int) -> list[Variant]:
-    """What the compile gate compiles: the production launches at 224 px, and the widest (fp32) form of the blur."""
-    found = []
-    for dtype, channels in ((torch.bfloat16, 3), (torch.bfloat16, 4), (torch.float32, 3)):
-        for plan in _plans(224, channels, dtype, arch):
-            found.append(_variant(plan, dtype, channels))
-    return found
+    """What the compile gate compiles: the launches at 224 px in bf16, with and without padding and destination rows,
+    and in fp32, whose blur is another."""
+    launches = ((torch.bfloat16, 3, True), (torch.bfloat16, 4, False), (torch.float32, 3, False))
+    return [
+        _variant(plan, dtype, channels, permuted)
+        for dtype, channels, permuted in launches
+        for plan in _plans(224, channels, dtype, arch)
+    ]
 
 
-def _variant(plan: _Plan, dtype: torch.dtype, channels: int) -> Variant:
-    name, scratch = DTYPES[dtype], DTYPES[_scratch_dtype(dtype)]
-    known = {"crops": "*u8", "parameters": "*fp32", "sums": "*fp32", "rows": "*i64", "views": f"*{name}"}
-    known |= {"scratch": f"*{scratch}"} | dict.fromkeys(plan.constants, "constexpr")
-    signature = {argument: known.get(argument, "fp32") for argument in plan.kernel.arg_names}
+def _variant(plan: _Plan, dtype: torch.dtype, channels: int, permuted: bool) -> Variant:
+    known = {"crops": "*u8", "parameters": "*fp32", "sums": "*fp32", "rows": "*i64", "views": f"*{DTYPES[dtype]}"}
+    known |= {"scratch": f"*{DTYPES[_scratch_dtype(dtype)]}"}
+    arguments = plan.kernel.arg_names
+    constants = plan.constants | ({"rows": None} if "rows" in arguments and not permuted else {})
+    known |= dict.fromkeys(constants, "constexpr")
+    signature = {argument: known.get(argument, "fp32") for argument in arguments}
     phase = plan.kernel.__name__.removeprefix("_").removesuffix("_kernel")
-    label = f"photometric.{phase} {name} C={channels}"
-    tile = plan.tile
-    return Variant(label, plan.kernel, signature, plan.constants, tile.num_warps, tile.num_stages, streaming=True)
+    label = f"photometric.{phase} {DTYPES[dtype]} C={channels}{' permuted' * permuted}"
+    return Variant(label, plan.kernel, signature, constants, plan.tile.num_warps, plan.tile.num_stages, streaming=True)
