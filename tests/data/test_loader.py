@@ -1,0 +1,311 @@
+"""Batches depend on the plan alone, arrive in order, and leave nothing behind however early one stops."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import io
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastmoco.data.loader import Background, Batch, EvaluationLoader, Loader
+from fastmoco.data.manifest import Manifest, scan
+from fastmoco.data.pipeline import DecodeError
+from fastmoco.data.plan import Plan, centre_boxes
+from fastmoco.recipe import PRESETS
+
+CPU = torch.device("cpu")
+RECIPE = dataclasses.replace(PRESETS["v2"][1], batch_size=32, bn_group=4, crop_size=24)  # 3 steps an epoch
+ALONE = SimpleNamespace(rank=0, world=1, device=CPU)
+
+
+def batches(manifest: Manifest, recipe: object = RECIPE, start: int = 0, stop: int = 5, **options: int) -> list[Batch]:
+    plan = Plan(recipe, manifest.sizes)
+    with Loader(manifest, plan, recipe, ALONE, start_step=start, stop_step=stop, **options) as loader:
+        return list(loader)
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    pairs = zip(vars(a).values(), vars(b).values(), strict=True)
+    return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pairs)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_batches_are_what_the_plan_says(photo_manifest: Manifest, symmetric: bool) -> None:
+    recipe = dataclasses.replace(RECIPE, symmetric=symmetric)
+    plan = Plan(recipe, photo_manifest.sizes)
+    views, rows = recipe.views, recipe.views * 32
+    for step, batch in enumerate(batches(photo_manifest, recipe)):
+        samples, epoch = plan.samples(step), step // 3
+        assert (batch.step, batch.epoch) == (step, epoch)
+        np.testing.assert_array_equal(batch.sample, samples)
+        for name, used in (("query", plan.query_views), ("key", plan.key_views)):
+            crops, parameters = getattr(batch, f"{name}_crops"), getattr(batch, f"{name}_parameters")
+            assert crops.shape == (rows, 24, 24, 3) and crops.dtype == torch.uint8
+            expected = np.concatenate([plan.photometric(epoch, samples, view) for view in used])
+            np.testing.assert_array_equal(parameters, expected)
+            for number, view in enumerate(used):
+                boxes = plan.boxes(epoch, samples, view)
+                for slot in (0, 7, 31):
+                    expected = cut(photo_manifest, samples[slot], boxes[slot], 24)
+                    assert np.abs(crops[number * 32 + slot].numpy() - expected).max() <= 1
+        shuffles = np.concatenate([view * 32 + plan.shuffle(step, v) for view, v in enumerate(plan.key_views)])
+        places = torch.empty(rows, dtype=torch.int64)
+        places[batch.key_rows] = torch.arange(rows)
+        np.testing.assert_array_equal(places, shuffles)  # row p of the key batch is slot perm[p]
+        np.testing.assert_array_equal(batch.key_rows[batch.unshuffle.argsort()].sort().values, np.arange(rows))
+        assert torch.equal(places[batch.unshuffle], torch.arange(rows))
+    assert views == len(plan.key_views)
+
+
+def cut(manifest: Manifest, sample: int, box: np.ndarray, size: int) -> np.ndarray:
+    top, left, height, width = box.tolist()
+    image = Image.open(io.BytesIO(manifest.read(sample))).convert("RGB")
+    return np.asarray(image.crop((left, top, left + width, top + height)).resize((size, size), Image.BILINEAR), np.int16)
+
+
+@pytest.mark.parametrize("options", [{"threads": 3}, {"prefetch": 1}, {"prefetch": 7, "threads": 2}])
+def test_threads_and_prefetch_change_nothing(photo_manifest: Manifest, options: dict) -> None:
+    made = zip(batches(photo_manifest), batches(photo_manifest, **options), strict=True)
+    assert all(equal(a, b) for a, b in made)
+
+
+@pytest.mark.parametrize("start", [1, 3, 4])
+def test_starting_later_is_skipping(photo_manifest: Manifest, start: int) -> None:
+    whole, rest = batches(photo_manifest, stop=6), batches(photo_manifest, start=start, stop=6)
+    assert len(rest) == 6 - start and all(equal(a, b) for a, b in zip(whole[start:], rest, strict=True))
+    assert not equal(whole[start - 1], rest[0])  # negative control: a step count that is off by one
+
+
+class FakeRanks:
+    """Ranks as threads: exchange by a table and a barrier, as all_to_all_single would."""
+
+    def __init__(self, world: int) -> None:
+        self.world, self.table, self.barrier = world, [[None] * world for _ in range(world)], threading.Barrier(world)
+
+    def rank(self, rank: int) -> SimpleNamespace:
+        def exchange(rows: torch.Tensor, send_counts: list[int], receive_counts: list[int]) -> torch.Tensor:
+            self.table[rank] = list(rows.split(send_counts))
+            self.barrier.wait(60)
+            arrived = [self.table[source][rank] for source in range(self.world)]
+            self.barrier.wait(60)
+            assert [len(rows) for rows in arrived] == receive_counts
+            return torch.cat(arrived)
+
+        return SimpleNamespace(rank=rank, world=self.world, device=CPU, exchange=exchange)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_ranks_share_out_exactly_the_batch_of_one_rank(photo_manifest: Manifest, world: int, symmetric: bool) -> None:
+    recipe = dataclasses.replace(RECIPE, symmetric=symmetric)
+    ranks, views, per_rank = FakeRanks(world), recipe.views, 32 // world
+
+    def run(rank: int) -> list[Batch]:
+        plan = Plan(recipe, photo_manifest.sizes, world, rank)
+        with Loader(photo_manifest, plan, recipe, ranks.rank(rank), stop_step=4, prefetch=1 + rank) as loader:
+            return list(loader)
+
+    with ThreadPoolExecutor(world) as pool:
+        shared = list(pool.map(run, range(world)))
+    for step, whole in enumerate(batches(photo_manifest, recipe, stop=4)):
+        parts = [batches_of_rank[step] for batches_of_rank in shared]
+        for name in ("query_crops", "query_parameters"):
+            rows = [getattr(part, name).unflatten(0, (views, per_rank)) for part in parts]
+            assert torch.equal(torch.cat(rows, 1).flatten(0, 1), getattr(whole, name))
+        for name in ("key_crops", "key_parameters"):
+            rows = [placed(part, name).unflatten(0, (views, per_rank)) for part in parts]
+            assert torch.equal(torch.cat(rows, 1).flatten(0, 1), placed(whole, name))
+            gathered = torch.cat([placed(part, name) for part in parts])
+            assert all(torch.equal(gathered[part.unshuffle], getattr(whole, name)) for part in parts)
+        np.testing.assert_array_equal(np.concatenate([part.sample for part in parts]), whole.sample)
+
+
+def placed(batch: Batch, name: str) -> torch.Tensor:
+    """Key rows where the photometric kernel writes them."""
+    rows = getattr(batch, name)
+    return torch.empty_like(rows).index_copy_(0, batch.key_rows, rows)
+
+
+def loader(manifest: Manifest, stop: int = 1000, **options: int) -> Loader:
+    return Loader(manifest, Plan(RECIPE, manifest.sizes), RECIPE, ALONE, stop_step=stop, **options)
+
+
+def left_over() -> tuple[int, int]:
+    gc.collect()
+    return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+
+def test_closing_at_any_moment_leaves_no_thread_or_file(photo_manifest: Manifest) -> None:
+    batches(photo_manifest)
+    before = left_over()
+    for taken in (0, 1, 2, 5):
+        for delay in (0, 0.02):
+            ours = loader(photo_manifest)
+            for _ in range(taken):
+                next(ours)
+            time.sleep(delay)
+            ours.close()
+            ours.close()
+            assert next(ours, None) is None
+    assert left_over() == before
+    running = loader(photo_manifest)
+    next(running)
+    assert left_over()[0] > before[0]  # negative control: the count does see a loader that is not closed
+    del running
+    assert left_over() == before  # and one that is dropped closes itself
+
+
+def test_an_exit_without_closing_is_clean(photo_folder: Path) -> None:
+    code = f"""
+from types import SimpleNamespace
+import torch
+from fastmoco.data.loader import Loader
+from fastmoco.data.manifest import scan
+from fastmoco.data.plan import Plan
+from fastmoco.recipe import Recipe
+manifest, recipe = scan({str(photo_folder)!r}, cache=False), Recipe(crop_size=24, batch_size=32)
+alone = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
+running = Loader(manifest, Plan(recipe, manifest.sizes), recipe, alone, stop_step=1000)
+next(running)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "executor" not in done.stderr
+
+
+def test_the_wait_is_measured(photo_manifest: Manifest) -> None:
+    with loader(photo_manifest, prefetch=2) as ours:
+        next(ours)
+        start = ours.wait_seconds
+        assert start > 0
+        time.sleep(1)
+        next(ours)
+        assert ours.wait_seconds - start < 0.1  # it was ready
+
+
+@pytest.fixture
+def copy(photo_folder: Path, tmp_path: Path) -> Manifest:
+    return scan(shutil.copytree(photo_folder, tmp_path / "copy"), cache=False)
+
+
+@pytest.mark.parametrize("harm", ["deleted", "truncated", "replaced"])
+def test_a_file_harmed_after_the_scan_is_named_in_its_step(copy: Manifest, harm: str) -> None:
+    plan = Plan(RECIPE, copy.sizes)
+    position = next(i for i, sample in enumerate(plan.samples(2)) if " jpeg." in copy.paths[sample])
+    victim = Path(copy.path(int(plan.samples(2)[position])))
+    if harm == "deleted":
+        victim.unlink()
+    elif harm == "truncated":
+        victim.write_bytes(victim.read_bytes()[:-200])
+    else:
+        Image.new("RGB", (7, 9)).save(victim, "JPEG")
+    with loader(copy, stop=5) as ours:
+        assert [next(ours).step, next(ours).step] == [0, 1]
+        with pytest.raises(DecodeError) as caught:
+            next(ours)
+        assert caught.value.positions == [position] and caught.value.names == [str(victim)]
+        assert next(ours, None) is None
+
+
+def test_wrong_use_is_refused(photo_manifest: Manifest) -> None:
+    plan = Plan(RECIPE, photo_manifest.sizes)
+    with pytest.raises(ValueError, match="the plan is for 104 images, the manifest has 1"):
+        Loader(Manifest("", ["a"], np.ones((1, 2), np.int32)), plan, RECIPE, ALONE, stop_step=1)
+    with pytest.raises(ValueError, match="rank 1 of 2 has the plan of 0 of 1"):
+        Loader(photo_manifest, plan, RECIPE, SimpleNamespace(rank=1, world=2, device=CPU), stop_step=1)
+    with pytest.raises(ValueError, match="prefetch is 0"):
+        loader(photo_manifest, prefetch=0)
+
+
+@pytest.mark.parametrize("crop_size", [64, 32])
+def test_evaluation_sees_every_centre_once_in_order(photo_manifest: Manifest, crop_size: int) -> None:
+    with EvaluationLoader(photo_manifest, crop_size, CPU, batch_size=40) as ours:
+        assert len(ours) == 3
+        made = list(ours)
+    assert [len(index) for _, index in made] == [40, 40, 24]
+    np.testing.assert_array_equal(np.concatenate([index for _, index in made]), np.arange(104))
+    boxes = centre_boxes(photo_manifest.sizes, crop_size)
+    for crop, sample in ((crop, int(sample)) for crops, index in made for crop, sample in zip(crops, index, strict=True)):
+        assert np.abs(crop.numpy() - cut(photo_manifest, sample, boxes[sample], crop_size)).max() <= 1
+    chosen = np.array([50, 3, 3])
+    ((crops, index),) = EvaluationLoader(photo_manifest, crop_size, CPU, indices=chosen)
+    np.testing.assert_array_equal(index, chosen)
+    assert torch.equal(crops[1], crops[2]) and torch.equal(crops[1], made[0][0][3])
+    assert list(EvaluationLoader(photo_manifest, crop_size, CPU, indices=np.array([], int))) == []
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_background_is_bounded_and_passes_errors_on(depth: int) -> None:
+    produced: list[int] = []
+
+    def count() -> Iterator[int]:
+        for i in range(10):
+            produced.append(i)
+            yield i
+        raise OSError("end")
+
+    background = Background(count, depth)
+    for taken in range(10):
+        deadline = time.monotonic() + 5
+        while len(produced) < min(taken + depth, 10) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.01)
+        assert len(produced) == min(taken + depth, 10)
+        assert next(background) == taken
+    with pytest.raises(OSError, match="end"):
+        next(background)
+    assert next(background, None) is None
+
+
+def pillow_batch(manifest: Manifest, plan: Plan, step: int, pool: ThreadPoolExecutor | None) -> np.ndarray:
+    """The work of one batch with Pillow and NumPy: decode once, cut the same two boxes, stack."""
+    samples, epoch = plan.samples(step), plan.epoch(step)
+    boxes = np.stack([plan.boxes(epoch, samples, view) for view in (0, 1)])
+    size = plan.recipe.crop_size
+
+    def pair(slot: int) -> list[np.ndarray]:
+        image = Image.open(manifest.path(int(samples[slot]))).convert("RGB")
+        corners = [(left, top, left + w, top + h) for top, left, h, w in boxes[:, slot].tolist()]
+        return [np.asarray(image.resize((size, size), Image.BILINEAR, box=box)) for box in corners]
+
+    return np.stack(list((pool.map if pool else map)(pair, range(len(samples)))), 1)
+
+
+@pytest.fixture(scope="session")
+def benchmark_manifest(photos: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    folder, generator = tmp_path_factory.mktemp("benchmark"), np.random.default_rng(0)
+    for i in range(256):
+        top, left = generator.integers(0, 50), generator.integers(0, 140)
+        cut = Image.fromarray(photos[i % 2][top : top + 375, left : left + 500])
+        cut.save(folder / f"{i}.jpg", quality=int(generator.integers(80, 97)))
+    return scan(folder, cache=False)
+
+
+@pytest.mark.parametrize("crop_size", [224, 40])
+@pytest.mark.parametrize("who", ["fastmoco", "pillow", "pillow threads"])
+def test_benchmark_256_pairs(benchmark_manifest: Manifest, benchmark: object, who: str, crop_size: int) -> None:
+    """Pairs from 500x375 JPEGs in the file cache; both use the cores there are."""
+    recipe = dataclasses.replace(RECIPE, batch_size=128, crop_size=crop_size)
+    plan = Plan(recipe, benchmark_manifest.sizes)
+    if who == "fastmoco":
+        with Loader(benchmark_manifest, plan, recipe, ALONE, stop_step=1000) as ours:
+            next(ours)
+            benchmark.pedantic(lambda: [next(ours) for _ in range(2)], rounds=6, warmup_rounds=1)
+    else:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            used = pool if who == "pillow threads" else None
+            work = lambda: [pillow_batch(benchmark_manifest, plan, step, used) for step in range(2)]  # noqa: E731
+            benchmark.pedantic(work, rounds=6, warmup_rounds=1)
