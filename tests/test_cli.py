@@ -213,6 +213,6 @@ def test_the_launcher_passes_torchruns_flags_on():
 
 
 def test_env_prints_json():
-    done = subprocess.run([sys.executable, "-m", "fastmoco", "env", "--json"], capture_output=True, text=True, timeout=60)
-    facts = json.loads(done.stdout)
+    command = [sys.executable, "-m", "fastmoco", "env", "--json"]
+    facts = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=60).stdout)
     assert {"torch", "python", "nvidia-dali-cuda130", "cores", "commit", "processor"} <= facts.keys()

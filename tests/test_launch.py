@@ -1,4 +1,4 @@
-"""The launcher with two real processes: same result, same checkpoints, same exit codes."""
+"""The launcher with two real processes: the run of one, one common step at a signal, the exit codes."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from fastmoco.train import checkpoint
 from fastmoco.train.monitor import read_lines
 
 ROOT = Path(__file__).parent.parent
-SMALL = "--width 0.125 --batch-size 32 --bn-group 8 --queue-size 100 --crop-size 16 --log-every 2 --no-knn --device cpu"
+SMALL = "--width 0.125 --batch-size 32 --bn-group 8 --queue-size 100 --crop-size 16 --no-knn --device cpu"
 pytestmark = pytest.mark.slow
 
 
@@ -46,21 +46,25 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def test_two_ranks_give_the_run_of_one(folder):
-    for name, ranks in (("one", "1"), ("two", "2")):
-        finish(start(folder, "--nproc", ranks, "pretrain", "demo", "--data", "images", "--stop-after", "6", "--out", name))
-    one, two = (checkpoint.load(checkpoint.latest(folder / name)).state for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(two[name].float(), value.float(), rtol=0, atol=2e-3, msg=lambda m: f"{name}: {m}")
-    logs = [read_lines(folder / name / "log.jsonl") for name in ("one", "two")]
-    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] == [2, 4, 6]
-    for line, other in zip(*logs):
-        assert abs(line["loss"] - other["loss"]) < 1e-3
+    """Up to rounding, which training amplifies: two steps are compared. A different seed is the control."""
+    states = {}
+    for name, ranks, seed in (("one", "1", "0"), ("two", "2", "0"), ("other", "1", "1")):
+        flags = ("--data", "images", "--out", name, "--stop-after", "2", "--log-every", "1", "--seed", seed)
+        finish(start(folder, "--nproc", ranks, "pretrain", "demo", *flags))
+        states[name] = checkpoint.load(checkpoint.latest(folder / name)).state
+    assert states["one"].keys() == states["two"].keys()
+    for name, value in states["one"].items():
+        torch.testing.assert_close(states["two"][name].float(), value.float(), rtol=0, atol=1e-4, msg=name)
+    assert (states["one"]["queue"] - states["other"]["queue"]).abs().max() > 0.1
+    one, two = (read_lines(folder / name / "log.jsonl") for name in ("one", "two"))
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2]
+    assert all(abs(line["loss"] - other["loss"]) < 1e-5 for line, other in zip(one, two))
     assert json.loads((folder / "two/recipe.json").read_text())["ranks"] == 2
 
 
 def test_a_signal_to_the_launcher_stops_all_ranks_at_one_step(folder):
-    process = start(folder, "--nproc", "2", "pretrain", "demo", "--data", "images", "--epochs", "1000", "--out", "run")
+    flags = ("--data", "images", "--epochs", "1000", "--log-every", "2", "--out", "run")
+    process = start(folder, "--nproc", "2", "pretrain", "demo", *flags)
     log, began = folder / "run/log.jsonl", time.monotonic()
     while len(read_lines(log)) < 2:
         assert process.poll() is None and time.monotonic() - began < 200
@@ -71,8 +75,8 @@ def test_a_signal_to_the_launcher_stops_all_ranks_at_one_step(folder):
     newest = checkpoint.latest(folder / "run")
     step = checkpoint.load(newest).step
     assert step == read_lines(log)[-1]["step"] and f"saved after step {step}" in said
-    finish(start(folder, "--nproc", "2", "pretrain", "demo", "--data", "images", "--resume", "--out", "run", "--epochs", "1000",
-                 "--stop-after", str(step + 2)))  # fmt: skip
+    flags += ("--resume", "--stop-after", str(step + 2))
+    finish(start(folder, "--nproc", "2", "pretrain", "demo", *flags))
     assert checkpoint.load(checkpoint.latest(folder / "run")).step == step + 2
 
 

@@ -41,7 +41,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Turn SIGTERM, SIGINT and SIGUSR1 into a request while the block lasts; elsewhere than in the main thread, none."""
+    """Turn SIGTERM, SIGINT and SIGUSR1 into a request while the block lasts; outside the main thread, do nothing."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

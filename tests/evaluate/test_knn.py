@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,7 @@ def test_equals_a_float64_loop_on_500_points(k, temperature):
 
 def test_equals_scikit_learn(k=30, temperature=0.1):
     (bank, bank_labels), (queries, labels) = points(400, 3, 2.0), points(100, 4, 2.0)
-    oracle = KNeighborsClassifier(k, metric="cosine", weights=lambda d: torch.tensor((1 - d) / temperature).exp().numpy())
+    oracle = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / temperature))
     shares = torch.from_numpy(oracle.fit(bank.numpy(), bank_labels.numpy()).predict_proba(queries.numpy()))
     top1 = (shares.argmax(1) == labels).double().mean().item() * 100
     assert 20 < top1 < 95, "the points decide nothing"
@@ -74,7 +75,7 @@ def test_chunks_change_nothing(monkeypatch):
 
 
 def test_small_banks_and_few_classes():
-    bank, labels = F.normalize(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), dim=1), torch.tensor([0, 1, 2])
+    bank, labels = F.normalize(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), dim=1), torch.arange(3)
     assert knn_accuracy(bank, labels, bank, labels, k=200, temperature=0.07) == (100.0, 100.0)
     with pytest.raises(ValueError, match="images on both sides"):
         knn_accuracy(bank[:0], labels[:0], bank, labels)

@@ -23,15 +23,17 @@ STEPS = 30
 LINE = {"step", "epoch", "loss", "top1", "top5", "lr", "pairs_per_s", "data_wait", "memory", "queue_filled", "seconds"}
 
 NEW_PROCESS = """
-import json, sys
+import dataclasses, json, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from fastmoco.options import Options
 from fastmoco.recipe import Recipe
 from fastmoco.train.loop import pretrain
-recipe, data, out = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-pretrain(Recipe.from_dict(recipe), Options(data=data, out=out, device="cpu", threads=2, prefetch=3, resume=True, knn=False))
+recipe, data = Recipe.from_dict(json.loads(sys.argv[1])), Path(sys.argv[2])
+for out in sys.argv[3:]:
+    where = Options(data=data, out=Path(out), device="cpu", resume=True, knn=False)
+    pretrain(recipe, dataclasses.replace(where, threads=2, prefetch=3))
 """
 
 
@@ -59,15 +61,16 @@ def whole(images, recipe, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("cut", [11, 15], ids=["inside an epoch", "at its end"])
-def test_a_run_resumed_in_a_new_process_is_bit_equal(cut, images, recipe, whole, tmp_path):
-    out = tmp_path / "run"
-    pretrain(recipe, options(images, out, stop_after=cut))
-    assert checkpoint.latest(out).name == f"step_{cut:08d}"
-    command = [sys.executable, "-c", NEW_PROCESS, json.dumps(recipe.as_dict()), images, out]
+def test_runs_resumed_in_a_new_process_are_bit_equal(images, recipe, whole, tmp_path):
+    cuts = {11: tmp_path / "inside an epoch", 15: tmp_path / "at its end"}
+    for cut, out in cuts.items():
+        pretrain(recipe, options(images, out, stop_after=cut))
+        assert checkpoint.latest(out).name == f"step_{cut:08d}"
+    command = [sys.executable, "-c", NEW_PROCESS, json.dumps(recipe.as_dict()), images, *cuts.values()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert differing(final(out), final(whole)) == []
+    for out in cuts.values():
+        assert differing(final(out), final(whole)) == []
 
 
 def test_a_step_count_off_by_one_is_noticed(images, recipe, whole, tmp_path):
@@ -82,7 +85,7 @@ def test_a_step_count_off_by_one_is_noticed(images, recipe, whole, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_run_asked_to_stop_finishes_the_step_saves_and_can_go_on(number, images, recipe, whole, tmp_path, monkeypatch):
+def test_a_run_asked_to_stop_finishes_its_step_and_can_go_on(number, images, recipe, whole, tmp_path, monkeypatch):
     out, before = tmp_path / "run", signal.getsignal(number)
     step, calls = Step.step, []
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS
-from fastmoco.train.monitor import Meter, Monitor, Stopwatch, chance_level, draw_curves, expectation, read_lines, truncate
+from fastmoco.train.monitor import Meter, Monitor, Stopwatch, truncate
+from fastmoco.train.monitor import chance_level, draw_curves, expectation, read_lines
 
 V1, CIFAR, DEMO = (PRESETS[name][1] for name in ("v1", "cifar", "demo"))
 
@@ -107,7 +108,8 @@ def test_every_line_is_on_disk_at_once(tmp_path):
 
 def test_a_resumed_log_has_no_line_twice_and_no_half_line(tmp_path):
     path = tmp_path / "log.jsonl"
-    path.write_text("".join(json.dumps({**line(step), "seconds": step / 2}) + "\n" for step in (10, 20, 30)) + '{"step": 4')
+    whole = [json.dumps({**line(step), "seconds": step / 2}) for step in (10, 20, 30)]
+    path.write_text("\n".join([*whole, '{"step": 4']))
     monitor = Monitor(tmp_path, total=40, start=20, stream=io.StringIO())
     monitor.interval(line(30))
     monitor.close()
@@ -143,7 +145,8 @@ def test_the_curves_are_drawn_from_the_logs(tmp_path):
     """Without lines, with them, and with kNN: three pictures that differ where they should."""
     pictures = []
     for lines, neighbours in (([], []), ([10, 20, 30], []), ([10, 20, 30], [0, 30])):
-        (tmp_path / "log.jsonl").write_text("".join(json.dumps(line(step, loss=3 + step / 10)) + "\n" for step in lines))
+        log = [line(step, loss=3 + step / 10) for step in lines]
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(each) + "\n" for each in log))
         knn = [{"step": step, "top1": 40.0 + step, "top5": 90.0, "classes": 10} for step in neighbours]
         (tmp_path / "knn.jsonl").write_text("".join(json.dumps(each) + "\n" for each in knn))
         pictures.append(np.asarray(Image.open(draw_curves(tmp_path, DEMO)).convert("RGB")).astype(int))
