@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastmoco.contrast.queue as queue_module
 import fastmoco.contrast.step as step_module
 from fastmoco.contrast.step import Step
 from fastmoco.data.plan import Plan
@@ -166,10 +167,15 @@ def start_of(ours: Step) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in ours.state().items()}
 
 
+def know_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These kernels refuse float64; their twins take it."""
+    monkeypatch.setattr(step_module, "info_nce", reference.info_nce)
+    monkeypatch.setattr(queue_module, "enqueue", reference.enqueue)
+
+
 @pytest.fixture
 def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss kernel knows no float64; its twin does."""
-    monkeypatch.setattr(step_module, "info_nce", reference.info_nce)
+    know_float64(monkeypatch)
 
 
 def same(ours: Tensor, theirs: Tensor, what: str) -> None:
@@ -245,7 +251,7 @@ def test_fp32_strays_no_further_than_plain_fp32(
         plain, plain_keys = theirs.forward(*inputs(recipe, crops, step, torch.float32))
         theirs.enqueue(plain_keys)
         with monkeypatch.context() as patch:
-            patch.setattr(step_module, "info_nce", reference.info_nce)
+            know_float64(patch)
             exact = truth.step(make_batch(recipe, step), LR).loss
         keys = truth.queue.keys
         errors += torch.stack([(mine - exact).abs(), (ours.queue.keys - keys).abs().max()])

@@ -239,8 +239,8 @@ def test_bf16_tracks_fp32_over_200_steps_and_a_rounded_average_does_not(make_bat
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_the_first_low_precision_steps_err_by_their_rounding(precision: str, make_batch: Callable) -> None:
     """The first loss is one forward: relative error within a few roundings of a network of 18 layers."""
-    exact = losses_of(Step(tiny(), Parallel(), "fp32"), 3, make_batch)
-    loss = losses_of(Step(tiny(), Parallel(), precision), 3, make_batch)
+    exact = losses_of(Step(tiny(), Parallel(), "fp32"), 2, make_batch)
+    loss = losses_of(Step(tiny(), Parallel(), precision), 2, make_batch)
     rounding = torch.finfo(PRECISIONS[precision].work).eps
     assert ((loss - exact).abs() / exact)[0] < 3 * rounding
     assert ((loss - exact).abs() / exact).max() < 10 * rounding
@@ -287,8 +287,8 @@ def test_an_overflow_of_fp16_is_skipped_and_halves_the_scale(make_batch: Callabl
     assert metrics.nonfinite.item() == 0 and metrics.loss.isfinite()
     assert step.update.scale.value.item() == 2.0**23
     assert torch.equal(step.update.q["fc.weight"], before)
-    for i in range(1, 10):
-        step.step(make_batch(tiny(), i), LR)
+    step.update.scale.value.fill_(2.0**8)
+    step.step(make_batch(tiny(), 1), LR)
     assert not torch.equal(step.update.q["fc.weight"], before)
 
 
@@ -299,12 +299,12 @@ def test_an_overflow_of_fp16_is_skipped_and_halves_the_scale(make_batch: Callabl
 def test_resume_is_bit_exact(precision: str, make_batch: Callable) -> None:
     recipe = tiny()
     whole, first, second = (Step(recipe, Parallel(), precision) for _ in range(3))
-    for i in range(7):
+    for i in range(4):
         whole.step(make_batch(recipe, i), LR)
-    for i in range(3):
+    for i in range(2):
         first.step(make_batch(recipe, i), LR)
     second.load(copied(first))
-    for i in range(3, 7):
+    for i in range(2, 4):
         second.step(make_batch(recipe, i), LR)
     expected, ours = whole.state(), second.state()
     assert expected.keys() == ours.keys()
