@@ -211,6 +211,7 @@ def _combine_kernel(
 
 class _Plan(NamedTuple):
     tile: Tiles
+    combine: Tiles
     row_tiles: int
     chunks: int
     pieces: int
@@ -233,9 +234,11 @@ def _plan(n: int, size: int, dim: int, queue_dtype: torch.dtype, device: torch.d
         capability = torch.cuda.get_device_capability(device)
     tile = _sweep_tiles(dim, queue_dtype, capability)
     block_n, block_k, resident, chunk = tile.block
-    row_tiles, key_tiles, chunks = triton.cdiv(n, block_n), triton.cdiv(size, block_k), triton.cdiv(dim, chunk)
+    row_tiles, key_tiles = triton.cdiv(n, block_n), triton.cdiv(size, block_k)
+    chunks = triton.cdiv(dim, chunk)
     tiles_per_piece = triton.cdiv(key_tiles, max(1, processors * resident // (row_tiles * chunks)))
-    return _Plan(tile, row_tiles, chunks, triton.cdiv(key_tiles, tiles_per_piece), tiles_per_piece)
+    pieces = triton.cdiv(key_tiles, tiles_per_piece)
+    return _Plan(tile, tiles("info_nce.combine", capability), row_tiles, chunks, pieces, tiles_per_piece)
 
 
 def _running_shift(queue_dtype: torch.dtype, temperature: float, on_device: bool) -> bool:
@@ -245,8 +248,9 @@ def _running_shift(queue_dtype: torch.dtype, temperature: float, on_device: bool
 
 def _sweep_constants(tile: Tiles, dim: int, queue_dtype: torch.dtype, *, whole: bool, on_device: bool, running: bool):
     return {
-        "dim": dim, "padded": _padded(dim), "chunk": min(tile.block[3], _padded(dim)), "block_n": tile.block[0], "block_k": tile.block[1], "whole": whole,
-        "on_device": on_device, "running": running, "headroom": _headroom(queue_dtype),
+        "dim": dim, "padded": _padded(dim), "chunk": min(tile.block[3], _padded(dim)),
+        "block_n": tile.block[0], "block_k": tile.block[1], "whole": whole, "on_device": on_device,
+        "running": running, "headroom": _headroom(queue_dtype),
         "precision": "tf32x3" if queue_dtype is torch.float32 else "tf32",
     }  # fmt: skip
 
@@ -279,10 +283,10 @@ def _info_nce(
         z_q, k, queue, heat, z_part, a_part, rank_part, shift_part, positive, n, size, plan.tiles_per_piece,
         **constants, num_warps=plan.tile.num_warps, num_stages=plan.tile.num_stages,
     )  # fmt: skip
-    combine = tiles("info_nce.combine")
     _combine_kernel[(n,)](
         z_q, k, heat, z_part, a_part, rank_part, shift_part, positive, loss, rank, gradient, n, plan.pieces,
-        **_combine_constants(combine, constants), num_warps=combine.num_warps, num_stages=combine.num_stages,
+        **_combine_constants(plan.combine, constants),
+        num_warps=plan.combine.num_warps, num_stages=plan.combine.num_stages,
     )  # fmt: skip
     return loss, rank, gradient
 
@@ -296,6 +300,7 @@ def _info_nce_fake(z_q, k, queue, temperature, device_temperature):
 
 def _keep_gradient(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)  # or each backward would fill zeros for the outputs nobody differentiates
     ctx.save_for_backward(output[2])
     ctx.dtype = inputs[0].dtype
 

@@ -62,7 +62,7 @@ TABLE: dict[str, dict[int, Tiles]] = {
     },
     "info_nce.128": {
         80: Tiles((64, 64, 2, 128), 4, 3, "232 registers x 128 threads: two blocks a processor; 57 KB also fits sm_86"),
-        90: Tiles((128, 64, 1, 128), 8, 3, "128 rows halve the reads from L2; 128 keys a step would need 255 registers"),
+        90: Tiles((128, 64, 1, 128), 8, 3, "128 rows halve the reads from L2; 128 keys a step need 255 registers"),
         100: Tiles((128, 32, 1, 128), 8, 3, "with 64 keys triton 3.6's ptxas spills 8 bytes to stay at 128 registers"),
     },
     "info_nce.256": {
@@ -72,7 +72,7 @@ TABLE: dict[str, dict[int, Tiles]] = {
     "info_nce.512": {
         80: Tiles((32, 32, 1, 512), 8, 2, "sums of 32 x 512 take 64 registers a thread; 68 KB also fits sm_86"),
         90: Tiles((64, 32, 1, 256), 8, 2, "wgmma wants 64 rows, whose sums over 512 columns spill; so two halves"),
-        100: Tiles((64, 32, 1, 512), 8, 2, "sums lie in tensor memory; 64 keys a step would not fit shared memory"),
+        100: Tiles((64, 32, 1, 512), 8, 2, "sums lie in tensor memory; 64 keys a step do not fit shared memory"),
     },
     # Three-term tf32 holds both terms of its operands in registers, so few columns at a time.
     "info_nce.fp32": {80: Tiles((32, 32, 1, 64), 8, 1, "the largest that never spills, up to D = 512")},
