@@ -10,17 +10,21 @@ Nothing is read back to the host and nothing that persists is reallocated, so th
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastmoco.contrast.backends import Backend
+from fastmoco.contrast.parts import part
 from fastmoco.contrast.queue import Queue
 from fastmoco.contrast.shuffle import positives, start_unshuffle
 from fastmoco.contrast.update import PRECISIONS, Precision, Update, resolve_precision
-from fastmoco.encoder import Encoder, build_encoder
+from fastmoco.encoder import BatchNormAct, Encoder, build_encoder
 from fastmoco.kernels.info_nce import info_nce
 from fastmoco.kernels.photometric import photometric
 from fastmoco.parallel import Parallel
@@ -28,6 +32,8 @@ from fastmoco.recipe import Recipe
 
 if TYPE_CHECKING:
     from fastmoco.data.loader import Batch
+
+EncoderBackend = Literal["fused", "eager", "compile"]
 
 QUEUE_SEED = 1 << 63  # added to the recipe's seed, which is smaller: the encoder draws from the seed itself
 
@@ -50,9 +56,22 @@ class Step:
 
     `precision` overrides the recipe's. TF32 is a process-wide switch in torch, which this sets. With several ranks,
     construction, `step` and `state` are collective: every rank calls them.
+
+    The rest is how, and changes rounding at most. `encoder`: batch norm by our kernels, in plain torch, or plain torch
+    through torch.compile. `update`: see `contrast/backends.py`. `key_stream`: keys are encoded on a CUDA stream of
+    their own, beside the queries.
     """
 
-    def __init__(self, recipe: Recipe, parallel: Parallel, precision: Precision | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        parallel: Parallel,
+        precision: Precision | None = None,
+        *,
+        encoder: EncoderBackend = "fused",
+        update: Backend = "fused",
+        key_stream: bool = False,
+    ) -> None:
         recipe.check_ranks(parallel.world)
         self.recipe, self.parallel = recipe, parallel
         self.precision = resolve_precision(precision or recipe.precision, parallel.device)
@@ -60,10 +79,15 @@ class Step:
         _allow_tf32(numbers.tf32)
         self.encoder_q: Encoder = build_encoder(recipe).to(parallel.device).train()
         self.encoder_k: Encoder = copy.deepcopy(self.encoder_q).requires_grad_(False)
-        self.update = Update(self.encoder_q, self.encoder_k, recipe, numbers)
+        self.update = Update(self.encoder_q, self.encoder_k, recipe, numbers, update)
         generator = torch.Generator().manual_seed(recipe.seed + QUEUE_SEED)
         dtype = numbers.work if recipe.queue_dtype == "auto" else getattr(torch, recipe.queue_dtype)
         self.queue = Queue(recipe.queue_size, recipe.dim, dtype, generator).to(parallel.device)
+        on_gpu = parallel.device.type == "cuda"
+        self.capture_stream = torch.cuda.Stream(parallel.device) if on_gpu else None
+        self._key_stream = torch.cuda.Stream(parallel.device) if on_gpu and key_stream else None
+        for each in (self.encoder_q, self.encoder_k):
+            _choose_backend(each, encoder)
         self._query = self._over_ranks(self.encoder_q)
 
     def step(self, batch: Batch, lr: float) -> Metrics:
@@ -73,17 +97,32 @@ class Step:
 
     def advance(self, batch: Batch) -> Metrics:
         """Train on `batch` with the learning rate in `update.lr`: the part that a CUDA graph can hold."""
-        unshuffled = start_unshuffle(self.parallel, self._encode_keys(batch), batch.unshuffle)
-        z_q = self._query(self._views(batch.query_crops, batch.query_parameters))
+        unshuffled = self._start_keys(batch)
+        with part("photometric"):
+            views = self._views(batch.query_crops, batch.query_parameters)
+        with part("query encoder"):
+            z_q = self._query(views)
         keys = unshuffled()
-        views = self.recipe.views
-        positive = positives(keys, self.parallel, views)
-        losses, rank = info_nce(z_q, positive, self.queue.keys, self.recipe.temperature)
-        loss = views * losses.mean()
-        self.update.backward(loss)
-        finite = self.update.apply()
-        self.queue.enqueue(keys)
+        with part("loss"):
+            positive = positives(keys, self.parallel, self.recipe.views)
+            losses, rank = info_nce(z_q, positive, self.queue.keys, self.recipe.temperature)
+            loss = self.recipe.views * losses.mean()
+        with part("backward"):
+            self.update.backward(loss)
+        with part("update"):
+            finite = self.update.apply()
+        with part("enqueue"):
+            self.queue.enqueue(keys)
         return self._metrics(loss.detach(), rank, finite)
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Whatever the steps inside do to the state is undone at the end, in place."""
+        before = {name: value.clone() for name, value in self._tensors().items()}
+        try:
+            yield
+        finally:
+            self.load(before)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by name: fp32 masters, batch-norm buffers, velocity, queue.
@@ -115,13 +154,29 @@ class Step:
     def _over_ranks(self, encoder: Encoder) -> nn.Module:
         if self.parallel.world == 1:
             return encoder
-        return DistributedDataParallel(
-            encoder,
-            device_ids=[self.parallel.device] if self.parallel.device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-            static_graph=True,
-        )
+        # Capturing DDP's backward asks for its construction on a side stream; its gradients are summed there.
+        with nullcontext() if self.capture_stream is None else torch.cuda.stream(self.capture_stream):
+            return DistributedDataParallel(
+                encoder,
+                device_ids=None if self.capture_stream is None else [self.parallel.device],
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                static_graph=True,
+            )
+
+    def _start_keys(self, batch: Batch) -> Callable[[], Tensor]:
+        if self._key_stream is None:
+            return start_unshuffle(self.parallel, self._encode_keys(batch), batch.unshuffle)
+        # What is allocated there is used there again only after the next wait for this stream: no tensor is lost early.
+        self._key_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._key_stream):
+            unshuffled = start_unshuffle(self.parallel, self._encode_keys(batch), batch.unshuffle)
+
+        def join() -> Tensor:
+            torch.cuda.current_stream().wait_stream(self._key_stream)
+            return unshuffled()
+
+        return join
 
     def _views(self, crops: Tensor, parameters: Tensor, rows: Tensor | None = None) -> Tensor:
         colours = self.recipe.augmentation
@@ -129,8 +184,10 @@ class Step:
 
     @torch.no_grad()
     def _encode_keys(self, batch: Batch) -> Tensor:
-        z_k = self.encoder_k(self._views(batch.key_crops, batch.key_parameters, batch.key_rows))
-        return F.normalize(z_k.to(self._numbers.master), dim=1)
+        with part("photometric"):
+            views = self._views(batch.key_crops, batch.key_parameters, batch.key_rows)
+        with part("key encoder"):
+            return F.normalize(self.encoder_k(views).to(self._numbers.master), dim=1)
 
     def _metrics(self, loss: Tensor, rank: Tensor, finite: Tensor) -> Metrics:
         if self.update.scale is not None:
@@ -163,6 +220,15 @@ class Step:
         if update.scale is not None:
             tensors |= {"loss_scale": update.scale.value, "loss_scale_good_steps": update.scale.good_steps}
         return tensors
+
+
+def _choose_backend(encoder: Encoder, backend: EncoderBackend) -> None:
+    if backend != "fused":
+        for module in encoder.modules():
+            if isinstance(module, BatchNormAct):
+                module.impl = "reference"
+    if backend == "compile":
+        encoder.compile()
 
 
 def _allow_tf32(allow: bool) -> None:

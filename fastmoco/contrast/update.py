@@ -1,4 +1,4 @@
-"""Numbers of the encoders, and the update: fp32 masters, low-precision working copies, one fused kernel.
+"""Numbers of the encoders, and the update: fp32 masters, low-precision working copies, one pass over both.
 
 The optimiser moves fp32 masters; the encoders compute with casts of them. Batch-norm parameters are small and stay
 fp32, so there, and everywhere in fp32, the working copy is the master itself. The key masters must be fp32: in bf16 a
@@ -12,8 +12,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastmoco.contrast.backends import BACKENDS, Backend
 from fastmoco.encoder import Encoder
-from fastmoco.kernels.sgd_ema import TensorTable, sgd_ema
+from fastmoco.kernels.tensor_table import Tensors
 from fastmoco.recipe import Recipe
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp64"]
@@ -70,21 +71,24 @@ class LossScale:
 
 
 class Update:
-    """SGD on the query encoder and the momentum update of the key encoder, in one pass over memory.
+    """SGD on the query encoder and the momentum update of the key encoder.
 
     Casts the encoders' convolutions and linear layers to `numbers.work`, in place, and keeps their masters: `q`,
     `velocity` and `k`, by parameter name. `lr` [] and `nonfinite` int32 [1] live on the device; nothing is reallocated.
+    `backend` chooses who does it; UsageError where apex is wanted and not installed.
     """
 
-    def __init__(self, encoder_q: Encoder, encoder_k: Encoder, recipe: Recipe, numbers: Numbers) -> None:
-        self.recipe = recipe
+    def __init__(
+        self, encoder_q: Encoder, encoder_k: Encoder, recipe: Recipe, numbers: Numbers, backend: Backend = "fused"
+    ) -> None:
         self._parameters = list(encoder_q.parameters())
         device = self._parameters[0].device
         self.q, self.k = _take_masters(encoder_q, numbers), _take_masters(encoder_k, numbers)
         self.velocity = {name: torch.zeros_like(master) for name, master in self.q.items()}
         self._work = [*self._parameters, *encoder_k.parameters()]
         masters = [list(tensors.values()) for tensors in (self.q, self.velocity, self.k)]
-        self._table = TensorTable(*masters, self._parameters, list(encoder_k.parameters()))
+        tensors = Tensors(*masters, self._parameters, list(encoder_k.parameters()))
+        self._advance = BACKENDS[backend](tensors, recipe)
         self.lr = torch.zeros((), dtype=numbers.master, device=device)
         self.nonfinite = torch.zeros(1, dtype=torch.int32, device=device)
         self.scale = LossScale(device) if numbers.scaled else None
@@ -100,18 +104,9 @@ class Update:
 
         Where one was, nothing moves but the loss scale.
         """
-        recipe = self.recipe
         self.nonfinite.zero_()
-        sgd_ema(
-            self._table,
-            [parameter.grad for parameter in self._parameters],
-            self.lr,
-            recipe.sgd_momentum,
-            recipe.weight_decay,
-            recipe.ema_momentum,
-            self.nonfinite,
-            grad_scale=None if self.scale is None else self.scale.value,
-        )
+        grads = [parameter.grad for parameter in self._parameters]
+        self._advance(grads, self.lr, self.nonfinite, None if self.scale is None else self.scale.value)
         overflow = self.nonfinite[0] > 0
         if self.scale is not None:
             self.scale.advance(overflow)

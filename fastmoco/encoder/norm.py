@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,9 @@ class BatchNormAct(nn.Module):
     stay fp32 whatever the activations are; evaluation is nn.BatchNorm2d's. `num_batches_tracked` is kept by the
     encoder, which advances all of them in one launch.
     """
+
+    impl: Literal["auto", "triton", "reference"] = "auto"
+    """Who does it: our kernel on a GPU, or its twin in plain torch."""
 
     def __init__(self, channels: int, *, group_size: int = 0, relu: bool = True) -> None:
         super().__init__()
@@ -65,4 +70,5 @@ class BatchNormAct(nn.Module):
             momentum=self.momentum,
             eps=self.eps,
             training=self.training,
+            impl=self.impl,
         )

@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.overrides import TorchFunctionMode
 
 import fastmoco.contrast.step as step_module
-import fastmoco.encoder.norm as norm_module
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import PRECISIONS
+from fastmoco.encoder import BatchNormAct
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS, Recipe
 
@@ -129,7 +129,7 @@ def loss_without_data(recipe: Recipe, precision: str, batch: SimpleNamespace) ->
 def use_kernels(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
     """The custom operators that a GPU would get, or the twins."""
     monkeypatch.setattr(step_module, "info_nce", functools.partial(step_module.info_nce, impl=impl))
-    monkeypatch.setattr(norm_module, "batch_norm_act", functools.partial(norm_module.batch_norm_act, impl=impl))
+    monkeypatch.setattr(BatchNormAct, "impl", impl)
 
 
 @pytest.mark.parametrize(("precision", "fields"), [("fp32", {}), ("bf16", {}), ("fp16", dict(symmetric=True))])

@@ -1,0 +1,97 @@
+"""The step as one CUDA graph: captured once, replayed with a single launch.
+
+A step of ResNet-50 is about two thousand kernels; at 32 pairs a GPU the host cannot launch them as fast as they run.
+The learning rate and every schedule live on the device, and batches are copied into the buffers that the graph reads.
+Capture before DALI first runs: its threads allocate memory as they like, and an allocation may spoil a capture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from fastmoco.contrast.backends import Backend
+from fastmoco.contrast.step import Metrics, Step
+from fastmoco.options import UsageError
+
+if TYPE_CHECKING:
+    from fastmoco.data.loader import Batch
+
+GraphMode = Literal["auto", "on", "off"]
+Runner = Callable[["Batch", float], Metrics]
+
+WARMUP = 3  # steps before the capture: kernels are compiled and cuDNN has chosen its algorithms
+WARMUP_RANKS = 11  # with several ranks torch asks for so many, until DDP has settled its buckets
+
+
+class GraphStep:
+    """`step.step` as a CUDA graph. `batch` gives the shapes; the state of `step` is afterwards what it was.
+
+    On a CPU it does everything but the capture. Batches must have the shapes of the first one.
+    """
+
+    def __init__(self, step: Step, batch: Batch) -> None:
+        self._step = step
+        self._batch = dataclasses.replace(batch, **{name: value.clone() for name, value in _tensors(batch).items()})
+        self._inputs = list(_tensors(self._batch).values())
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._metrics: Metrics | None = None
+        stream = step.capture_stream
+        if stream is not None:
+            with step.rehearsal():
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    for _ in range(WARMUP if step.parallel.world == 1 else WARMUP_RANKS):
+                        step.advance(self._batch)
+                torch.cuda.current_stream().wait_stream(stream)
+                self._capture(stream)
+
+    def step(self, batch: Batch, lr: float) -> Metrics:
+        """Train on `batch` with learning rate `lr`. On a GPU the next step overwrites the metrics: copy them before."""
+        inputs = list(_tensors(batch).values())
+        if [value.shape for value in inputs] != [value.shape for value in self._inputs]:
+            raise ValueError("a captured step takes batches of one shape: the one it was captured with")
+        torch._foreach_copy_(self._inputs, inputs)
+        self._step.update.lr.fill_(lr)
+        if self._graph is None:
+            return self._step.advance(self._batch)
+        self._graph.replay()
+        return self._metrics
+
+    def _capture(self, stream: torch.cuda.Stream) -> None:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (NCCL's watchdog, the progress bar) may call CUDA meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            self._metrics = self._step.advance(self._batch)
+        self._graph = graph
+
+
+def runner(step: Step, batch: Batch, mode: GraphMode = "auto", update: Backend = "fused") -> Runner:
+    """The call that trains one step: a CUDA graph's, or `step.step` itself.
+
+    "auto" captures on a GPU, and goes on without a graph, with a warning, where that fails. UsageError where "on"
+    cannot be: on a CPU, and with apex's update, which takes its learning rate from the host.
+    """
+    on_gpu, fixed = step.capture_stream is not None, update == "apex"
+    if mode == "on" and not on_gpu:
+        raise UsageError("--graph on needs a GPU: use --graph auto")
+    if mode == "on" and fixed:
+        raise UsageError("--graph on does not go with --update apex, which takes its learning rate from the host")
+    if mode == "off" or not on_gpu or fixed:
+        return step.step
+    try:
+        return GraphStep(step, batch).step
+    except RuntimeError as error:
+        if mode == "on":
+            raise
+        warnings.warn(f"going on without a CUDA graph, since it could not be captured: {error}", stacklevel=2)
+        return step.step
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}

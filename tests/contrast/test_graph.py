@@ -1,0 +1,157 @@
+"""The captured step is the step: the same numbers, from its own buffers, with the state untouched by the capture."""
+
+import dataclasses
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastmoco.contrast import graph
+from fastmoco.contrast.graph import GraphStep, runner
+from fastmoco.contrast.step import Metrics, Step
+from fastmoco.data.loader import Batch
+from fastmoco.data.placeholder import noise_batch
+from fastmoco.options import UsageError
+from fastmoco.parallel import Parallel
+from fastmoco.recipe import Recipe
+
+RECIPE = Recipe(
+    arch="resnet18", width=0.125, stem="cifar", dim=16, batch_size=16, bn_group=4, crop_size=12, queue_size=40,
+    temperature=0.2,
+)  # fmt: skip
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def rate(i: int) -> float:
+    return 0.03 / (i + 1)
+
+
+def place(make_batch: Callable, recipe: Recipe, i: int, device: torch.device) -> Batch:
+    moved = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in vars(make_batch(recipe, i)).items()
+    }
+    return Batch(**moved)
+
+
+def copies(step: Step) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in step.state().items()}
+
+
+def assert_runs_alike(make_batch: Callable, recipe: Recipe, precision: str, steps: int, **options: object) -> None:
+    """`steps` steps through the wrapper and without it: metrics and final state, bit for bit."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    parallel = Parallel(device=device)
+    plain, wrapped = (Step(recipe, parallel, precision, **options) for _ in range(2))
+    captured = GraphStep(wrapped, noise_batch(recipe, parallel))
+    for i in range(steps):
+        batch = place(make_batch, recipe, i, device)
+        expected = [value.clone() for value in plain.step(batch, rate(i))]
+        ours = [value.clone() for value in captured.step(batch, rate(i))]
+        assert all(torch.equal(a, b) for a, b in zip(expected, ours, strict=True)), f"step {i}"
+    expected, ours = plain.state(), wrapped.state()
+    assert [name for name in expected if not torch.equal(expected[name], ours[name])] == []
+
+
+@pytest.mark.parametrize("fields", [{}, {"symmetric": True, "head": "mlp"}], ids=["plain", "symmetric"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_wrapper_equals_the_step_bit_for_bit(precision: str, fields: dict, make_batch: Callable) -> None:
+    assert_runs_alike(make_batch, dataclasses.replace(RECIPE, **fields), precision, 3)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("options", [{}, {"key_stream": True}, {"update": "torch"}], ids=["plain", "stream", "torch"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_twenty_replays_equal_twenty_steps_bit_for_bit(precision: str, options: dict, make_batch: Callable) -> None:
+    torch.backends.cudnn.deterministic = True
+    try:
+        assert_runs_alike(make_batch, RECIPE, precision, 20, **options)
+    finally:
+        torch.backends.cudnn.deterministic = False
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_a_hundred_steps_wait_for_nothing(mode: str, make_batch: Callable) -> None:
+    parallel = Parallel(device=torch.device("cuda", 0))
+    step = Step(RECIPE, parallel, "bf16")
+    advance = runner(step, noise_batch(RECIPE, parallel), mode)
+    batch = place(make_batch, RECIPE, 0, parallel.device)
+    advance(batch, 0.03)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i in range(100):
+            metrics = advance(batch, rate(i))
+        with pytest.raises(RuntimeError):
+            metrics.loss.item()  # the control: reading is noticed
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert metrics.loss.isfinite()
+
+
+def test_a_rehearsal_leaves_no_trace(make_batch: Callable) -> None:
+    for precision in ("fp32", "fp16"):
+        step = Step(RECIPE, Parallel(), precision)
+        step.step(make_batch(RECIPE, 0), 0.03)
+        before, work = copies(step), [p.clone() for p in step.encoder_k.parameters()]
+        with step.rehearsal():
+            step.step(make_batch(RECIPE, 1), 0.03)
+            changed = [name for name, value in step.state().items() if not torch.equal(value, before[name])]
+            assert len(changed) > len(before) // 2
+        assert all(torch.equal(value, before[name]) for name, value in step.state().items())
+        assert all(torch.equal(a, b) for a, b in zip(work, step.encoder_k.parameters(), strict=True))
+
+
+def test_the_caller_may_reuse_its_batch(make_batch: Callable) -> None:
+    """The wrapper trains from buffers of its own: what was handed over may be overwritten while a replay runs."""
+    batch = place(make_batch, RECIPE, 0, torch.device("cpu"))
+    captured = GraphStep(Step(RECIPE, Parallel()), batch)
+    taken = {name: value.data_ptr() for name, value in vars(captured._batch).items() if isinstance(value, Tensor)}
+    captured.step(batch, 0.03)
+    assert all(value.data_ptr() != taken[name] for name, value in vars(batch).items() if name in taken)
+    assert taken == {name: getattr(captured._batch, name).data_ptr() for name in taken}
+
+
+def test_another_shape_is_refused(make_batch: Callable) -> None:
+    captured = GraphStep(Step(RECIPE, Parallel()), noise_batch(RECIPE, Parallel()))
+    with pytest.raises(ValueError, match="one shape"):
+        captured.step(noise_batch(dataclasses.replace(RECIPE, batch_size=12), Parallel()), 0.03)
+
+
+def test_the_graph_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, batch = Step(RECIPE, Parallel()), noise_batch(RECIPE, Parallel())
+    assert runner(step, batch, "auto") == step.step == runner(step, batch, "off")
+    with pytest.raises(UsageError, match="needs a GPU"):
+        runner(step, batch, "on")
+    step.capture_stream = object()
+    with pytest.raises(UsageError, match="apex"):
+        runner(step, batch, "on", "apex")
+    assert runner(step, batch, "auto", "apex") == step.step
+
+
+def test_a_failed_capture_falls_back_or_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("operation not permitted")
+
+    step, batch = SimpleNamespace(capture_stream=object(), step=lambda *_: Metrics), SimpleNamespace()
+    monkeypatch.setattr(graph, "GraphStep", fails)
+    with pytest.warns(UserWarning, match="not permitted"):
+        assert runner(step, batch, "auto") == step.step
+    with pytest.raises(RuntimeError, match="not permitted"):
+        runner(step, batch, "on")
+
+
+@pytest.mark.parametrize("fields", [{}, {"symmetric": True}], ids=["plain", "symmetric"])
+def test_a_noise_batch_has_the_shapes_of_a_real_one(fields: dict, make_batch: Callable) -> None:
+    recipe = dataclasses.replace(RECIPE, **fields)
+    for world in (1, 2):
+        real = vars(make_batch(recipe, 0, world, world - 1))
+        for name, value in vars(noise_batch(recipe, Parallel(world - 1, 0, world))).items():
+            if isinstance(value, Tensor):
+                assert (value.shape, value.dtype) == (real[name].shape, real[name].dtype), name
+    assert np.array_equal(np.sort(noise_batch(recipe, Parallel()).key_rows), np.arange(recipe.views * 16))
