@@ -44,6 +44,14 @@ class Options:
     """Threads that decode images, for each rank; 0 is its share of the cores."""
     prefetch: int = 2
     """Batches that are prepared ahead of the step."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """Replay the step as one CUDA graph; auto does on a GPU."""
+    encoder: Literal["fused", "eager", "compile"] = "fused"
+    """Batch norm by our kernels, in plain torch, or in plain torch through torch.compile."""
+    update: Literal["fused", "torch", "apex"] = "fused"
+    """Update by our kernel, by torch's fused SGD, or by NVIDIA's apex where it is installed."""
+    key_stream: bool = False
+    """Encode keys on a CUDA stream of their own, beside the queries."""
 
     log_every: int = 10
     """Steps between two lines of the log."""
@@ -114,6 +122,42 @@ class EvaluateKnn:
     def __post_init__(self) -> None:
         _require(self.k is None or self.k >= 1, "k", self.k, "use a number of at least 1")
         _require(self.temperature is None or self.temperature > 0, "temperature", self.temperature, "use more than 0")
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write the pretrained weights of a run as other projects read them."""
+
+    run: Path
+    """Folder of the run."""
+    format: Literal["moco", "torchvision", "timm", "detectron2", "safetensors"] = "torchvision"
+    """Whose layout: of facebookresearch/moco, torchvision, timm, detectron2, or safetensors with a model card."""
+    out: Path | None = None
+    """File to write; for timm and safetensors a folder. It must not exist yet."""
+
+    def __post_init__(self) -> None:
+        _require(self.out is not None, "out", self.out, "name the file to write")
+
+
+@dataclass(frozen=True)
+class Import:
+    """Bring a published MoCo checkpoint, or torchvision weights, as a run to evaluate, export or go on with."""
+
+    file: Path
+    """A .pth.tar of facebookresearch/moco, our export of one, or a plain network's .pth or .safetensors."""
+    out: Path | None = None
+    """Folder of the run to write, which must not exist yet."""
+    preset: Literal["auto", "v1", "v2", "cifar"] = "auto"
+    """Recipe that the run goes on with where the file does not say; auto follows the projection head."""
+    data: Path | None = None
+    """Images that the run goes on with; their number turns the file's epochs into steps."""
+    epochs: int | None = None
+    """Length of the run it becomes part of; left out, the preset's."""
+    batch_size: int | None = None
+    """Global batch that the run goes on with; left out, the preset's."""
+
+    def __post_init__(self) -> None:
+        _require(self.out is not None, "out", self.out, "name the folder of the run to write")
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,10 @@ class GraphStep:
         self._graph = graph
 
 
-def runner(step: Step, batch: Batch, mode: GraphMode = "auto", update: Backend = "fused") -> Runner:
-    """The call that trains one step: a CUDA graph's, or `step.step` itself.
+def runner(
+    step: Step, make_batch: Callable[[], Batch], mode: GraphMode = "auto", update: Backend = "fused"
+) -> Runner:
+    """The call that trains one step: a CUDA graph's, captured with `make_batch()`, or `step.step` itself.
 
     "auto" captures on a GPU, and goes on without a graph, with a warning, where that fails. UsageError where "on"
     cannot be: on a CPU, and with apex's update, which takes its learning rate from the host.
@@ -85,7 +87,7 @@ def runner(step: Step, batch: Batch, mode: GraphMode = "auto", update: Backend =
     if mode == "off" or not on_gpu or fixed:
         return step.step
     try:
-        return GraphStep(step, batch).step
+        return GraphStep(step, make_batch()).step
     except RuntimeError as error:
         if mode == "on":
             raise

@@ -27,6 +27,7 @@ from fastmoco.contrast.update import PRECISIONS, Precision, Update, resolve_prec
 from fastmoco.encoder import BatchNormAct, Encoder, build_encoder
 from fastmoco.kernels.info_nce import info_nce
 from fastmoco.kernels.photometric import photometric
+from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 
@@ -59,7 +60,7 @@ class Step:
 
     The rest is how, and changes rounding at most. `encoder`: batch norm by our kernels, in plain torch, or plain torch
     through torch.compile. `update`: see `contrast/backends.py`. `key_stream`: keys are encoded on a CUDA stream of
-    their own, beside the queries.
+    their own, beside the queries. UsageError where the device or the installation lacks what these need.
     """
 
     def __init__(
@@ -84,6 +85,9 @@ class Step:
         dtype = numbers.work if recipe.queue_dtype == "auto" else getattr(torch, recipe.queue_dtype)
         self.queue = Queue(recipe.queue_size, recipe.dim, dtype, generator).to(parallel.device)
         on_gpu = parallel.device.type == "cuda"
+        for flag, wanted in (("--key-stream", key_stream), ("--update apex", update == "apex")):
+            if wanted and not on_gpu:
+                raise UsageError(f"{flag} needs a GPU: leave it out")
         self.capture_stream = torch.cuda.Stream(parallel.device) if on_gpu else None
         self._key_stream = torch.cuda.Stream(parallel.device) if on_gpu and key_stream else None
         for each in (self.encoder_q, self.encoder_k):

@@ -14,14 +14,17 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastmoco import environment
+from fastmoco.contrast.graph import runner
 from fastmoco.contrast.step import Step
 from fastmoco.data import manifest, synthetic
 from fastmoco.data.loader import Loader
 from fastmoco.data.manifest import Manifest
+from fastmoco.data.placeholder import noise_batch
 from fastmoco.data.plan import Plan
 from fastmoco.evaluate import knn
 from fastmoco.options import Options, Pretrain, UsageError, check_places
@@ -75,7 +78,11 @@ class Run:
         self.plan = Plan(recipe, self.train_set.sizes, parallel.world, parallel.rank)
         self.total = recipe.epochs * self.plan.steps_per_epoch
         self.last = min(self.total, options.stop_after or self.total)
-        self.step = Step(recipe, parallel)
+        self.step = Step(
+            recipe, parallel, encoder=options.encoder, update=options.update, key_stream=options.key_stream
+        )
+        # Before any DALI pipeline runs, which a capture would not survive.
+        self.advance = runner(self.step, partial(noise_batch, recipe, parallel), options.graph, options.update)
         self.done = self.saved = self._restore() if options.resume else 0
         self.meter = Meter(parallel.device)
         self.watch = Stopwatch()
@@ -110,7 +117,7 @@ class Run:
             self.watch.skip()
             for batch in self._timed(loader):
                 rate = self.recipe.learning_rate(self.done, self.plan.steps_per_epoch)
-                self.meter.add(self.step.step(batch, rate))
+                self.meter.add(self.advance(batch, rate))
                 self.done += 1
                 if self.done % self.options.log_every == 0 or self.done == self.last:
                     self._interval(rate)

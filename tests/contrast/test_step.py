@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +14,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.overrides import TorchFunctionMode
 
 import fastmoco.contrast.step as step_module
+from fastmoco.contrast.backends import BACKENDS
+from fastmoco.contrast.parts import PARTS, named
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import PRECISIONS
 from fastmoco.encoder import BatchNormAct
+from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS, Recipe
 
@@ -290,6 +294,49 @@ def test_an_overflow_of_fp16_is_skipped_and_halves_the_scale(make_batch: Callabl
     step.update.scale.value.fill_(2.0**8)
     step.step(make_batch(tiny(), 1), LR)
     assert not torch.equal(step.update.q["fc.weight"], before)
+
+
+# Backends
+
+
+def through(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Stand in for Inductor, which takes minutes here: the same graphs, run by torch's own operators."""
+    compile = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile(self, backend=backend, fullgraph=True))
+
+
+@pytest.mark.parametrize(
+    ("precision", "options"),
+    [("fp32", dict(encoder="eager")), ("bf16", dict(encoder="compile")), ("bf16", dict(update="torch"))],
+    ids=["eager", "compile", "torch"],
+)
+def test_backends_change_nothing_but_rounding(
+    precision: str, options: dict, make_batch: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    through(monkeypatch, "aot_eager")
+    recipe = tiny(head="mlp")
+    ours, other = Step(recipe, Parallel(), precision), Step(recipe, Parallel(), precision, **options)
+    expected, found = (losses_of(step, 4, make_batch) for step in (ours, other))
+    rounding = torch.finfo(PRECISIONS[precision].work).eps
+    torch.testing.assert_close(found, expected, rtol=10 * rounding, atol=0)
+    assert list(ours.state()) == list(other.state())
+    for name in ("encoder_q.conv1.weight", "encoder_k.fc.0.weight", "encoder_q.layer4.1.bn2.running_var"):
+        torch.testing.assert_close(ours.state()[name], other.state()[name], rtol=100 * rounding, atol=10 * rounding)
+
+
+@pytest.mark.parametrize("options", [dict(key_stream=True), dict(update="apex")], ids=["stream", "apex"])
+def test_what_needs_a_gpu_says_so(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "apex", BACKENDS["torch"])
+    with pytest.raises(UsageError, match="needs a GPU"):
+        Step(tiny(), Parallel(), **options)
+
+
+def test_parts_are_named_only_when_asked(make_batch: Callable) -> None:
+    step = Step(tiny(), Parallel())
+    for context, expected in ((nullcontext(), set()), (named(), set(PARTS))):
+        with context, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            step.step(make_batch(tiny(), 0), LR)
+        assert {event.name for event in profile.events()} & set(PARTS) == expected
 
 
 # State

@@ -1,7 +1,10 @@
 """Masters and working copies, the update against torch's optimiser, and the loss scale."""
 
 import copy
+import importlib.util
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,16 +20,49 @@ from fastmoco.contrast.update import (
     resolve_precision,
 )
 from fastmoco.encoder import Encoder, build_encoder
+from fastmoco.options import UsageError
 from fastmoco.recipe import Recipe
 
 RECIPE = Recipe(arch="resnet18", width=0.125, head="mlp", dim=16, batch_size=8, bn_group=8, ema_momentum=0.9)
 CPU = torch.device("cpu")
 
 
-def make(precision: str) -> tuple[Encoder, Encoder, Update]:
+def make(precision: str, backend: str = "fused") -> tuple[Encoder, Encoder, Update]:
     encoder_q = build_encoder(RECIPE)
     encoder_k = copy.deepcopy(encoder_q).requires_grad_(False)
-    return encoder_q, encoder_k, Update(encoder_q, encoder_k, RECIPE, PRECISIONS[precision])
+    return encoder_q, encoder_k, Update(encoder_q, encoder_k, RECIPE, PRECISIONS[precision], backend)
+
+
+@pytest.fixture(params=["fused", "torch", "apex"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each way to update; apex by a stand-in with its interface, where it is not installed."""
+    if request.param == "apex" and importlib.util.find_spec("amp_C") is None:
+        for name, module in fake_apex().items():
+            monkeypatch.setitem(sys.modules, name, module)
+    return request.param
+
+
+def fake_apex() -> dict[str, SimpleNamespace]:
+    """What we use of apex, in plain torch: a fused SGD, and lists of tensors for out = a x + b y."""
+
+    def multi_tensor_axpby(overflow: Tensor, lists: list[list[Tensor]], a: float, b: float, check: int) -> None:
+        assert check == -1 and overflow.dtype == torch.int32
+        for x, y, out in zip(*lists, strict=True):
+            out.copy_(a * x + b * y)
+
+    class FusedSGD(torch.optim.SGD):
+        def step(self) -> None:
+            assert isinstance(self.param_groups[0]["lr"], float)
+            assert {p.dtype for p in self.param_groups[0]["params"]} == {torch.float32}  # it skips bf16 silently
+            super().step()
+
+    applier = SimpleNamespace(multi_tensor_applier=lambda operation, overflow, *rest: operation(overflow, *rest))
+    return {
+        "apex": SimpleNamespace(),
+        "apex.optimizers": SimpleNamespace(FusedSGD=FusedSGD),
+        "apex.multi_tensor_apply": applier,
+        "amp_C": SimpleNamespace(multi_tensor_axpby=multi_tensor_axpby),
+    }
 
 
 def give_gradients(encoder: Encoder, seed: int) -> dict[str, Tensor]:
@@ -38,8 +74,8 @@ def give_gradients(encoder: Encoder, seed: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_masters_follow_torchs_sgd_and_the_key_follows_them(precision: str) -> None:
-    encoder_q, encoder_k, update = make(precision)
+def test_masters_follow_torchs_sgd_and_the_key_follows_them(precision: str, backend: str) -> None:
+    encoder_q, encoder_k, update = make(precision, backend)
     theirs = {name: torch.nn.Parameter(master.double()) for name, master in update.q.items()}
     keys = {name: value.detach().clone() for name, value in theirs.items()}
     optimizer = torch.optim.SGD(theirs.values(), 0.1, momentum=RECIPE.sgd_momentum, weight_decay=RECIPE.weight_decay)
@@ -82,9 +118,9 @@ def test_refresh_casts_masters_that_were_set_from_outside() -> None:
     assert (encoder_k.fc[0].bias == torch.tensor(2 / 3, dtype=torch.bfloat16)).all()
 
 
-def test_the_loss_scale_cancels() -> None:
+def test_the_loss_scale_cancels(backend: str) -> None:
     """Gradients of the scaled loss move the masters as those of the loss would, but for the rounding of fp16."""
-    (encoder_q, _, scaled), (plain_q, _, plain) = make("fp16"), make("fp32")
+    (encoder_q, _, scaled), (plain_q, _, plain) = make("fp16", backend), make("fp32")
     assert scaled.scale is not None
     for parameter, other in zip(encoder_q.parameters(), plain_q.parameters(), strict=True):
         drawn = torch.randn(parameter.shape).mul_(1e-3).to(torch.float16).float()
@@ -105,17 +141,32 @@ def test_backward_scales_the_loss_and_forgets_old_gradients() -> None:
 
 
 @pytest.mark.parametrize("poison", [math.inf, -math.inf, math.nan])
-def test_one_bad_gradient_stops_the_whole_update(poison: float) -> None:
-    encoder_q, _, update = make("fp32")
+def test_one_bad_gradient_stops_the_whole_update(poison: float, backend: str) -> None:
+    encoder_q, _, update = make("fp32", backend)
     update.lr.fill_(0.1)
-    before = {name: master.clone() for name, master in update.q.items()}
-    give_gradients(encoder_q, 0)
-    encoder_q.fc[2].bias.grad[3] = poison
-    assert not bool(update.apply())
-    assert all(torch.equal(before[name], master) for name, master in update.q.items())
     give_gradients(encoder_q, 0)
     assert bool(update.apply())
-    assert not torch.equal(before["conv1.weight"], update.q["conv1.weight"])
+    groups = (update.q, update.velocity, update.k)
+    before = [{name: value.clone() for name, value in group.items()} for group in groups]
+    give_gradients(encoder_q, 1)
+    encoder_q.fc[2].bias.grad[3] = poison
+    assert not bool(update.apply())
+    for saved, group in zip(before, groups, strict=True):
+        assert all(torch.equal(saved[name], value) for name, value in group.items())
+    give_gradients(encoder_q, 0)
+    assert bool(update.apply())
+    for saved, group in zip(before, groups, strict=True):
+        assert not torch.equal(saved["conv1.weight"], group["conv1.weight"])
+
+
+@pytest.mark.parametrize("installed", ["nothing", "the other apex"])
+def test_a_missing_apex_is_said_in_one_line(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyPI's apex can be imported and has none of this."""
+    monkeypatch.setitem(sys.modules, "amp_C", None)
+    monkeypatch.setitem(sys.modules, "apex", None if installed == "nothing" else SimpleNamespace())
+    with pytest.raises(UsageError, match="NVIDIA's apex.*another project: use --update fused") as error:
+        make("fp32", "apex")
+    assert error.value.exit_code == 2 and "\n" not in str(error.value)
 
 
 def test_the_scale_halves_on_overflow_and_doubles_after_enough_good_steps() -> None:
