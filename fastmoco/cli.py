@@ -47,6 +47,12 @@ COMMANDS: dict[str, Command] = {
     "evaluate knn": Command(
         "classify images by their nearest neighbours", "fastmoco.options:EvaluateKnn", "fastmoco.evaluate.knn:run"
     ),
+    "export": Command(
+        "write the weights as other projects read them", "fastmoco.options:Export", "fastmoco.interop.export:command"
+    ),
+    "import": Command(
+        "bring a MoCo checkpoint or torchvision weights", "fastmoco.options:Import", "fastmoco.interop.bring:command"
+    ),
     "data scan": Command("check a set of images", "fastmoco.options:DataScan", "fastmoco.cli:scan_data"),
     "data synth": Command("write the embedded image set", "fastmoco.options:DataSynth", "fastmoco.cli:synthesise_data"),
     "env": Command("print versions, devices and cores", "fastmoco.options:Env", "fastmoco.environment:run"),

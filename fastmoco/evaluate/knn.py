@@ -16,13 +16,12 @@ from torch import Tensor
 
 from fastmoco.data import manifest
 from fastmoco.data.manifest import Manifest
-from fastmoco.encoder import Encoder, build_encoder
+from fastmoco.encoder import Encoder
 from fastmoco.evaluate.features import extract
+from fastmoco.interop.run import load_encoder
 from fastmoco.options import EvaluateKnn, UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
-from fastmoco.train import checkpoint
-from fastmoco.train.checkpoint import CheckpointError
 
 CHUNK_ELEMENTS = 1 << 25  # similarities held at a time: 128 MiB in fp32
 
@@ -94,25 +93,6 @@ def run(options: EvaluateKnn) -> None:
                   f"(k {figures['k']}, T {figures['temperature']}; see {options.run}/knn.json)")  # fmt: skip
     finally:
         parallel.close()
-
-
-def load_encoder(run: Path, parallel: Parallel) -> tuple[Encoder, Recipe, int]:
-    """Query encoder of the newest good checkpoint of `run`, in evaluation mode on the device, its recipe and step.
-
-    UsageError where `run` is no run, CheckpointError where it has no good checkpoint.
-    """
-    if not (run / "recipe.json").is_file():
-        raise UsageError(f"{run} is no run (it has no recipe.json): give the folder that pretrain wrote")
-    path = checkpoint.latest(run)
-    if path is None:
-        raise CheckpointError(f"{run} has no checkpoint yet: let it train until its first one")
-    saved = checkpoint.load(path, verified=True)
-    recipe = Recipe.from_dict(saved.meta["recipe"])
-    encoder = build_encoder(recipe)
-    prefix = "encoder_q."
-    encoder.load_state_dict({n.removeprefix(prefix): v for n, v in saved.state.items() if n.startswith(prefix)})
-    encoder = encoder.to(parallel.device, memory_format=torch.channels_last)
-    return encoder.eval().requires_grad_(False), recipe, saved.step
 
 
 def _chosen(recipe: Recipe, options: EvaluateKnn) -> Recipe:

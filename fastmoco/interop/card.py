@@ -1,0 +1,79 @@
+"""The model card that travels with exported weights: recipe, data, accuracy, versions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastmoco import environment
+from fastmoco.interop.run import Saved, read_json
+from fastmoco.train.monitor import KNN, read_lines
+
+FIGURES = {"knn.json": "kNN", "linear.json": "linear probe", "linear-fast.json": "linear probe, fast",
+           "finetune.json": "fine-tuned"}  # fmt: skip
+
+
+def accuracies(run: Path) -> dict[str, dict[str, Any]]:
+    """What the run's evaluations found, by name: top1, top5 and their circumstances. Empty where none was made."""
+    found = {name: read_json(run / file) for file, name in FIGURES.items()}
+    lines = read_lines(run / KNN)
+    if lines and not found["kNN"]:
+        found["kNN"] = lines[-1]
+    return {name: figures for name, figures in found.items() if "top1" in figures}
+
+
+def model_card(run: Path, saved: Saved) -> str:
+    """Markdown, with the front matter that model hubs read. Only what the run's own files say."""
+    recipe, facts = saved.recipe, saved.facts
+    per_epoch = facts.get("steps", 0) / recipe.epochs
+    epochs = f" ({saved.step / per_epoch:.4g} of {recipe.epochs} epochs)" if per_epoch else ""
+    lines = [
+        "---",
+        "library_name: fastmoco",
+        "tags: [image-feature-extraction, self-supervised, moco]",
+        "---",
+        "",
+        f"# {recipe.arch}, pretrained with MoCo by fastmoco",
+        "",
+        f"Query encoder after step {saved.step}{epochs}, fp32. No labels were used in pretraining.",
+        "",
+        *_table("Data", _data(facts)),
+        *_table("Accuracy", _accuracy(run)),
+        *_table("Recipe", ((name, value) for name, value in recipe.as_dict().items() if name != "augmentation")),
+        *_table("Augmentation", recipe.as_dict()["augmentation"].items()),
+        *_table("Made with", _origin(saved)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _data(facts: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield "images", facts.get("images", "unknown")
+    yield "folder", Path(str(facts.get("options", {}).get("data") or "unknown")).name
+    if "imported" in facts:
+        yield "imported from", facts["imported"].get("file")
+
+
+def _accuracy(run: Path) -> Iterator[tuple[str, Any]]:
+    found = accuracies(run)
+    for name, figures in found.items():
+        where = f"after step {figures['step']}, {figures.get('classes', '?')} classes"
+        yield name, f"top-1 {figures['top1']:.2f}%, top-5 {figures['top5']:.2f}% ({where})"
+    if not found:
+        yield "not measured", "`fastmoco evaluate knn RUN` or `fastmoco evaluate linear RUN`"
+
+
+def _origin(saved: Saved) -> Iterator[tuple[str, Any]]:
+    for name in ("device", "ranks", "commit", "command"):
+        yield name, saved.facts.get(name, "unknown")
+    yield "precision", saved.precision
+    yield from saved.facts.get("versions", {}).items()
+    yield "exported by", f"fastmoco {environment.versions()['fastmoco']}, commit {environment.commit()}"
+
+
+def _table(title: str, rows: Any) -> list[str]:
+    return [f"## {title}", "", "| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows), ""]
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|")

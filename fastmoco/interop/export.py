@@ -1,0 +1,150 @@
+"""`export RUN`: the pretrained weights as other projects read them.
+
+    moco         .pth.tar of facebookresearch/moco: both encoders, queue, optimiser; its scripts go on from it
+    torchvision  .pth with the backbone's weights, for load_state_dict
+    timm         folder of model.safetensors, config.json and a model card: timm.create_model("local-dir:FOLDER")
+    detectron2   .pkl as its checkpointer reads it, backbone renamed
+    safetensors  folder of model.safetensors (backbone and projection head) and a model card
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastmoco.encoder.resnet import ARCHITECTURES, STAGE_CHANNELS
+from fastmoco.interop import files, run, upstream
+from fastmoco.interop.card import model_card
+from fastmoco.interop.keys import backbone, to_detectron2
+from fastmoco.interop.run import Saved
+from fastmoco.options import Export, UsageError
+from fastmoco.recipe import Recipe
+
+CARD = "README.md"
+
+
+def export(folder: Path, form: str, out: Path) -> Path:
+    """Write the newest checkpoint of the run in `folder` to `out` in one of the formats above; returns `out`.
+
+    UsageError where `folder` is no run, `out` exists or the format cannot hold this network; CheckpointError where the
+    run has no good checkpoint.
+    """
+    saved = run.load(folder)
+    return files.write(out, WRITERS[form](folder, saved))
+
+
+def backbone_weights(saved: Saved) -> dict[str, Tensor]:
+    """Weights of the query encoder without its head, by torchvision's names."""
+    query = saved.query
+    return {name: query[name] for name in backbone(query)}
+
+
+def detectron2_content(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """What detectron2's checkpointer takes: renamed weights as NumPy arrays."""
+    model = {to_detectron2(name): value.numpy() for name, value in weights.items()}
+    return {"model": model, "__author__": "fastmoco", "matching_heuristics": True}
+
+
+def timm_config(recipe: Recipe) -> dict[str, Any]:
+    """config.json of a headless timm model; UsageError where timm has no such network."""
+    if not is_standard(recipe):
+        raise UsageError(
+            f"timm has no {recipe.arch} of width {recipe.width} with the {recipe.stem} stem: use --format safetensors"
+        )
+    features = STAGE_CHANNELS[-1] * ARCHITECTURES[recipe.arch].expansion
+    colours = recipe.augmentation
+    return {
+        "architecture": recipe.arch,
+        "num_classes": 0,
+        "num_features": features,
+        "pretrained_cfg": {
+            "tag": "fastmoco",
+            "custom_load": False,
+            "input_size": [3, recipe.crop_size, recipe.crop_size],
+            "fixed_input_size": False,
+            "interpolation": "bilinear",
+            "crop_pct": 0.875,
+            "crop_mode": "center",
+            "mean": list(colours.mean),
+            "std": list(colours.std),
+            "num_classes": 0,
+            "pool_size": [7, 7],
+            "first_conv": "conv1",
+            "classifier": "fc",
+        },
+    }
+
+
+def is_standard(recipe: Recipe) -> bool:
+    """Whether torchvision, timm and detectron2 have this very network."""
+    return recipe.width == 1 and recipe.stem == "imagenet"
+
+
+def command(options: Export) -> None:
+    """`export RUN`: write the file and say what it is."""
+    out = export(options.run, options.format, options.out)
+    print(f"{out}: {DESCRIPTIONS[options.format]}")
+    recipe = run.load(options.run).recipe
+    if not is_standard(recipe) and options.format in ("torchvision", "detectron2"):
+        print(f"note: names are {options.format}'s, but it has no {recipe.arch} of width {recipe.width} with the "
+              f"{recipe.stem} stem: load them into a network of your own")  # fmt: skip
+
+
+def _moco(_: Path, saved: Saved) -> Callable[[Path], None]:
+    per_epoch = max(1, saved.facts.get("steps", 0) // saved.recipe.epochs)
+    lr = saved.recipe.learning_rate(max(saved.step - 1, 0), per_epoch)
+    content = upstream.pack(saved.state, saved.recipe, saved.step, saved.step // per_epoch, lr, saved.precision)
+    return lambda path: torch.save(content, path)
+
+
+def _torchvision(_: Path, saved: Saved) -> Callable[[Path], None]:
+    return lambda path: torch.save(backbone_weights(saved), path)
+
+
+def _detectron2(_: Path, saved: Saved) -> Callable[[Path], None]:
+    content = detectron2_content(backbone_weights(saved))
+    return lambda path: path.write_bytes(pickle.dumps(content))
+
+
+def _timm(folder: Path, saved: Saved) -> Callable[[Path], None]:
+    config = timm_config(saved.recipe)
+    return _hub_folder(backbone_weights(saved), {"format": "pt"}, {
+        "config.json": json.dumps(config, indent=2) + "\n", CARD: model_card(folder, saved)})  # fmt: skip
+
+
+def _safetensors(folder: Path, saved: Saved) -> Callable[[Path], None]:
+    metadata = {"format": "pt", "recipe": json.dumps(saved.recipe.as_dict()), "step": str(saved.step)}
+    return _hub_folder(saved.query, metadata, {CARD: model_card(folder, saved)})
+
+
+def _hub_folder(weights: dict[str, Tensor], metadata: dict[str, str], texts: dict[str, str]) -> Callable[[Path], None]:
+    def save(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        save_file(weights, folder / "model.safetensors", metadata=metadata)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+    return save
+
+
+WRITERS = {
+    "moco": _moco,
+    "torchvision": _torchvision,
+    "timm": _timm,
+    "detectron2": _detectron2,
+    "safetensors": _safetensors,
+}
+DESCRIPTIONS = {
+    "moco": "checkpoint of facebookresearch/moco, for its main_lincls.py and detection converter",
+    "torchvision": "backbone for torchvision: model.load_state_dict(torch.load(FILE, weights_only=True), strict=False)",
+    "timm": 'folder for timm: timm.create_model("local-dir:FOLDER", pretrained=True)',
+    "detectron2": "backbone for detectron2: MODEL.WEIGHTS FILE",
+    "safetensors": "folder with model.safetensors (backbone and projection head) and a model card",
+}

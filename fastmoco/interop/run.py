@@ -1,0 +1,81 @@
+"""What a run's folder holds, for those that read it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmoco.encoder import Encoder, build_encoder
+from fastmoco.interop.keys import QUERY, without
+from fastmoco.options import UsageError
+from fastmoco.parallel import Parallel
+from fastmoco.recipe import Recipe
+from fastmoco.train import checkpoint
+from fastmoco.train.checkpoint import CheckpointError
+
+RECIPE = "recipe.json"
+
+
+class Saved(NamedTuple):
+    """The newest good checkpoint of a run and the facts beside it."""
+
+    step: int
+    state: dict[str, Tensor]
+    recipe: Recipe
+    precision: str
+    facts: dict[str, Any]
+    """What RUN/recipe.json holds."""
+
+    @property
+    def query(self) -> dict[str, Tensor]:
+        """Weights of the query encoder, the one that is kept, by torchvision's names and in torchvision's order."""
+        order = build_encoder(self.recipe).state_dict()
+        weights = without(QUERY, self.state)
+        return {name: weights[name].contiguous() for name in order}
+
+
+def load(run: Path) -> Saved:
+    """The newest good checkpoint of `run`; UsageError where it is no run, CheckpointError where it has none."""
+    facts = read_facts(run)
+    path = checkpoint.latest(run)
+    if path is None:
+        raise CheckpointError(f"{run} has no checkpoint yet: let it train until its first one")
+    saved = checkpoint.load(path, verified=True)
+    return Saved(
+        saved.step, saved.state, Recipe.from_dict(saved.meta["recipe"]), saved.meta.get("precision", "fp32"), facts
+    )
+
+
+def read_facts(run: Path) -> dict[str, Any]:
+    """What RUN/recipe.json holds; UsageError where there is none or it is damaged."""
+    path = run / RECIPE
+    if not path.is_file():
+        raise UsageError(f"{run} is no run (it has no {RECIPE}): give the folder that pretrain wrote")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path} is damaged ({error}): restore it") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that may not be there: then, or where it is damaged, nothing."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def load_encoder(run: Path, parallel: Parallel) -> tuple[Encoder, Recipe, int]:
+    """Query encoder of the newest good checkpoint of `run`, in evaluation mode on the device, its recipe and step.
+
+    UsageError where `run` is no run, CheckpointError where it has no good checkpoint.
+    """
+    saved = load(run)
+    encoder = build_encoder(saved.recipe)
+    encoder.load_state_dict(without(QUERY, saved.state))
+    encoder = encoder.to(parallel.device, memory_format=torch.channels_last)
+    return encoder.eval().requires_grad_(False), saved.recipe, saved.step

@@ -1,0 +1,262 @@
+"""Imports: round trips are bit-equal, published files go on as their authors' code would, foreign ones are refused."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmoco.cli import main
+from fastmoco.contrast.step import Step
+from fastmoco.encoder import build_encoder
+from fastmoco.interop import bring, run
+from fastmoco.interop.export import export
+from fastmoco.interop.files import ForeignFileError
+from fastmoco.options import Import
+from fastmoco.parallel import Parallel
+
+
+def published_code():
+    """The published algorithm as tests/contrast/test_parity.py writes it, in float64 and with none of our step."""
+    path = Path(__file__).parent.parent / "contrast/test_parity.py"
+    spec = importlib.util.spec_from_file_location("parity_oracle", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def differing(one: dict, other: dict) -> list[str]:
+    assert one.keys() == other.keys()
+    return [name for name in one if one[name].dtype != other[name].dtype or not torch.equal(one[name], other[name])]
+
+
+def bring_in(content: dict, folder: Path, **options) -> bring.Imported:
+    torch.save(content, folder / "a.pth.tar")
+    return bring.convert(bring.files.read(folder / "a.pth.tar"), Import(folder / "a.pth.tar", folder / "b", **options))
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+@pytest.mark.parametrize("queue_dtype", [torch.float32, torch.bfloat16])
+def test_export_then_import_is_bit_equal(make_run, make_recipe, tmp_path, head, queue_dtype):
+    make_run(tmp_path / "a", make_recipe(head), queue_dtype=queue_dtype)
+    export(tmp_path / "a", "moco", tmp_path / "a.pth.tar")
+    assert main(["import", str(tmp_path / "a.pth.tar"), "--out", str(tmp_path / "b")]) == 0
+    before, after = run.load(tmp_path / "a"), run.load(tmp_path / "b")
+    assert differing(before.state, after.state) == []
+    assert (before.step, before.recipe, before.precision) == (after.step, after.recipe, after.precision)
+
+
+def test_without_our_flag_the_owed_update_is_applied(make_run, make_recipe, tmp_path):
+    """The control of the round trip, and the arithmetic of what the published order owes."""
+    recipe = make_recipe()
+    state = make_run(tmp_path / "a", recipe)
+    content = torch.load(export(tmp_path / "a", "moco", tmp_path / "x.pth.tar"), weights_only=True)
+    del content["fastmoco"]
+    found = bring_in(content, tmp_path, batch_size=32)
+    assert found.step == 7 and found.preset == "v2" and found.notes == []
+    for name, value in found.state.items():
+        if name.startswith("encoder_k.") and "running" not in name and "num_batches" not in name:
+            k, q = state[name].double(), state[name.replace("encoder_k", "encoder_q")].double()
+            torch.testing.assert_close(value.double(), 0.999 * k + (1 - 0.999) * q, rtol=0, atol=2e-7)
+            assert not torch.equal(value, state[name])
+        elif name != "queue_count":
+            assert torch.equal(value, state[name]), name
+    assert found.recipe.queue_size == 20 and found.recipe.head == "mlp" and found.recipe.dim == 16
+
+
+def test_a_published_checkpoint_goes_on_as_the_published_code(monkeypatch, make_recipe, tmp_path):
+    """Three steps of the published code, its checkpoint, then three steps here and there, in float64."""
+    code = published_code()
+    code.know_float64(monkeypatch)
+    recipe = make_recipe("mlp", batch_size=16, queue_size=40)
+    theirs = code.Published(recipe, fp64_start(recipe), torch.float64)
+    draw = torch.Generator().manual_seed(3)
+
+    def views() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        return list(torch.randn(2, 16, 3, 12, 12, generator=draw, dtype=torch.float64)), [torch.arange(16)]
+
+    for _ in range(3):
+        theirs.step(*views())
+    found = bring_in(checkpoint_of(theirs, recipe), tmp_path, batch_size=32)
+    ours = ours_from(found, recipe)
+    reload_in_fp32(theirs)
+    for step in range(3):
+        pair, shuffle = views()
+        loss, keys = continue_ours(ours, recipe, pair)
+        expected = theirs.step(pair, shuffle)
+        # The owed update was made in fp32 here and in float64 there: half an fp32 digit of the keys' weights.
+        torch.testing.assert_close(loss, expected, rtol=2e-6, atol=0, msg=lambda text: f"step {step}: {text}")
+    theirs.update_keys()
+    for name, value in theirs.k.items():
+        torch.testing.assert_close(ours.update.k[name], value.detach(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours.queue.keys, theirs.queue.T, rtol=0, atol=1e-5)
+    assert int(ours.queue.pointer) == theirs.pointer
+
+
+def test_without_the_owed_update_it_goes_on_elsewhere(monkeypatch, make_recipe, tmp_path):
+    """The control: leave the update out and the first loss is another."""
+    code = published_code()
+    code.know_float64(monkeypatch)
+    recipe = make_recipe("mlp", batch_size=16, queue_size=40, ema_momentum=0.9)
+    theirs = code.Published(recipe, fp64_start(recipe), torch.float64)
+    draw = torch.Generator().manual_seed(3)
+    pair = list(torch.randn(2, 16, 3, 12, 12, generator=draw, dtype=torch.float64))
+    for _ in range(2):
+        theirs.step(pair, [torch.arange(16)])
+    monkeypatch.setattr(bring, "_owed_update", lambda state, momentum: None)
+    ours = ours_from(bring_in(checkpoint_of(theirs, recipe), tmp_path, batch_size=32), recipe)
+    reload_in_fp32(theirs)
+    loss, _ = continue_ours(ours, recipe, pair)
+    expected = theirs.step(pair, [torch.arange(16)])
+    assert (loss - expected).abs() > 1e-4 * expected
+
+
+def fp64_start(recipe) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in Step(recipe, Parallel(), "fp64").state().items()}
+
+
+def checkpoint_of(theirs, recipe) -> dict:
+    """What upstream's save_checkpoint would write, from the oracle and torch's own optimiser layout."""
+    weights = {"module.queue": theirs.queue.float(), "module.queue_ptr": torch.tensor([theirs.pointer])}
+    for side, net in (("encoder_q", theirs.nets_q[0]), ("encoder_k", theirs.nets_k[0])):
+        weights |= {f"module.{side}.{name}": value.float() if value.is_floating_point() else value
+                    for name, value in net.state_dict().items()}  # fmt: skip
+    order = [name for name, _ in theirs.nets_q[0].named_parameters()]
+    buffers = {index: {"momentum_buffer": theirs.velocity[name].float()} for index, name in enumerate(order)}
+    groups = [{"lr": 0.03, "momentum": 0.9, "weight_decay": recipe.weight_decay, "params": list(range(2 * len(order)))}]
+    return {"epoch": 1, "arch": "resnet18", "state_dict": weights,
+            "optimizer": {"state": buffers, "param_groups": groups}}  # fmt: skip
+
+
+def reload_in_fp32(theirs) -> None:
+    """The oracle goes on from the numbers that the file holds."""
+    with torch.no_grad():
+        for value in [*theirs.q.values(), *theirs.k.values(), *theirs.velocity.values(), theirs.queue]:
+            value.copy_(value.float().double())
+
+
+def ours_from(found: bring.Imported, recipe) -> Step:
+    ours = Step(recipe, Parallel(), "fp64")
+    ours.load(found.state)
+    return ours
+
+
+def continue_ours(ours: Step, recipe, pair: list[torch.Tensor]):
+    """One step of ours on given views; the key batch is not shuffled, as in the oracle's call above."""
+    z_k = torch.nn.functional.normalize(ours.encoder_k(pair[1]).detach(), dim=1)
+    z_q = ours.encoder_q(pair[0])
+    from fastmoco.kernels import reference
+
+    losses, _ = reference.info_nce(z_q, z_k, ours.queue.keys, recipe.temperature)
+    ours.update.lr.fill_(0.03)
+    ours.update.backward(losses.mean())
+    ours.update.apply()
+    ours.queue.enqueue(z_k)
+    return losses.mean().detach(), z_k
+
+
+def test_an_imported_run_is_resumed_evaluated_and_exported(make_recipe, make_run, tmp_path, capsys):
+    recipe = make_recipe("linear", width=0.25, stem="imagenet")
+    make_run(tmp_path / "a", recipe)
+    content = torch.load(export(tmp_path / "a", "moco", tmp_path / "x.pth.tar"), weights_only=True)
+    del content["fastmoco"]
+    torch.save(content, tmp_path / "published.pth.tar")
+    images = make_images(tmp_path / "images", 70)
+    argv = ["--out", str(tmp_path / "b"), "--data", str(images), "--batch-size", "32", "--epochs", "2"]
+    assert main(["import", str(tmp_path / "published.pth.tar"), *argv]) == 0
+    facts = json.loads((tmp_path / "b/recipe.json").read_text())
+    assert facts["imported"]["file"] == "published.pth.tar" and len(facts["imported"]["sha256"]) == 64
+    assert run.load(tmp_path / "b").step == content["epoch"] * 2  # two steps an epoch of 70 images
+    resume = ["pretrain", "v1", "--resume", "--out", str(tmp_path / "b"), "--device", "cpu", "--threads", "1"]
+    assert main([*resume, "--stop-after", "3"]) == 0
+    assert run.load(tmp_path / "b").step == 3
+    assert main(["export", str(tmp_path / "b"), "--out", str(tmp_path / "c.pth")]) == 0
+
+
+def make_images(folder: Path, count: int) -> Path:
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir()
+    random = np.random.RandomState(0)
+    for number in range(count):
+        Image.fromarray(random.randint(0, 255, (20, 20, 3), np.uint8)).save(folder / f"{number}.jpg")
+    return folder
+
+
+def test_plain_weights_start_both_encoders(make_recipe, tmp_path):
+    encoder = build_encoder(make_recipe(seed=9))
+    weights = {f"module.{name}": value for name, value in encoder.state_dict().items()}
+    found = bring_in({"state_dict": weights, "arch": "resnet18"}, tmp_path)
+    assert found.step == 0 and "fresh projection head" in found.notes[0]
+    for name, value in encoder.state_dict().items():
+        if not name.startswith("fc."):
+            assert torch.equal(found.state[f"encoder_q.{name}"], value)
+            assert torch.equal(found.state[f"encoder_k.{name}"], value)
+    assert found.recipe.queue_size == 65536 and found.state["queue_count"] == 0
+    del weights["module.layer2.0.bn1.weight"]
+    with pytest.raises(ForeignFileError, match="lacks layer2.0.bn1.weight"):
+        bring_in({"state_dict": weights}, tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["optimizer", "queue", "encoder_k"])
+def test_what_a_file_lacks_is_said(make_run, make_recipe, tmp_path, lost):
+    make_run(tmp_path / "a", make_recipe())
+    content = torch.load(export(tmp_path / "a", "moco", tmp_path / "x.pth.tar"), weights_only=True)
+    del content["fastmoco"]
+    content.pop(lost, None)
+    weights = content["state_dict"].items()
+    content["state_dict"] = {name: value for name, value in weights if not name.startswith(f"module.{lost}")}
+    found = bring_in(content, tmp_path, batch_size=32)
+    says = {"optimizer": "no optimiser", "encoder_k": "no key encoder", "queue": "no queue"}[lost]
+    assert len(found.notes) == 1 and says in found.notes[0]
+    ours = Step(found.recipe, Parallel(), "fp32")
+    ours.load(found.state)
+
+
+def spoil(content: dict, how: str) -> dict:
+    weights = content["state_dict"]
+    if how == "nan":
+        weights["module.encoder_q.layer1.0.conv1.weight"][0, 0, 0, 0] = float("nan")
+    elif how == "shape":
+        weights["module.encoder_k.fc.2.weight"] = torch.zeros(3, 3)
+    elif how == "v3":
+        content["state_dict"] = {"module.base_encoder.conv1.weight": torch.zeros(1)}
+    elif how == "other network":
+        content["state_dict"] = {"module.encoder_q.patch_embed.weight": torch.zeros(1)}
+    elif how == "nothing":
+        content["state_dict"] = {}
+    elif how == "headless":
+        content["state_dict"] = {name: value for name, value in weights.items() if ".fc." not in name}
+    return content
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [("nan", "holds infinite or NaN"), ("shape", "another shape of encoder_k.fc.2.weight"), ("v3", "MoCo v3"),
+     ("other network", "no residual network"), ("nothing", "no weights"), ("headless", "no projection head")],
+)  # fmt: skip
+def test_foreign_files_are_one_line_and_exit_3(make_run, make_recipe, tmp_path, how, says, capsys):
+    make_run(tmp_path / "a", make_recipe())
+    content = torch.load(export(tmp_path / "a", "moco", tmp_path / "x.pth.tar"), weights_only=True)
+    del content["fastmoco"]
+    torch.save(spoil(content, how), tmp_path / "bad.pth.tar")
+    assert main(["import", str(tmp_path / "bad.pth.tar"), "--out", str(tmp_path / "b"), "--batch-size", "32"]) == 3
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1 and not (tmp_path / "b").exists()
+
+
+def test_our_own_files_are_checked_too(make_run, make_recipe, tmp_path):
+    make_run(tmp_path / "a", make_recipe())
+    content = torch.load(export(tmp_path / "a", "moco", tmp_path / "x.pth.tar"), weights_only=True)
+    del content["fastmoco"]["queue_dtype"]
+    with pytest.raises(ForeignFileError, match="export it again"):
+        bring_in(content, tmp_path)
+
+
+def test_nothing_is_overwritten(make_run, make_recipe, tmp_path, capsys):
+    make_run(tmp_path / "a", make_recipe())
+    export(tmp_path / "a", "moco", tmp_path / "x.pth.tar")
+    assert main(["import", str(tmp_path / "x.pth.tar"), "--out", str(tmp_path / "a")]) == 2
+    assert "exists" in capsys.readouterr().err
