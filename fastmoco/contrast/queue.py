@@ -24,8 +24,13 @@ class Queue(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     def enqueue(self, keys: Tensor) -> None:
-        """Replace the oldest keys by `keys` [B, D], in their order."""
-        enqueue(self.keys, self.pointer, keys)
+        """Replace the oldest keys by `keys` [B, D], in their order; where one is not finite, the old key stays.
+
+        One bad key would make every later loss infinite or NaN, until the queue had gone round.
+        """
+        rows = (self.pointer + torch.arange(keys.shape[0], device=keys.device)) % self.keys.shape[0]
+        finite = keys.isfinite().all(1, keepdim=True)
+        enqueue(self.keys, self.pointer, torch.where(finite, keys, self.keys[rows].to(keys.dtype)))
         self.count.add_(keys.shape[0])
 
     @property

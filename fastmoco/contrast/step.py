@@ -50,6 +50,8 @@ class Metrics(NamedTuple):
     """Percent of queries whose positive is among the five highest."""
     nonfinite: Tensor
     """int32: 1 where loss or gradients are infinite or NaN. An overflow that the loss scale takes care of is none."""
+    spread: Tensor
+    """Standard deviation of all ranks' keys, mean over dimensions, times sqrt(D): 1 when even, 0 when collapsed."""
 
 
 class Step:
@@ -92,6 +94,7 @@ class Step:
         self._key_stream = torch.cuda.Stream(parallel.device) if on_gpu and key_stream else None
         for each in (self.encoder_q, self.encoder_k):
             _choose_backend(each, encoder)
+        self._statistics = _join_statistics(self.encoder_q, self.encoder_k)
         self._query = self._over_ranks(self.encoder_q)
 
     def step(self, batch: Batch, lr: float) -> Metrics:
@@ -100,7 +103,11 @@ class Step:
         return self.advance(batch)
 
     def advance(self, batch: Batch) -> Metrics:
-        """Train on `batch` with the learning rate in `update.lr`: the part that a CUDA graph can hold."""
+        """Train on `batch` with the learning rate in `update.lr`: the part that a CUDA graph can hold.
+
+        Where something becomes infinite or NaN, weights, running statistics and queue keep what they had.
+        """
+        before = self._statistics.clone()
         unshuffled = self._start_keys(batch)
         with part("photometric"):
             views = self._views(batch.query_crops, batch.query_parameters)
@@ -117,7 +124,8 @@ class Step:
             finite = self.update.apply()
         with part("enqueue"):
             self.queue.enqueue(keys)
-        return self._metrics(loss.detach(), rank, finite)
+        self._statistics.copy_(torch.where(self._statistics.isfinite().all(), self._statistics, before))
+        return self._metrics(loss.detach(), rank, finite, keys)
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -193,23 +201,17 @@ class Step:
         with part("key encoder"):
             return F.normalize(self.encoder_k(views).to(self._numbers.master), dim=1)
 
-    def _metrics(self, loss: Tensor, rank: Tensor, finite: Tensor) -> Metrics:
+    def _metrics(self, loss: Tensor, rank: Tensor, finite: Tensor, keys: Tensor) -> Metrics:
         if self.update.scale is not None:
             finite = finite | (self.update.scale.value > 1)
         top1, top5 = (100 * (rank < k).mean(dtype=torch.float32) for k in (1, 5))
-        return Metrics(loss, top1, top5, (~(finite & loss.isfinite())).to(torch.int32))
+        spread = keys.std(0, correction=0).mean() * keys.shape[1] ** 0.5
+        return Metrics(loss, top1, top5, (~(finite & loss.isfinite())).to(torch.int32), spread)
 
     def _merge_statistics(self) -> None:
         if self.parallel.world == 1:
             return
-        statistics = [
-            buffer
-            for encoder in (self.encoder_q, self.encoder_k)
-            for buffer in encoder.buffers()
-            if buffer.is_floating_point()
-        ]
-        mean = self.parallel.mean(torch.cat(statistics))
-        torch._foreach_copy_(statistics, list(mean.split([buffer.numel() for buffer in statistics])))
+        self._statistics.copy_(self.parallel.mean(self._statistics))
 
     def _tensors(self) -> dict[str, Tensor]:
         update, queue = self.update, self.queue
@@ -233,6 +235,22 @@ def _choose_backend(encoder: Encoder, backend: EncoderBackend) -> None:
                 module.impl = "reference"
     if backend == "compile":
         encoder.compile()
+
+
+def _join_statistics(*encoders: Encoder) -> Tensor:
+    # One tensor, of which the running statistics become views, so that all are kept, restored or averaged at once.
+    modules = [module for encoder in encoders for module in encoder.modules()]
+    places = [
+        (module._buffers, name)
+        for module in modules
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.is_floating_point()
+    ]
+    joined = torch.cat([buffers[name] for buffers, name in places])
+    parts = joined.split([buffers[name].numel() for buffers, name in places])
+    for (buffers, name), part_of_joined in zip(places, parts, strict=True):
+        buffers[name] = part_of_joined
+    return joined
 
 
 def _allow_tf32(allow: bool) -> None:
