@@ -10,6 +10,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,29 +19,24 @@ from torch import Tensor
 from fastmoco.bench.report import Row
 from fastmoco.bench.roofline import convolutions
 from fastmoco.bench.timing import Machine, interleave, measure_machine
+from fastmoco.data.plan import Plan
 from fastmoco.encoder import build_encoder
 from fastmoco.kernels import batch_norm, enqueue, info_nce, photometric, sgd_ema
-from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.recipe import Recipe
 
 OURS = "fastmoco"
 
 
-@dataclass(frozen=True)
-class Size:
-    """Shapes that the kernels are timed at: those of one step."""
+class Size(NamedTuple):
+    """Shapes that the kernels are timed at: those of one step of `recipe` on one rank."""
 
     recipe: Recipe
-    batch: int
     dtype: torch.dtype
 
-    @classmethod
-    def of(cls, device: torch.device) -> Size:
-        """MoCo v2 with ResNet-50 at 224 px and 256 pairs on a GPU; something a CPU does in a second elsewhere."""
-        v2 = PRESETS["v2"][1]
-        if device.type == "cuda":
-            return cls(v2, 256, torch.bfloat16)
-        small = {**v2.as_dict(), "arch": "resnet18", "queue_size": 4096, "crop_size": 64}
-        return cls(Recipe.from_dict(small), 32, torch.float32)
+    @property
+    def batch(self) -> int:
+        """Pairs."""
+        return self.recipe.batch_size
 
 
 @dataclass(frozen=True)
@@ -55,19 +51,21 @@ class Case:
     flops: float = 0.0
 
 
-def run(device: torch.device, *, rounds: int = 20, only: str | None = None) -> list[Row]:
-    """Time every case on `device`; ValueError on a kernel that there is not."""
-    if only is not None and only not in PROVIDED:
+def run(
+    recipe: Recipe, device: torch.device, *, rounds: int = 20, warmup: int = 3, dtype: torch.dtype, only: str = ""
+) -> list[Row]:
+    """Time every case on `device`, at the shapes of `recipe`; `only` keeps the kernels whose name it stands in."""
+    names = [name for name in PROVIDED if only in name]
+    if not names:
         raise ValueError(f"there is no kernel {only}: use one of {', '.join(PROVIDED)}")
-    size = Size.of(device)
-    machine = measure_machine(device, size.dtype)
-    names = [only] if only else list(PROVIDED)
-    return [row for name in names for case in PROVIDED[name](size, device) for row in rows(case, machine, device, rounds)]
+    size, machine = Size(recipe, dtype), measure_machine(device, dtype)
+    cases = [case for name in names for case in PROVIDED[name](size, device)]
+    return [row for case in cases for row in rows(case, machine, device, rounds, warmup)]
 
 
-def rows(case: Case, machine: Machine, device: torch.device, rounds: int) -> list[Row]:
+def rows(case: Case, machine: Machine, device: torch.device, rounds: int, warmup: int = 3) -> list[Row]:
     """One row per provider of `case`, in milliseconds, with bytes moved per second beside it."""
-    times = interleave(case.providers, rounds=rounds, device=device, cold=True)
+    times = interleave(case.providers, rounds=rounds, warmup=warmup, device=device, cold=True)
     bound = 1e3 * machine.bound(case.nbytes, case.flops)
     return [
         Row(
@@ -95,13 +93,13 @@ def info_nce_cases(size: Size, device: torch.device) -> list[Case]:
         loss, _ = info_nce.info_nce(z, keys, queue, t)
         return torch.autograd.grad(loss.mean(), z)[0]
 
-    providers = {OURS: ours, "eager": functools.partial(_published_loss, z, keys, queue, t)}
+    providers = {OURS: ours, "eager": functools.partial(published_loss, z, keys, queue, t)}
     if device.type == "cuda":
         compiled = torch.compile(_published_forward)
-        providers["torch.compile"] = functools.partial(_published_loss, z, keys, queue, t, compiled)
+        providers["torch.compile"] = functools.partial(published_loss, z, keys, queue, t, compiled)
         providers["split attention"] = functools.partial(_split_attention, z, keys, queue, t)
     nbytes, flops = info_nce.cost(n, k, d, size.dtype, size.dtype)
-    config = {"N": n, "K": k, "D": d, "dtype": _short(size.dtype)}
+    config = {"N": n, "K": k, "D": d, "dtype": short_name(size.dtype)}
     return [Case("info_nce", config, providers, "eager", nbytes, flops)]
 
 
@@ -118,7 +116,7 @@ def enqueue_cases(size: Size, device: torch.device) -> list[Case]:
         pointer[0] = (start + size.batch) % k
 
     providers = {OURS: lambda: enqueue.enqueue(queue, pointer, keys), "published": slice_at_a_host_pointer}
-    nbytes, flops = enqueue.cost(size.batch, d, keys.dtype, size.dtype)
+    nbytes, flops = enqueue.cost(k, d, size.batch, size.dtype, keys.dtype)
     return [Case("enqueue", {"B": size.batch, "K": k, "D": d}, providers, "published", nbytes, flops)]
 
 
@@ -144,14 +142,17 @@ def sgd_ema_cases(size: Size, device: torch.device) -> list[Case]:
         torch._foreach_copy_(work[0], q)
         torch._foreach_copy_(work[1], k)
 
+    # Tensors of its own: the published loop moves each key to new memory, from under every table.
+    published = [key.clone() for key in k]
+
     def loop() -> None:
-        for key, query in zip(k, q, strict=True):
+        for key, query in zip(published, q, strict=True):
             key.data = key.data * 0.999 + query.data * 0.001
 
     step_bytes, step_flops = sgd_ema.cost(table, [g.dtype for g in grads])
     ema_bytes, ema_flops = sgd_ema.ema_cost(table)
     plain = sgd_ema.TensorTable(q, velocity, k, q, k)
-    config = {"tensors": len(q), "parameters": sum(p.numel() for p in q), "dtype": _short(size.dtype)}
+    config = {"tensors": len(q), "parameters": sum(p.numel() for p in q), "dtype": short_name(size.dtype)}
     ours = lambda: sgd_ema.sgd_ema(table, grads, lr, 0.9, 1e-4, 0.999, flag)  # noqa: E731
     ema = {
         OURS: lambda: sgd_ema.ema(plain, 0.999),
@@ -173,23 +174,21 @@ def batch_norm_cases(size: Size, device: torch.device) -> list[Case]:
     providers = {OURS: lambda: [layer.ours(groups) for layer in layers], "native": lambda: _each(layers, "native")}
     if device.type == "cuda":
         providers["native fp16"] = lambda: _each(layers, "native_fp16")
-    costs = [layer.cost() for layer in layers]
-    config = {"encoder": size.recipe.arch, "N": size.batch, "layers": sum(shapes.values()), "dtype": _short(size.dtype)}
+    costs = [layer.cost(groups) for layer in layers]
+    config = {"encoder": size.recipe.arch, "N": size.batch, "layers": sum(shapes.values()), "dtype": short_name(size.dtype)}
     return [Case("batch_norm", config, providers, "native", sum(c[0] for c in costs), sum(c[1] for c in costs))]
 
 
 def photometric_cases(size: Size, device: torch.device) -> list[Case]:
     """All photometric operations of one batch of views."""
-    from fastmoco.data.plan import Plan
-
     n, s, augmentation = size.batch, size.recipe.crop_size, size.recipe.augmentation
     crops = torch.randint(0, 256, (n, s, s, 3), dtype=torch.uint8, device=device)
     plan = Plan(size.recipe, torch.full((n * 10, 2), 400, dtype=torch.int32).numpy())
     parameters = torch.from_numpy(plan.photometric(0, plan.samples(0)[:n], 0)).to(device)
     call = functools.partial(photometric.photometric, crops, parameters, augmentation.mean, augmentation.std)
     providers = {OURS: lambda: call(dtype=size.dtype), "twin": lambda: call(dtype=size.dtype, impl="reference")}
-    nbytes, flops = photometric.cost(n, s, size.dtype)
-    return [Case("photometric", {"N": n, "S": s, "dtype": _short(size.dtype)}, providers, "twin", nbytes, flops)]
+    nbytes, flops = photometric.cost(n, s, dtype=size.dtype, blurred=augmentation.blur_p)
+    return [Case("photometric", {"N": n, "S": s, "dtype": short_name(size.dtype)}, providers, "twin", nbytes, flops)]
 
 
 PROVIDED: dict[str, Callable[[Size, torch.device], list[Case]]] = {
@@ -235,9 +234,10 @@ class _NormLayer:
         inputs = [x, *self.affine] if residual is None else [x, *self.affine, residual]
         torch.autograd.grad(y, inputs, dy)
 
-    def cost(self) -> tuple[float, float]:
-        forward = batch_norm.cost(self.shape, self.dtype, residual=self.residual is not None)
-        backward = batch_norm.backward_cost(self.shape, self.dtype, residual=self.residual is not None)
+    def cost(self, groups: int) -> tuple[float, float]:
+        count = functools.partial(batch_norm.cost, self.shape, self.dtype.itemsize, groups)
+        residual = "none" if self.residual is None else "plain"
+        forward, backward = (count(residual=residual, backward=b) for b in (False, True))
         return self.repeats * (forward[0] + backward[0]), self.repeats * (forward[1] + backward[1])
 
 
@@ -254,9 +254,10 @@ def _published_forward(z: Tensor, k: Tensor, queue: Tensor, temperature: float) 
     return F.cross_entropy(logits, labels), logits.topk(5, 1).indices
 
 
-def _published_loss(
+def published_loss(
     z: Tensor, k: Tensor, queue: Tensor, temperature: float, forward: Callable = _published_forward
 ) -> Tensor:
+    """Gradient of the published loss with respect to z [N, D]: logits materialised against a copy of the queue."""
     return torch.autograd.grad(forward(z, k, queue, temperature)[0], z)[0]
 
 
@@ -275,5 +276,6 @@ def _split_attention(z: Tensor, k: Tensor, queue: Tensor, temperature: float, sp
     return gradient / z.float().norm(dim=1, keepdim=True)
 
 
-def _short(dtype: torch.dtype) -> str:
+def short_name(dtype: torch.dtype) -> str:
+    """fp32, bf16 or fp16."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]

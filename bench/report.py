@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,11 @@ from fastmoco.environment import commit, cores, processor, versions
 
 SCHEMA = 1
 SHOWN = ("fastmoco", "torch", "triton", "nvidia-dali-cuda130")
+RECORD_SCHEMA = {"subject": (str,), "rows": (list,), "environment": (dict,), "command": (str,), "date": (str,)}
+ROW_SCHEMA = {
+    "name": (str,), "provider": (str,), "unit": (str,), "samples": (list,), "config": (dict,), "extra": (dict,),
+    "baseline": (str, type(None)), "bound": (int, float, type(None)),
+}  # fmt: skip
 TOLERANCE = 0.03  # a change smaller than this is not worth a verdict, however certain
 
 
@@ -89,10 +95,12 @@ def environment(device: str = "cpu") -> dict:
     }
 
 
-def record(subject: str, rows: Sequence[Row], device: str = "cpu") -> Record:
-    """A record of `rows` measured by this process, now."""
-    command = " ".join(["python -m fastmoco.bench", *sys.argv[1:]])
-    return Record(subject, tuple(rows), environment(device), command, date.today().isoformat())
+def record(subject: str, rows: Sequence[Row], device: str = "cpu", timing: str = "") -> Record:
+    """A record of `rows` measured by this process, now; `timing` says how: warm-up and rounds."""
+    words = [word for word in sys.argv[1:] if word != "bench"]
+    command = shlex.join(["fastmoco", "bench", *words])
+    facts = {**environment(device), "timing": timing}
+    return Record(subject, tuple(rows), facts, command, date.today().isoformat())
 
 
 def save(path: str | Path, records: Sequence[Record]) -> None:
@@ -157,7 +165,7 @@ def compare_table(changes: Sequence[Change]) -> str:
     lines = ["| what | provider | cost B / A | 95 % interval | verdict |", "|---|---|---:|---:|---|"]
     for item in changes:
         interval = f"{item.low:.3f} to {item.high:.3f}"
-        lines.append(f"| {_label(item.row)} | {item.row.provider} | {item.ratio:.3f} | {interval} | {item.verdict} |")
+        lines.append(f"| {label(item.row)} | {item.row.provider} | {item.ratio:.3f} | {interval} | {item.verdict} |")
     return "\n".join(lines)
 
 
@@ -183,7 +191,7 @@ def _rows(item: Record) -> str:
     for row in item.rows:
         base = medians.get((row.name, json.dumps(row.config), row.baseline))
         lines.append(
-            f"| {_label(row)} | {row.provider} | {_number(row.median)} {row.unit} | {_spread(row)} | "
+            f"| {label(row)} | {row.provider} | {_number(row.median)} {row.unit} | {_spread(row)} | "
             f"{len(row.samples)} | {_against(row, base)} | {_percent(row.share)} |"
         )
     return "\n".join(lines)
@@ -201,7 +209,8 @@ def _spread(row: Row) -> str:
     return f"{_number(ordered[round(0.2 * last)])} to {_number(ordered[round(0.8 * last)])}"
 
 
-def _label(row: Row) -> str:
+def label(row: Row) -> str:
+    """What was measured, with its configuration."""
     config = ", ".join(f"{name} {value}" for name, value in row.config.items())
     return f"{row.name} ({config})" if config else row.name
 
@@ -210,7 +219,8 @@ def _caption(item: Record) -> str:
     env = item.environment
     shown = ", ".join(f"{name} {env['versions'][name]}" for name in SHOWN)
     where = f"{env['device']} ({env['cores']} cores)"
-    return f"**{item.subject}** on {where}, {item.date}, {shown}, commit {env['commit']}: `{item.command}`"
+    how = f" ({env['timing']})" if env.get("timing") else ""
+    return f"**{item.subject}** on {where}, {item.date}, {shown}, commit {env['commit']}: `{item.command}`{how}"
 
 
 def _number(value: float) -> str:
@@ -234,8 +244,19 @@ def _save_csv(path: Path, records: Sequence[Record]) -> None:
 def _record(item: dict) -> Record:
     if item["schema"] != SCHEMA:
         raise KeyError(f"schema {item['schema']}, this version reads {SCHEMA}")
+    _check("record", item, RECORD_SCHEMA)
+    for row in item["rows"]:
+        _check("row", row, ROW_SCHEMA)
     rows = tuple(Row(**{**row, "samples": tuple(row["samples"])}) for row in item["rows"])
     return Record(**{**item, "rows": rows})
+
+
+def _check(what: str, item: dict, schema: dict[str, tuple[type, ...]]) -> None:
+    for name, types in schema.items():
+        if not isinstance(item[name], types):
+            raise TypeError(f"{name} of a {what} is {item[name]!r}")
+    if what == "row" and not all(isinstance(sample, (int, float)) for sample in item["samples"]):
+        raise TypeError(f"samples of {item['name']} are not all numbers")
 
 
 def _device_name(device: str) -> str:

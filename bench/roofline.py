@@ -131,11 +131,14 @@ def backward_work(convs: list[Conv], level: str, batch: int) -> list[Work]:
     return works
 
 
-def seconds_per_pair(convs: list[Conv], level: str, batch: int, flops: float, bandwidth: float) -> float:
+def seconds_per_pair(
+    convs: list[Conv], level: str, batch: int, flops: float, bandwidth: float, element_bytes: int = ACTIVATION_BYTES
+) -> float:
     """Least seconds for one image pair on a machine of so many flops and bytes a second; ValueError on the level."""
     if level not in LEVELS:
         raise ValueError(f"level is {level!r}: use one of {', '.join(LEVELS)}")
     forward, backward = forward_work(convs, level, batch), backward_work(convs, level, batch)
+    bandwidth *= ACTIVATION_BYTES / element_bytes  # wider elements are as many more bytes
     return sum(max(work.flops / flops, work.nbytes / bandwidth) for work in [*forward, *forward, *backward])
 
 

@@ -32,11 +32,12 @@ WARMUP_RANKS = 11  # with several ranks torch asks for so many, until DDP has se
 class GraphStep:
     """`step.step` as a CUDA graph. `batch` gives the shapes; the state of `step` is afterwards what it was.
 
-    On a CPU it does everything but the capture. Batches must have the shapes of the first one.
+    On a CPU it does everything but the capture. Batches must have the shapes of the first one. `pool` is the memory
+    of another graph that is never replayed at the same time (torch.cuda.graph_pool_handle).
     """
 
-    def __init__(self, step: Step, batch: Batch) -> None:
-        self._step = step
+    def __init__(self, step: Step, batch: Batch, pool: tuple[int, int] | None = None) -> None:
+        self._step, self._pool = step, pool
         self._batch = dataclasses.replace(batch, **{name: value.clone() for name, value in _tensors(batch).items()})
         self._inputs = list(_tensors(self._batch).values())
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -66,13 +67,17 @@ class GraphStep:
     def _capture(self, stream: torch.cuda.Stream) -> None:
         graph = torch.cuda.CUDAGraph()
         # Other threads (NCCL's watchdog, the progress bar) may call CUDA meanwhile.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             self._metrics = self._step.advance(self._batch)
         self._graph = graph
 
 
 def runner(
-    step: Step, make_batch: Callable[[], Batch], mode: GraphMode = "auto", update: Backend = "fused"
+    step: Step,
+    make_batch: Callable[[], Batch],
+    mode: GraphMode = "auto",
+    update: Backend = "fused",
+    pool: tuple[int, int] | None = None,
 ) -> Runner:
     """The call that trains one step: a CUDA graph's, captured with `make_batch()`, or `step.step` itself.
 
@@ -87,7 +92,7 @@ def runner(
     if mode == "off" or not on_gpu or fixed:
         return step.step
     try:
-        return GraphStep(step, make_batch()).step
+        return GraphStep(step, make_batch(), pool).step
     except RuntimeError as error:
         if mode == "on":
             raise

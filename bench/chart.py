@@ -1,0 +1,55 @@
+"""Records as a picture: one panel a comparison, a bar a provider, the spread as a whisker, the bound as a line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from fastmoco.bench.report import Record, Row, label
+
+OURS, OTHERS, BOUND = "#1f6f8b", "#b8c4cc", "#c0392b"
+WIDTH, BAR, MARGIN = 8.0, 0.32, 1.1  # inches
+
+
+def draw(path: str | Path, records: Sequence[Record]) -> None:
+    """Write the bars of all `records` to `path`; the ending (.svg, .png, .pdf) decides the format."""
+    from matplotlib.figure import Figure
+
+    panels = _panels(records)
+    heights = [BAR * len(rows) + MARGIN for _, rows in panels]
+    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for axis, (title, rows) in zip(axes, panels, strict=True):
+        _panel(axis, rows)
+        axis.set_title(title, fontsize=9, loc="left")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _panels(records: Sequence[Record]) -> list[tuple[str, list[Row]]]:
+    found = []
+    for item in records:
+        for title, rows in groupby(item.rows, label):
+            found.append((f"{title}: {item.environment['device']}, {item.date}", list(rows)))
+    if not found:
+        raise ValueError("there is nothing to draw: the records have no rows")
+    return found
+
+
+def _panel(axis: object, rows: list[Row]) -> None:
+    places = np.arange(len(rows))[::-1]
+    low, middle, high = np.array([np.quantile(row.samples, (0.2, 0.5, 0.8)) for row in rows]).T
+    colours = [OURS if row.provider.startswith("fastmoco") else OTHERS for row in rows]
+    axis.barh(places, middle, color=colours, xerr=(middle - low, high - middle), ecolor="#444", height=0.7)
+    for place, row, value in zip(places, rows, middle, strict=True):
+        axis.annotate(f" {value:,.4g}", (value, place), va="bottom", fontsize=7)
+        if row.bound is not None:
+            axis.plot([row.bound] * 2, [place - 0.4, place + 0.4], color=BOUND, linewidth=1.5)
+    axis.set_yticks(places, [row.provider for row in rows], fontsize=8)
+    better = "more is better" if rows[0].higher_is_better else "less is better"
+    bound = "; red: physical bound" if any(row.bound is not None for row in rows) else ""
+    axis.set_xlabel(f"{rows[0].unit} ({better}{bound})", fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)

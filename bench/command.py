@@ -1,0 +1,108 @@
+"""`bench`, `bench compare` and `bench report`: which subjects are run, at which size, and where the results go."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fastmoco.bench import report
+from fastmoco.bench.report import Record, Row
+from fastmoco.contrast.update import PRECISIONS, resolve_precision
+from fastmoco.options import Bench, BenchCompare, BenchReport
+from fastmoco.parallel import Parallel
+from fastmoco.recipe import PRESETS, Recipe
+
+# What a CPU does in about a minute; flags override it.
+SMALL = {"arch": "resnet18", "batch_size": 32, "crop_size": 48, "queue_size": 4096}
+ROUNDS = {"cpu": 5, "cuda": 20}
+WARMUP = {"cpu": 1, "cuda": 3}
+SHORT_ROUNDS = {"loader": 3, "train": 3, "scaling": 3}  # of samples that last seconds
+
+
+def run(options: Bench) -> None:
+    """`bench`: measure the subjects, print their tables, write the files asked for."""
+    device = Parallel.start(options.device).device
+    recipe = recipe_of(options, device)
+    subjects = options.subjects or tuple(SUBJECTS)
+    records = []
+    for subject in subjects:
+        records.append(measure(subject, options, recipe, device))
+        print(report.table(records[-1:]) + "\n", flush=True)
+    write(options, records)
+
+
+def measure(subject: str, options: Bench, recipe: Recipe, device: torch.device) -> Record:
+    """One record of `subject`."""
+    rounds = options.rounds or SHORT_ROUNDS.get(subject, ROUNDS[device.type])
+    rows = SUBJECTS[subject](options, recipe, device, rounds)
+    timing = f"warm-up {WARMUP[device.type]}, {rounds} interleaved rounds" if subject in ("step", "kernels") else ""
+    return report.record(subject, rows, device.type, timing)
+
+
+def recipe_of(options: Bench, device: torch.device) -> Recipe:
+    """The preset at the size that `options` asks for: on a GPU as published, on a CPU small."""
+    recipe = PRESETS[options.preset][1]
+    given = {name: getattr(options, name) for name in SMALL if getattr(options, name) is not None}
+    small = {}
+    if device.type != "cuda":
+        small = {name: value for name, value in SMALL.items() if name == "arch" or getattr(recipe, name) > value}
+        # The batch stays whole batch-norm groups.
+        small["batch_size"] = max(1, SMALL["batch_size"] // recipe.bn_group) * recipe.bn_group
+    return dataclasses.replace(recipe, **small | given)
+
+
+def write(options: Bench, records: list[Record]) -> None:
+    """The JSON, CSV and SVG files that were asked for."""
+    for path in (options.json, options.csv):
+        if path is not None:
+            report.save(path, records)
+    if options.svg is not None:
+        from fastmoco.bench import chart
+
+        chart.draw(options.svg, records)
+
+
+def compare(options: BenchCompare) -> None:
+    """`bench compare A B`: print how each row that both files have moved."""
+    print(report.compare_table(report.compare(report.load(options.a), report.load(options.b))))
+
+
+def rewrite_readme(options: BenchReport) -> None:
+    """`bench report`: put the tables of the committed records between the README's markers."""
+    paths = sorted(options.records.glob("*.json"))
+    if not paths:
+        raise ValueError(f"{options.records} holds no records: write one with bench SUBJECT --json FILE")
+    text = options.readme.read_text()
+    options.readme.write_text(report.readme(text, [item for path in paths for item in report.load(path)]))
+    print(f"{options.readme}: the tables of {len(paths)} files")
+
+
+def _subject(module: str, *names: str) -> Callable[[Bench, Recipe, torch.device, int], list[Row]]:
+    def call(options: Bench, recipe: Recipe, device: torch.device, rounds: int) -> list[Row]:
+        offered = {
+            "rounds": rounds,
+            "warmup": WARMUP[device.type],
+            "precision": options.precision or "",
+            "dtype": PRECISIONS[resolve_precision(options.precision or "auto", device)].work,
+            "data": options.data,
+            "only": options.only,
+        }
+        return importlib.import_module(f"fastmoco.bench.{module}").run(
+            recipe, device, **{name: offered[name] for name in names}
+        )
+
+    return call
+
+
+SUBJECTS = {
+    "kernels": _subject("kernels", "rounds", "warmup", "dtype", "only"),
+    "step": _subject("step", "rounds", "warmup", "precision", "only"),
+    "loader": _subject("loader", "rounds", "data", "only"),
+    "train": _subject("train", "rounds", "precision", "data"),
+    "scaling": _subject("scaling", "rounds", "precision"),
+    "memory": _subject("memory", "dtype", "only"),
+}

@@ -1,0 +1,98 @@
+"""Throughput on 1, 2, 4 ... ranks, each with the same share of work, by the launcher that training uses.
+
+    python -m torch.distributed.run --nproc-per-node N -m fastmoco.bench.scaling FILE
+
+is what each point starts; rank 0 reads its task from FILE and writes what it measured back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from fastmoco.bench.report import Row
+from fastmoco.contrast.graph import runner
+from fastmoco.contrast.step import Step
+from fastmoco.data.placeholder import noise_batch
+from fastmoco.environment import cores
+from fastmoco.parallel import Parallel
+from fastmoco.recipe import Recipe
+
+WARMUP, STEPS = 1, 3
+
+
+def run(
+    recipe: Recipe, device: torch.device, *, rounds: int = 5, precision: str = "auto", most: int | None = None
+) -> list[Row]:
+    """Pairs a second of all ranks together; the bound is that of one rank times their number."""
+    most = most or (torch.cuda.device_count() if device.type == "cuda" else cores())
+    counts = [2**power for power in range(most.bit_length()) if 2**power <= most]
+    rates = {ranks: _launch(recipe, device, ranks, rounds, precision) for ranks in counts}
+    alone = sorted(rates[1])[len(rates[1]) // 2]
+    config = {"arch": recipe.arch, "px": recipe.crop_size, "batch a rank": recipe.batch_size}
+    return [
+        Row("scaling", _name(ranks), "pairs/s", tuple(samples), config, _name(1), ranks * alone)
+        for ranks, samples in rates.items()
+    ]
+
+
+def work(task: dict) -> list[float]:
+    """Measure on this rank among the others: pairs a second of all, `rounds` samples."""
+    parallel = Parallel.start(task["device"])
+    try:
+        if parallel.device.type == "cpu":
+            torch.set_num_threads(max(1, cores() // parallel.world))
+        recipe = Recipe.from_dict(task["recipe"])
+        step = Step(recipe, parallel, None if task["precision"] == "auto" else task["precision"])
+        batch = noise_batch(recipe, parallel)
+        advance = runner(step, lambda: batch)
+        for _ in range(WARMUP):
+            advance(batch, 1e-3)
+        return [_sample(parallel, recipe, lambda: advance(batch, 1e-3)) for _ in range(task["rounds"])]
+    finally:
+        parallel.close()
+
+
+def _sample(parallel: Parallel, recipe: Recipe, advance: object) -> float:
+    parallel.barrier()
+    started = time.perf_counter()
+    for _ in range(STEPS):
+        advance()
+    if parallel.device.type == "cuda":
+        torch.cuda.synchronize()
+    parallel.barrier()
+    return STEPS * recipe.batch_size / (time.perf_counter() - started)
+
+
+def _launch(recipe: Recipe, device: torch.device, ranks: int, rounds: int, precision: str) -> list[float]:
+    whole = dataclasses.replace(recipe, batch_size=recipe.batch_size * ranks)
+    task = {"recipe": whole.as_dict(), "device": device.type, "rounds": rounds, "precision": precision or "auto"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "task.json")
+        path.write_text(json.dumps(task))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += ["-m", "fastmoco.bench.scaling", str(path)]
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise RuntimeError(f"{ranks} ranks failed:\n{done.stderr}")
+        return json.loads(path.read_text())
+
+
+def _name(ranks: int) -> str:
+    return "1 rank" if ranks == 1 else f"{ranks} ranks"
+
+
+if __name__ == "__main__":
+    file = Path(sys.argv[1])
+    measured = work(json.loads(file.read_text()))
+    if os.environ["RANK"] == "0":
+        file.write_text(json.dumps(measured))

@@ -1,0 +1,69 @@
+"""Training as it runs: loader and step together, beside the step alone, and the share of time spent waiting for data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from fastmoco.bench.loader import PREFETCH, images
+from fastmoco.bench.report import Row
+from fastmoco.bench.step import WORK, pairs_bound
+from fastmoco.bench.timing import measure_machine
+from fastmoco.contrast.graph import runner
+from fastmoco.contrast.step import Step
+from fastmoco.contrast.update import resolve_precision
+from fastmoco.data.loader import Loader
+from fastmoco.data.manifest import Manifest
+from fastmoco.data.placeholder import noise_batch
+from fastmoco.data.plan import Plan
+from fastmoco.environment import cores
+from fastmoco.parallel import Parallel
+from fastmoco.recipe import Recipe
+
+STEPS = 3  # in a sample
+LOADED, ALONE = "fastmoco, loader and step", "fastmoco, step alone"
+
+
+def run(
+    recipe: Recipe, device: torch.device, *, rounds: int = 5, precision: str = "auto", data: Path | None = None
+) -> list[Row]:
+    """Pairs a second with the loader and without, and how much of the time was waited for batches."""
+    parallel = Parallel(device=device)
+    chosen = resolve_precision(precision or "auto", device)
+    step, batch = Step(recipe, parallel, chosen), noise_batch(recipe, parallel)
+    advance = runner(step, lambda: batch)
+    alone = [_rate(recipe, device, lambda: advance(batch, 1e-3)) for _ in range(rounds + 1)][1:]
+    with images(data, max(64, recipe.batch_size)) as manifest:
+        loaded, wait = _with_loader(recipe, parallel, manifest, partial(advance, lr=1e-3), rounds)
+    config = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size, "precision": chosen}
+    bound = pairs_bound(recipe, measure_machine(device, WORK[chosen]), WORK[chosen].itemsize)
+    return [
+        Row("train", LOADED, "pairs/s", tuple(loaded), config, ALONE, bound, {"data wait": wait}),
+        Row("train", ALONE, "pairs/s", tuple(alone), config, ALONE, bound),
+    ]
+
+
+def _with_loader(
+    recipe: Recipe, parallel: Parallel, manifest: Manifest, advance: Callable, rounds: int
+) -> tuple[list[float], float]:
+    plan = Plan(recipe, manifest.sizes)
+    options = {"stop_step": 1 << 30, "threads": cores(), "prefetch": PREFETCH}
+    with Loader(manifest, plan, recipe, parallel, **options) as loader:
+        for _ in range(PREFETCH + 1):
+            advance(next(loader))
+        waited, started = loader.wait_seconds, time.perf_counter()
+        rates = [_rate(recipe, parallel.device, lambda: advance(next(loader))) for _ in range(rounds)]
+        return rates, (loader.wait_seconds - waited) / (time.perf_counter() - started)
+
+
+def _rate(recipe: Recipe, device: torch.device, advance: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    for _ in range(STEPS):
+        advance()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return STEPS * recipe.batch_size / (time.perf_counter() - started)
