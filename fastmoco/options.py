@@ -52,6 +52,8 @@ class Options:
     """Update by our kernel, by torch's fused SGD, or by NVIDIA's apex where it is installed."""
     key_stream: bool = False
     """Encode keys on a CUDA stream of their own, beside the queries."""
+    timeout_seconds: float = 120.0
+    """Seconds that ranks wait for each other after the first step before the run fails; 0 leaves ten minutes."""
 
     log_every: int = 10
     """Steps between two lines of the log."""
@@ -68,7 +70,7 @@ class Options:
 
     def __post_init__(self) -> None:
         at_least = {"log_every": 1, "prefetch": 1, "keep": 2, "knn_every": 0, "threads": 0}
-        at_least |= {"save_every": 0, "save_minutes": 0}
+        at_least |= {"save_every": 0, "save_minutes": 0, "timeout_seconds": 0}
         for name, low in at_least.items():
             _require(getattr(self, name) >= low, name, getattr(self, name), f"use a number of at least {low}")
         if self.stop_after is not None:

@@ -14,11 +14,13 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastmoco import environment
+from fastmoco.contrast import agreement
 from fastmoco.contrast.graph import runner
 from fastmoco.contrast.step import Step
 from fastmoco.data import manifest, synthetic
@@ -84,6 +86,7 @@ class Run:
         # Before any DALI pipeline runs, which a capture would not survive.
         self.advance = runner(self.step, partial(noise_batch, recipe, parallel), options.graph, options.update)
         self.done = self.saved = self._restore() if options.resume else 0
+        self._started = False
         self.meter = Meter(parallel.device)
         self.watch = Stopwatch()
         self.save_due = time.perf_counter() + 60 * options.save_minutes
@@ -95,6 +98,7 @@ class Run:
 
     def train(self, asked: StopRequest) -> dict[str, Any]:
         """Train to the end, or until asked to stop; save, evaluate, sum up."""
+        self._agree_on_the_start()
         if self.done == 0:
             self._knn()
         try:
@@ -119,6 +123,7 @@ class Run:
                 rate = self.recipe.learning_rate(self.done, self.plan.steps_per_epoch)
                 self.meter.add(self.advance(batch, rate))
                 self.done += 1
+                self._after_the_first_step()
                 if self.done % self.options.log_every == 0 or self.done == self.last:
                     self._interval(rate)
                 if self.monitor is not None:
@@ -137,11 +142,26 @@ class Run:
             self.watch.waited(time.perf_counter() - began)
             yield batch
 
+    def _agree_on_the_start(self) -> None:
+        # Machines that see other files, or another newest checkpoint, would train on different things.
+        files = agreement.bytes_digest("\n".join(self.train_set.paths).encode(), self.train_set.sizes.tobytes())
+        agreement.compare(self.parallel, {"the list of images": files, "the step to go on from": self.done})
+        agreement.check(self.step, self.plan, self.done)
+
+    def _after_the_first_step(self) -> None:
+        # By then kernels are compiled and caches warm on every rank; who is silent for long is dead.
+        if self._started or not self.options.timeout_seconds:
+            return
+        self._started = True
+        self.parallel.set_timeout(timedelta(seconds=self.options.timeout_seconds))
+
     def _between_steps(self, save: bool) -> None:
         epochs = self.options.knn_every
         evaluate = epochs and self.done % (epochs * self.plan.steps_per_epoch) == 0
         if save:
             self._save()
+        elif self.done % agreement.CHECK_EVERY == 0:
+            agreement.check(self.step, self.plan, self.done)
         if evaluate:
             self._knn()
         if save or evaluate:
@@ -191,6 +211,7 @@ class Run:
         # Saving reads everything back anyway: here a wait for the device is no loss, and no bad state is kept.
         if self.parallel.any(self.meter.nonfinite()):
             raise self._diverged(self.done)
+        agreement.check(self.step, self.plan, self.done)
         state = self.step.state()
         if self.parallel.is_main:
             meta = {"recipe": self.recipe.as_dict(), "precision": self.step.precision}
