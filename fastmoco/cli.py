@@ -23,8 +23,8 @@ from fastmoco.options import Pretrain, PretrainFlags, UsageError, check_places
 from fastmoco.recipe import PRESETS, Recipe, RecipeError
 
 PROG = "fastmoco"
-# Resuming may change these: they decide how the run is judged, not what is learnt.
-HARMLESS_ON_RESUME = {"knn_k", "knn_temperature", "knn_features"}
+# Resuming may change these: they decide how the run is judged and when it gives up, not what is learnt.
+HARMLESS_ON_RESUME = {"knn_k", "knn_temperature", "knn_features", "max_bad_share"}
 
 
 class Command(NamedTuple):

@@ -44,6 +44,9 @@ class Options:
     """Threads that decode images, for each rank; 0 is its share of the cores."""
     prefetch: int = 2
     """Batches that are prepared ahead of the step."""
+    quarantine: bool = True
+    """Replace images that turn out to be bad, and list them in RUN/quarantine.jsonl; without it the first one stops
+    the run."""
     graph: Literal["auto", "on", "off"] = "auto"
     """Replay the step as one CUDA graph; auto does on a GPU."""
     encoder: Literal["fused", "eager", "compile"] = "fused"

@@ -129,6 +129,8 @@ class Recipe:
     """Side of the square views, in pixels."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     """Distribution of the views."""
+    max_bad_share: float = 0.001
+    """Share of the images that may turn out to be bad while a run reads them, at least one; at more it stops."""
     seed: int = 0
     """The one seed: of initialisation, sample order, boxes, photometric draws and shuffles."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
@@ -153,6 +155,7 @@ class Recipe:
         _require(self.temperature > 0, "temperature", self.temperature, "use a positive temperature")
         _require(self.knn_temperature > 0, "knn_temperature", self.knn_temperature, "use a positive temperature")
         _require(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "use a number of at least 0")
+        _require(0 <= self.max_bad_share <= 1, "max_bad_share", self.max_bad_share, "use a share from 0 to 1")
         _require(self.lr == "auto" or self.lr > 0, "lr", self.lr, "use auto or a positive rate")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "use a whole number from 0 to 2^63 - 1")
         self.check_ranks(1)

@@ -1,13 +1,16 @@
 """Batches on the device, prepared by a background thread: the plan says what, the pipeline does it.
 
 With several ranks an image is decoded once, by the rank that holds it as a query. Its key crop travels as uint8 to the
-rank that encodes it, and that rank derives the photometric parameters itself, since the plan is pure.
+rank that encodes it, and that rank derives the photometric parameters itself, since the plan is pure. A sample that
+turns out to be bad is replaced in the batch that it spoils, and from then on (`quarantine.py`).
 """
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -23,8 +26,9 @@ import torch
 from torch import Tensor
 
 from fastmoco.data.manifest import Manifest
-from fastmoco.data.pipeline import DecodeError, Pipeline, Request
+from fastmoco.data.pipeline import Pipeline, Repair, Request, fault
 from fastmoco.data.plan import Plan, Route, centre_boxes, route
+from fastmoco.data.quarantine import Quarantine
 from fastmoco.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -42,7 +46,7 @@ class Batch:
     step: int
     epoch: int
     sample: np.ndarray
-    """int64 [N]: samples of this rank's query slots."""
+    """int64 [N]: samples of this rank's query slots, as planned: a bad one's crops are of its substitute."""
     query_crops: Tensor
     """uint8 [M, S, S, 3]."""
     query_parameters: Tensor
@@ -60,8 +64,9 @@ class Batch:
 class Loader:
     """Iterator of Batch for the steps from `start_step` to `stop_step`, at most `prefetch` batches ahead.
 
-    What it yields depends on the plan alone, not on threads, prefetch or where it starts. Errors of the background
-    thread, DecodeError above all, are raised in the step they belong to. All ranks must draw the same steps.
+    What it yields depends on the plan and the quarantine alone, not on threads, prefetch or where it starts. Without
+    a quarantine the first bad sample raises DecodeError, in the step it belongs to, as does any other error of the
+    background thread. All ranks must draw the same steps.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class Loader:
         stop_step: int,
         threads: int | None = None,
         prefetch: int = 2,
+        quarantine: Quarantine | None = None,
     ) -> None:
         if len(manifest) != len(plan.sizes):
             raise ValueError(f"the plan is for {len(plan.sizes)} images, the manifest has {len(manifest)}")
@@ -82,8 +88,9 @@ class Loader:
             raise ValueError(f"rank {parallel.rank} of {parallel.world} has the plan of {plan.rank} of {plan.world}")
         self._parallel = parallel
         self._exchange_stream = _side_stream(parallel.device) if parallel.world > 1 else None
+        source = _Source(manifest, quarantine, lambda step, samples: _boxes(plan, step, samples))
         steps = range(start_step, stop_step)
-        make = partial(_training, manifest, plan, recipe.crop_size, steps, parallel.device, threads)
+        make = partial(_training, source, plan, recipe.crop_size, steps, parallel.device, threads)
         self._background = Background(make, prefetch)
 
     @property
@@ -119,7 +126,8 @@ class Loader:
 class EvaluationLoader:
     """Iterator of (crops uint8 [n, S, S, 3], index int64 [n]) over a manifest in order, each image's centre box.
 
-    `indices` chooses images and their order; the last batch may be smaller.
+    `indices` chooses images and their order; the last batch may be smaller. A bad image shows the next good one and
+    makes a warning; DataError where more are bad than a quarantine allows.
     """
 
     def __init__(
@@ -136,7 +144,9 @@ class EvaluationLoader:
         chosen = np.arange(len(manifest)) if indices is None else np.asarray(indices, np.int64)
         batches = [chosen[at : at + batch_size] for at in range(0, len(chosen), batch_size)]
         self._length = len(batches)
-        self._background = Background(partial(_evaluation, manifest, crop_size, batches, device, threads), prefetch)
+        self._quarantine = Quarantine(manifest)
+        source = _Source(manifest, self._quarantine, lambda _, samples: _centre(manifest, crop_size, samples))
+        self._background = Background(partial(_evaluation, source, crop_size, batches, device, threads), prefetch)
 
     def __len__(self) -> int:
         return self._length
@@ -146,6 +156,9 @@ class EvaluationLoader:
 
     def __next__(self) -> tuple[Tensor, np.ndarray]:
         crops, index, event = next(self._background)
+        while self._quarantine.news:
+            bad = self._quarantine.news.popleft()
+            warnings.warn(f"{bad.file}: {bad.reason}; evaluating {bad.substitute} in its place", stacklevel=2)
         return _hand_over((crops, index), [crops], event)
 
     def close(self) -> None:
@@ -161,6 +174,17 @@ class EvaluationLoader:
 
 class _End(NamedTuple):
     error: BaseException | None
+
+
+_running: weakref.WeakSet[Background] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    # Registered after DALI's own, so that it runs first: DALI ends its pipelines, and a thread of ours would take that
+    # for an image that cannot be decoded.
+    for background in list(_running):
+        background.close()
 
 
 class Background:
@@ -180,6 +204,7 @@ class Background:
         arguments = (make, self._items, self._slots, self._closed)
         self._thread = threading.Thread(target=_fill, args=arguments, name="fastmoco-loader", daemon=True)
         self._finish = weakref.finalize(self, _finish, self._thread, self._slots, self._closed)
+        _running.add(self)
         self._thread.start()
 
     def __iter__(self) -> Iterator[Any]:
@@ -223,37 +248,36 @@ def _finish(thread: threading.Thread, slots: threading.Semaphore, closed: thread
 
 
 def _training(
-    manifest: Manifest, plan: Plan, crop_size: int, steps: range, device: torch.device, threads: int | None
+    source: _Source, plan: Plan, crop_size: int, steps: range, device: torch.device, threads: int | None
 ) -> Generator:
     mine = slice(plan.rank * plan.per_rank, (plan.rank + 1) * plan.per_rank)
-
-    def boxes(step: int, samples: np.ndarray) -> np.ndarray:
-        return np.stack([plan.boxes(plan.epoch(step), samples, view) for view in (0, 1)])
-
     wanted = ((step, plan.samples(step)[mine]) for step in steps)
     with _on(_side_stream(device)), ThreadPoolExecutor(READERS) as readers:
-        requests = _requests(manifest, readers, wanted, boxes)
         options = {"batch_size": plan.per_rank, "crop_size": crop_size, "device": device, "threads": threads}
-        with closing(Pipeline(requests, views=2, **options)) as pipeline:
+        with closing(Pipeline(source.requests(readers, wanted), views=2, repair=source.repair, **options)) as pipeline:
             for step, crops in zip(steps, pipeline, strict=True):
                 yield *_assemble(plan, step, crops), _event(device)
 
 
 def _evaluation(
-    manifest: Manifest, crop_size: int, batches: list[np.ndarray], device: torch.device, threads: int | None
+    source: _Source, crop_size: int, batches: list[np.ndarray], device: torch.device, threads: int | None
 ) -> Generator:
     if not batches:
         return
-
-    def boxes(_: int, samples: np.ndarray) -> np.ndarray:
-        return centre_boxes(manifest.sizes[samples], crop_size)[None]
-
     with _on(_side_stream(device)), ThreadPoolExecutor(READERS) as readers:
-        requests = _requests(manifest, readers, enumerate(batches), boxes)
+        requests = source.requests(readers, enumerate(batches))
         options = {"batch_size": len(batches[0]), "crop_size": crop_size, "device": device, "threads": threads}
-        with closing(Pipeline(requests, views=1, **options)) as pipeline:
+        with closing(Pipeline(requests, views=1, repair=source.repair, **options)) as pipeline:
             for index, crops in zip(batches, pipeline, strict=True):
                 yield crops[0], index, _event(device)
+
+
+def _boxes(plan: Plan, step: int, samples: np.ndarray) -> np.ndarray:
+    return np.stack([plan.boxes(plan.epoch(step), samples, view) for view in (0, 1)])
+
+
+def _centre(manifest: Manifest, crop_size: int, samples: np.ndarray) -> np.ndarray:
+    return centre_boxes(manifest.sizes[samples], crop_size)[None]
 
 
 def _assemble(plan: Plan, step: int, crops: Tensor) -> tuple[Batch, Route]:
@@ -283,40 +307,54 @@ def _assemble(plan: Plan, step: int, crops: Tensor) -> tuple[Batch, Route]:
     return batch, routed
 
 
-def _requests(
-    manifest: Manifest,
-    readers: ThreadPoolExecutor,
-    wanted: Iterable[tuple[int, np.ndarray]],
-    boxes: Callable[[int, np.ndarray], np.ndarray],
-) -> Iterator[Request]:
-    reading: deque = deque()
-    for step, samples in wanted:
-        chunks = np.array_split(samples, min(READERS, len(samples)))
-        reading.append((step, samples, readers.map(partial(_read, manifest), chunks)))
-        if len(reading) > READ_AHEAD:
-            yield _request(manifest, boxes, *reading.popleft())
-    while reading:
-        yield _request(manifest, boxes, *reading.popleft())
+class _Source:
+    """What to decode: reads ahead, and puts substitutes in the place of bad samples."""
 
+    def __init__(
+        self, manifest: Manifest, quarantine: Quarantine | None, boxes: Callable[[int, np.ndarray], np.ndarray]
+    ) -> None:
+        self.manifest, self.quarantine, self.boxes = manifest, quarantine, boxes
 
-def _read(manifest: Manifest, indices: np.ndarray) -> list[np.ndarray | OSError]:
-    result: list[np.ndarray | OSError] = []
-    for index in indices.tolist():
-        try:
-            result.append(manifest.read(index))
-        except OSError as error:
-            result.append(error)
-    return result
+    @property
+    def repair(self) -> Repair | None:
+        return self._repair if self.quarantine is not None else None
 
+    def requests(
+        self, readers: ThreadPoolExecutor, wanted: Iterable[tuple[int, np.ndarray]]
+    ) -> Iterator[Request]:
+        reading: deque = deque()
+        for step, samples in wanted:
+            used = samples if self.quarantine is None else self.quarantine.replaced(step, samples)
+            chunks = np.array_split(used, min(READERS, len(used)))
+            reading.append((step, used, readers.map(self._read, chunks)))
+            if len(reading) > READ_AHEAD:
+                yield self._request(*reading.popleft())
+        while reading:
+            yield self._request(*reading.popleft())
 
-def _request(manifest: Manifest, boxes: Callable, step: int, samples: np.ndarray, chunks: Iterator[list]) -> Request:
-    encoded = [data for chunk in chunks for data in chunk]
-    names = [manifest.path(index) for index in samples.tolist()]
-    lost = [i for i, data in enumerate(encoded) if isinstance(data, OSError)]
-    if lost:
-        reasons = [f"cannot be read: {encoded[i].strerror}" for i in lost]
-        raise DecodeError(lost, [names[i] for i in lost], reasons)
-    return Request(names, encoded, manifest.sizes[samples], boxes(step, samples))
+    def _request(self, step: int, samples: np.ndarray, chunks: Iterator[list]) -> Request:
+        encoded = [data for chunk in chunks for data in chunk]
+        names = [self.manifest.path(index) for index in samples.tolist()]
+        return Request(names, encoded, self.manifest.sizes[samples], self.boxes(step, samples), step, samples)
+
+    def _read(self, indices: np.ndarray) -> list[np.ndarray | OSError]:
+        result: list[np.ndarray | OSError] = []
+        for index in indices.tolist():
+            try:
+                result.append(self.manifest.read(index))
+            except OSError as error:
+                result.append(error)
+        return result
+
+    def _repair(self, request: Request, faults: dict[int, str]) -> Request:
+        samples, encoded = request.samples.copy(), list(request.encoded)
+        for position, reason in faults.items():
+            while reason:
+                sample = self.quarantine.add(request.step, int(samples[position]), reason)
+                samples[position] = sample
+                (encoded[position],) = self._read(samples[position : position + 1])
+                reason = fault(encoded[position], self.manifest.sizes[sample])
+        return self._request(request.step, samples, iter([encoded]))
 
 
 def _move(array: np.ndarray, device: torch.device) -> Tensor:

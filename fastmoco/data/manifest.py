@@ -6,6 +6,7 @@ line. Sizes come from the headers and are cached under the user's cache folder, 
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import io
 import os
@@ -61,6 +62,11 @@ class Manifest:
     def path(self, index: int) -> str:
         """Full path of an image, for messages and for other readers."""
         return os.path.join(self.root, self.paths[index])
+
+    def find(self, path: str) -> int | None:
+        """Index of the image with that entry in `paths`, or None."""
+        index = bisect.bisect_left(self.paths, path)
+        return index if index < len(self.paths) and self.paths[index] == path else None
 
     def read(self, index: int) -> np.ndarray:
         """The encoded bytes of an image, uint8 [size]; OSError where the file cannot be read."""
@@ -171,7 +177,20 @@ def _is_complete(file: io.RawIOBase, head: bytes) -> bool:
         return tail[4:8] == b"IEND" or b"IEND\xae\x42\x60\x82" in _whole(file)
     if head[:4] == b"RIFF":
         return int.from_bytes(head[4:8], "little") + 8 <= end
-    return True
+    return not is_cut_bmp(head, end)
+
+
+def is_cut_bmp(head: bytes, size: int) -> bool:
+    """Whether a file of `size` bytes that starts with `head` is a BMP without all its rows.
+
+    It decodes to garbage without an error. Compressed ones, which nobody writes, are not judged.
+    """
+    if head[:2] != b"BM" or len(head) < 34:
+        return False
+    start, header_size, width, height, _, bits, compression = struct.unpack_from("<IIiiHHI", head, 10)
+    if header_size < 40 or compression not in (0, 3):
+        return False
+    return start + (abs(width) * bits + 31) // 32 * 4 * abs(height) > size
 
 
 def _ends_before_garbage(file: io.RawIOBase) -> bool:

@@ -6,9 +6,10 @@ Pillow does at a fifth of the cost of DALI's resampler. Nothing is drawn here; t
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -21,11 +22,14 @@ from nvidia.dali import Pipeline as DaliPipeline
 from nvidia.dali import fn, types
 from torch import Tensor
 
-from fastmoco.data.manifest import DataError
+from fastmoco.data.manifest import DataError, is_cut_bmp
 
 DEPTH = 2  # batches that DALI works on at once
 CPU_BATCH = 32  # images decoded at once on a CPU; bounds the memory that decoded images take
 HW_DECODER_LOAD = 0.65  # share of JPEGs for the GPU's decoding engine, the rest goes to its cores; DALI's default
+
+
+NO_SAMPLES = np.empty(0, np.int64)
 
 
 class DecodeError(DataError):
@@ -36,18 +40,37 @@ class DecodeError(DataError):
         super().__init__(f"{names[0]}: {reasons[0]}{more}")
         self.positions, self.names, self.reasons = positions, names, reasons
 
+    @classmethod
+    def of(cls, names: list[str], faults: dict[int, str], first: int = 0) -> DecodeError:
+        """The error for `faults`, reasons by position in `names`; these begin at position `first` of the batch."""
+        positions = list(faults)
+        return cls([first + i for i in positions], [names[i] for i in positions], list(faults.values()))
+
 
 class Request(NamedTuple):
     """One batch of n images to be decoded and cut into V crops each."""
 
     names: list[str]
     """What to call each image in an error."""
-    encoded: list[np.ndarray]
-    """Bytes of each image file, uint8."""
+    encoded: list[np.ndarray | OSError]
+    """Bytes of each image file, uint8, or why they could not be read."""
     sizes: np.ndarray
     """int32 [n, 2]: height and width that the boxes were made for."""
     boxes: np.ndarray
     """int32 [V, n, 4]: top, left, height and width of each box."""
+    step: int = 0
+    """Which batch this is, and `samples` int64 [n] which images they are: for the repair."""
+    samples: np.ndarray = NO_SAMPLES
+
+    def rows(self, rows: slice) -> Request:
+        """The same request for some of its images."""
+        names, encoded, sizes, boxes, step, samples = self
+        return Request(names[rows], encoded[rows], sizes[rows], boxes[:, rows], step, samples[rows])
+
+
+Repair = Callable[[Request, dict[int, str]], Request]
+"""Given a request and the reason why each position at fault cannot be decoded: the request with others in their place,
+whose headers `fault` finds nothing wrong with."""
 
 
 def default_threads() -> int:
@@ -59,9 +82,10 @@ def default_threads() -> int:
 class Pipeline:
     """Iterator of uint8 crops [V, n, S, S, 3] on `device`, one tensor for each request, in order.
 
-    Requests are drawn while earlier ones are being decoded; `batch_size` bounds their n, `views` is their V. A request
-    that cannot be decoded raises DecodeError once all before it are handed out, and ends the iterator; so does an
-    error from `requests`. On a GPU the crops are ordered on the stream current in the calling thread.
+    Requests are drawn while earlier ones are being decoded; `batch_size` bounds their n, `views` is their V. What
+    cannot be decoded is given to `repair`, and only the requests under way are decoded again; without one it raises
+    DecodeError once all before it are handed out, and ends the iterator; so does an error from `requests`. On a GPU
+    the crops are ordered on the stream current in the calling thread.
     """
 
     def __init__(
@@ -73,9 +97,11 @@ class Pipeline:
         views: int,
         device: torch.device,
         threads: int | None = None,
+        repair: Repair | None = None,
     ) -> None:
         make = _gpu_crops if device.type == "cuda" else _cpu_crops
-        self._crops = make(requests, batch_size, crop_size, views, device, threads or default_threads())
+        checked = _checked(requests, repair)
+        self._crops = make(checked, repair, batch_size, crop_size, views, device, threads or default_threads())
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
@@ -89,13 +115,18 @@ class Pipeline:
 
 
 def _cpu_crops(
-    requests: Iterable[Request], batch_size: int, crop_size: int, views: int, device: torch.device, threads: int
+    requests: Iterator[Request],
+    repair: Repair | None,
+    batch_size: int,
+    crop_size: int,
+    views: int,
+    device: torch.device,
+    threads: int,
 ) -> Iterator[Tensor]:
-    feed = _Feed(_parts(_checked(requests)), lambda part: (part.request.encoded,))
-    pipe = _dali(min(batch_size, CPU_BATCH), threads, None, feed, 1, _decode_graph)
+    build = partial(_dali, min(batch_size, CPU_BATCH), threads, None, 1, _decode_graph)
     with ThreadPoolExecutor(threads) as pool:
         run = map if threads == 1 else pool.map
-        for part, (images,) in _outputs(pipe, feed):
+        for part, (images,) in _outputs(build, _Feed(_parts(requests), _encoded), repair):
             request, first, total = part
             if first == 0:
                 crops = torch.empty(views, total, crop_size, crop_size, 3, dtype=torch.uint8)
@@ -115,14 +146,19 @@ def _cut(crops: Tensor, first: int, boxes: np.ndarray, decoded: list[Tensor], i:
 
 
 def _gpu_crops(
-    requests: Iterable[Request], batch_size: int, crop_size: int, views: int, device: torch.device, threads: int
+    requests: Iterator[Request],
+    repair: Repair | None,
+    batch_size: int,
+    crop_size: int,
+    views: int,
+    device: torch.device,
+    threads: int,
 ) -> Iterator[Tensor]:
-    parts = (_Part(request, 0, len(request.encoded)) for request in _checked(requests))
-    feed = _Feed(parts, _with_corners)
+    parts = (_Part(request, 0, len(request.encoded)) for request in requests)
     graph = partial(_crop_graph, crop_size=crop_size, batch_size=batch_size)
-    pipe = _dali(batch_size, threads, device.index or 0, feed, 1 + 2 * views, graph)
+    build = partial(_dali, batch_size, threads, device.index or 0, 1 + 2 * views, graph)
     stream = torch.cuda.current_stream(device)
-    for part, resized in _outputs(pipe, feed, stream):
+    for part, resized in _outputs(build, _Feed(parts, _with_corners), repair, stream):
         crops = torch.empty(views, part.total, crop_size, crop_size, 3, dtype=torch.uint8, device=device)
         # The one copy: from here on the memory is torch's, which knows when a later stream is done with it.
         for crop, made in zip(crops, resized, strict=True):
@@ -139,10 +175,14 @@ class _Part(NamedTuple):
 
 
 def _parts(requests: Iterable[Request]) -> Iterator[_Part]:
-    for names, encoded, sizes, boxes in requests:
-        for at in range(0, len(encoded), CPU_BATCH):
-            rows = slice(at, at + CPU_BATCH)
-            yield _Part(Request(names[rows], encoded[rows], sizes[rows], boxes[:, rows]), at, len(encoded))
+    for request in requests:
+        total = len(request.encoded)
+        for at in range(0, total, CPU_BATCH):
+            yield _Part(request.rows(slice(at, at + CPU_BATCH)), at, total)
+
+
+def _encoded(part: _Part) -> tuple:
+    return (part.request.encoded,)
 
 
 def _with_corners(part: _Part) -> tuple:
@@ -172,7 +212,10 @@ class _Feed:
         return self.inputs(self.pending[-1])
 
 
-def _outputs(pipe: DaliPipeline, feed: _Feed, stream: object = None) -> Iterator[tuple[_Part, tuple]]:
+def _outputs(
+    build: Callable[[_Feed], DaliPipeline], feed: _Feed, repair: Repair | None, stream: object = None
+) -> Iterator[tuple[_Part, tuple]]:
+    pipe = build(feed)
     while True:
         pipe.schedule_run()  # the first time DEPTH runs, as far as there are requests
         try:
@@ -180,15 +223,31 @@ def _outputs(pipe: DaliPipeline, feed: _Feed, stream: object = None) -> Iterator
         except StopIteration:
             break
         except RuntimeError as error:
-            raise _explain(feed.pending[0], error) from error
+            feed = _repaired(feed, repair, error)
+            pipe = build(feed)  # a failure ends a DALI pipeline
+            continue
         yield feed.pending.popleft(), outputs
         pipe.release_outputs()
     if feed.error:
         raise feed.error
 
 
+def _repaired(feed: _Feed, repair: Repair | None, error: RuntimeError) -> _Feed:
+    part = feed.pending[0]
+    bad = _undecodable(part, range(len(part.request.encoded)))
+    if not bad:
+        raise error
+    faults = dict.fromkeys(bad, "damaged: cannot be decoded")
+    if repair is None:
+        raise DecodeError.of(part.request.names, faults, part.first) from error
+    feed.pending[0] = part._replace(request=repair(part.request, faults))
+    again = _Feed(itertools.chain(feed.pending, feed.parts), feed.inputs)
+    again.error = feed.error
+    return again
+
+
 def _dali(
-    batch_size: int, threads: int, device_id: int | None, source: Callable, inputs: int, graph: Callable
+    batch_size: int, threads: int, device_id: int | None, inputs: int, graph: Callable, source: Callable
 ) -> DaliPipeline:
     pipe = DaliPipeline(batch_size, threads, device_id, prefetch_queue_depth=DEPTH)
     kinds = [types.UINT8] + [types.FLOAT] * (inputs - 1)
@@ -218,41 +277,35 @@ def _crop_graph(encoded: object, *corners: object, crop_size: int, batch_size: i
     return tuple(resize(roi_start=start, roi_end=end) for start, end in boxes)
 
 
-def _checked(requests: Iterable[Request]) -> Iterator[Request]:
+def _checked(requests: Iterable[Request], repair: Repair | None) -> Iterator[Request]:
     # DALI 2.4 may crash the process on a header it cannot parse: it gives up while the rest of the batch is decoding.
     # So its parser is asked first, 4 us an image.
     for request in requests:
-        faults = [_fault(data, tuple(size)) for data, size in zip(request.encoded, request.sizes.tolist(), strict=True)]
-        bad = [i for i, fault in enumerate(faults) if fault]
-        if bad:
-            raise DecodeError(bad, [request.names[i] for i in bad], [faults[i] for i in bad])
-        yield request
+        found = (fault(data, size) for data, size in zip(request.encoded, request.sizes.tolist(), strict=True))
+        faults = {i: reason for i, reason in enumerate(found) if reason}
+        if faults and repair is None:
+            raise DecodeError.of(request.names, faults)
+        yield repair(request, faults) if faults else request
 
 
-def _fault(data: np.ndarray, size: tuple[int, int]) -> str:
+def fault(data: np.ndarray | OSError, size: Sequence[int]) -> str:
+    """Why an image of height and width `size` cannot be decoded from `data`, as far as its header tells; or ""."""
+    if isinstance(data, OSError):
+        return f"cannot be read: {data.strerror}"
     try:
         header = nvimgcodec.CodeStream(data)
         height, width = header.height, header.width
     except RuntimeError:
         return "not an image that can be decoded"
-    if (height, width) == size:
-        return ""
-    return f"is {width} x {height} pixels, but was {size[1]} x {size[0]} when it was scanned"
-
-
-def _explain(part: _Part, error: RuntimeError) -> Exception:
-    """DecodeError for the images DALI fails on one by one, or the error itself where it fails on none of them."""
-    bad = _undecodable(part, range(len(part.request.encoded)))
-    if not bad:
-        return error
-    names = [part.request.names[i] for i in bad]
-    return DecodeError([part.first + i for i in bad], names, ["damaged: cannot be decoded"] * len(bad))
+    if (height, width) != tuple(size):
+        return f"is {width} x {height} pixels, but was {size[1]} x {size[0]} when it was scanned"
+    return "truncated" if is_cut_bmp(data[:64].tobytes(), len(data)) else ""
 
 
 def _undecodable(part: _Part, rows: range) -> list[int]:
     # A failure ends a DALI pipeline, so each half gets a new one.
     feed = _Feed(iter([part]), lambda part: ([part.request.encoded[i] for i in rows],))
-    pipe = _dali(len(rows), 1, None, feed, 1, _decode_graph)
+    pipe = _dali(len(rows), 1, None, 1, _decode_graph, feed)
     try:
         pipe.schedule_run()
         pipe.share_outputs()

@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,11 +24,12 @@ from fastmoco import environment
 from fastmoco.contrast import agreement
 from fastmoco.contrast.graph import runner
 from fastmoco.contrast.step import Step
-from fastmoco.data import manifest, synthetic
+from fastmoco.data import manifest, quarantine, synthetic
 from fastmoco.data.loader import Loader
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.placeholder import noise_batch
 from fastmoco.data.plan import Plan
+from fastmoco.data.quarantine import Quarantine
 from fastmoco.evaluate import knn
 from fastmoco.options import Options, Pretrain, UsageError, check_places
 from fastmoco.parallel import Parallel
@@ -77,6 +79,9 @@ class Run:
         self.out = Path(options.out)
         self.threads = options.threads or max(1, environment.cores() // _ranks_here())
         self.train_set, self.val_set, note = _images(options)
+        self.quarantine = None
+        if options.quarantine:
+            self.quarantine = Quarantine(self.train_set, self.out / quarantine.NAME, recipe.max_bad_share)
         self.plan = Plan(recipe, self.train_set.sizes, parallel.world, parallel.rank)
         self.total = recipe.epochs * self.plan.steps_per_epoch
         self.last = min(self.total, options.stop_after or self.total)
@@ -95,6 +100,7 @@ class Run:
             self._record(preset)
             self.monitor = Monitor(self.out, self.last, self.done, tensorboard=options.tensorboard)
             self._announce(preset, note)
+        parallel.barrier()  # from here on RUN exists, and any rank may write to it
 
     def train(self, asked: StopRequest) -> dict[str, Any]:
         """Train to the end, or until asked to stop; save, evaluate, sum up."""
@@ -116,10 +122,12 @@ class Run:
     def _steps(self, asked: StopRequest) -> bool:
         vote = Vote(self.parallel)
         loader = Loader(self.train_set, self.plan, self.recipe, self.parallel, start_step=self.done,
-                        stop_step=self.last, threads=self.threads, prefetch=self.options.prefetch)  # fmt: skip
+                        stop_step=self.last, threads=self.threads, prefetch=self.options.prefetch,
+                        quarantine=self.quarantine)  # fmt: skip
         with loader:
             self.watch.skip()
             for batch in self._timed(loader):
+                self._tell_quarantine()
                 rate = self.recipe.learning_rate(self.done, self.plan.steps_per_epoch)
                 self.meter.add(self.advance(batch, rate))
                 self.done += 1
@@ -133,6 +141,12 @@ class Run:
                     return stop and self.done < self.last
                 self._between_steps(save)
         return False
+
+    def _tell_quarantine(self) -> None:
+        while self.quarantine is not None and self.quarantine.news:
+            bad = self.quarantine.news.popleft()
+            line = f"quarantine: {bad.file}: {bad.reason}; from step {bad.step} on {bad.substitute} takes its place"
+            print(line, file=sys.stderr, flush=True) if self.monitor is None else self.monitor.say(line)
 
     def _timed(self, batches: Any) -> Iterator[Any]:
         batches = iter(batches)
@@ -354,7 +368,7 @@ def _images(options: Options) -> tuple[Manifest, Manifest | None, str]:
 def _same_recipe(saved: Recipe, now: Recipe, path: Path) -> None:
     for field in dataclasses.fields(Recipe):
         old, new = getattr(saved, field.name), getattr(now, field.name)
-        if old != new and not field.name.startswith("knn_"):
+        if old != new and not field.name.startswith("knn_") and field.name != "max_bad_share":
             raise UsageError(f"{path} was made with {field.name} {old}, not {new}: resume it with the same recipe")
 
 

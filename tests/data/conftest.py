@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -65,3 +66,72 @@ def photo_folder(photos: list[np.ndarray], tmp_path_factory: pytest.TempPathFact
 def photo_manifest(photo_folder: Path) -> Manifest:
     """Manifest of `photo_folder`."""
     return scan(photo_folder, cache=False)
+
+
+def _bytes(pixels: np.ndarray, format: str = "JPEG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def _huge(jpeg: bytes) -> bytes:
+    start = jpeg.index(b"\xff\xc0") + 5
+    return jpeg[:start] + b"\xea\x60\xea\x60" + jpeg[start + 4 :]  # 60000 x 60000
+
+
+def _without_segment(jpeg: bytes, marker: bytes) -> bytes:
+    while marker in jpeg:
+        at = jpeg.index(marker)
+        jpeg = jpeg[:at] + jpeg[at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big") :]
+    return jpeg
+
+
+def _zeroed(data: bytes, start: int, stop: int) -> bytes:
+    return data[:start] + bytes(stop - start) + data[stop:]
+
+
+# How each kind of broken file is made from the pixels of a good one. The last four pass the scan of headers.
+BROKEN: dict[str, Callable[[np.ndarray], bytes]] = {
+    "empty": lambda _: b"",
+    "page": lambda _: b"<html><body>404 not found</body></html>",
+    "gif": lambda pixels: _bytes(pixels, "GIF"),
+    "huge": lambda pixels: _huge(_bytes(pixels)),
+    "cut jpeg": lambda pixels: _bytes(pixels)[:-60],
+    "cut bmp": lambda pixels: _bytes(pixels, "BMP")[:-900],
+    "no tables": lambda pixels: _without_segment(_bytes(pixels), b"\xff\xdb"),
+    "no scan": lambda pixels: _bytes(pixels)[: _bytes(pixels).index(b"\xff\xda")] + b"\xff\xd9",
+    "harmed png": lambda pixels: _zeroed(_bytes(pixels, "PNG"), 90, 130),
+    "cut tiff": lambda pixels: _bytes(pixels, "TIFF")[:-900],
+}
+ODD = ("grey", "cmyk", "progressive", "sixteen", "palette", "rgba", "webp", "rotated")
+
+
+@pytest.fixture(scope="session")
+def write_set(photos: list[np.ndarray]) -> Callable[[Path, int], dict[str, str]]:
+    """write_set(folder, n): n small images, JPEG but for eight odd ones and ten broken ones; file by kind of those."""
+
+    def write(folder: Path, count: int) -> dict[str, str]:
+        folder.mkdir(parents=True)
+        generator = np.random.default_rng(0)
+        # Neighbours too, so that a substitute may be bad itself.
+        places = [1, 2, 3, 40, 60, 61, 90, 120, 150, count - 1]
+        special = dict(zip(places, BROKEN, strict=True)) | {20 + 9 * i: kind for i, kind in enumerate(ODD)}
+        names = {}
+        for number in range(count):
+            top, left = generator.integers(0, 300), generator.integers(0, 500)
+            pixels = photos[number % 2][top : top + 48 + number % 7, left : left + 64 + number % 11]
+            kind = special.get(number, "")
+            name = f"{number:05d} {kind or 'plain'}.jpg"
+            (folder / name).write_bytes(_content(kind, pixels))
+            names |= {kind: name} if kind else {}
+        return names
+
+    return write
+
+
+def _content(kind: str, pixels: np.ndarray) -> bytes:
+    if kind in BROKEN:
+        return BROKEN[kind](pixels)
+    if kind == "sixteen":
+        return _bytes(pixels[..., 0].astype(np.uint16) * 257, "PNG")
+    return encode(kind, pixels) if kind else _bytes(pixels)

@@ -1,0 +1,202 @@
+"""Bad samples never stop a run: they are named, replaced and recorded, and the records alone make the same run again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastmoco.data.loader import Batch, EvaluationLoader, Loader
+from fastmoco.data.manifest import DataError, Manifest, scan
+from fastmoco.data.pipeline import DecodeError
+from fastmoco.data.plan import Plan
+from fastmoco.data.quarantine import Quarantine, Record
+from fastmoco.recipe import PRESETS
+
+CPU = torch.device("cpu")
+RECIPE = dataclasses.replace(PRESETS["v2"][1], batch_size=40, bn_group=4, crop_size=24, max_bad_share=0.1)
+ALONE = SimpleNamespace(rank=0, world=1, device=CPU)
+WriteSet = Callable[[Path, int], dict[str, str]]
+INSIDE = {"no tables", "no scan", "harmed png", "cut tiff"}  # what a scan of headers cannot see
+
+
+def batches(manifest: Manifest, quarantine: Quarantine | None, steps: range, **options: int) -> list[Batch]:
+    plan = Plan(RECIPE, manifest.sizes)
+    with Loader(
+        manifest, plan, RECIPE, ALONE, start_step=steps.start, stop_step=steps.stop, quarantine=quarantine, **options
+    ) as loader:
+        return list(loader)
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    pairs = zip(vars(a).values(), vars(b).values(), strict=True)
+    return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pairs)
+
+
+def all_equal(a: list[Batch], b: list[Batch]) -> bool:
+    return len(a) == len(b) and all(map(equal, a, b))
+
+
+@pytest.fixture
+def dirty(tmp_path: Path, write_set: WriteSet) -> Manifest:
+    write_set(tmp_path / "dirty", 200)
+    return scan(tmp_path / "dirty", cache=False)
+
+
+def files(path: Path) -> list[Record]:
+    return [Record(**json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def test_exactly_the_broken_ones_are_replaced_and_the_records_make_the_run_again(
+    dirty: Manifest, tmp_path: Path
+) -> None:
+    kinds = {path.split(" ", 1)[1].removesuffix(".jpg") for path in dirty.paths}
+    assert INSIDE <= kinds and {"page", "gif", "empty", "huge", "cut jpeg", "cut bmp"}.isdisjoint(kinds)
+    path = tmp_path / "quarantine.jsonl"
+    first = batches(dirty, Quarantine(dirty, path, 0.1), range(10))  # two epochs, so each sample is seen
+    found = files(path)
+    assert {record.file.split(" ", 1)[1].removesuffix(".jpg") for record in found} == INSIDE and len(found) == 4
+    given = Quarantine(dirty, path, 0.1)
+    assert len(given) == 4 and all_equal(first, batches(dirty, given, range(10))) and not given.news
+    for options in ({"threads": 3}, {"prefetch": 7}):
+        assert all_equal(first, batches(dirty, Quarantine(dirty, None, 0.1), range(10), **options))
+    assert all_equal(first[3:], batches(dirty, Quarantine(dirty, path, 0.1), range(3, 10)))
+    assert path.read_text().count("\n") == 4
+    plan = Plan(RECIPE, dirty.sizes)
+    for record in found:  # the substitute shows its own pixels and boxes, with the parameters of the slot's sample
+        bad, other = dirty.find(record.file), dirty.find(record.substitute)
+        epoch = record.step // plan.steps_per_epoch
+        slot = plan.samples(record.step).tolist().index(bad)
+        shown = first[record.step]
+        alone = _crops_of(dirty, plan, other, epoch)
+        assert torch.equal(shown.query_crops[slot], alone[0]) and torch.equal(shown.key_crops[slot], alone[1])
+        asked = plan.photometric(epoch, np.array([bad]), 0)[0]
+        np.testing.assert_array_equal(shown.query_parameters[slot], asked)
+    with pytest.raises(DecodeError):  # the control: without a quarantine the run dies
+        batches(dirty, None, range(10))
+
+
+def _crops_of(manifest: Manifest, plan: Plan, sample: int, epoch: int) -> torch.Tensor:
+    from fastmoco.data.pipeline import Pipeline, Request
+
+    boxes = np.stack([plan.boxes(epoch, np.array([sample]), view) for view in (0, 1)])
+    request = Request(["x"], [manifest.read(sample)], manifest.sizes[[sample]], boxes)
+    (crops,) = Pipeline([request], batch_size=1, crop_size=24, views=2, device=CPU, threads=1)
+    return crops[:, 0]
+
+
+def test_ranks_agree_without_a_word(dirty: Manifest, tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    whole = batches(dirty, Quarantine(dirty, None, 0.1), range(10))
+
+    def rank(number: int) -> list[Batch]:
+        plan = Plan(RECIPE, dirty.sizes, 2, number)
+        place = SimpleNamespace(rank=number, world=2, device=CPU, exchange=lambda crops, *_: crops)
+        quarantine = Quarantine(dirty, path, 0.1)
+        with Loader(dirty, plan, RECIPE, place, stop_step=10, quarantine=quarantine) as loader:
+            return list(loader)
+
+    with ThreadPoolExecutor(2) as pool:
+        parts = list(pool.map(rank, range(2)))
+    for step, batch in enumerate(whole):
+        assert torch.equal(torch.cat([part[step].query_crops for part in parts]), batch.query_crops)
+    assert {record.file for record in files(path)} == {dirty.paths[i] for i in _inside(dirty)}
+    assert all_equal(whole, batches(dirty, Quarantine(dirty, path, 0.1), range(10)))
+
+
+def _inside(manifest: Manifest) -> list[int]:
+    return [i for i, name in enumerate(manifest.paths) if name.split(" ", 1)[1].removesuffix(".jpg") in INSIDE]
+
+
+@pytest.mark.parametrize("harm", ["deleted", "truncated", "replaced"])
+def test_files_harmed_while_a_run_reads_them(tmp_path: Path, write_set: WriteSet, harm: str) -> None:
+    write_set(tmp_path / "clean", 200)
+    manifest = scan(tmp_path / "clean", cache=False)
+    for i in _inside(manifest):
+        shutil.copy(manifest.path(30), manifest.path(i))
+    manifest = scan(tmp_path / "clean", cache=False)
+    plan, path = Plan(RECIPE, manifest.sizes), tmp_path / "quarantine.jsonl"
+    with Loader(manifest, plan, RECIPE, ALONE, stop_step=12, quarantine=Quarantine(manifest, path, 0.1)) as loader:
+        made = [next(loader)]
+        victims = [int(sample) for sample in plan.samples(8)[:3]]
+        for victim in victims:
+            _harm(Path(manifest.path(victim)), harm)
+        made += list(loader)
+    records = files(path)
+    assert sorted(record.file for record in records) == sorted(manifest.paths[victim] for victim in victims)
+    assert all(record.step > 0 and record.reason for record in records)
+    # The run is the same from any checkpoint on; before the record's step the file was still what it had been.
+    first = min(record.step for record in records)
+    again = batches(manifest, Quarantine(manifest, path, 0.1), range(first, 12))
+    assert all_equal(again, made[first:]) and path.read_text().count("\n") == 3
+
+
+def _harm(path: Path, harm: str) -> None:
+    if harm == "deleted":
+        path.unlink()
+    elif harm == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+    else:
+        Image.new("RGB", (7, 9)).save(path, "JPEG")
+
+
+def test_too_many_bad_samples_stop_the_run(dirty: Manifest, tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    with pytest.raises(DataError, match=r"4 of 19\d images are bad, and max_bad_share 0.016 allows 3; .*max-bad-share"):
+        batches(dirty, Quarantine(dirty, path, 0.016), range(10))
+    assert len(batches(dirty, Quarantine(dirty, path, 0.03), range(10))) == 10
+    strict = Quarantine(dirty, None, 0.0)
+    strict.add(0, 5, "torn")  # one is always allowed
+    with pytest.raises(DataError, match="2 of"):
+        strict.add(0, 6, "torn")
+
+
+def test_a_record_counts_from_its_step_on_and_chains_are_followed() -> None:
+    manifest = Manifest("", [f"{i}" for i in range(5)], np.ones((5, 2), np.int32))
+    quarantine = Quarantine(manifest, None, 1.0)
+    assert quarantine.add(7, 3, "torn") == 4 and quarantine.add(9, 4, "torn") == 0
+    asked = np.array([2, 3, 4])
+    for step, expected in ((6, [2, 3, 4]), (7, [2, 4, 4]), (8, [2, 4, 4]), (9, [2, 0, 0])):
+        np.testing.assert_array_equal(quarantine.replaced(step, asked), expected)
+    assert quarantine.add(5, 3, "torn") == 4 and quarantine.replaced(5, asked).tolist() == [2, 4, 4]
+    with pytest.raises(DataError, match="all 5 images are bad"):
+        for sample in (0, 1, 2):
+            quarantine.add(9, sample, "torn")
+
+
+def test_the_file_survives_a_crash_and_its_damage_is_told(tmp_path: Path) -> None:
+    manifest = Manifest("", ["a", "b", "c"], np.ones((3, 2), np.int32))
+    path = tmp_path / "quarantine.jsonl"
+    Quarantine(manifest, path, 1.0).add(1, 0, "torn")
+    with path.open("a") as file:
+        file.write('{"step": 2, "fi')  # the machine stopped here
+    quarantine = Quarantine(manifest, path, 1.0)
+    assert len(quarantine) == 1
+    quarantine.add(3, 1, "torn")
+    assert [record.file for record in files(path)] == ["a", "b"] and len(Quarantine(manifest, path, 1.0)) == 2
+    path.write_text("not json\n" + path.read_text())
+    with pytest.raises(DataError, match="is damaged"):
+        Quarantine(manifest, path)
+
+
+def test_evaluation_warns_and_goes_on(dirty: Manifest) -> None:
+    with EvaluationLoader(dirty, 24, CPU, batch_size=64) as loader, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with pytest.raises(DataError, match="of 19\\d images are bad"):  # four where one in a thousand is allowed
+            list(loader)
+    assert len(told) <= 1
+    one = [i for i in range(len(dirty)) if i not in _inside(dirty)[1:]]
+    with EvaluationLoader(dirty, 24, CPU, indices=np.array(one)) as loader:
+        with pytest.warns(UserWarning, match="(no tables|no scan|harmed png|cut tiff).jpg: damaged: cannot be decoded; evaluating"):
+            crops, index = next(loader)
+    assert len(crops) == len(index) == len(one)
