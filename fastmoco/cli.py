@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastmoco.options import Pretrain, PretrainFlags, UsageError, check_places
+from fastmoco.options import Pretrain, PretrainFlags, UsageError, check_places, restarted
 from fastmoco.recipe import PRESETS, Recipe, RecipeError
 
 PROG = "fastmoco"
@@ -53,6 +53,12 @@ COMMANDS: dict[str, Command] = {
     "import": Command(
         "bring a MoCo checkpoint or torchvision weights", "fastmoco.options:Import", "fastmoco.interop.bring:command"
     ),
+    "checkpoint verify": Command(
+        "check a run's checkpoints, byte by byte", "fastmoco.options:CheckpointVerify", "fastmoco.train.inventory:verify"
+    ),
+    "checkpoint list": Command(
+        "list a run's checkpoints", "fastmoco.options:CheckpointList", "fastmoco.train.inventory:show"
+    ),
     "data scan": Command("check a set of images", "fastmoco.options:DataScan", "fastmoco.cli:scan_data"),
     "data synth": Command("write the embedded image set", "fastmoco.options:DataSynth", "fastmoco.cli:synthesise_data"),
     "env": Command("print versions, devices and cores", "fastmoco.options:Env", "fastmoco.environment:run"),
@@ -85,10 +91,11 @@ def parse(argv: Sequence[str]) -> tuple[Command, Any]:
         return command, _flags(kind, name, rest)
     preset = name.split()[1]
     chosen = _flags(kind, name, rest, PretrainFlags(recipe=PRESETS[preset][1]))
-    if chosen.options.resume:
+    if chosen.options.resume or _goes_on(chosen.options):
         chosen = _resumed(preset, rest, chosen)
-    # The first rank may have made RUN while the others are still here.
-    check_places(preset, chosen.options, is_main=os.environ.get("RANK", "0") == "0")
+    # The first rank may have made RUN while the others are still here, or before it was restarted.
+    first = os.environ.get("RANK", "0") == "0" and not restarted()
+    check_places(preset, chosen.options, is_main=first)
     return command, Pretrain(preset, chosen.recipe, chosen.options)
 
 
@@ -133,7 +140,11 @@ def _resumed(preset: str, argv: Sequence[str], chosen: PretrainFlags) -> Pretrai
             )
     places = {key: Path(value) for key, value in saved["options"].items() if key in ("data", "val") and value}
     places |= {key: getattr(chosen.options, key) for key in ("data", "val") if getattr(chosen.options, key)}
-    return PretrainFlags(dataclasses.replace(chosen.options, **places), chosen.recipe)
+    return PretrainFlags(dataclasses.replace(chosen.options, resume=True, **places), chosen.recipe)
+
+
+def _goes_on(options: Any) -> bool:
+    return restarted() and options.out is not None and (options.out / "recipe.json").is_file()
 
 
 def _saved(run: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ flags; the string under a field is its help. Only the standard library is import
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -66,14 +67,23 @@ class Options:
     """Minutes between two checkpoints; 0 leaves it to --save-every."""
     keep: int = 2
     """Newest checkpoints that are kept, at least 2."""
+    keep_every: int = 0
+    """Also keep, for good, the checkpoints of steps that this divides; 0 keeps none of them."""
     stop_after: int | None = None
     """Step of the run after which to stop early, checkpoint written; the schedule stays that of all epochs."""
+    on_nonfinite: Literal["stop", "rollback", "skip"] = "stop"
+    """Where loss or gradients become infinite or NaN, which no update survives: stop; go back to the last checkpoint
+    and on after the bad batch; or go on without that step's update."""
+    watchdog_seconds: float = 600.0
+    """Seconds without a step after which the process shows the stacks of its threads and ends with code 124, three
+    times as many before the first step; 0 is never."""
     tensorboard: bool = False
     """Also write RUN/tensorboard (needs the extra: pip install 'fastmoco[tensorboard]')."""
 
     def __post_init__(self) -> None:
         at_least = {"log_every": 1, "prefetch": 1, "keep": 2, "knn_every": 0, "threads": 0}
         at_least |= {"save_every": 0, "save_minutes": 0, "timeout_seconds": 0}
+        at_least |= {"keep_every": 0, "watchdog_seconds": 0}
         for name, low in at_least.items():
             _require(getattr(self, name) >= low, name, getattr(self, name), f"use a number of at least {low}")
         if self.stop_after is not None:
@@ -166,6 +176,22 @@ class Import:
 
 
 @dataclass(frozen=True)
+class CheckpointVerify:
+    """Check every byte of a run's checkpoints against their SHA-256; code 3 where none is good. Changes nothing."""
+
+    run: Path
+    """Folder of the run."""
+
+
+@dataclass(frozen=True)
+class CheckpointList:
+    """List a run's checkpoints with step, time and size, without reading them."""
+
+    run: Path
+    """Folder of the run."""
+
+
+@dataclass(frozen=True)
 class DataScan:
     """Check a set of images: how many, which classes, which sizes, and the reason for every file left out."""
 
@@ -187,6 +213,11 @@ class Env:
 
     json: bool = False
     """Print JSON."""
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process in place of one that failed (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def check_places(preset: str, options: Options, is_main: bool = True) -> None:

@@ -13,9 +13,12 @@ plain data (`weights_only`).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -23,10 +26,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastmoco.environment import versions
+from fastmoco.train import faults
 
 FORMAT = 1
 MODEL, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
@@ -52,8 +57,15 @@ class Checkpoint(NamedTuple):
     """Plain data stored beside them, the recipe for one."""
 
 
-def save(run: Path, step: int, state: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int = 2) -> Path:
-    """Write the checkpoint of `step`, then remove all but the newest `keep` (at least 2).
+def save(
+    run: Path,
+    step: int,
+    state: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    keep: int = 2,
+    keep_every: int = 0,
+) -> Path:
+    """Write the checkpoint of `step`, then remove all but the newest `keep` (at least 2) and multiples of `keep_every`.
 
     OSError where the disk refuses; every earlier checkpoint is then still whole. Where a good checkpoint of this step
     exists it stays: a run has one state at a step.
@@ -69,13 +81,17 @@ def save(run: Path, step: int, state: Mapping[str, Tensor], meta: Mapping[str, A
     shutil.rmtree(draft, ignore_errors=True)
     try:
         _write(draft, step, state, meta)
+        faults.reach("manifest written")
         os.replace(draft, final)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+    faults.reach("renamed")
     _sync(root)
     _point(root, final.name)
-    _prune(root, max(keep, 2))
+    faults.reach("latest set")
+    with contextlib.suppress(OSError):  # what should go and stays does no harm
+        _prune(root, max(keep, 2), keep_every)
     return final
 
 
@@ -128,6 +144,10 @@ def damage(path: Path) -> str | None:
                 return reason
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
+    except PermissionError:
+        raise
+    except OSError as error:
+        return f"{Path(error.filename or path).name} cannot be read: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error!r})"
     return None
@@ -144,11 +164,13 @@ def load(path: Path, verified: bool = False) -> Checkpoint:
 
 def _write(draft: Path, step: int, state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     draft.mkdir()
-    tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
+    tensors = _on_host(state)
     model = {name: value for name, value in tensors.items() if name.startswith("encoder_") or name == "queue"}
     rest = {name: value for name, value in tensors.items() if name not in model}
-    save_file(model, draft / MODEL, metadata={"format": "pt", "step": str(step)})
-    torch.save({"tensors": rest, "meta": {**meta, "step": step}}, draft / STATE)
+    _write_model(model, draft / MODEL, step)
+    faults.reach("model written")
+    _write_rest({"tensors": rest, "meta": {**meta, "step": step}}, draft / STATE)
+    faults.reach("state written")
     for name in (MODEL, STATE):
         _sync(draft / name)
     manifest: dict[str, Any] = {"format": FORMAT, "step": step, "versions": versions()}
@@ -159,6 +181,37 @@ def _write(draft: Path, step: int, state: Mapping[str, Tensor], meta: Mapping[st
     (draft / MANIFEST).write_text(_render(manifest))
     _sync(draft / MANIFEST)
     _sync(draft)
+
+
+def _on_host(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, value in state.items():
+        value = value.detach().cpu().contiguous()
+        # safetensors refuses two names for the same memory.
+        tensors[name] = value.clone() if value.data_ptr() in places else value
+        places.add(value.data_ptr())
+    return tensors
+
+
+def _write_model(model: dict[str, Tensor], path: Path, step: int) -> None:
+    try:
+        save_file(model, path, metadata={"format": "pt", "step": str(step)})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def _write_rest(rest: dict[str, Any], path: Path) -> None:
+    # Through memory, because torch's own file writer does not say what the disk answered.
+    buffer = io.BytesIO()
+    torch.save(rest, buffer)
+    with path.open("wb", buffering=0) as file:
+        left = buffer.getbuffer()
+        while left:
+            left = left[file.write(left) :]
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:
@@ -205,10 +258,14 @@ def _point(root: Path, name: str) -> None:
     os.replace(link, root / LATEST)
 
 
-def _prune(root: Path, keep: int) -> None:
+def _prune(root: Path, keep: int, keep_every: int) -> None:
     for path in steps(root.parent)[:-keep]:
+        if keep_every and _step(path) % keep_every == 0:
+            continue
         # Renamed first, so that a kill halfway through leaves no half checkpoint behind under a good name.
-        shutil.rmtree(_set_aside(path, OLD), ignore_errors=True)
+        aside = _set_aside(path, OLD)
+        faults.reach("pruning")
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sweep(root: Path) -> None:

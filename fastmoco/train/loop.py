@@ -31,22 +31,19 @@ from fastmoco.data.placeholder import noise_batch
 from fastmoco.data.plan import Plan
 from fastmoco.data.quarantine import Quarantine
 from fastmoco.evaluate import knn
-from fastmoco.options import Options, Pretrain, UsageError, check_places
+from fastmoco.options import Options, Pretrain, UsageError, check_places, restarted
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
-from fastmoco.train import checkpoint
-from fastmoco.train.monitor import KNN, LOG, Meter, Monitor, Stopwatch, chance_level, draw_curves, expectation
-from fastmoco.train.monitor import fill_steps, memory, read_lines
-from fastmoco.train.preempt import STOPPED, StopRequest, Vote, stop_on_signal
+from fastmoco.train import checkpoint, faults
+from fastmoco.train.health import ROLLBACKS, Health, NonFiniteError
+from fastmoco.train.monitor import KNN, LOG, Fault, Meter, Monitor, Reading, Stopwatch, chance_level, draw_curves
+from fastmoco.train.monitor import expectation, fill_steps, memory, read_lines
+from fastmoco.train.preempt import STOPPED, Stopped, StopRequest, Vote, stop_on_signal
+from fastmoco.train.saver import SaveError, Saver
+from fastmoco.train.watchdog import Watchdog
 
 RUNS = Path("runs")
 DEMO_IMAGES = RUNS / "images"
-
-
-class NonFiniteError(ValueError):
-    """Loss or gradients became infinite or NaN."""
-
-    exit_code = 1
 
 
 def run(command: Pretrain) -> int:
@@ -59,8 +56,8 @@ def pretrain(recipe: Recipe, options: Options, preset: str = "custom") -> dict[s
     """Pretrain as `recipe` says and write RUN (`options.out`); returns what RUN/summary.json holds.
 
     UsageError or RecipeError before anything is written, DataError on bad images, CheckpointError where nothing can
-    be resumed, NonFiniteError where training diverged. Where the process is asked to stop, it saves and returns with
-    `stopped` true.
+    be resumed, NonFiniteError where training diverged, SaveError where the last state found no place. Where the process
+    is asked to stop, it saves and returns with `stopped` true.
     """
     parallel = Parallel.start(options.device)
     try:
@@ -90,36 +87,65 @@ class Run:
         )
         # Before any DALI pipeline runs, which a capture would not survive.
         self.advance = runner(self.step, partial(noise_batch, recipe, parallel), options.graph, options.update)
-        self.done = self.saved = self._restore() if options.resume else 0
+        self.done = self._restore() if options.resume else 0
+        self.copied = self.done  # newest step of which a copy went to the saver
+        self.health, self.rollbacks = Health(recipe), 0
         self._started = False
         self.meter = Meter(parallel.device)
         self.watch = Stopwatch()
         self.save_due = time.perf_counter() + 60 * options.save_minutes
-        self.monitor = None
+        self.monitor = self.saver = None
         if parallel.is_main:
             self._record(preset)
+            self.saver = Saver(self.out, options.keep, options.keep_every, self._say, self.done or None)
             self.monitor = Monitor(self.out, self.last, self.done, tensorboard=options.tensorboard)
             self._announce(preset, note)
         parallel.barrier()  # from here on RUN exists, and any rank may write to it
 
     def train(self, asked: StopRequest) -> dict[str, Any]:
         """Train to the end, or until asked to stop; save, evaluate, sum up."""
-        self._agree_on_the_start()
-        if self.done == 0:
-            self._knn()
+        self.asked = asked
         try:
-            with _controlled_gc():
-                stopped = self._steps(asked)
-            self._drain()
-            self._save()
-            if not stopped:
-                self._knn()
-            return self._finish(stopped)
+            with Watchdog(self.options.watchdog_seconds, asked) as self.watchdog:
+                stopped = self._train() or self._evaluated_last()
+                return self._finish(stopped)
         finally:
-            if self.monitor is not None:
-                self.monitor.close()
+            for each in (self.saver, self.monitor):
+                if each is not None:
+                    each.close()
 
-    def _steps(self, asked: StopRequest) -> bool:
+    def _train(self) -> bool:
+        if self.options.on_nonfinite == "rollback" and self.done == 0:
+            self.copied = -1  # so that there is a state to go back to
+            self._save()
+        with _controlled_gc():
+            while True:
+                try:
+                    stopped = self._to_the_end()
+                    self._save()
+                    self._finish_saving()
+                    return stopped
+                except NonFiniteError as error:
+                    self._roll_back(error)
+
+    def _to_the_end(self) -> bool:
+        try:
+            if self._knn_due():
+                self._knn()
+            stopped = self._steps()
+        except Stopped:
+            stopped = True
+        self._drain()
+        return stopped
+
+    def _evaluated_last(self) -> bool:
+        try:
+            self._knn()
+        except Stopped:
+            return True
+        return False
+
+    def _steps(self) -> bool:
         vote = Vote(self.parallel)
         loader = Loader(self.train_set, self.plan, self.recipe, self.parallel, start_step=self.done,
                         stop_step=self.last, threads=self.threads, prefetch=self.options.prefetch,
@@ -128,15 +154,19 @@ class Run:
             self.watch.skip()
             for batch in self._timed(loader):
                 self._tell_quarantine()
+                faults.reach("before step")
                 rate = self.recipe.learning_rate(self.done, self.plan.steps_per_epoch)
                 self.meter.add(self.advance(batch, rate))
                 self.done += 1
+                faults.reach("after step")
+                self.watchdog.beat()
                 self._after_the_first_step()
                 if self.done % self.options.log_every == 0 or self.done == self.last:
                     self._interval(rate)
                 if self.monitor is not None:
                     self.monitor.advance()
-                stop, save = vote.cast(bool(asked), self._save_wanted())
+                    self.saver.check()
+                stop, save = vote.cast(bool(self.asked), self._time_to_save())
                 if self.done == self.last or stop:
                     return stop and self.done < self.last
                 self._between_steps(save)
@@ -170,8 +200,8 @@ class Run:
         self.parallel.set_timeout(timedelta(seconds=self.options.timeout_seconds))
 
     def _between_steps(self, save: bool) -> None:
-        epochs = self.options.knn_every
-        evaluate = epochs and self.done % (epochs * self.plan.steps_per_epoch) == 0
+        evaluate = self._knn_due()
+        save = save or bool(self.options.save_every) and self.done % self.options.save_every == 0
         if save:
             self._save()
         elif self.done % agreement.CHECK_EVERY == 0:
@@ -194,69 +224,116 @@ class Run:
         gc.collect(1)  # automatic collection is off, so that all ranks pause together
 
     def _report(self, everything: bool = False) -> None:
-        for line in self.meter.read(everything):
-            if line.pop("nonfinite"):
-                raise self._diverged(int(line["step"]))
-            if self.monitor is not None:
-                self.monitor.interval(line)
+        for reading in self.meter.read(everything):
+            self._judge(reading)
+            if self.monitor is not None and reading.finite:
+                self.monitor.interval(reading.line)
+                for warning in self.health.warnings(reading.line, reading.finite):
+                    self._say(warning)
+
+    def _judge(self, reading: Reading) -> None:
+        bearable = self.health.skip(len(reading.faults), reading.finite)
+        if reading.faults and (self.options.on_nonfinite != "skip" or not bearable):
+            raise self._diverged(reading.faults)
+        for fault in reading.faults:
+            self._say(f"warning: {fault}: its update was left out")
 
     def _drain(self) -> None:
         if self.meter.steps:
             self._interval(self.recipe.learning_rate(self.done - 1, self.plan.steps_per_epoch))
         self._report(everything=True)
 
-    def _diverged(self, step: int) -> NonFiniteError:
-        where = f"the last good checkpoint is of step {self.saved}" if self.saved else "no checkpoint was written yet"
+    def _diverged(self, found: list[Fault]) -> NonFiniteError:
+        if self.saver is not None:
+            self.saver.wait()
+        good = self.copied or None if self.saver is None else self.saver.good
+        where = f"the last good checkpoint is of step {good}" if good is not None else "no checkpoint was written yet"
         return NonFiniteError(
-            f"{self.out}: loss or gradients became infinite or NaN before step {step}; {where}: resume it with a "
-            f"smaller --lr in a new run, or another --precision"
+            f"{self.out}: {found[0]}, its update was left out; {where}: resume it with --on-nonfinite skip or rollback, "
+            f"or start another run with a smaller --lr or another --precision",
+            found[-1].step,
         )
 
-    def _save_wanted(self) -> bool:
-        every, minutes = self.options.save_every, self.options.save_minutes
-        by_step = bool(every) and self.done % every == 0
-        by_time = bool(minutes) and self.parallel.is_main and time.perf_counter() >= self.save_due
-        return by_step or by_time
+    def _roll_back(self, error: NonFiniteError) -> None:
+        if self.options.on_nonfinite != "rollback" or self.rollbacks == ROLLBACKS:
+            raise error
+        self.rollbacks += 1
+        if self.saver is not None:
+            self.saver.wait()
+        self.copied = self._restore()
+        self.done, self.meter = error.step, Meter(self.parallel.device)
+        if self.monitor is not None:
+            self.monitor.jump(self.done)
+        self._say(f"warning: {error}. Went back to the state after step {self.copied}, on with step {self.done + 1}")
+
+    def _time_to_save(self) -> bool:
+        minutes = self.options.save_minutes
+        return bool(minutes) and self.parallel.is_main and time.perf_counter() >= self.save_due
 
     def _save(self) -> None:
         self.save_due = time.perf_counter() + 60 * self.options.save_minutes
-        if self.done == self.saved:
+        if self.done == self.copied:
             return
-        # Saving reads everything back anyway: here a wait for the device is no loss, and no bad state is kept.
-        if self.parallel.any(self.meter.nonfinite()):
-            raise self._diverged(self.done)
-        agreement.check(self.step, self.plan, self.done)
+        # A wait for the device, once an interval of minutes, so that no bad state is kept.
+        if self.options.on_nonfinite != "skip" and self.parallel.any(self.meter.nonfinite()):
+            self._drain()
         state = self.step.state()
-        if self.parallel.is_main:
+        if self.saver is not None:
             meta = {"recipe": self.recipe.as_dict(), "precision": self.step.precision}
-            checkpoint.save(self.out, self.done, state, meta, self.options.keep)
-        self.saved = self.done
+            self.saver.start(self.done, state, meta)
+        self.copied = self.done
+
+    def _finish_saving(self) -> None:
+        failed = None
+        if self.saver is not None:
+            try:
+                self.saver.finish()
+            except SaveError as error:
+                failed = error
+        if self.parallel.any(failed is not None):
+            raise failed or SaveError(f"{self.out}: the first rank could not write the last state")
+
+    def _say(self, text: str) -> None:
+        if self.monitor is not None:
+            self.monitor.say(text)
 
     def _restore(self) -> int:
+        faults.reach("before load")
         if self.parallel.is_main:
             checkpoint.latest(self.out)  # sets damaged ones aside before the other ranks look
         self.parallel.barrier()
         path = checkpoint.latest(self.out)
         if path is None:
             return 0
+        faults.reach("verified")
         saved = checkpoint.load(path, verified=True)
         _same_recipe(Recipe.from_dict(saved.meta["recipe"]), self.recipe, path)
         self.step.load(saved.state)
         if saved.step > self.last:
             raise UsageError(f"{path} is already past step {self.last}: give a later --stop-after, or none")
+        faults.reach("after load")
         return saved.step
+
+    def _knn_due(self) -> bool:
+        every = self.options.knn_every * self.plan.steps_per_epoch
+        return self.done == 0 or bool(every) and self.done % every == 0
 
     def _knn(self) -> None:
         if self.val_set is None or not self.options.knn:
             return
-        if self.options.resume and any(line["step"] == self.done for line in read_lines(self.out / KNN)):
+        if any(line["step"] == self.done for line in read_lines(self.out / KNN)):
             return
         if self.parallel.world > 1:
             self.step.state()  # makes the ranks' running statistics one, so that they evaluate one encoder
         figures = knn.evaluate(self.step.encoder_q, self.train_set, self.val_set, self.recipe, self.parallel,
-                               threads=self.threads)  # fmt: skip
+                               threads=self.threads, progress=self._stop_between)  # fmt: skip
         if self.monitor is not None:
             self.monitor.knn({"step": self.done, "epoch": self.done / self.plan.steps_per_epoch, **figures})
+
+    def _stop_between(self, _: int) -> None:
+        self.watchdog.beat()
+        if self.parallel.any(bool(self.asked)):
+            raise Stopped
 
     def _record(self, preset: str) -> None:
         facts = {
@@ -280,7 +357,7 @@ class Run:
             first.setdefault("resumed", []).append({"step": self.done, **{key: facts[key] for key in keys}})
             facts = first
         else:
-            _create(self.out, self.options.resume)
+            _create(self.out, self.options.resume or restarted())
         _write_json(path, facts)
 
     def _announce(self, preset: str, note: str) -> None:
@@ -327,11 +404,13 @@ class Run:
             "knn_before": neighbours[0]["top1"] if neighbours and neighbours[0]["step"] == 0 else None,
             "knn_after": neighbours[-1]["top1"] if neighbours and neighbours[-1]["step"] == self.done else None,
             "seconds": self.monitor.seconds,
+            "skipped_steps": sum(line.get("nonfinite", 0) for line in log),
+            "rollbacks": self.rollbacks,
         }
 
 
 def _places(options: Options, preset: str, parallel: Parallel) -> Options:
-    check_places(preset, options, parallel.is_main)
+    check_places(preset, options, parallel.is_main and not restarted())
     return dataclasses.replace(
         options,
         data=Path(options.data or synthetic.make(DEMO_IMAGES)),

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
+import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from fastmoco.recipe import Recipe
+from fastmoco.train import faults
 
 LOG, KNN = "log.jsonl", "knn.jsonl"
 GIB = 2**30
@@ -47,72 +50,99 @@ def expectation(recipe: Recipe, steps_per_epoch: int) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Interval:
-    """Metrics of the steps since the last one, on their way to the host."""
+METRICS = ("loss", "top1", "top5", "nonfinite", "spread")
+
+
+class Fault(NamedTuple):
+    """A step with a loss or gradients that are infinite or NaN."""
 
     step: int
-    sums: Tensor
+    """Number of the step, the first being 1."""
+    ranks: tuple[int, ...]
+    """Ranks whose own loss was not finite; none where gradients alone were, which ranks share."""
+
+    def __str__(self) -> str:
+        whose = f"the loss of rank {', '.join(map(str, self.ranks))}" if self.ranks else "gradients"
+        return f"{whose} became infinite or NaN in step {self.step}"
+
+
+class Reading(NamedTuple):
+    """What the host knows of an interval once its figures have arrived."""
+
+    line: dict[str, float]
+    """Log line: step, the means of METRICS over ranks and finite steps (NaN without any), and the facts."""
+    finite: int
+    """Steps of the interval that were finite."""
+    faults: list[Fault]
+    """The others."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Metrics of the steps since the last one, [ranks, steps, metrics], on their way to the host."""
+
+    step: int
+    rows: Tensor
     arrived: torch.cuda.Event | None
     facts: Mapping[str, float]
 
-    def wait(self) -> None:
-        """Return when the sums can be read."""
+    def read(self) -> Reading:
+        """Wait for the figures and sum them up."""
         if self.arrived is not None:
             self.arrived.synchronize()
+        bad = self.rows[..., METRICS.index("nonfinite")] > 0
+        good = ~bad.any(0)
+        means = dict(zip(METRICS, self.rows[:, good].double().mean((0, 1)).tolist(), strict=True))
+        first = self.step - len(good) + 1
+        lost = ~self.rows[..., METRICS.index("loss")].isfinite()
+        faults = [
+            Fault(first + index, tuple(lost[:, index].nonzero().flatten().tolist()))
+            for index in (~good).nonzero().flatten().tolist()
+        ]
+        return Reading({"step": self.step, **means, **self.facts, "nonfinite": len(faults)}, int(good.sum()), faults)
 
 
 class Meter:
-    """Sums metrics on the device; an interval is read `lag` intervals after it ended (one on a GPU)."""
+    """Collects metrics on the device; an interval is read `lag` intervals after it ended (one on a GPU)."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.lag = 1 if device.type == "cuda" else 0
-        self._sums: Tensor | None = None
-        self._steps = 0
+        self._rows: list[Tensor] = []
         self._pending: deque[Interval] = deque()
 
     def add(self, values: Iterable[Tensor]) -> None:
-        """Add one step's 0-d tensors: loss, top1, top5, nonfinite."""
-        row = torch.stack([value.detach().float() for value in values])
-        self._sums = row if self._sums is None else self._sums + row
-        self._steps += 1
+        """Add one step's 0-d tensors, METRICS."""
+        self._rows.append(torch.stack([value.detach().float() for value in values]))
 
     @property
     def steps(self) -> int:
         """Steps in the current interval."""
-        return self._steps
+        return len(self._rows)
 
     def nonfinite(self) -> bool:
-        """Whether a step of the current interval or of one not yet read was not finite. Waits for the device."""
-        for interval in self._pending:
-            interval.wait()
-        sums = [interval.sums for interval in self._pending] + ([] if self._sums is None else [self._sums.cpu()])
-        return any(bool(row[3] > 0) for row in sums)
+        """Whether a step of this rank that was not yet read was not finite. Waits for the device."""
+        pending = [fault for interval in self._pending for fault in interval.read().faults]
+        column = METRICS.index("nonfinite")
+        return bool(pending) or bool(self._rows) and bool((torch.stack(self._rows)[:, column] > 0).any())
 
     def cut(self, step: int, parallel: Any, facts: Mapping[str, float]) -> None:
-        """End the interval at `step`: average over steps and ranks, and start the copy to the host."""
-        assert self._sums is not None
-        mean = parallel.mean(self._sums / self._steps)
+        """End the interval at `step`: gather it from all ranks, and start the copy to the host."""
+        assert self._rows
+        rows = parallel.all_gather(torch.stack(self._rows)).view(parallel.world, -1, len(METRICS))
         arrived = None
         if self.device.type == "cuda":
-            pinned = torch.empty(mean.shape, dtype=mean.dtype, pin_memory=True)
-            mean = pinned.copy_(mean, non_blocking=True)
+            pinned = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+            rows = pinned.copy_(rows, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self._pending.append(Interval(step, mean, arrived, dict(facts)))
-        self._sums, self._steps = None, 0
+        self._pending.append(Interval(step, rows, arrived, dict(facts)))
+        self._rows = []
 
-    def read(self, everything: bool = False) -> list[dict[str, float]]:
-        """Intervals that are due, as log lines: step, loss, top1, top5, nonfinite and their facts."""
-        lines = []
+    def read(self, everything: bool = False) -> Iterator[Reading]:
+        """Intervals that are due."""
         while len(self._pending) > (0 if everything else self.lag):
-            interval = self._pending.popleft()
-            interval.wait()
-            loss, top1, top5, nonfinite = interval.sums.tolist()
-            values = {"loss": loss, "top1": top1, "top5": top5, "nonfinite": nonfinite}
-            lines.append({"step": interval.step, **values, **interval.facts})
-        return lines
+            yield self._pending.popleft().read()
 
 
 class Stopwatch:
@@ -161,7 +191,7 @@ class Monitor:
         lines = read_lines(run / LOG)
         self._elapsed_before = lines[-1]["seconds"] if lines else 0.0
         self._begin = time.perf_counter()
-        self._log, self._knn = ((run / name).open("a", encoding="utf-8") for name in (LOG, KNN))
+        self._log, self._knn = (Lines(run / name, self.say) for name in (LOG, KNN))
         self._bar = tqdm(total=total, initial=start, file=self.stream, unit="step", dynamic_ncols=True,
                          disable=not self.stream.isatty())  # fmt: skip
         self._board = _tensorboard(run, start) if tensorboard else None
@@ -179,10 +209,15 @@ class Monitor:
         """A step is done."""
         self._bar.update()
 
+    def jump(self, step: int) -> None:
+        """Training goes on after `step`, having left some out."""
+        self._bar.n = step
+        self._bar.refresh()
+
     def interval(self, line: Mapping[str, float]) -> None:
         """A logging interval is known: write it everywhere."""
         line = {**line, "seconds": self.seconds}
-        _append(self._log, line)
+        self._log.append(line)
         self._to_board(line)
         text = (
             f"loss {line['loss']:.3f}  top1 {line['top1']:.1f}%  top5 {line['top5']:.1f}%  lr {line['lr']:.2e}  "
@@ -196,7 +231,7 @@ class Monitor:
 
     def knn(self, line: Mapping[str, float]) -> None:
         """A kNN evaluation is done."""
-        _append(self._knn, line)
+        self._knn.append(line)
         self._to_board({"step": line["step"], "knn_top1": line["top1"], "knn_top5": line["top5"]})
         self.say(f"kNN after step {line['step']}: top-1 {line['top1']:.2f}%, top-5 {line['top5']:.2f}%")
 
@@ -212,6 +247,41 @@ class Monitor:
         if self._board is not None:
             for name in line.keys() - {"step"}:
                 self._board.add_scalar(name, line[name], int(line["step"]))
+
+
+class Lines:
+    """A JSONL file to append to, each line on disk at once.
+
+    A disk that refuses costs a warning, not the run: what it did not take is written before the next line.
+    """
+
+    def __init__(self, path: Path, report: Callable[[str], None]) -> None:
+        self._path, self._report = path, report
+        self._file = path.open("ab", buffering=0)
+        self._left = b""
+        self._refused = False
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Write one line, after those that are still to be written."""
+        self._left += (json.dumps(line) + "\n").encode()
+        if faults.about_to_crash("half a log line"):
+            self._file.write(self._left[: len(self._left) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._write()
+
+    def close(self) -> None:
+        """Try once more to write what is left, and close the file."""
+        self._write()
+        self._file.close()
+
+    def _write(self) -> None:
+        try:
+            while self._left:
+                self._left = self._left[self._file.write(self._left) :]
+        except OSError as error:
+            if not self._refused:
+                self._report(f"warning: {self._path} takes no more lines ({error.strerror}); they are kept until it does")
+        self._refused = bool(self._left)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -232,11 +302,6 @@ def truncate(path: Path, step: int) -> None:
         draft = path.with_name(path.name + ".writing")
         draft.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         draft.replace(path)
-
-
-def _append(file: TextIO, line: Mapping[str, Any]) -> None:
-    file.write(json.dumps(line) + "\n")
-    file.flush()
 
 
 def _tensorboard(run: Path, start: int) -> Any:

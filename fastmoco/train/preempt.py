@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -21,6 +22,12 @@ from fastmoco.parallel import Parallel
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STOPPED = 143
 """Exit code of a run that was asked to stop, saved and can be resumed."""
+ECHO_SECONDS = 0.5
+"""Signals this soon after the first are the same request: a terminal and a launcher both pass on one Ctrl-C."""
+
+
+class Stopped(Exception):
+    """Raised inside work that is not a step, kNN above all, where the run was asked to stop."""
 
 
 class StopRequest:
@@ -28,15 +35,18 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.since = 0.0
 
     def __bool__(self) -> bool:
         return self.signal is not None
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler: note the first signal; at the second, leave at once."""
-        if self.signal is not None:
+        """Signal handler: note the first signal; at a second one, leave at once with 128 + its number, unsaved."""
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self.since = number, now
+        elif now - self.since > ECHO_SECONDS:
             os._exit(128 + number)
-        self.signal = number
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS
-from fastmoco.train.monitor import Meter, Monitor, Stopwatch, truncate
+from fastmoco.train.monitor import Fault, Lines, Meter, Monitor, Stopwatch, truncate
 from fastmoco.train.monitor import chance_level, draw_curves, expectation, read_lines
 
 V1, CIFAR, DEMO = (PRESETS[name][1] for name in ("v1", "cifar", "demo"))
@@ -28,19 +29,65 @@ def line(step: int, **changes: float) -> dict[str, float]:
 
 def test_the_meter_averages_each_interval_alone():
     meter = Meter(torch.device("cpu"))
-    meter.add(row(1.0, 10.0, 20.0, 0.0))
-    meter.add(row(3.0, 30.0, 40.0, 0.0))
+    meter.add(row(1.0, 10.0, 20.0, 0.0, 0.5))
+    meter.add(row(3.0, 30.0, 40.0, 0.0, 0.7))
     assert meter.steps == 2
     meter.cut(2, Parallel(), {"lr": 0.5})
     assert meter.steps == 0
-    assert meter.read() == [{"step": 2, "loss": 2.0, "top1": 20.0, "top5": 30.0, "nonfinite": 0.0, "lr": 0.5}]
-    meter.add([torch.tensor(7.0), torch.tensor(0.0), torch.tensor(0.0), torch.tensor(1, dtype=torch.int32)])
+    [reading] = meter.read()
+    spread = reading.line.pop("spread")
+    assert reading.line == {"step": 2, "loss": 2.0, "top1": 20.0, "top5": 30.0, "nonfinite": 0, "lr": 0.5}
+    assert spread == pytest.approx(0.6) and reading.finite == 2 and reading.faults == []
+
+
+def test_a_step_that_is_not_finite_is_named_and_left_out_of_the_means():
+    meter = Meter(torch.device("cpu"))
+    for loss, bad in ((1.0, 0.0), (math.nan, 1.0), (3.0, 0.0), (7.0, 1.0)):
+        meter.add(row(loss, 10.0, 20.0, bad, 0.5))
     assert meter.nonfinite()
-    meter.cut(3, Parallel(), {})
+    meter.cut(14, Parallel(), {})
     assert meter.nonfinite()
-    [read] = meter.read()
-    assert read["loss"] == 7.0 and read["nonfinite"] == 1.0
-    assert not meter.nonfinite() and meter.read(everything=True) == []
+    [reading] = meter.read()
+    assert reading.line["loss"] == 2.0 and reading.line["nonfinite"] == 2 and reading.finite == 2
+    assert reading.faults == [Fault(12, (0,)), Fault(14, ())]
+    assert str(reading.faults[0]) == "the loss of rank 0 became infinite or NaN in step 12"
+    assert not meter.nonfinite() and list(meter.read(everything=True)) == []
+
+
+def test_the_rank_whose_loss_is_bad_is_named(run_ranks):
+    """On either rank, and the means are over both."""
+    for bad in (0, 1):
+        for reading in run_ranks(2, read_two_steps, bad):
+            assert reading.faults == [Fault(2, (bad,))] and reading.line["loss"] == 0.5 and reading.finite == 1
+
+
+def read_two_steps(parallel: Parallel, bad: int):
+    meter = Meter(parallel.device)
+    meter.add(row(float(parallel.rank), 0.0, 0.0, 0.0, 1.0))
+    meter.add(row(math.nan if parallel.rank == bad else 1.0, 0.0, 0.0, 1.0, 1.0))
+    meter.cut(2, parallel, {})
+    [reading] = meter.read()
+    return reading
+
+
+def test_lines_that_a_full_disk_refused_are_written_later(tmp_path, monkeypatch):
+    said = []
+    lines = Lines(tmp_path / "log.jsonl", said.append)
+    lines.append({"step": 1})
+    file = lines._file
+
+    class Full:
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    lines._file = Full()
+    lines.append({"step": 2})
+    lines.append({"step": 3})
+    lines._file = file
+    lines.append({"step": 4})
+    lines.close()
+    assert [each["step"] for each in read_lines(tmp_path / "log.jsonl")] == [1, 2, 3, 4]
+    assert len(said) == 1 and "No space left" in said[0]
 
 
 @pytest.mark.gpu
@@ -48,7 +95,7 @@ def test_the_meter_averages_each_interval_alone():
 def test_on_a_gpu_an_interval_is_read_when_the_next_one_ends_and_nothing_waits():
     device = torch.device("cuda", 0)
     meter, parallel = Meter(device), Parallel(device=device)
-    metrics = [torch.ones((), device=device)] * 4
+    metrics = [torch.ones((), device=device)] * 5
     meter.add(metrics)
     meter.cut(0, parallel, {})
     torch.cuda.synchronize()
@@ -58,8 +105,8 @@ def test_on_a_gpu_an_interval_is_read_when_the_next_one_ends_and_nothing_waits()
         meter.cut(1, parallel, {})
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert [read["step"] for read in meter.read()] == [0]
-    assert [read["step"] for read in meter.read(everything=True)] == [1]
+    assert [read.line["step"] for read in meter.read()] == [0]
+    assert [read.line["step"] for read in meter.read(everything=True)] == [1]
 
 
 def test_the_share_of_data_wait(monkeypatch):

@@ -1,0 +1,76 @@
+"""A run that makes no progress for too long is ended, with the stacks of all its threads on stderr.
+
+A rank that hangs holds up every other rank, and a launcher learns of it only when the process ends.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import threading
+import time
+from collections.abc import Callable
+
+from fastmoco.train.preempt import StopRequest
+
+STUCK = 124
+"""Exit code of a process that the watchdog ended; that of timeout(1)."""
+FIRST_FACTOR = 3
+"""The first sign of life may take this many times longer: kernels are compiled and file caches are cold."""
+STOP_SECONDS = 25.0
+"""Patience after a stop request under torchrun, which kills what is left after 30 s, and shows no stacks."""
+HELD_SECONDS = 30.0
+"""Beyond its patience, for the case that a stuck call holds the interpreter's lock and this thread cannot run."""
+
+
+class Watchdog:
+    """Ends the process with code STUCK where `beat` is not called for `seconds`; 0 seconds is no watchdog.
+
+    A context manager: it watches while the block lasts.
+    """
+
+    def __init__(self, seconds: float, asked: StopRequest, exit: Callable[[int], object] = os._exit) -> None:
+        self._seconds, self._asked, self._exit = seconds, asked, exit
+        self._patience = seconds * FIRST_FACTOR
+        self._last = time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="fastmoco-watchdog", daemon=True)
+
+    def beat(self) -> None:
+        """A sign of life: a step, a batch of an evaluation, a finished write."""
+        self._last, self._patience = time.monotonic(), self._seconds
+
+    def __enter__(self) -> Watchdog:
+        if self._seconds:
+            self._last = time.monotonic()
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._seconds:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        pause = min(1.0, self._seconds / 10)
+        while not self._over.wait(pause):
+            patience, silent = self._limit(), time.monotonic() - max(self._last, self._since())
+            if silent > patience:
+                self._end(silent)
+                return
+            faulthandler.dump_traceback_later(patience + HELD_SECONDS, exit=True, file=2)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _limit(self) -> float:
+        hurried = self._asked and "TORCHELASTIC_RUN_ID" in os.environ
+        return min(self._patience, STOP_SECONDS) if hurried else self._patience
+
+    def _since(self) -> float:
+        return self._asked.since if self._asked else 0.0
+
+    def _end(self, silent: float) -> None:
+        rank = os.environ.get("RANK", "0")
+        text = f"fastmoco: error (rank {rank}): no progress for {silent:.0f} s, the stacks of all threads follow\n"
+        os.write(2, text.encode())
+        faulthandler.dump_traceback(file=2, all_threads=True)
+        self._exit(STUCK)
