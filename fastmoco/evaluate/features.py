@@ -28,9 +28,12 @@ def extract(
     *,
     threads: int | None = None,
     batch_size: int = 256,
+    normalise: bool = True,
     progress: Callable[[int], Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Unit features float32 [n, F] of every image, and labels int64 [n] (-1 where there are none), on the device.
+    """Features float32 [n, F] of every image, and labels int64 [n] (-1 where there are none), on the device.
+
+    Features have unit length, unless `normalise` is false.
 
     `recipe.knn_features` says which: of the backbone, or after the projection head. Each rank encodes its share of the
     images and gets all features, in the manifest's order; all ranks call this. The encoder's mode is put back.
@@ -46,7 +49,8 @@ def extract(
     features, done = None, 0
     with loader, _evaluating(encoder), torch.no_grad():
         for crops, _ in loader:
-            rows = F.normalize(forward(_plain(crops, encoder, recipe)).float().flatten(1), dim=1)
+            rows = forward(_plain(crops, encoder, recipe)).float().flatten(1)
+            rows = F.normalize(rows, dim=1) if normalise else rows
             if features is None:
                 features = rows.new_empty(share, rows.shape[1])
             features[done : done + len(rows)] = rows

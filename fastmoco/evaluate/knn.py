@@ -9,22 +9,25 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastmoco.data import manifest
 from fastmoco.data.manifest import Manifest
 from fastmoco.encoder import Encoder
 from fastmoco.evaluate.features import extract
+from fastmoco.evaluate.labels import both_sides
+from fastmoco.evaluate.pictures import draw_confusion, draw_neighbours
+from fastmoco.evaluate.scores import score
 from fastmoco.interop.run import load_encoder
-from fastmoco.options import EvaluateKnn, UsageError
+from fastmoco.options import EvaluateKnn
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 
 CHUNK_ELEMENTS = 1 << 25  # similarities held at a time: 128 MiB in fp32
+SHOWN = 8  # images, and neighbours of each, in the contact sheet
 
 
 def knn_accuracy(
@@ -84,39 +87,33 @@ def evaluate(
 
 
 def run(options: EvaluateKnn) -> None:
-    """`evaluate knn RUN`: print the accuracies and write them to RUN/knn.json."""
+    """`evaluate knn RUN`: print the accuracies; write RUN/knn.json, RUN/knn.png and RUN/neighbours.png."""
     parallel = Parallel.start(options.device)
-    try:
-        encoder, recipe, step = load_encoder(options.run, parallel)
-        recipe = _chosen(recipe, options)
-        train, val = _sides(options)
-        if parallel.is_main:
-            print(f"{len(train)} images vote on {len(val)}, encoder of {options.run} after step {step}")
-        figures = evaluate(encoder, train, val, recipe, parallel, threads=options.threads or None)
-        if parallel.is_main:
-            facts = {"step": step, "features": recipe.knn_features, "data": train.root, "val": val.root, **figures}
-            (options.run / "knn.json").write_text(json.dumps(facts, indent=2) + "\n")
-            print(f"kNN top-1 {figures['top1']:.2f}%, top-5 {figures['top5']:.2f}% "
-                  f"(k {figures['k']}, T {figures['temperature']}; see {options.run}/knn.json)")  # fmt: skip
-    finally:
-        parallel.close()
+    encoder, recipe, step = load_encoder(options.run, parallel)
+    recipe, threads = _chosen(recipe, options), options.threads or None
+    train, val = both_sides(options.run, options.data, options.val, options.labels)
+    print(f"{len(train)} images vote on {len(val)}, encoder of {options.run} after step {step}")
+    bank, bank_labels = extract(encoder, train, recipe, parallel, threads=threads)
+    queries, labels = extract(encoder, val, recipe, parallel, threads=threads)
+    votes = torch.cat(
+        [
+            knn_votes(bank, bank_labels, chunk, recipe.knn_k, recipe.knn_temperature, len(train.classes))
+            for chunk in queries.split(max(1, CHUNK_ELEMENTS // len(bank)))
+        ]
+    )
+    scores = score(votes.masked_fill(votes == 0, -torch.inf), labels)
+    facts = {"step": step, "features": recipe.knn_features, "k": min(recipe.knn_k, len(bank)),
+             "temperature": recipe.knn_temperature, "classes": len(train.classes), "bank": len(bank),
+             "queries": len(queries), "data": train.root, "val": val.root}  # fmt: skip
+    (options.run / "knn.json").write_text(json.dumps({**facts, **scores.as_dict(train.classes)}, indent=2) + "\n")
+    draw_confusion(options.run / "knn.png", scores.confusion, train.classes)
+    shown = np.linspace(0, len(val) - 1, min(SHOWN, len(val))).astype(np.int64)
+    nearest = (queries[torch.from_numpy(shown).to(queries.device)] @ bank.T).topk(min(SHOWN, len(bank)), dim=1).indices
+    draw_neighbours(options.run / "neighbours.png", val, train, shown, nearest.cpu().numpy())
+    print(f"kNN top-1 {scores.top1:.2f}%, top-5 {scores.top5:.2f}% (k {facts['k']}, T {facts['temperature']}, "
+          f"{facts['features']} features; see knn.json, knn.png and neighbours.png in {options.run})")  # fmt: skip
 
 
 def _chosen(recipe: Recipe, options: EvaluateKnn) -> Recipe:
     given = {"knn_k": options.k, "knn_temperature": options.temperature, "knn_features": options.features}
     return dataclasses.replace(recipe, **{name: value for name, value in given.items() if value is not None})
-
-
-def _sides(options: EvaluateKnn) -> tuple[Manifest, Manifest]:
-    data = options.data or json.loads((options.run / "recipe.json").read_text())["options"]["data"]
-    train, val = manifest.split(data)
-    val = options.val or val
-    if val is None:
-        raise UsageError(f"{data} has no val/ beside a train/: name labelled images with --val PATH")
-    bank = manifest.scan(train)
-    if bank.labels is None:
-        raise UsageError(f"{train} has no classes: kNN needs one folder per class, or a list with classes")
-    queries = manifest.scan(val, classes=bank.classes)
-    if queries.labels is None:
-        raise UsageError(f"{val} has no classes: kNN needs one folder per class, or a list with classes")
-    return bank, queries

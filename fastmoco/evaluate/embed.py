@@ -1,0 +1,66 @@
+"""`embed RUN`: features of images, one row each, with their file names."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from fastmoco.data import manifest
+from fastmoco.data.manifest import Manifest
+from fastmoco.evaluate.features import extract
+from fastmoco.interop import files
+from fastmoco.interop.run import load_encoder
+from fastmoco.options import Embed, UsageError
+from fastmoco.parallel import Parallel
+
+
+def run(options: Embed) -> None:
+    """Write the features: .npz with `features` float32 [n, F], `files` [n] and, where there are classes, `labels`
+    int64 [n] and `classes`; .parquet with the columns file, features and label.
+
+    UsageError where the file exists or pyarrow is missing; DataError where there are no images.
+    """
+    if options.out.exists():
+        raise UsageError(f"{options.out} exists: give --out another name, or remove it")
+    save = _save_npz if options.out.suffix == ".npz" else _parquet_writer()
+    parallel = Parallel.start(options.device)
+    encoder, recipe, step = load_encoder(options.run, parallel)
+    recipe = dataclasses.replace(recipe, knn_features=options.features)
+    images = manifest.scan(options.data)
+    if manifest.split(options.data)[0] != str(options.data):
+        images = dataclasses.replace(images, labels=None, classes=[])  # train and val are no classes
+    with tqdm(total=len(images), unit="image", disable=None) as bar:
+        features, _ = extract(encoder, images, recipe, parallel, threads=options.threads or None,
+                              normalise=options.normalise, progress=bar.update)  # fmt: skip
+    rows = features.cpu().numpy()
+    files.write(options.out, lambda path: save(path, rows, images))
+    print(f"{options.out}: {rows.shape[0]} images, {rows.shape[1]} {options.features} features each, encoder of "
+          f"{options.run} after step {step}; {len(images.rejected)} files left out")  # fmt: skip
+
+
+def _save_npz(path: Path, features: np.ndarray, images: Manifest) -> None:
+    columns = {"features": features, "files": np.array(images.paths)}
+    if images.labels is not None:
+        columns |= {"labels": images.labels, "classes": np.array(images.classes)}
+    with path.open("wb") as file:  # given a name, NumPy would append .npz to it
+        np.savez(file, **columns)
+
+
+def _parquet_writer():
+    try:
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise UsageError("a .parquet file needs pyarrow: pip install pyarrow, or end --out in .npz") from error
+
+    def save(path: Path, features: np.ndarray, images: Manifest) -> None:
+        flat = arrow.FixedSizeListArray.from_arrays(arrow.array(features.ravel()), features.shape[1])
+        columns = {"file": arrow.array(images.paths), "features": flat}
+        if images.labels is not None:
+            columns["label"] = arrow.array([images.classes[label] for label in images.labels])
+        parquet.write_table(arrow.table(columns), path)
+
+    return save

@@ -1,0 +1,87 @@
+"""Pictures of evaluations: accuracy over epochs, the confusion matrix, nearest neighbours."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from fastmoco.data.manifest import Manifest
+from fastmoco.data.plan import centre_boxes
+
+BLUE, ORANGE, GREY = "#2f6db5", "#dd8452", "#8a8f98"
+RIGHT, WRONG, QUERY = (58, 138, 95), (196, 70, 60), (120, 126, 136)
+NAMED_CLASSES = 30  # beyond, a name beside each row is unreadable
+TILE, FRAME, GAP = 96, 4, 6
+
+
+def draw_probe(path: Path, curve: Sequence[Mapping[str, float]], confusion: Tensor, classes: Sequence[str]) -> None:
+    """Accuracy over epochs beside the confusion matrix, as a PNG file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
+    _draw_curve(left, curve, len(classes))
+    _draw_confusion(figure, right, confusion, classes)
+    figure.savefig(path)
+
+
+def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str]) -> None:
+    """The confusion matrix as a PNG file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 5.4), dpi=120, layout="constrained")
+    _draw_confusion(figure, figure.subplots(), confusion, classes)
+    figure.savefig(path)
+
+
+def draw_neighbours(path: Path, val: Manifest, bank: Manifest, queries: np.ndarray, nearest: np.ndarray) -> None:
+    """Each query image (int64 [m]) with its neighbours (int64 [m, k]): a framed contact sheet, green of its class."""
+    rows, columns = len(queries), nearest.shape[1] + 1
+    step = TILE + 2 * FRAME + GAP
+    sheet = Image.new("RGB", (columns * step + 2 * GAP, rows * step + GAP), "white")
+    for row, query in enumerate(queries.tolist()):
+        sheet.paste(_tile(val, query, QUERY), (GAP, row * step + GAP))
+        for column, index in enumerate(nearest[row].tolist(), start=1):
+            colour = RIGHT if bank.labels[index] == val.labels[query] else WRONG
+            sheet.paste(_tile(bank, index, colour), (column * step + 2 * GAP, row * step + GAP))
+    sheet.save(path)
+
+
+def _tile(images: Manifest, index: int, frame: tuple[int, int, int]) -> Image.Image:
+    top, left, height, width = centre_boxes(images.sizes[index : index + 1], TILE)[0].tolist()
+    with Image.open(io.BytesIO(images.read(index).tobytes())) as image:
+        tile = image.convert("RGB").resize((TILE, TILE), box=(left, top, left + width, top + height), reducing_gap=2)
+    return ImageOps.expand(tile, FRAME, frame)
+
+
+def _draw_curve(axes: Any, curve: Sequence[Mapping[str, float]], classes: int) -> None:
+    epochs = [line["epoch"] for line in curve]
+    axes.set_title("Validation accuracy (%)", loc="left", fontsize=10)
+    for name, colour, text in (("top5", ORANGE, "top-5"), ("top1", BLUE, "top-1")):
+        axes.plot(epochs, [line[name] for line in curve], color=colour, linewidth=1.6, label=text)
+    axes.axhline(100 / classes, color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="chance, top-1")
+    axes.set_ylim(0, 102)
+    axes.set_xlabel("epoch", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(axis="y", color="#e8eaee", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def _draw_confusion(figure: Any, axes: Any, confusion: Tensor, classes: Sequence[str]) -> None:
+    shares = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
+    picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_title("Class (row) taken for (column)", loc="left", fontsize=10)
+    if len(classes) <= NAMED_CLASSES:
+        names = [name if len(name) <= 14 else f"{name[:13]}…" for name in classes]
+        axes.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+    bar = figure.colorbar(picture, ax=axes, fraction=0.046, pad=0.03)
+    bar.ax.tick_params(labelsize=7)
+    bar.outline.set_visible(False)

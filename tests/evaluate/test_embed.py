@@ -1,0 +1,70 @@
+"""Embeddings: a row per image beside its name, equal to the encoder's own features."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fastmoco.cli import main
+from fastmoco.contrast.step import Step
+from fastmoco.data import manifest
+from fastmoco.evaluate.features import extract
+from fastmoco.interop import run
+from fastmoco.parallel import Parallel
+from fastmoco.recipe import PRESETS
+from fastmoco.train import checkpoint
+
+RECIPE = replace(PRESETS["demo"][1], width=0.125, crop_size=16, batch_size=8, bn_group=4, queue_size=20)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "run"
+    checkpoint.save(out, 0, Step(RECIPE, Parallel(), "fp32").state(), {"recipe": RECIPE.as_dict()})
+    (out / "recipe.json").write_text(json.dumps({"recipe": RECIPE.as_dict(), "options": {}}))
+    return out
+
+
+def embed(trained, data, out, *more) -> int:
+    where = ["--data", str(data), "--out", str(out), "--device", "cpu", "--threads", "1"]
+    return main(["embed", str(trained), *where, *more])
+
+
+def test_rows_belong_to_their_files(trained, stripes, tmp_path):
+    assert embed(trained, stripes / "val", tmp_path / "a.npz") == 0
+    images = manifest.scan(stripes / "val")
+    encoder, recipe, _ = run.load_encoder(trained, Parallel())
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as data:
+        assert data["files"].tolist() == images.paths and data["classes"].tolist() == ["across", "down"]
+        assert data["labels"].tolist() == images.labels.tolist()
+        expected = extract(encoder, images, recipe, Parallel(), threads=1, normalise=False)[0]
+        torch.testing.assert_close(torch.from_numpy(data["features"]), expected, rtol=0, atol=1e-5)
+        assert np.abs(np.linalg.norm(data["features"], axis=1) - 1).min() > 1e-3
+
+
+def test_projection_and_unit_length(trained, stripes, tmp_path):
+    assert embed(trained, stripes, tmp_path / "a.npz", "--features", "projection", "--normalise") == 0
+    with np.load(tmp_path / "a.npz") as data:
+        assert data["features"].shape == (52, RECIPE.dim) and "labels" not in data
+        np.testing.assert_allclose(np.linalg.norm(data["features"], axis=1), 1, rtol=1e-5)
+
+
+def test_parquet_or_a_clear_line(trained, stripes, tmp_path, capsys):
+    done = embed(trained, stripes / "val", tmp_path / "a.parquet")
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        assert done == 2 and "pip install pyarrow" in capsys.readouterr().err
+        return
+    table = parquet.read_table(tmp_path / "a.parquet")
+    assert done == 0 and table.column_names == ["file", "features", "label"] and table.num_rows == 12
+
+
+def test_mistakes_are_one_line(trained, stripes, tmp_path, capsys):
+    (tmp_path / "taken.npz").write_text("mine")
+    assert embed(trained, stripes, tmp_path / "taken.npz") == 2 and "exists" in capsys.readouterr().err
+    assert embed(trained, stripes, tmp_path / "a.txt") == 2 and ".npz or .parquet" in capsys.readouterr().err
+    assert embed(trained, tmp_path / "none", tmp_path / "a.npz") == 2
+    assert not (tmp_path / "a.npz").exists() and (tmp_path / "taken.npz").read_text() == "mine"

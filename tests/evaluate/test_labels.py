@@ -1,0 +1,75 @@
+"""Labels from class folders and CSV files, and the line that says what is wrong with them."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastmoco.data import manifest
+from fastmoco.data.manifest import DataError
+from fastmoco.evaluate.labels import both_sides, label, one_side, read_table, subset
+from fastmoco.options import UsageError
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory):
+    """Six images in one folder, one of them below."""
+    root = tmp_path_factory.mktemp("flat")
+    (root / "deep").mkdir()
+    for name in ("a", "b", "c", "d", "e", "deep/f"):
+        Image.fromarray(np.zeros((8, 9, 3), np.uint8)).save(root / f"{name}.png")
+    return root
+
+
+def table(folder, text: str):
+    path = folder / "labels.csv"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_table_names_classes_by_path_or_by_name(flat, tmp_path):
+    text = '\ufefffile,class\n./a.png,cat\nb.png," dog "\nf.png,cat\n"c.png",dog,ignored\n\n'
+    found = label(manifest.scan(flat), table(tmp_path, text))
+    assert dict(zip(found.paths, (found.classes[i] for i in found.labels))) == {
+        "a.png": "cat", "b.png": "dog", "c.png": "dog", "deep/f.png": "cat"}  # fmt: skip
+    assert found.sizes.tolist() == [[8, 9]] * 4 and len(found) == 4
+
+
+def test_the_training_part_numbers_the_classes(flat, tmp_path):
+    images = manifest.scan(flat)
+    found = label(images, table(tmp_path, "a.png,dog\n"), ["cat", "dog"])
+    assert found.labels.tolist() == [1] and found.classes == ["cat", "dog"]
+    with pytest.raises(DataError, match="'wolf' is not among the 2 classes"):
+        label(images, table(tmp_path, "a.png,wolf\n"), ["cat", "dog"])
+
+
+def test_mistakes_in_a_table(flat, tmp_path):
+    with pytest.raises(DataError, match="names none of the 6 images"):
+        label(manifest.scan(flat), table(tmp_path, "x.png,cat\n"))
+    with pytest.raises(UsageError, match="line 2 has one column"):
+        read_table(table(tmp_path, "a.png,cat\nb.png\n"))
+    (tmp_path / "bin.csv").write_bytes(b"\xff\xfe\x00a,\x80")
+    with pytest.raises(UsageError, match="cannot be read as CSV"):
+        read_table(tmp_path / "bin.csv")
+
+
+def test_a_subset_keeps_paths_sizes_and_labels_together(flat, tmp_path):
+    found = label(manifest.scan(flat), table(tmp_path, "a.png,x\nb.png,y\nc.png,x\n"))
+    some = subset(found, np.array([2, 0]))
+    assert some.paths == ["c.png", "a.png"] and some.labels.tolist() == [0, 0] and len(found) == 3
+
+
+def test_both_sides(flat, tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps({"options": {"data": str(flat)}}))
+    with pytest.raises(UsageError, match="--val PATH"):
+        both_sides(tmp_path, None, None, None)
+    with pytest.raises(UsageError, match="--labels FILE.csv"):
+        both_sides(tmp_path, None, flat, None)
+    train, val = both_sides(tmp_path, None, flat, table(tmp_path, "a.png,x\nb.png,y\n"))
+    assert train.classes == val.classes == ["x", "y"] and len(val) == 2
+    (tmp_path / "recipe.json").write_text(json.dumps({"options": {"data": None}}))
+    with pytest.raises(UsageError, match="--data PATH"):
+        both_sides(tmp_path, None, flat, None)
+    with pytest.raises(UsageError, match="has no classes"):
+        one_side(flat, None, ["x", "y"])

@@ -1,0 +1,227 @@
+"""The linear probe: against plain float64, scikit-learn, separable and meaningless labels; the backbone stays put."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+
+from fastmoco.cli import main
+from fastmoco.data import manifest
+from fastmoco.data.plan import Plan
+from fastmoco.encoder import build_encoder
+from fastmoco.evaluate import linear
+from fastmoco.evaluate.linear import Evaluation, Protocol, changed, fit_cached, new_classifier, snapshot
+from fastmoco.evaluate.linear import training_recipe
+from fastmoco.interop import run
+from fastmoco.parallel import Parallel
+from fastmoco.recipe import PRESETS
+
+CLASSES, DIM, COUNT = 5, 8, 500
+RECIPE = replace(PRESETS["demo"][1], width=0.125, crop_size=16, batch_size=8, bn_group=4, queue_size=20)
+
+
+def points(seed: int, spread: float) -> tuple[torch.Tensor, torch.Tensor]:
+    centres = torch.randn(CLASSES, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(COUNT) % CLASSES
+    return centres[labels] + spread * torch.randn(COUNT, DIM, generator=generator, dtype=torch.float64), labels
+
+
+def plan_of(protocol: Protocol) -> Plan:
+    return Plan(training_recipe(RECIPE, protocol), np.full((COUNT, 2), 64, np.int32))
+
+
+def by_hand(features, labels, plan, protocol) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    """SGD on softmax regression in NumPy, with the gradient written out."""
+    first = new_classifier(DIM, CLASSES, protocol.seed, torch.device("cpu"))
+    w, b = (value.detach().double().numpy().copy() for value in (first.weight, first.bias))
+    v_w, v_b, losses = np.zeros_like(w), np.zeros_like(b), []
+    for step in range(protocol.epochs * plan.steps_per_epoch):
+        epoch = step // plan.steps_per_epoch
+        rate = protocol.lr * protocol.batch_size / 256
+        rate *= 0.1 ** ((epoch >= 0.6 * protocol.epochs) + (epoch >= 0.8 * protocol.epochs))
+        rows = plan.samples(step)
+        x, y = features[rows], labels[rows]
+        z = x @ w.T + b
+        p = np.exp(z - z.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        losses.append(-np.log(p[np.arange(len(y)), y]).mean())
+        p[np.arange(len(y)), y] -= 1
+        p /= len(y)
+        v_w, v_b = protocol.momentum * v_w + p.T @ x, protocol.momentum * v_b + p.sum(0)
+        w, b = w - rate * v_w, b - rate * v_b
+    return w, b, losses
+
+
+def test_equals_float64_by_hand_on_500_points():
+    protocol = Protocol(lr=1.0, epochs=10, batch_size=64)
+    (features, labels), val = points(1, 1.5), points(2, 1.5)
+    plan = plan_of(protocol)
+    w, b, losses = by_hand(features.numpy(), labels.numpy(), plan, protocol)
+    probe = fit_cached((features.float(), labels), (val[0].float(), val[1]), CLASSES, plan, protocol)
+    torch.testing.assert_close(probe.classifier.weight.detach().double(), torch.from_numpy(w), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(probe.classifier.bias.detach().double(), torch.from_numpy(b), rtol=1e-4, atol=1e-5)
+    per_epoch = np.reshape(losses, (protocol.epochs, -1)).mean(1)
+    np.testing.assert_allclose([line["loss"] for line in probe.curve], per_epoch, rtol=1e-5)
+    expected = 100 * float((np.argmax(val[0].numpy() @ w.T + b, 1) == val[1].numpy()).mean())
+    assert probe.scores.top1 == pytest.approx(expected)
+
+
+def test_as_accurate_as_scikit_learns_logistic_regression():
+    protocol = Protocol(lr=1.0, epochs=60, batch_size=100)
+    (features, labels), val = points(3, 1.5), points(4, 1.5)
+    probe = fit_cached((features.float(), labels), (val[0].float(), val[1]), CLASSES, plan_of(protocol), protocol)
+    oracle = LogisticRegression(C=1e6, max_iter=2000).fit(features.numpy(), labels.numpy())
+    expected = 100 * oracle.score(val[0].numpy(), val[1].numpy())
+    assert 40 < expected < 97, "the points decide nothing"
+    assert abs(probe.scores.top1 - expected) < 2
+    predicted = (val[0].float() @ probe.classifier.weight.T + probe.classifier.bias).argmax(1)
+    assert (predicted.numpy() == oracle.predict(val[0].numpy())).mean() > 0.95
+
+
+def test_separable_is_perfect_and_shuffled_labels_are_chance():
+    protocol = Protocol(epochs=20)
+    (features, labels), val = points(5, 0.05), points(6, 0.05)
+    plan = plan_of(protocol)
+    sure = fit_cached((features.float(), labels), (val[0].float(), val[1]), CLASSES, plan, protocol)
+    assert sure.scores.top1 == 100 and sure.scores.per_class == [100] * CLASSES
+    features, val = points(5, 3.0)[0], points(6, 3.0)
+    shuffled = labels[torch.randperm(COUNT, generator=torch.Generator().manual_seed(7))]
+    lost = fit_cached((features.float(), shuffled), (val[0].float(), val[1]), CLASSES, plan, protocol)
+    chance = 1 / CLASSES
+    assert abs(lost.scores.top1 - 100 * chance) < 500 * math.sqrt(chance * (1 - chance) / COUNT)
+
+
+@pytest.mark.parametrize(
+    ("batch", "epochs", "rates"),
+    [(256, 100, {0: 30, 59: 30, 60: 3, 79: 3, 80: 0.3, 99: 0.3}), (64, 10, {0: 7.5, 5: 7.5, 6: 0.75, 8: 0.075})],
+)
+def test_the_published_schedule(batch, epochs, rates):
+    protocol = Protocol(epochs=epochs, batch_size=batch)
+    assert {epoch: pytest.approx(protocol.rate(epoch)) for epoch in rates} == rates
+    assert (protocol.momentum, protocol.weight_decay) == (0.9, 0)
+
+
+def test_the_classifier_starts_as_published():
+    first = new_classifier(2048, 1000, 0, torch.device("cpu"))
+    assert first.bias.abs().max() == 0 and first.weight.std().item() == pytest.approx(0.01, rel=0.01)
+    assert torch.equal(first.weight, new_classifier(2048, 1000, 0, torch.device("cpu")).weight)
+
+
+def test_crops_and_flips_are_the_only_augmentation():
+    plan = Plan(training_recipe(RECIPE, Protocol()), np.full((3000, 2), 300, np.int32))
+    samples = np.arange(3000)
+    parameters, boxes = plan.photometric(0, samples, 0), plan.boxes(0, samples, 0)
+    assert 0.45 < parameters[:, 0].mean() < 0.55
+    still = np.broadcast_to(np.array([0, -1, 1, 1, 1, 0, 0], np.float32), (3000, 7))
+    np.testing.assert_array_equal(parameters[:, 1:], still)
+    shares = boxes[:, 2] * boxes[:, 3] / 90000
+    assert 0.07 < shares.min() < 0.1 and shares.max() > 0.9
+
+
+@pytest.fixture(scope="module")
+def sides(stripes):
+    train = manifest.scan(stripes / "train")
+    return train, manifest.scan(stripes / "val", classes=train.classes)
+
+
+def evaluation(sides, **protocol) -> Evaluation:
+    encoder = build_encoder(RECIPE).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # statistics that a training step would move
+        for name, buffer in encoder.named_buffers():
+            if "running" in name:
+                buffer.uniform_(0.8, 1.2, generator=generator).sub_(1.0 if name.endswith("mean") else 0.0)
+    chosen = Protocol(**{"epochs": 3, "batch_size": 16, **protocol})
+    return Evaluation(encoder, RECIPE, *sides, chosen, Parallel(), threads=1)
+
+
+def test_the_backbone_is_bit_equal_after_the_probe(sides):
+    probe_of = evaluation(sides)
+    before = snapshot(probe_of.encoder)
+    probe = probe_of.exact(lambda line: None)
+    assert changed(before, probe_of.encoder) == [] and len(probe.curve) == 3
+    start = new_classifier(probe_of.encoder.feature_dim, 2, 0, torch.device("cpu"))
+    assert not torch.equal(probe.classifier.weight, start.weight), "nothing was trained"
+
+
+def test_a_backbone_in_training_mode_is_noticed(sides, monkeypatch):
+    """The control: in training mode batch norm moves its statistics, and the check says so."""
+    probe_of = evaluation(sides)
+    monkeypatch.setattr(probe_of.encoder, "eval", lambda: probe_of.encoder.train())
+    with pytest.raises(AssertionError, match="the probe changed the backbone.*running_mean"):
+        probe_of.exact(lambda line: None)
+
+
+def test_exact_and_fast_agree_where_there_is_nothing_to_augment(sides, monkeypatch):
+    """With centre crops in place of random ones, the exact probe sees the features that the fast one caches."""
+    from fastmoco.data.plan import centre_boxes
+
+    monkeypatch.setattr(Plan, "boxes", lambda plan, epoch, samples, view: centre_boxes(plan.sizes[samples], 16))
+    real = Plan.photometric
+
+    def unflipped(plan, epoch, samples, view):
+        parameters = real(plan, epoch, samples, view)
+        parameters[:, 0] = 0
+        return parameters
+
+    monkeypatch.setattr(Plan, "photometric", unflipped)
+    exact = evaluation(sides, lr=1.0).exact(lambda line: None)
+    fast = evaluation(sides, lr=1.0).fast(lambda line: None)
+    torch.testing.assert_close(exact.classifier.weight, fast.classifier.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_finetuning_moves_the_backbone(sides):
+    probe_of = evaluation(sides, lr=0.03)
+    before = snapshot(probe_of.encoder)
+    probe_of.finetune(lambda line: None)
+    moved = changed(before, probe_of.encoder)
+    assert "conv1.weight" in moved and "bn1.running_mean" in moved and "fc.2.weight" not in moved
+
+
+@pytest.fixture(scope="module")
+def trained(stripes, tmp_path_factory):
+    """A run at step 0: the commands need no more."""
+    from fastmoco.contrast.step import Step
+    from fastmoco.train import checkpoint
+
+    out = tmp_path_factory.mktemp("trained") / "run"
+    state = Step(RECIPE, Parallel(), "fp32").state()
+    checkpoint.save(out, 0, state, {"recipe": RECIPE.as_dict(), "precision": "fp32"})
+    (out / "recipe.json").write_text(json.dumps({"recipe": RECIPE.as_dict(), "options": {"data": str(stripes)}}))
+    return out
+
+
+def test_the_commands_write_figures_pictures_and_weights(trained, capsys):
+    argv = ["evaluate", "linear", str(trained), "--epochs", "4", "--lr", "3", "--threads", "1", "--device", "cpu"]
+    assert main(argv) == 0
+    assert main([*argv, "--fast"]) == 0
+    assert "fast and exact agree on" in capsys.readouterr().out
+    assert main([*argv[:-6], "--epochs", "1", "--finetune", "--threads", "1", "--device", "cpu"]) == 0
+    assert main(["evaluate", "knn", str(trained), "--k", "3", "--threads", "1", "--device", "cpu"]) == 0
+    figures = json.loads((trained / "linear.json").read_text())
+    assert figures["backbone"] == "bit-equal after the probe" and len(figures["curve"]) == 4
+    assert set(figures["per_class"]) == {"across", "down"} and figures["protocol"]["batch_size"] == 40
+    assert np.sum(figures["confusion"]) == 12 and figures["top1"] == figures["curve"][-1]["top1"]
+    for name in ("linear", "linear-fast", "finetune", "knn", "neighbours"):
+        assert (trained / f"{name}.png").stat().st_size > 2000, name
+    from safetensors.torch import load_file
+
+    weights = load_file(trained / "linear.safetensors")
+    encoder, _, _ = run.load_encoder(trained, Parallel())
+    val = manifest.scan(json.loads((trained / "recipe.json").read_text())["options"]["data"] + "/val")
+    features, labels = linear.extract(encoder, val, RECIPE, Parallel(), threads=1, normalise=False)
+    top1 = (F.linear(features, weights["fc.weight"], weights["fc.bias"]).argmax(1) == labels).double().mean() * 100
+    assert figures["top1"] == pytest.approx(top1.item())
+    assert "conv1.weight" in load_file(trained / "finetune.safetensors")
+
+
+def test_mistakes_are_one_line(trained, capsys):
+    assert main(["evaluate", "linear", str(trained), "--fast", "--finetune"]) == 2
+    assert main(["evaluate", "linear", str(trained), "--epochs", "0"]) == 2
+    assert "use a number of at least 1" in capsys.readouterr().err
