@@ -42,11 +42,40 @@ def _presets() -> dict[str, Command]:
     return {f"pretrain {name}": Command(text, *row) for name, (text, _) in PRESETS.items()}
 
 
+def _benchmarks() -> dict[str, Command]:
+    where = "fastmoco.bench"
+    return {
+        "bench": Command("measure speed beside baselines and bounds", "fastmoco.options:Bench", f"{where}.command:run"),
+        "bench compare": Command(
+            "tell whether B is slower than A", "fastmoco.options:BenchCompare", f"{where}.command:compare"
+        ),
+        "bench report": Command(
+            "write the README's tables", "fastmoco.options:BenchReport", f"{where}.command:rewrite_readme"
+        ),
+        "bench tune": Command("time tile sizes on this GPU", "fastmoco.options:BenchTune", f"{where}.tune:run"),
+        "bench gpu-check": Command(
+            "tests and benchmarks that need a GPU", "fastmoco.options:BenchGpuCheck", f"{where}.gpu_check:run"
+        ),
+    }
+
+
+def _profiles() -> dict[str, Command]:
+    return {
+        f"profile {name}": Command("show where the time goes", "fastmoco.options:Profile", f"fastmoco.profile:{name}")
+        for name in PRESETS
+    }
+
+
 COMMANDS: dict[str, Command] = {
     **_presets(),
     "evaluate knn": Command(
         "classify images by their nearest neighbours", "fastmoco.options:EvaluateKnn", "fastmoco.evaluate.knn:run"
     ),
+    "evaluate linear": Command(
+        "train a classifier on the frozen backbone", "fastmoco.options:EvaluateLinear", "fastmoco.evaluate.linear:run"
+    ),
+    "embed": Command("write the features of images", "fastmoco.options:Embed", "fastmoco.evaluate.embed:run"),
+    "report": Command("write one HTML page about a run", "fastmoco.options:Report", "fastmoco.report:run"),
     "export": Command(
         "write the weights as other projects read them", "fastmoco.options:Export", "fastmoco.interop.export:command"
     ),
@@ -61,6 +90,8 @@ COMMANDS: dict[str, Command] = {
     ),
     "data scan": Command("check a set of images", "fastmoco.options:DataScan", "fastmoco.cli:scan_data"),
     "data synth": Command("write the embedded image set", "fastmoco.options:DataSynth", "fastmoco.cli:synthesise_data"),
+    **_benchmarks(),
+    **_profiles(),
     "env": Command("print versions, devices and cores", "fastmoco.options:Env", "fastmoco.environment:run"),
 }
 

@@ -123,6 +123,8 @@ class EvaluateKnn:
     """Labelled images whose classes vote; left out, those that the run was trained on."""
     val: Path | None = None
     """Labelled images to classify; left out, the val/ beside train/."""
+    labels: Path | None = None
+    """CSV file of path,class for images that stand in no class folders."""
     k: int | None = None
     """Neighbours that vote; left out, the recipe's."""
     temperature: float | None = None
@@ -137,6 +139,80 @@ class EvaluateKnn:
     def __post_init__(self) -> None:
         _require(self.k is None or self.k >= 1, "k", self.k, "use a number of at least 1")
         _require(self.temperature is None or self.temperature > 0, "temperature", self.temperature, "use more than 0")
+
+
+@dataclass(frozen=True)
+class EvaluateLinear:
+    """Linear probe of a run's frozen backbone, as published; or a fast one, or fine-tuning."""
+
+    run: Path
+    """Folder of the run."""
+    data: Path | None = None
+    """Labelled images to train the classifier on; left out, those that the run was trained on."""
+    val: Path | None = None
+    """Labelled images to classify; left out, the val/ beside train/."""
+    labels: Path | None = None
+    """CSV file of path,class for images that stand in no class folders."""
+    fast: bool = False
+    """Train on features of centre crops that are computed once: minutes instead of hours."""
+    finetune: bool = False
+    """Train the backbone too."""
+    epochs: int = 100
+    """Epochs; the rate is divided by ten after 60 % and 80 % of them."""
+    batch_size: int = 256
+    """Images in a batch; the learning rate is scaled linearly with it."""
+    lr: float | None = None
+    """Learning rate for batches of 256; left out 30, as published, and 0.03 to fine-tune."""
+    seed: int = 0
+    """Of the classifier's start, the order and the crops."""
+    device: Device = "auto"
+    """Where to compute; auto is the GPU where there is one."""
+    threads: int = 0
+    """Threads that decode images; 0 is all cores."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "use a number of at least 1")
+        _require(self.lr is None or self.lr > 0, "lr", self.lr, "use more than 0")
+        _require(not (self.fast and self.finetune), "finetune", True, "leave --fast out: features change as it trains")
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Write the features of images, one row each, with their file names."""
+
+    run: Path
+    """Folder of the run."""
+    data: Path | None = None
+    """Images: a folder or a text file of paths."""
+    out: Path | None = None
+    """File to write: .npz, or .parquet where pyarrow is installed."""
+    features: Literal["backbone", "projection"] = "backbone"
+    """Features before or after the projection head."""
+    normalise: bool = False
+    """Scale every row to length 1."""
+    device: Device = "auto"
+    """Where to compute; auto is the GPU where there is one."""
+    threads: int = 0
+    """Threads that decode images; 0 is all cores."""
+
+    def __post_init__(self) -> None:
+        _require(self.data is not None, "data", self.data, "name the images")
+        _require(self.out is not None, "out", self.out, "name the file to write")
+        if self.out is not None:
+            _require(self.out.suffix in (".npz", ".parquet"), "out", str(self.out), "end it in .npz or .parquet")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write one HTML page about a run: recipe, curves, throughput, views, checkpoints, evaluation."""
+
+    run: Path
+    """Folder of the run."""
+    out: Path | None = None
+    """File to write; left out, RUN/report.html."""
+    views: bool = True
+    """Show the first batch's augmented views, where the images are still there."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +281,130 @@ class DataSynth:
 
     path: Path
     """Folder to write."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure subjects, each beside its baselines and its physical bound. Without one, all of them.
+
+    A GPU is measured at the published size, a CPU at a smaller one that takes about a minute.
+    """
+
+    subjects: tuple[Literal["kernels", "step", "loader", "train", "scaling", "memory"], ...]
+    """What to measure: kernels, step, loader, train (loader and step together), scaling over ranks, memory."""
+
+    json: Path | None = None
+    """Record to write, with every sample: what bench compare and bench report read."""
+    csv: Path | None = None
+    """Table to write, a line for each row."""
+    svg: Path | None = None
+    """Bar chart to write."""
+    device: Device = "auto"
+    """Where to measure; auto is the GPU where there is one."""
+    rounds: int = 0
+    """Samples of each provider, taken in turn; 0 is 20 on a GPU and 5 or 3 on a CPU."""
+    only: str = ""
+    """Measure only providers (of kernels: kernels) whose name contains this."""
+
+    preset: Literal["v1", "v2", "cifar", "demo"] = "v2"
+    """Recipe to measure."""
+    arch: str | None = None
+    """Encoder; left out, the preset's on a GPU and resnet18 on a CPU."""
+    batch_size: int | None = None
+    """Pairs in a batch; scaling: on each rank."""
+    crop_size: int | None = None
+    """Side of the views, in pixels."""
+    queue_size: int | None = None
+    """Keys in the queue."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] | None = None
+    """Measure this precision only."""
+    data: Path | None = None
+    """Images for loader and train; left out, made for the occasion."""
+
+    def __post_init__(self) -> None:
+        _require(self.rounds >= 0, "rounds", self.rounds, "use a number of at least 0")
+
+
+@dataclass(frozen=True)
+class BenchCompare:
+    """Say of every row that two records share whether B is slower or faster than A, with 95 % bootstrap intervals."""
+
+    a: Path
+    """Record before."""
+    b: Path
+    """Record after."""
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """Write the tables of the committed records between the benchmark markers of the README."""
+
+    readme: Path = Path("README.md")
+    """Text to rewrite."""
+    records: Path = Path("bench/records")
+    """Folder of records."""
+
+
+@dataclass(frozen=True)
+class BenchTune:
+    """Time tile candidates of every kernel on this GPU and print rows for kernels/tiles.py."""
+
+    only: str = ""
+    """Tune only entries of the table whose name contains this."""
+    out: Path | None = None
+    """File to write the rows to."""
+    rounds: int = 20
+    """Samples of each candidate."""
+
+
+@dataclass(frozen=True)
+class BenchGpuCheck:
+    """Everything that needs a GPU, in one command: kernel and graph tests, a memory checker, all benchmarks."""
+
+    quick: bool = False
+    """Two minutes instead of nine: fewer rounds, no memory checker."""
+    records: Path = Path("bench/records")
+    """Folder for the records, DATE-GPU-SUBJECT.json."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where the time of a step goes: a trace of a few steps and a table of the kernels that take most of it."""
+
+    data: str = "synthetic"
+    """Images to train on, or synthetic for random crops that are already on the device."""
+    tool: Literal["torch", "nsys", "ncu"] = "torch"
+    """torch.profiler here and now; or the command line for Nsight, which is run where it is installed."""
+    out: Path = Path("profile")
+    """Folder to write."""
+    steps: int = 3
+    """Steps to record, after the warm-up."""
+    rows: int = 20
+    """Kernels in the table."""
+    device: Device = "auto"
+    """Where to compute; auto is the GPU where there is one."""
+    graph: Literal["auto", "on", "off"] = "off"
+    """Profile the CUDA graph; its kernels cannot be told apart by part of the step."""
+    encoder: Literal["fused", "eager", "compile"] = "fused"
+    """Batch norm by our kernels, in plain torch, or in plain torch through torch.compile."""
+    update: Literal["fused", "torch", "apex"] = "fused"
+    """Update by our kernel, by torch's fused SGD, or by NVIDIA's apex where it is installed."""
+    key_stream: bool = False
+    """Encode keys on a CUDA stream of their own, beside the queries."""
+    arch: str | None = None
+    """Encoder; left out, the preset's."""
+    batch_size: int | None = None
+    """Pairs in a batch; left out, the preset's."""
+    crop_size: int | None = None
+    """Side of the views, in pixels; left out, the preset's."""
+    queue_size: int | None = None
+    """Keys in the queue; left out, the preset's."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """Numbers of the encoders; auto is the recipe's."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "rows"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "use a number of at least 1")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""Tile sizes by measurement: from each row of `kernels/tiles.py` towards faster neighbours, one number at a time.
+
+Explicit and rare, so that production compiles one variant of each kernel and never searches. What is printed is a row
+for the table; run the tests of the kernels after taking it over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from fastmoco.bench.kernels import OURS, PROVIDED, Size
+from fastmoco.bench.timing import interleave
+from fastmoco.kernels.tiles import TABLE, Tiles, tiles
+from fastmoco.options import BenchTune, UsageError
+from fastmoco.recipe import PRESETS, Recipe
+
+MOVES, GAIN = 6, 0.02  # moves at most from a row; a move must gain 2 %
+WARPS, STAGES, BLOCK = (1, 2, 4, 8, 16), (1, 2, 3, 4, 5), (1, 8192)
+
+
+def run(options: BenchTune) -> None:
+    """`bench tune`: print the fastest rows found; UsageError without a GPU or where no entry has the name."""
+    names = [name for name in TABLE if options.only in name]
+    if not names:
+        raise UsageError(f"no entry of kernels/tiles.py contains {options.only}: use one of {', '.join(TABLE)}")
+    if not torch.cuda.is_available():
+        raise UsageError("bench tune needs an NVIDIA GPU, and there is none here: run it where there is one")
+    device = torch.device("cuda", torch.cuda.current_device())
+    capability = torch.cuda.get_device_capability(device)
+    lines = []
+    for name in names:
+        lines.append(_tuned(name, capability, device, options.rounds))
+        print(lines[-1], flush=True)
+    if options.out is not None:
+        Path(options.out).write_text("\n".join(lines) + "\n")
+
+
+def climb(start: Tiles, seconds: Callable[[Tiles], float | None]) -> tuple[Tiles, float, float]:
+    """The fastest row reached from `start`, its seconds and those of `start`; None means that a row does not run."""
+    best, first = start, seconds(start)
+    assert first is not None, "a committed row does not run"
+    least = first
+    for _ in range(MOVES):
+        timed = [(time, row) for row in neighbours(best) if (time := seconds(row)) is not None]
+        time, row = min(timed, key=lambda pair: pair[0], default=(least, best))
+        if time > least * (1 - GAIN):
+            break
+        best, least = row, time
+    return best, least, first
+
+
+def neighbours(row: Tiles) -> Iterator[Tiles]:
+    """Rows that differ in one number: a block halved or doubled, other warps, one stage more or less."""
+    for index, size in enumerate(row.block):
+        for changed in (size // 2, size * 2):
+            if BLOCK[0] <= changed <= BLOCK[1]:
+                yield dataclasses.replace(row, block=(*row.block[:index], changed, *row.block[index + 1 :]))
+    for warps in (row.num_warps // 2, row.num_warps * 2):
+        if warps in WARPS:
+            yield dataclasses.replace(row, num_warps=warps)
+    for stages in (row.num_stages - 1, row.num_stages + 1):
+        if stages in STAGES:
+            yield dataclasses.replace(row, num_stages=stages)
+
+
+def size_of(entry: str) -> Size:
+    """The shapes that exercise an entry of the table: its width, where its name holds one, and its type."""
+    recipe = PRESETS["v2"][1].as_dict()
+    width = entry.partition(".")[2]
+    if width.isdigit():
+        recipe["dim"] = int(width)
+    return Size(Recipe.from_dict(recipe), torch.float32 if entry.endswith("fp32") else torch.bfloat16)
+
+
+def _tuned(name: str, capability: tuple[int, int], device: torch.device, rounds: int) -> str:
+    architecture, size = 10 * capability[0] + capability[1], size_of(name)
+    kept = TABLE[name]
+
+    def seconds(row: Tiles) -> float | None:
+        # The case is made anew, because tables on the device are laid out by the row.
+        TABLE[name] = watched = _Watched({architecture: row})
+        try:
+            calls = {case.name: case.providers[OURS] for case in PROVIDED[name.partition(".")[0]](size, device)}
+            times = interleave(calls, rounds=rounds, device=device, cold=True)
+        except Exception:  # a candidate may exceed the machine in many ways, each with its own exception
+            return None
+        return sum(timing.median for timing in times.values()) if watched.used else None
+
+    try:
+        start = tiles(name, capability)
+        if seconds(start) is None:
+            return f"# {name}: no benchmark reaches this entry"
+        best, least, first = climb(start, seconds)
+    finally:
+        TABLE[name] = kept
+    why = f"measured on {torch.cuda.get_device_name(device)}: {1e6 * least:.1f} us, the row before {1e6 * first:.1f} us"
+    return f'"{name}": {{{architecture}: Tiles({best.block}, {best.num_warps}, {best.num_stages}, "{why}")}},'
+
+
+class _Watched(dict):
+    """Rows of an entry that know whether they were looked up."""
+
+    used = False
+
+    def __getitem__(self, key: int) -> Tiles:
+        self.used = True
+        return super().__getitem__(key)
