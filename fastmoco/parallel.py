@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Renamed in torch 2.13; the older name warns there.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 START_TIMEOUT = timedelta(minutes=10)  # the first step compiles kernels and warms the file cache, unevenly over ranks
 
 
@@ -60,7 +62,7 @@ class Parallel:
         if self.world == 1:
             return lambda: rows
         gathered = rows.new_empty(self.world * rows.shape[0], *rows.shape[1:])
-        work = dist.all_gather_into_tensor(gathered, rows.contiguous(), async_op=True)
+        work = _all_gather(gathered, rows.contiguous(), async_op=True)
 
         def wait() -> Tensor:
             work.wait()

@@ -10,6 +10,7 @@ Nothing is read back to the host and nothing that persists is reallocated, so th
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -36,6 +37,12 @@ if TYPE_CHECKING:
 
 EncoderBackend = Literal["fused", "eager", "compile"]
 
+# What DDP calls copying the first rank's buffers to the others; torch 2.13 renamed it.
+BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 QUEUE_SEED = 1 << 63  # added to the recipe's seed, which is smaller: the encoder draws from the seed itself
 
 
@@ -171,7 +178,7 @@ class Step:
             return DistributedDataParallel(
                 encoder,
                 device_ids=None if self.capture_stream is None else [self.parallel.device],
-                broadcast_buffers=False,
+                **{BUFFERS: False},
                 gradient_as_bucket_view=True,
                 static_graph=True,
             )
