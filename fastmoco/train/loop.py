@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -34,10 +32,10 @@ from fastmoco.evaluate import knn
 from fastmoco.options import Options, Pretrain, UsageError, check_places, restarted
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
-from fastmoco.train import checkpoint, faults
+from fastmoco.train import checkpoint, faults, record
 from fastmoco.train.health import ROLLBACKS, Health, NonFiniteError
-from fastmoco.train.monitor import KNN, LOG, Fault, Meter, Monitor, Reading, Stopwatch, chance_level, draw_curves
-from fastmoco.train.monitor import expectation, fill_steps, memory, read_lines
+from fastmoco.train.monitor import KNN, Fault, Meter, Monitor, Reading, Stopwatch, draw_curves, fill_steps, memory
+from fastmoco.train.monitor import read_lines
 from fastmoco.train.preempt import STOPPED, Stopped, StopRequest, Vote, stop_on_signal
 from fastmoco.train.saver import SaveError, Saver
 from fastmoco.train.watchdog import Watchdog
@@ -96,15 +94,16 @@ class Run:
         self.save_due = time.perf_counter() + 60 * options.save_minutes
         self.monitor = self.saver = None
         if parallel.is_main:
-            self._record(preset)
+            record.write(self, preset)
             self.saver = Saver(self.out, options.keep, options.keep_every, self._say, self.done or None)
             self.monitor = Monitor(self.out, self.last, self.done, tensorboard=options.tensorboard)
-            self._announce(preset, note)
+            record.announce(self, preset, note)
         parallel.barrier()  # from here on RUN exists, and any rank may write to it
 
     def train(self, asked: StopRequest) -> dict[str, Any]:
         """Train to the end, or until asked to stop; save, evaluate, sum up."""
         self.asked = asked
+        self._agree_on_the_start()
         try:
             with Watchdog(self.options.watchdog_seconds, asked) as self.watchdog:
                 stopped = self._train() or self._evaluated_last()
@@ -277,6 +276,7 @@ class Run:
         # A wait for the device, once an interval of minutes, so that no bad state is kept.
         if self.options.on_nonfinite != "skip" and self.parallel.any(self.meter.nonfinite()):
             self._drain()
+        agreement.check(self.step, self.plan, self.done)
         state = self.step.state()
         if self.saver is not None:
             meta = {"recipe": self.recipe.as_dict(), "precision": self.step.precision}
@@ -321,7 +321,8 @@ class Run:
     def _knn(self) -> None:
         if self.val_set is None or not self.options.knn:
             return
-        if any(line["step"] == self.done for line in read_lines(self.out / KNN)):
+        done = self.parallel.is_main and any(line["step"] == self.done for line in read_lines(self.out / KNN))
+        if self.parallel.any(done):
             return
         if self.parallel.world > 1:
             self.step.state()  # makes the ranks' running statistics one, so that they evaluate one encoder
@@ -335,78 +336,17 @@ class Run:
         if self.parallel.any(bool(self.asked)):
             raise Stopped
 
-    def _record(self, preset: str) -> None:
-        facts = {
-            "preset": preset,
-            "recipe": self.recipe.as_dict(),
-            "options": {name: str(value) if isinstance(value, Path) else value
-                        for name, value in dataclasses.asdict(self.options).items()},
-            "ranks": self.parallel.world,
-            "images": len(self.train_set),
-            "steps": self.total,
-            "precision": self.step.precision,
-            "versions": environment.versions(),
-            "commit": environment.commit(),
-            "command": environment.command(),
-            "device": _device_name(self.parallel),
-        }  # fmt: skip
-        path = self.out / "recipe.json"
-        if path.exists():
-            first = json.loads(path.read_text())
-            keys = ("commit", "command", "device", "versions", "ranks")
-            first.setdefault("resumed", []).append({"step": self.done, **{key: facts[key] for key in keys}})
-            facts = first
-        else:
-            _create(self.out, self.options.resume or restarted())
-        _write_json(path, facts)
-
-    def _announce(self, preset: str, note: str) -> None:
-        say = self.monitor.say
-        say(f"recipe ({preset}):")
-        for name, value in _flat(self.recipe.as_dict()).items():
-            say(f"  {name:<22}{value}")
-        if self.recipe.lr == "auto":
-            say(f"  {'lr (auto)':<22}{self.recipe.base_lr:g}")
-        say("options:")
-        for name, value in dataclasses.asdict(self.options).items():
-            say(f"  {name:<22}{value}")
-        per_rank = self.recipe.batch_size // self.parallel.world
-        say(f"{len(self.train_set)} images, {self.plan.steps_per_epoch} steps an epoch, {self.total} steps; "
-            f"{self.parallel.world} rank(s) of {per_rank} on {_device_name(self.parallel)}, {self.step.precision}; "
-            f"writing {self.out}")  # fmt: skip
-        say(expectation(self.recipe, self.plan.steps_per_epoch))
-        for line in (note, f"resumed after step {self.done}" if self.options.resume else ""):
-            if line:
-                say(line)
-
     def _finish(self, stopped: bool) -> dict[str, Any]:
         if self.monitor is None:
             return {"stopped": stopped}
-        summary = {**self._summary(), "stopped": stopped}
+        summary = {**record.summary(self), "stopped": stopped}
         draw_curves(self.out, self.recipe)
         if stopped:
             self.monitor.say(f"asked to stop: saved after step {self.done}; go on with --resume --out {self.out}")
             return summary
-        _write_json(self.out / "summary.json", summary)
-        self.monitor.say(_closing(summary, self.out))
+        record.write_json(self.out / "summary.json", summary)
+        self.monitor.say(record.closing(summary, self.out))
         return summary
-
-    def _summary(self) -> dict[str, Any]:
-        log, neighbours = read_lines(self.out / LOG), read_lines(self.out / KNN)
-        end = log[-1] if log else {}
-        return {
-            "steps": self.done,
-            "epochs": self.done / self.plan.steps_per_epoch,
-            "pairs_per_s": statistics.median(line["pairs_per_s"] for line in log) if log else None,
-            "data_wait": statistics.median(line["data_wait"] for line in log) if log else None,
-            **{name: end.get(name) for name in ("loss", "top1", "top5")},
-            "chance_loss": chance_level(self.recipe),
-            "knn_before": neighbours[0]["top1"] if neighbours and neighbours[0]["step"] == 0 else None,
-            "knn_after": neighbours[-1]["top1"] if neighbours and neighbours[-1]["step"] == self.done else None,
-            "seconds": self.monitor.seconds,
-            "skipped_steps": sum(line.get("nonfinite", 0) for line in log),
-            "rollbacks": self.rollbacks,
-        }
 
 
 def _places(options: Options, preset: str, parallel: Parallel) -> Options:
@@ -451,45 +391,8 @@ def _same_recipe(saved: Recipe, now: Recipe, path: Path) -> None:
             raise UsageError(f"{path} was made with {field.name} {old}, not {new}: resume it with the same recipe")
 
 
-def _create(out: Path, resume: bool) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=resume)
-    except FileExistsError as error:
-        raise UsageError(f"{out} exists: continue it with --resume, or give --out another name") from error
-
-
 def _ranks_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def _device_name(parallel: Parallel) -> str:
-    import torch
-
-    if parallel.device.type == "cuda":
-        return torch.cuda.get_device_name(parallel.device)
-    return f"CPU, {environment.cores()} cores"
-
-
-def _flat(data: dict[str, Any]) -> dict[str, Any]:
-    inner = data.get("augmentation", {})
-    return {name: value for name, value in {**data, **inner}.items() if name != "augmentation"}
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    draft = path.with_name(path.name + ".writing")
-    draft.write_text(json.dumps(data, indent=2) + "\n")
-    draft.replace(path)
-
-
-def _closing(summary: dict[str, Any], out: Path) -> str:
-    lines = [f"{summary['steps']} steps in {summary['seconds']:.0f} s"]
-    if summary["loss"] is not None:
-        lines.append(f"loss {summary['loss']:.3f} (chance {summary['chance_loss']:.3f})")
-        lines.append(f"{summary['pairs_per_s']:.1f} pairs/s")
-    if summary["knn_after"] is not None:
-        before = f" (before: {summary['knn_before']:.1f}%)" if summary["knn_before"] is not None else ""
-        lines.append(f"kNN top-1 {summary['knn_after']:.1f}%{before}")
-    return f"done: {', '.join(lines)}; see {out}/summary.json and {out}/curves.png"
 
 
 @contextmanager
