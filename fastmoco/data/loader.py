@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.data.manifest import Manifest
-from fastmoco.data.pipeline import Pipeline, Repair, Request, fault
+from fastmoco.data.pipeline import Pipeline, Repair, Request, fault, read
 from fastmoco.data.plan import Plan, Route, centre_boxes, route
 from fastmoco.data.quarantine import Quarantine
 from fastmoco.recipe import Recipe
@@ -338,13 +338,7 @@ class _Source:
         return Request(names, encoded, self.manifest.sizes[samples], self.boxes(step, samples), step, samples)
 
     def _read(self, indices: np.ndarray) -> list[np.ndarray | OSError]:
-        result: list[np.ndarray | OSError] = []
-        for index in indices.tolist():
-            try:
-                result.append(self.manifest.read(index))
-            except OSError as error:
-                result.append(error)
-        return result
+        return [read(self.manifest, index) for index in indices.tolist()]
 
     def _repair(self, request: Request, faults: dict[int, str]) -> Request:
         samples, encoded = request.samples.copy(), list(request.encoded)

@@ -1,42 +1,33 @@
 """The manifest: which images there are, how large they are, and why the other files were left out.
 
-A source is a folder with one sub-folder per class, a folder of images at any depth, or a text file with one path a
-line. Sizes come from the headers and are cached under the user's cache folder, never beside the data.
+A source is a folder with one sub-folder per class, a folder of images at any depth, tar archives in such a folder or
+alone, or a text file with one path a line. Sizes come from the headers and are kept in the user's cache folder, never
+beside the data.
 """
 
 from __future__ import annotations
 
 import bisect
 import hashlib
-import io
 import os
-import struct
-import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "JPEG2000", "PPM")  # Pillow's names of what DALI decodes
-MAX_PIXELS = 100_000_000  # 300 MB once decoded
+from fastmoco.data import cache as kept
+from fastmoco.data.errors import DataError
+from fastmoco.data.files import Files, find_files
+from fastmoco.data.probe import MAX_PIXELS, VERSION, probe
+
 TRAIN_NAMES, VAL_NAMES = ("train",), ("val", "valid", "validation", "test")
-HEAD_BYTES = 16 * 1024  # one read that holds nearly every header
 CHUNK_FILES = 256  # files per task of the header threads
-CACHE_VERSION = 1  # raise it when `probe` changes its mind about any file
 
-
-class DataError(ValueError):
-    """The data cannot be used: 3 where it is bad, 2 where the wrong thing was asked for (`exit_code`)."""
-
-    def __init__(self, message: str, exit_code: int = 3) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how many files are done and how many there are."""
 
 
 @dataclass
@@ -46,7 +37,7 @@ class Manifest:
     root: str
     """Folder that relative paths start from."""
     paths: list[str]
-    """Path of each image, relative to the root or absolute."""
+    """Path of each image, relative to the root or absolute, or its name inside its archive."""
     sizes: np.ndarray
     """int32 [n, 2]: height and width as stored, EXIF orientation ignored."""
     labels: np.ndarray | None = None
@@ -55,13 +46,20 @@ class Manifest:
     """Names of the classes."""
     rejected: list[tuple[str, str]] = field(default_factory=list)
     """Path and reason of everything left out."""
+    bytes: int = 0
+    """Size of all images as stored."""
+    archives: list[str] = field(default_factory=list)
+    """Tar archives that hold images, relative to the root or absolute."""
+    places: np.ndarray | None = None
+    """int64 [n, 3]: archive (-1 for a file of its own), offset in it and bytes; None without archives."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def path(self, index: int) -> str:
-        """Full path of an image, for messages and for other readers."""
-        return os.path.join(self.root, self.paths[index])
+        """Full path of an image, for messages and, where it is a file of its own, for other readers."""
+        number = -1 if self.places is None else self.places[index, 0]
+        return os.path.join(self.root if number < 0 else self._archive(number), self.paths[index])
 
     def find(self, path: str) -> int | None:
         """Index of the image with that entry in `paths`, or None."""
@@ -70,20 +68,38 @@ class Manifest:
 
     def read(self, index: int) -> np.ndarray:
         """The encoded bytes of an image, uint8 [size]; OSError where the file cannot be read."""
-        with open(self.path(index), "rb", buffering=0) as file:
-            return np.frombuffer(file.read(), np.uint8)
+        number, offset, size = (-1, 0, -1) if self.places is None else self.places[index].tolist()
+        if number < 0:
+            with open(self.path(index), "rb", buffering=0) as file:
+                return np.frombuffer(file.read(), np.uint8)
+        with open(self._archive(number), "rb", buffering=0) as file:
+            return np.frombuffer(os.pread(file.fileno(), size, offset), np.uint8)
 
+    def save(self, path: str | os.PathLike) -> None:
+        """Write what `load` needs, so that a run keeps its samples when files are added or lost beside it."""
+        optional = {"labels": self.labels, "places": self.places}
+        kept.save(
+            Path(path),
+            paths=kept.packed(self.paths),
+            classes=kept.packed(self.classes),
+            archives=kept.packed(self.archives),
+            sizes=self.sizes,
+            **{name: value for name, value in optional.items() if value is not None},
+        )
 
-class Found(NamedTuple):
-    """A file of a source, before its header is read."""
+    @classmethod
+    def load(cls, path: str | os.PathLike, source: str | os.PathLike) -> Manifest:
+        """A saved manifest of `source`, which may have been moved; DataError where the file is damaged."""
+        data = kept.load(Path(path))
+        if data is None:
+            raise DataError(f"{path} is missing or damaged: restore it, or start another run")
+        names = {name: kept.unpacked(data[name]) for name in ("paths", "classes", "archives")}
+        root = os.path.abspath(os.fspath(source))
+        root = root if os.path.isdir(root) else os.path.dirname(root)
+        return cls(root=root, sizes=data["sizes"], labels=data.get("labels"), places=data.get("places"), **names)
 
-    path: str
-    bytes: int
-    mtime_ns: int
-    label: str | None
-
-
-Probe = tuple[int, int, str]  # height, width and reason
+    def _archive(self, number: int) -> str:
+        return os.path.join(self.root, self.archives[number])
 
 
 def split(path: str | os.PathLike) -> tuple[str, str | None]:
@@ -102,176 +118,141 @@ def scan(
     max_pixels: int = MAX_PIXELS,
     threads: int | None = None,
     cache: bool = True,
-    progress: Callable[[int, int], None] | None = None,
+    full: bool = False,
+    progress: Progress | None = None,
 ) -> Manifest:
-    """Manifest of a folder or a text list; DataError where nothing in it can be used.
+    """Manifest of a folder, a tar or a text list; DataError where nothing in it can be used.
 
     In a folder of sub-folders only, the first level names the classes (as torchvision's ImageFolder has it); a single
-    class tells nothing and counts as none. A line of a list is a path, relative to the list, or path, tab, class.
-    Hidden files and folders are passed over. `classes` fixes the numbering, so that a validation part agrees with its
-    training part. `progress(done, all)` is called as headers are read; files that the cache knows are not opened.
+    class tells nothing and counts as none. A line of a list is a path, relative to the list, or path, tab, class. A
+    tar stands for what it holds (`tars.py`). Hidden files and folders are passed over. `classes` fixes the numbering,
+    so that a validation part agrees with its training part. Headers are read; `full` also decodes every image once.
+    Files that the cache knows are not opened.
     """
     source = os.path.abspath(os.fspath(path))
     rejected: list[tuple[str, str]] = []
-    if os.path.isdir(source):
-        root, found = source, _walk(source, rejected)
-    elif os.path.isfile(source):
-        root, found = os.path.dirname(source), _listed(source, rejected)
-    else:
-        raise DataError(f"{path}: no such folder or list of files", exit_code=2)
-    found.sort()
-    probed = _probe_all(root, found, Cache(source, max_pixels) if cache else None, max_pixels, threads, progress)
-    rejected += [(file.path, reason) for file, (_, _, reason) in zip(found, probed, strict=True) if reason]
-    good = [i for i, (_, _, reason) in enumerate(probed) if not reason]
-    if not good:
+    files = find_files(source, str(path), rejected)
+    known = _Results(files, source, max_pixels, cache)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, on headers that are odd but readable
+        _read_headers(files, known, max_pixels, threads, progress)
+    if full:
+        _decode(files, known, threads, progress)
+    known.store()
+    bad = np.flatnonzero(known.codes)
+    rejected += [(files.paths[i], known.reasons[known.codes[i]]) for i in bad.tolist()]
+    good = np.flatnonzero(known.codes == 0)
+    if not len(good):
         because = f"; {rejected[0][0]}: {rejected[0][1]}" if rejected else ""
         raise DataError(f"{path}: no images in it ({len(rejected)} files left out{because})", exit_code=2)
-    sizes = np.array([probed[i][:2] for i in good], np.int32)
-    names, labels = _number([found[i].label for i in good], classes, str(path))
-    return Manifest(root, [found[i].path for i in good], sizes, labels, names, sorted(rejected))
+    labels = [files.labels[i] for i in good.tolist()]
+    names, numbers = _number(labels, classes, str(path))
+    chosen = [files.paths[i] for i in good.tolist()] if len(bad) else files.paths
+    manifest = Manifest(files.root, chosen, known.sizes[good], numbers, names, sorted(rejected))
+    manifest.bytes = int(files.bytes[good].sum())
+    if files.archives:
+        manifest.places = np.concatenate([files.places[good], files.bytes[good, None]], 1)
+        manifest.archives = [os.path.relpath(archive, files.root) for archive in files.archives]
+    return manifest
 
 
-def probe(path: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int, str]:
-    """Height, width and "" of an image file, from its header; or 0, 0 and the reason why it cannot be used."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            head = file.read(HEAD_BYTES)
-            if not head:
-                return 0, 0, "empty file"
-            if head[:4] == b"GIF8":
-                return 0, 0, "GIF, which DALI cannot decode"
-            if not _is_complete(file, head):
-                return 0, 0, "truncated"
-            try:
-                height, width = _header_size(head)
-            except (OSError, SyntaxError, ValueError, struct.error):
-                file.seek(0)
-                height, width = _header_size(file)  # a long header: let Pillow read as far as it needs
-            if height * width > max_pixels:
-                return 0, 0, f"{width} x {height} pixels, over the limit of {max_pixels}"
-            return height, width, ""
-    except Image.DecompressionBombError:
-        return 0, 0, f"over the limit of {max_pixels} pixels"
-    except Image.UnidentifiedImageError:
-        return 0, 0, "not an image"
-    except OSError as error:
-        return 0, 0, f"unreadable: {error.strerror}" if error.errno else "broken header"
-    except (SyntaxError, ValueError, struct.error):  # what Pillow raises on damaged headers
-        return 0, 0, "broken header"
+class _Results:
+    """What is known of each file: columns beside those of `Files`, kept for as long as size and time stay the same."""
+
+    def __init__(self, files: Files, source: str, max_pixels: int, cache: bool) -> None:
+        self.files, self.cache, self.changed = files, cache, False
+        key = f"{VERSION}\n{max_pixels}\n{source}"
+        self.path = kept.folder() / f"manifest-{hashlib.sha256(os.fsencode(key)).hexdigest()[:24]}.npz"
+        self.sizes = np.zeros((len(files), 2), np.int32)
+        self.codes = np.full(len(files), -1, np.int32)  # number of the reason, 0 for a good one, -1 for unknown
+        self.decoded = np.zeros(len(files), bool)
+        self.reasons = [""]
+        self._names = kept.packed(files.paths)
+        self._states = np.stack([files.bytes, files.times, _offsets(files)], 1)
+        data = kept.load(self.path) if cache else None
+        if data is not None:
+            self._look_up(data)
+
+    def note(self, index: int, size: tuple[int, int], reason: str, decoded: bool) -> None:
+        """Take one result over."""
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+        self.sizes[index] = size
+        self.codes[index], self.decoded[index] = self.reasons.index(reason), decoded
+        self.changed = True
+
+    def store(self) -> None:
+        """Keep everything, where there is anything new."""
+        if self.cache and self.changed:
+            kept.save(
+                self.path, names=self._names, states=self._states, sizes=self.sizes, codes=self.codes,
+                decoded=self.decoded, reasons=kept.packed(self.reasons),
+            )  # fmt: skip
+
+    def _look_up(self, data: dict[str, np.ndarray]) -> None:
+        rows = np.arange(len(self.files))
+        if not np.array_equal(data["names"], self._names):
+            row = {name: i for i, name in enumerate(kept.unpacked(data["names"]))}
+            rows = np.array([row.get(name, -1) for name in self.files.paths], np.int64)
+            self.changed = True
+        fresh = rows >= 0
+        fresh[fresh] = (data["states"][rows[fresh]] == self._states[fresh]).all(1)
+        for mine, theirs in ((self.sizes, "sizes"), (self.codes, "codes"), (self.decoded, "decoded")):
+            mine[fresh] = data[theirs][rows[fresh]]
+        self.reasons = kept.unpacked(data["reasons"])
 
 
-def _header_size(head: bytes | io.RawIOBase) -> tuple[int, int]:
-    with Image.open(io.BytesIO(head) if isinstance(head, bytes) else head, formats=FORMATS) as image:
-        if image.format == "TIFF":  # Pillow swaps the sides of a TIFF that is to be shown rotated
-            return image.tag_v2[257], image.tag_v2[256]
-        return image.height, image.width
+def _offsets(files: Files) -> np.ndarray:
+    return files.places[:, 1] if files.archives else np.zeros(len(files), np.int64)
 
 
-def _is_complete(file: io.RawIOBase, head: bytes) -> bool:
-    end = file.seek(0, os.SEEK_END)
-    file.seek(max(end - 12, 0))
-    tail = file.read(12)
-    if head[:2] == b"\xff\xd8":
-        return tail[-2:] == b"\xff\xd9" or _ends_before_garbage(file)
-    if head[:4] == b"\x89PNG":
-        return tail[4:8] == b"IEND" or b"IEND\xae\x42\x60\x82" in _whole(file)
-    if head[:4] == b"RIFF":
-        return int.from_bytes(head[4:8], "little") + 8 <= end
-    return not is_cut_bmp(head, end)
+def _read_headers(
+    files: Files, known: _Results, max_pixels: int, threads: int | None, progress: Progress | None
+) -> None:
+    missing = np.flatnonzero(known.codes < 0).tolist()
+
+    def read_chunk(chunk: list[int]) -> list[tuple[int, int, str]]:
+        return [probe(*_where(files, i), max_pixels) for i in chunk]
+
+    for i, (height, width, reason) in _in_threads(read_chunk, missing, threads, "headers", progress):
+        known.note(i, (height, width), reason, False)
 
 
-def is_cut_bmp(head: bytes, size: int) -> bool:
-    """Whether a file of `size` bytes that starts with `head` is a BMP without all its rows.
-
-    It decodes to garbage without an error. Compressed ones, which nobody writes, are not judged.
-    """
-    if head[:2] != b"BM" or len(head) < 34:
-        return False
-    start, header_size, width, height, _, bits, compression = struct.unpack_from("<IIiiHHI", head, 10)
-    if header_size < 40 or compression not in (0, 3):
-        return False
-    return start + (abs(width) * bits + 31) // 32 * 4 * abs(height) > size
+def _where(files: Files, index: int) -> tuple[str, int, int | None]:
+    number, offset = files.places[index].tolist() if files.archives else (-1, 0)
+    if number < 0:
+        return os.path.join(files.root, files.paths[index]), 0, None
+    return files.archives[number], offset, int(files.bytes[index])
 
 
-def _ends_before_garbage(file: io.RawIOBase) -> bool:
-    data, at = _whole(file), 2
-    # Skip the segments before the first scan: a thumbnail in one of them has an end of its own.
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
-        at += 1 if marker == 0xFF else 2 + length
-        if marker == 0xDA:
-            return data.find(b"\xff\xd9", at) >= 0
-    return False
+def _in_threads(
+    work: Callable[[list[int]], list], indices: list[int], threads: int | None, what: str, progress: Progress | None
+) -> Iterator[tuple[int, tuple]]:
+    chunks = [indices[at : at + CHUNK_FILES] for at in range(0, len(indices), CHUNK_FILES)]
+    done = 0
+    # More threads than cores, because a cold or remote disk answers many requests at once.
+    with ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
+        for chunk, results in zip(chunks, pool.map(work, chunks), strict=True):
+            yield from zip(chunk, results, strict=True)
+            done += len(chunk)
+            if progress:
+                progress(what, done, len(indices))
 
 
-def _whole(file: io.RawIOBase) -> bytes:
-    file.seek(0)
-    return file.read()
+def _decode(files: Files, known: _Results, threads: int | None, progress: Progress | None) -> None:
+    from fastmoco.data.pipeline import undecodable  # DALI takes seconds to import, and a plain scan needs none
 
-
-def _walk(root: str, rejected: list[tuple[str, str]]) -> list[Found]:
-    found: list[Found] = []
-    entered: set[tuple[int, int]] = set()
-    pending = [""]
-    while pending:
-        folder = pending.pop()
-        full = os.path.join(root, folder)
-        try:
-            status = os.stat(full)
-            entries = sorted(os.scandir(full), key=lambda entry: entry.name)
-        except OSError as error:
-            if not folder:
-                raise DataError(f"{root}: cannot read the folder: {error.strerror}", exit_code=2) from None
-            rejected.append((folder, f"unreadable folder: {error.strerror}"))
-            continue
-        if (status.st_dev, status.st_ino) in entered:
-            rejected.append((folder, "folder already entered by another path"))
-            continue
-        entered.add((status.st_dev, status.st_ino))
-        below = [f"{folder}/{entry.name}" if folder else entry.name for entry in entries]
-        visible = [(entry, name) for entry, name in zip(entries, below, strict=True) if entry.name[0] != "."]
-        pending += [name for entry, name in reversed(visible) if _is_folder(entry)]
-        found += filter(None, (_file(entry, name, rejected) for entry, name in visible if not _is_folder(entry)))
-    return found
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _file(entry: os.DirEntry, name: str, rejected: list[tuple[str, str]]) -> Found | None:
-    try:
-        status = entry.stat()
-    except OSError:
-        rejected.append((name, "broken link" if entry.is_symlink() else "unreadable"))
-        return None
-    if not entry.is_file():  # a pipe would block whoever opens it
-        rejected.append((name, "not a regular file"))
-        return None
-    return Found(name, status.st_size, status.st_mtime_ns, sys.intern(name.split("/", 1)[0]) if "/" in name else None)
-
-
-def _listed(source: str, rejected: list[tuple[str, str]]) -> list[Found]:
-    try:
-        text = Path(source).read_bytes()
-    except OSError as error:
-        raise DataError(f"{source}: cannot read the list: {error.strerror}", exit_code=2) from None
-    if b"\0" in text:
-        raise DataError(f"{source}: neither a folder nor a text file with one path a line", exit_code=2)
-    lines = os.fsdecode(text.removeprefix(b"\xef\xbb\xbf")).split("\n")
-    entries = [line.rstrip("\r").partition("\t") for line in lines if line.strip()]
-    found = []
-    for name, tab, label in entries:
-        try:
-            status = os.stat(os.path.join(os.path.dirname(source), name))
-        except OSError as error:
-            rejected.append((name, f"unreadable: {error.strerror}"))
-            continue
-        found.append(Found(name, status.st_size, status.st_mtime_ns, sys.intern(label.strip()) if tab else None))
-    return found
+    missing = np.flatnonzero((known.codes == 0) & ~known.decoded)
+    if not len(missing):
+        return
+    places = np.concatenate([files.places, files.bytes[:, None]], 1)[missing] if files.archives else None
+    names = [files.paths[i] for i in missing.tolist()]
+    part = Manifest(files.root, names, known.sizes[missing], archives=files.archives, places=places)
+    for done, reason in enumerate(undecodable(part, threads), 1):
+        index = int(missing[done - 1])
+        known.note(index, (0, 0) if reason else tuple(known.sizes[index]), reason, True)
+        if progress and (done % CHUNK_FILES == 0 or done == len(missing)):
+            progress("decode", done, len(missing))
 
 
 def _number(
@@ -290,92 +271,3 @@ def _number(
 
 def _natural(name: str) -> tuple[bool, int, str]:
     return (False, int(name), name) if name.isdecimal() else (True, 0, name)
-
-
-def _probe_all(
-    root: str,
-    found: list[Found],
-    cache: Cache | None,
-    max_pixels: int,
-    threads: int | None,
-    progress: Callable[[int, int], None] | None,
-) -> list[Probe]:
-    probed = cache.look_up(found) if cache else [None] * len(found)
-    missing = [i for i, result in enumerate(probed) if result is None]
-    chunks = [missing[at : at + CHUNK_FILES] for at in range(0, len(missing), CHUNK_FILES)]
-
-    def probe_chunk(chunk: list[int]) -> list[Probe]:
-        return [probe(os.path.join(root, found[i].path), max_pixels) for i in chunk]
-
-    done = 0
-    # More threads than cores, because a cold or remote disk answers many requests at once.
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
-        warnings.simplefilter("ignore")  # Pillow's, on headers that are odd but readable
-        for chunk, results in zip(chunks, pool.map(probe_chunk, chunks), strict=True):
-            for i, result in zip(chunk, results, strict=True):
-                probed[i] = result
-            done += len(chunk)
-            if progress:
-                progress(done, len(missing))
-    if cache and missing:
-        cache.store(found, probed)
-    return probed
-
-
-class Cache:
-    """What `probe` said of each file of one source, trusted for as long as the file's size and time stay the same.
-
-    One `.npz` file, written under a temporary name and renamed. A file that is missing, damaged or of another version
-    counts as empty, and a folder that cannot be written to costs nothing but the next scan's time.
-    """
-
-    def __init__(self, source: str, max_pixels: int) -> None:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        key = f"{CACHE_VERSION}\n{max_pixels}\n{source}"
-        self.path = Path(home, "fastmoco", f"manifest-{hashlib.sha256(os.fsencode(key)).hexdigest()[:24]}.npz")
-
-    def look_up(self, found: list[Found]) -> list[Probe | None]:
-        """The known result for each file, or None."""
-        try:
-            with np.load(self.path, allow_pickle=False) as data:
-                names = os.fsdecode(data["names"].tobytes()).split("\0")
-                reasons = os.fsdecode(data["reasons"].tobytes()).split("\0")
-                states, results = data["states"].tolist(), data["results"].tolist()
-                rows = {name: row for row, name in enumerate(names)}
-                if not len(names) == len(states) == len(results):
-                    raise ValueError("columns of different lengths")
-                return [_known(rows.get(file.path), file, states, results, reasons) for file in found]
-        except Exception:  # damage comes out of zip, zlib and numpy as errors of many kinds
-            return [None] * len(found)
-
-    def store(self, found: list[Found], probed: list[Probe]) -> None:
-        """Replace the file's content."""
-        reasons = sorted({reason for _, _, reason in probed})
-        number = {reason: i for i, reason in enumerate(reasons)}
-        temporary = None
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.path.parent, suffix=".partial", delete=False) as file:
-                temporary = file.name
-                np.savez(
-                    file,
-                    names=_packed(entry.path for entry in found),
-                    states=np.array([(entry.bytes, entry.mtime_ns) for entry in found], np.int64),
-                    results=np.array([(h, w, number[reason]) for h, w, reason in probed], np.int64),
-                    reasons=_packed(reasons),
-                )
-            os.replace(temporary, self.path)
-        except OSError:
-            if temporary:
-                Path(temporary).unlink(missing_ok=True)
-
-
-def _known(row: int | None, file: Found, states: list, results: list, reasons: list[str]) -> Probe | None:
-    if row is None or states[row] != [file.bytes, file.mtime_ns]:
-        return None
-    height, width, reason = results[row]
-    return height, width, reasons[reason]
-
-
-def _packed(names: Iterable[str]) -> np.ndarray:
-    return np.frombuffer(os.fsencode("\0".join(names)), np.uint8)

@@ -22,14 +22,17 @@ from nvidia.dali import Pipeline as DaliPipeline
 from nvidia.dali import fn, types
 from torch import Tensor
 
-from fastmoco.data.manifest import DataError, is_cut_bmp
+from fastmoco.data.manifest import DataError, Manifest
+from fastmoco.data.probe import is_cut_bmp
 
 DEPTH = 2  # batches that DALI works on at once
 CPU_BATCH = 32  # images decoded at once on a CPU; bounds the memory that decoded images take
 HW_DECODER_LOAD = 0.65  # share of JPEGs for the GPU's decoding engine, the rest goes to its cores; DALI's default
 
 
-NO_SAMPLES = np.empty(0, np.int64)
+NO_SAMPLES, NO_BOXES = np.empty(0, np.int64), np.empty((0, 0, 4), np.int32)
+# A PPM image of one pixel, decoded in the place of what cannot be decoded.
+PIXEL = np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8)
 
 
 class DecodeError(DataError):
@@ -300,6 +303,36 @@ def fault(data: np.ndarray | OSError, size: Sequence[int]) -> str:
     if (height, width) != tuple(size):
         return f"is {width} x {height} pixels, but was {size[1]} x {size[0]} when it was scanned"
     return "truncated" if is_cut_bmp(data[:64].tobytes(), len(data)) else ""
+
+
+def undecodable(manifest: Manifest, threads: int | None = None) -> Iterator[str]:
+    """For each image of `manifest`, in order, why DALI cannot decode it on the CPU, or ""."""
+    reasons: dict[int, str] = {}
+
+    def leave_out(request: Request, faults: dict[int, str]) -> Request:
+        reasons.update((int(request.samples[i]), reason) for i, reason in faults.items())
+        return request._replace(encoded=[PIXEL if i in faults else data for i, data in enumerate(request.encoded)])
+
+    build = partial(_dali, CPU_BATCH, threads or default_threads(), None, 1, _decode_graph)
+    parts = _parts(_checked(_whole(manifest), leave_out))
+    for part, _ in _outputs(build, _Feed(parts, _encoded), leave_out):
+        for sample in part.request.samples.tolist():
+            yield reasons.pop(sample, "")
+
+
+def _whole(manifest: Manifest) -> Iterator[Request]:
+    for at in range(0, len(manifest), CPU_BATCH):
+        samples = np.arange(at, min(at + CPU_BATCH, len(manifest)))
+        sizes = manifest.sizes[samples]
+        yield Request([], [read(manifest, i) for i in samples.tolist()], sizes, NO_BOXES, 0, samples)
+
+
+def read(manifest: Manifest, index: int) -> np.ndarray | OSError:
+    """The encoded bytes of an image, or why they cannot be read."""
+    try:
+        return manifest.read(index)
+    except OSError as error:
+        return error
 
 
 def _undecodable(part: _Part, rows: range) -> list[int]:

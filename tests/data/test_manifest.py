@@ -244,9 +244,9 @@ class Probes:
         self.paths: list[str] = []
         monkeypatch.setattr(manifest_module, "probe", self)
 
-    def __call__(self, path: str, max_pixels: int) -> tuple[int, int, str]:
+    def __call__(self, path: str, start: int, size: int | None, max_pixels: int) -> tuple[int, int, str]:
         self.paths.append(Path(path).name)
-        return probe(path, max_pixels)
+        return probe(path, start, size, max_pixels)
 
 
 def same(a: Manifest, b: Manifest) -> bool:
@@ -304,9 +304,9 @@ def test_damaged_or_unwritable_cache_is_ignored(
 def test_progress_reaches_the_end(tmp_path: Path) -> None:
     for i in range(600):
         write(tmp_path / f"{i}.jpg", JPEG)
-    told: list[tuple[int, int]] = []
-    scan(tmp_path, progress=lambda done, total: told.append((done, total)))
-    assert told == [(256, 600), (512, 600), (600, 600)]
+    told: list[tuple[str, int, int]] = []
+    scan(tmp_path, progress=lambda *now: told.append(now))
+    assert told == [("headers", done, 600) for done in (256, 512, 600)]
 
 
 @pytest.mark.parametrize("state", ["new", "cached"])

@@ -1,0 +1,49 @@
+"""Arrays kept in the user's cache folder, never beside the data. Whatever is wrong with them, they count as absent."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+
+def folder() -> Path:
+    """Where the cache is: XDG_CACHE_HOME/fastmoco, or ~/.cache/fastmoco."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(home, "fastmoco")
+
+
+def load(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a file, or None where it is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            return {name: data[name] for name in data.files}
+    except Exception:  # damage comes out of zip, zlib and numpy as errors of many kinds
+        return None
+
+
+def save(path: Path, **arrays: np.ndarray) -> None:
+    """Replace a file, under a temporary name first; an unwritable folder costs only the next scan's time."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
+            temporary = file.name
+            np.savez(file, **arrays)
+        os.replace(temporary, path)
+    except OSError:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def packed(names: Iterable[str]) -> np.ndarray:
+    """Names without zero bytes as uint8, each one ended by a zero."""
+    return np.frombuffer(os.fsencode("".join(f"{name}\0" for name in names)), np.uint8)
+
+
+def unpacked(names: np.ndarray) -> list[str]:
+    """What `packed` was given."""
+    return os.fsdecode(names.tobytes()).split("\0")[:-1]

@@ -1,0 +1,170 @@
+"""Which files a source has: a folder, a text list, or tar archives, as columns sorted by path."""
+
+from __future__ import annotations
+
+import os
+import sys
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fastmoco.data import tars
+from fastmoco.data.errors import DataError
+
+Rejected = list[tuple[str, str]]
+
+
+@dataclass
+class Files:
+    """n files, before their headers are read. Columns, because there may be millions."""
+
+    root: str
+    """Folder that relative paths start from."""
+    paths: list[str] = field(default_factory=list)
+    """Path of each, or its name inside its archive."""
+    bytes: Sequence[int] = field(default_factory=lambda: array("q"))
+    times: Sequence[int] = field(default_factory=lambda: array("q"))
+    """Time of the last change in ns, of the archive where it is in one."""
+    labels: list[str | None] = field(default_factory=list)
+    """Name of the class, where the source tells."""
+    archives: list[str] = field(default_factory=list)
+    """Full paths of the archives."""
+    places: Sequence[int] = field(default_factory=lambda: array("q"))
+    """Two numbers for each file: archive and offset in it; empty where there is no archive."""
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def add(self, path: str, status: os.stat_result, label: str | None) -> None:
+        """Append a file of its own."""
+        self.paths.append(path)
+        self.bytes.append(status.st_size)
+        self.times.append(status.st_mtime_ns)
+        self.labels.append(label)
+
+    def add_archive(self, path: str) -> None:
+        """Append what an archive holds; DataError where it is no sound tar."""
+        members = tars.index(path)
+        # Plain files before and after have no archive.
+        self.places.extend([-1] * (2 * len(self.paths) - len(self.places)))
+        number = len(self.archives)
+        self.archives.append(path)
+        self.paths += members.names
+        self.bytes.extend(members.sizes.tolist())
+        self.times.extend([members.time] * len(members.names))
+        self.labels += members.labels
+        self.places.extend(np.stack([np.full_like(members.offsets, number), members.offsets], 1).ravel().tolist())
+
+    def sort(self) -> None:
+        """Order by path, so that the same files give the same samples from a folder and from archives.
+
+        DataError where two archives hold the same name.
+        """
+        self.places = np.array(self.places, np.int64).reshape(-1, 2)
+        self.bytes, self.times = np.array(self.bytes, np.int64), np.array(self.times, np.int64)
+        if self.archives:
+            missing = len(self.paths) - len(self.places)
+            self.places = np.concatenate([self.places, np.full((missing, 2), -1)])
+        order = sorted(range(len(self.paths)), key=self.paths.__getitem__)
+        self.paths, self.labels = [self.paths[i] for i in order], [self.labels[i] for i in order]
+        self.bytes, self.times = self.bytes[order], self.times[order]
+        if self.archives:
+            self.places = self.places[order]
+            self._refuse_duplicates()
+
+    def _refuse_duplicates(self) -> None:
+        twice = next((i for i in range(1, len(self)) if self.paths[i] == self.paths[i - 1]), None)
+        if twice is not None:
+            where = [self.archives[number] if number >= 0 else self.root for number in self.places[twice - 1 :, 0][:2]]
+            raise DataError(f"{self.paths[twice]} is there twice, in {where[0]} and in {where[1]}: remove one of them")
+
+
+def find_files(source: str, shown: str, rejected: Rejected) -> Files:
+    """The files of `source`, an absolute path that messages call `shown`; what is no file goes to `rejected`."""
+    if os.path.isdir(source):
+        files, archives = _walk(source, rejected)
+    elif source.endswith(tars.ENDING) and os.path.isfile(source):
+        files, archives = Files(os.path.dirname(source)), [source]
+    elif os.path.isfile(source):
+        files, archives = _listed(source, rejected)
+    else:
+        raise DataError(f"{shown}: no such folder, list of files or tar", exit_code=2)
+    for archive in sorted(archives):
+        files.add_archive(archive)
+    files.sort()
+    return files
+
+
+def _walk(root: str, rejected: Rejected) -> tuple[Files, list[str]]:
+    files, archives = Files(root), []
+    entered: set[tuple[int, int]] = set()
+    pending = [""]
+    while pending:
+        folder = pending.pop()
+        full = os.path.join(root, folder)
+        try:
+            status = os.stat(full)
+            entries = sorted(os.scandir(full), key=lambda entry: entry.name)
+        except OSError as error:
+            if not folder:
+                raise DataError(f"{root}: cannot read the folder: {error.strerror}", exit_code=2) from None
+            rejected.append((folder, f"unreadable folder: {error.strerror}"))
+            continue
+        if (status.st_dev, status.st_ino) in entered:
+            rejected.append((folder, "folder already entered by another path"))
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        below = [f"{folder}/{entry.name}" if folder else entry.name for entry in entries]
+        visible = [(entry, name) for entry, name in zip(entries, below, strict=True) if entry.name[0] != "."]
+        pending += [name for entry, name in reversed(visible) if _is_folder(entry)]
+        for entry, name in visible:
+            if not _is_folder(entry):
+                _add_entry(files, archives, entry, name, rejected)
+    return files, archives
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _add_entry(files: Files, archives: list[str], entry: os.DirEntry, name: str, rejected: Rejected) -> None:
+    try:
+        status = entry.stat()
+    except OSError:
+        rejected.append((name, "broken link" if entry.is_symlink() else "unreadable"))
+        return
+    if not entry.is_file():  # a pipe would block whoever opens it
+        rejected.append((name, "not a regular file"))
+    elif name.endswith(tars.ENDING):
+        archives.append(entry.path)
+    else:
+        files.add(name, status, sys.intern(name.split("/", 1)[0]) if "/" in name else None)
+
+
+def _listed(source: str, rejected: Rejected) -> tuple[Files, list[str]]:
+    try:
+        text = Path(source).read_bytes()
+    except OSError as error:
+        raise DataError(f"{source}: cannot read the list: {error.strerror}", exit_code=2) from None
+    if b"\0" in text:
+        raise DataError(f"{source}: neither a folder nor a tar nor a text file with one path a line", exit_code=2)
+    lines = os.fsdecode(text.removeprefix(b"\xef\xbb\xbf")).split("\n")
+    files, archives = Files(os.path.dirname(source)), []
+    for name, tab, label in (line.rstrip("\r").partition("\t") for line in lines if line.strip()):
+        full = os.path.join(files.root, name)
+        try:
+            status = os.stat(full)
+        except OSError as error:
+            rejected.append((name, f"unreadable: {error.strerror}"))
+            continue
+        if name.endswith(tars.ENDING):
+            archives.append(full)
+        else:
+            files.add(name, status, sys.intern(label.strip()) if tab else None)
+    return files, archives

@@ -1,0 +1,189 @@
+"""Tar archives: the same files give the same batches, an index is made once, what is wrong is told in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import io
+import os
+import shutil
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fastmoco.data import tars
+from fastmoco.data.loader import Batch, Loader
+from fastmoco.data.manifest import DataError, Manifest, scan
+from fastmoco.data.plan import Plan
+from fastmoco.data.quarantine import Quarantine
+from fastmoco.recipe import PRESETS
+
+RECIPE = dataclasses.replace(PRESETS["v2"][1], batch_size=32, bn_group=4, crop_size=24)
+ALONE = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def pack(path: Path, members: Iterable[tuple[str, bytes]], **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **options) as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def by_class(photo_folder: Path, tmp_path: Path) -> Path:
+    """The photographs in three class folders."""
+    for number, path in enumerate(sorted(photo_folder.iterdir())):
+        target = tmp_path / "folder" / f"class {number % 3}" / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    return tmp_path / "folder"
+
+
+@pytest.fixture
+def shards(by_class: Path, tmp_path: Path) -> Path:
+    """The same files, dealt out over three archives, in another order."""
+    members = [(str(path.relative_to(by_class)), path.read_bytes()) for path in sorted(by_class.rglob("*.img"))]
+    for number in range(3):
+        pack(tmp_path / "shards" / f"{number}.tar", reversed(members[number::3]))
+    return tmp_path / "shards"
+
+
+def batches(manifest: Manifest) -> list[Batch]:
+    with Loader(manifest, Plan(RECIPE, manifest.sizes), RECIPE, ALONE, stop_step=4) as loader:
+        return list(loader)
+
+
+def same(a: Manifest, b: Manifest) -> bool:
+    arrays = all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("sizes", "labels"))
+    return a.paths == b.paths and a.classes == b.classes and a.bytes == b.bytes and arrays
+
+
+def test_archives_and_a_folder_give_the_same_batches(by_class: Path, shards: Path, tmp_path: Path) -> None:
+    folder, packed = scan(by_class), scan(shards)
+    assert same(folder, packed) and folder.classes == ["class 0", "class 1", "class 2"]
+    assert all(np.array_equal(folder.read(i), packed.read(i)) for i in range(len(folder)))
+    pairs = list(zip(batches(folder), batches(packed), strict=True))
+    for a, b in pairs:
+        assert all(np.array_equal(np.asarray(x), np.asarray(y))
+                   for x, y in zip(vars(a).values(), vars(b).values(), strict=True))  # fmt: skip
+    assert not torch.equal(pairs[0][0].query_crops, pairs[1][1].query_crops)  # the control
+    (tmp_path / "list.txt").write_text("shards/0.tar\nshards/1.tar\n" + str(shards / "2.tar") + "\n")
+    assert same(scan(tmp_path / "list.txt"), folder)
+    assert len(scan(shards / "0.tar")) == 35 and packed.path(0).startswith(str(shards))
+
+
+def test_the_index_is_made_once_and_again_when_the_archive_changed(
+    shards: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, read, made = scan(shards), tars._read, []
+    monkeypatch.setattr(tars, "_read", lambda path, status: made.append(path) or read(path, status))
+    assert same(scan(shards), first) and made == []
+    os.utime(shards / "1.tar")
+    assert same(scan(shards), first) and made == [str(shards / "1.tar")]
+    made.clear()
+    for path in cache_home.rglob("tar-*"):
+        path.write_bytes(path.read_bytes()[:100])  # a damaged index is made again
+    assert same(scan(shards), first) and len(made) == 3
+    monkeypatch.setenv("XDG_CACHE_HOME", str(shards / "0.tar"))  # and where none can be kept, it is made each time
+    assert same(scan(shards), first) and len(made) == 6
+
+
+def test_webdataset_layout(tmp_path: Path, photo_folder: Path) -> None:
+    data = next(photo_folder.iterdir()).read_bytes()
+    long = "deep/" * 40 + "long name é"
+    members = [
+        ("./0001.jpg", data), ("./0001.cls", b"7"), ("0002.jpg", data), ("0002.cls", b"10\n"), ("0002.json", b"{}"),
+        ("a/0003.seg.png", data), ("a/0003.cls", b"7"), (f"{long}.jpg", data), (f"{long}.cls", b"10"),
+        (".hidden.jpg", data),
+    ]  # fmt: skip
+    for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        found = scan(pack(tmp_path / f"{kind}.tar", members, format=kind))
+        assert found.paths == ["0001.jpg", "0002.jpg", "a/0003.seg.png", f"{long}.jpg"] and not found.rejected
+        assert found.classes == ["7", "10"] and found.labels.tolist() == [0, 1, 0, 1]
+        assert all(bytes(found.read(i)) == data for i in range(4))
+
+
+def test_bad_members_are_left_out_or_quarantined_by_their_names(tmp_path: Path, shards: Path) -> None:
+    good = scan(shards)
+    members = [(path, good.read(i).tobytes()) for i, path in enumerate(good.paths)]
+    jpegs = [i for i, (path, _) in enumerate(members) if " jpeg." in path]
+    members[jpegs[0]] = (members[jpegs[0]][0], members[jpegs[0]][1][:-100])
+    torn = members[jpegs[1]][1]
+    members[jpegs[1]] = (members[jpegs[1]][0], torn[: torn.index(b"\xff\xda")] + b"\xff\xd9")
+    manifest = scan(pack(tmp_path / "one.tar", members))
+    assert manifest.rejected == [(members[jpegs[0]][0], "truncated")]
+    quarantine = Quarantine(manifest, None, 0.1)
+    plan = Plan(RECIPE, manifest.sizes)
+    with Loader(manifest, plan, RECIPE, ALONE, stop_step=6, quarantine=quarantine) as loader:
+        assert len(list(loader)) == 6
+    seen = {int(sample) for step in range(6) for sample in plan.samples(step)}
+    assert [bad.file for bad in quarantine.news] == [members[jpegs[1]][0]] * (manifest.find(members[jpegs[1]][0]) in seen)
+    full = scan(tmp_path / "one.tar", full=True)
+    assert {path for path, _ in full.rejected} == {members[i][0] for i in jpegs[:2]}
+
+
+def harmed(path: Path, harm: str) -> None:
+    data = path.read_bytes()
+    content = {
+        "cut in a member": data[: len(data) // 2],
+        "cut between members": data.rstrip(b"\0"),
+        "cut to nothing": b"",
+        "damaged": data[:1024] + data[1024:].replace(b"ustar", b"rusty"),
+        "compressed": gzip.compress(data[:4096]),
+        "no tar": b"x" * 4096,
+    }[harm]
+    if harm == "cut between members":  # without the blocks of zeros at the end
+        with tarfile.open(path) as archive:
+            last = archive.getmembers()[-1]
+        content = data[: last.offset_data + -(-last.size // 512) * 512]
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        ("cut in a member", "is cut short"), ("cut between members", "is cut short"), ("cut to nothing", "tar"),
+        ("damaged", "is damaged at byte"), ("compressed", "unpack it"), ("no tar", "no tar that can be read"),
+    ],
+)  # fmt: skip
+def test_a_harmed_archive_is_one_clear_line(shards: Path, harm: str, says: str) -> None:
+    harmed(shards / "1.tar", harm)
+    with pytest.raises(DataError, match=says) as caught:
+        scan(shards)
+    assert str(caught.value).startswith(f"{shards / '1.tar'}: ") and "\n" not in str(caught.value)
+    assert caught.value.exit_code == 3
+
+
+def test_a_name_that_is_there_twice_is_refused(shards: Path) -> None:
+    shutil.copy(shards / "1.tar", shards / "copy.tar")
+    with pytest.raises(DataError, match=r"is there twice, in .*1.tar and in .*copy.tar: remove"):
+        scan(shards)
+    with pytest.raises(DataError, match="no such folder, list of files or tar"):
+        scan(shards / "missing.tar")
+
+
+def test_a_manifest_is_saved_and_loaded_elsewhere(by_class: Path, shards: Path, tmp_path: Path) -> None:
+    for source in (by_class, shards, shards / "0.tar"):
+        manifest = scan(source)
+        manifest.save(tmp_path / "images.npz")
+        assert same(Manifest.load(tmp_path / "images.npz", source), dataclasses.replace(manifest, bytes=0))
+    moved = shards.rename(tmp_path / "moved")
+    again = Manifest.load(tmp_path / "images.npz", moved / "0.tar")
+    assert len(again.read(0)) > 100
+    (tmp_path / "images.npz").write_bytes(b"torn")
+    with pytest.raises(DataError, match="missing or damaged"):
+        Manifest.load(tmp_path / "images.npz", moved)
