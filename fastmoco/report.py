@@ -1,0 +1,239 @@
+"""`report RUN`: one HTML page that holds everything worth knowing about a run, and asks nothing of the network."""
+
+from __future__ import annotations
+
+import io
+import json
+import statistics
+from datetime import datetime, timezone
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from fastmoco.interop import run as runs
+from fastmoco.interop.card import accuracies
+from fastmoco.options import Report
+from fastmoco.page import Level, Series, chart, page, picture, section, table, tiles
+from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.train import checkpoint
+from fastmoco.train.monitor import KNN, LOG, chance_level, read_lines
+
+PAIRS, TILE = 8, 150
+PICTURES = {
+    "linear.png": "Linear probe",
+    "linear-fast.png": "Linear probe, fast",
+    "finetune.png": "Fine-tuned",
+    "knn.png": "kNN",
+    "neighbours.png": "Validation images (grey) and the training images nearest to them: green is of the same class",
+}
+SAME = ("commit", "command", "device", "ranks", "precision", "images", "steps")
+
+
+def run(options: Report) -> None:
+    """Write the page and say where; UsageError where RUN is no run."""
+    out = options.out or options.run / "report.html"
+    text = render(options.run, views=options.views)
+    draft = out.with_name(f"{out.name}.writing")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(out)
+    print(f"{out}: {len(text) / 1e6:.1f} MB, opens in any browser and needs no network")
+
+
+def render(folder: Path, views: bool = True) -> str:
+    """The page of a run that may still be training; UsageError where `folder` is no run."""
+    facts = runs.read_facts(folder)
+    recipe = Recipe.from_dict(facts["recipe"])
+    log, knn = read_lines(folder / LOG), read_lines(folder / KNN)
+    parts = [
+        _head(folder, facts, recipe, log),
+        _tiles(folder, recipe, log, knn),
+        section("Learning", f'<div class="grid">{_learning(recipe, log, knn)}</div>'),
+        section("Speed", f'<div class="grid">{_speed(log)}</div>'),
+        _evaluation(folder),
+        _views(facts, recipe) if views else "",
+        _checkpoints(folder),
+        _recipe(facts, recipe),
+        _origin(facts),
+    ]
+    return page(f"{folder.name} · fastmoco", filter(None, parts))
+
+
+def _head(folder: Path, facts: dict[str, Any], recipe: Recipe, log: list[dict]) -> str:
+    done, total = (log[-1]["step"] if log else 0), facts.get("steps")
+    finished = (folder / "summary.json").is_file()
+    state = "finished" if finished else f"{done} of {total} steps" if total else f"{done} steps"
+    what = f"{facts.get('preset', 'custom')} · {recipe.arch} · {recipe.epochs} epochs · {state}"
+    where = f"{facts.get('device', 'unknown device')}, {facts.get('ranks', 1)} rank(s), {facts.get('precision', '')}"
+    return f'<header><h1>{escape(folder.name)}</h1><p class="soft">{escape(what)}<br>{escape(where)}</p></header>'
+
+
+def _tiles(folder: Path, recipe: Recipe, log: list[dict], knn: list[dict]) -> str:
+    shown = []
+    if log:
+        end = log[-1]
+        shown.append(("InfoNCE loss", f"{end['loss']:.3f}", f"chance {chance_level(recipe):.3f}"))
+        shown.append(("contrast top-1", f"{end['top1']:.1f}%", f"1 of {recipe.queue_size + 1}"))
+        rate = statistics.median(line["pairs_per_s"] for line in log)
+        wait = statistics.median(line["data_wait"] for line in log)
+        shown.append(("throughput", f"{rate:,.0f}", "pairs/s, median"))
+        shown.append(("data wait", f"{wait:.0%}", "of the time, median"))
+    if knn:
+        before = f"before training {knn[0]['top1']:.1f}%" if knn[0]["step"] == 0 and len(knn) > 1 else ""
+        shown.append(("kNN top-1", f"{knn[-1]['top1']:.1f}%", before or f"after step {knn[-1]['step']}"))
+    for name, figures in accuracies(folder).items():
+        if name != "kNN":
+            shown.append((name, f"{figures['top1']:.1f}%", f"top-1, {figures['classes']} classes"))
+    if log:
+        shown.append(("time", _duration(log[-1]["seconds"]), f"{log[-1]['epoch']:.3g} epochs"))
+    return tiles(shown)
+
+
+def _learning(recipe: Recipe, log: list[dict], knn: list[dict]) -> str:
+    steps = [line["step"] for line in log]
+    chance = chance_level(recipe)
+    found = [
+        chart("InfoNCE loss", [Series("loss", steps, _column(log, "loss"))], level=Level(chance, "chance, ln(K+1)")),
+        chart(
+            "Contrast accuracy",
+            [Series("top-5", steps, _column(log, "top5"), "b"), Series("top-1", steps, _column(log, "top1"))],
+            high=100, percent=True,
+        ),
+    ]  # fmt: skip
+    if knn:
+        level = Level(100 / knn[-1]["classes"], "chance") if knn[-1].get("classes") else None
+        line = Series("kNN", [one["step"] for one in knn], _column(knn, "top1"), "c")
+        found.append(chart("kNN top-1 on validation images", [line], level=level, high=100, percent=True))
+    found.append(chart("Learning rate", [Series("lr", steps, _column(log, "lr"))]))
+    return "".join(found)
+
+
+def _speed(log: list[dict]) -> str:
+    steps = [line["step"] for line in log]
+    wait = [100 * value for value in _column(log, "data_wait")]
+    return (
+        chart("Image pairs a second", [Series("pairs/s", steps, _column(log, "pairs_per_s"))])
+        + chart("Time spent waiting for data", [Series("wait", steps, wait, "b")], high=100, percent=True)
+        + chart("Peak memory (GiB)", [Series("memory", steps, _column(log, "memory"), "c")])
+    )
+
+
+def _evaluation(folder: Path) -> str:
+    rows = []
+    for name, figures in accuracies(folder).items():
+        how = f"k {figures['k']}, T {figures['temperature']}" if "k" in figures else _protocol(figures)
+        accuracy = (f"{figures['top1']:.2f}%", f"{figures['top5']:.2f}%")
+        rows.append((name, *accuracy, figures["step"], figures.get("queries", ""), how))
+    head = ("", "top-1", "top-5", "step", "images", "how")
+    shown = [
+        f'<div class="card">{picture((folder / name).read_bytes(), "png", caption, caption)}</div>'
+        for name, caption in PICTURES.items()
+        if (folder / name).is_file()
+    ]
+    if not rows:
+        return ""
+    return section("Evaluation", table(rows, head), f'<div class="wide" style="margin-top:12px">{"".join(shown)}</div>')
+
+
+def _protocol(figures: dict[str, Any]) -> str:
+    used = figures.get("protocol", {})
+    parts = [f"{used['epochs']} epochs, batch {used['batch_size']}, lr {used['lr']:g} for 256" if used else ""]
+    return ", ".join(filter(None, [*parts, f"backbone {figures['backbone']}" if "backbone" in figures else ""]))
+
+
+def _views(facts: dict[str, Any], recipe: Recipe) -> str:
+    note = "Two views of the same image: the query encoder sees the left one, the key encoder the right one."
+    try:
+        pairs = first_views(facts, recipe)
+    except (ValueError, OSError) as error:
+        return section("First batch", f'<p class="soft">The images cannot be shown: {_plain(error)}</p>')
+    shown = "".join(picture(data, "jpeg", f"two views of {name}", name) for name, data in pairs)
+    return section("First batch", f'<p class="soft">{note}</p><div class="card views">{shown}</div>')
+
+
+def first_views(facts: dict[str, Any], recipe: Recipe, count: int = PAIRS) -> list[tuple[str, bytes]]:
+    """Name and JPEG of the two augmented views of the first images of step 0, exactly as they were trained on.
+
+    ValueError or OSError where the images are not there any more.
+    """
+    import torch
+    from PIL import Image
+
+    from fastmoco.data import manifest
+    from fastmoco.data.loader import Loader
+    from fastmoco.data.plan import Plan
+    from fastmoco.kernels.photometric import photometric
+    from fastmoco.parallel import Parallel
+
+    source = facts.get("options", {}).get("data")
+    if not source:
+        raise ValueError("the run does not say where its images are")
+    images = manifest.scan(manifest.split(source)[0])
+    plan = Plan(recipe, images.sizes)
+    with Loader(images, plan, recipe, Parallel(), stop_step=1) as loader:
+        batch = next(iter(loader))
+    colours = recipe.augmentation
+    mean, std = (torch.tensor(value)[:, None, None] for value in (colours.mean, colours.std))
+    first = len(batch.sample) if recipe.symmetric else 0  # the key's rows then hold both views, one after the other
+    sides = [
+        photometric(crops[at : at + count], parameters[at : at + count], colours.mean, colours.std)
+        for at, crops, parameters in (
+            (0, batch.query_crops, batch.query_parameters),
+            (first, batch.key_crops, batch.key_parameters),
+        )
+    ]
+    both = (torch.cat(sides, dim=3) * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    found = []
+    for sample, pixels in zip(batch.sample[:count], both, strict=True):
+        data, picture_of = io.BytesIO(), Image.fromarray(pixels.contiguous().numpy())
+        picture_of.resize((2 * TILE, TILE), Image.Resampling.BICUBIC).save(data, "JPEG", quality=88)
+        found.append((images.paths[int(sample)], data.getvalue()))
+    return found
+
+
+def _checkpoints(folder: Path) -> str:
+    rows = []
+    for path in reversed(checkpoint.steps(folder)):
+        when = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
+        size = sum(file.stat().st_size for file in path.iterdir())
+        state = checkpoint.damage(path) or "every byte as written"
+        rows.append((path.name, f"{size / 2**20:.1f} MiB", f"{when:%Y-%m-%d %H:%M} UTC", state))
+    return section("Checkpoints", table(rows, ("", "size", "written", "state"))) if rows else ""
+
+
+def _recipe(facts: dict[str, Any], recipe: Recipe) -> str:
+    values = _flat(recipe)
+    known = PRESETS.get(facts.get("preset", ""))
+    changed = [name for name, value in values.items() if known and _flat(known[1])[name] != value]
+    note = f"changed from preset {facts['preset']}: {', '.join(changed) or 'nothing'}" if known else ""
+    rows = list(values.items())
+    half = -(-len(rows) // 2)
+    halves = table(rows[:half], changed=changed) + table(rows[half:], changed=changed)
+    return section("Recipe", f'<p class="soft">{_plain(note)}</p>', f'<div class="wide">{halves}</div>')
+
+
+def _origin(facts: dict[str, Any]) -> str:
+    rows = [(name, facts[name]) for name in SAME if name in facts]
+    rows += [(name, value) for name, value in facts.get("options", {}).items() if name in ("data", "val") and value]
+    rows += list(facts.get("versions", {}).items())
+    rows += [(f"resumed at step {one['step']}", one["command"]) for one in facts.get("resumed", [])]
+    rows += [("imported from", json.dumps(facts["imported"]))] if "imported" in facts else []
+    return section("Made with", table(rows))
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    values = recipe.as_dict()
+    return {**{name: value for name, value in values.items() if name != "augmentation"}, **values["augmentation"]}
+
+
+def _column(lines: list[dict], name: str) -> list[float]:
+    return [line.get(name, float("nan")) for line in lines]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _plain(text: object) -> str:
+    return escape(" ".join(str(text).split()))

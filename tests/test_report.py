@@ -1,0 +1,124 @@
+"""The report: whole without a network, true to the run's files, and able to stand runs of any age."""
+
+import io
+import json
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastmoco import report
+from fastmoco.cli import main
+from fastmoco.options import Options
+from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.train.loop import pretrain
+
+RECIPE = replace(
+    PRESETS["demo"][1], width=0.125, crop_size=16, batch_size=8, bn_group=4, queue_size=20, epochs=2, knn_k=5, seed=3
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run of two epochs with kNN, on images that are all of one shade."""
+    root = tmp_path_factory.mktemp("report")
+    for split, count in (("train", 12), ("val", 4)):
+        for shade, name in ((40, "dark"), (210, "light")):
+            (root / f"images/{split}/{name}").mkdir(parents=True)
+            for number in range(count):
+                pixels = np.full((20 + number, 24, 3), shade, np.uint8)
+                Image.fromarray(pixels).save(root / f"images/{split}/{name}/{number}.png")
+    pretrain(RECIPE, Options(data=root / "images", out=root / "run", device="cpu", threads=1, log_every=2), "demo")
+    return root / "run"
+
+
+class Requests(HTMLParser):
+    """Everything in a page that a browser would fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "link", "img", "br", "line", "circle", "polyline"):
+            self.open.append(tag)
+        self.found += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+        assert tag not in ("script", "iframe", "object", "embed", "video")
+
+    def handle_endtag(self, tag):
+        if self.open and tag == self.open[-1]:
+            self.open.pop()
+
+
+def test_nothing_is_fetched_and_every_tag_is_closed(trained):
+    text = report.render(trained)
+    parsed = Requests(text)
+    assert parsed.open == [] and all(value.startswith("data:") for value in parsed.found)
+    assert "url(" not in text and "@import" not in text and "http" not in re.sub(r"base64,[^\"]*", "", text)
+    # The control: a request would be seen.
+    assert Requests('<img src="https://example.org/x.png">').found == ["https://example.org/x.png"]
+
+
+def test_figures_are_those_of_the_files(trained):
+    text = report.render(trained, views=False)
+    lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    knn = [json.loads(line) for line in (trained / "knn.jsonl").read_text().splitlines()]
+    assert f"<b>{lines[-1]['loss']:.3f}</b>" in text and "chance 3.045" in text
+    assert f"<b>{knn[-1]['top1']:.1f}%</b>" in text and f"before training {knn[0]['top1']:.1f}%" in text
+    assert "changed from preset demo: width" in text and "step_00000006" in text and "every byte as written" in text
+    assert "finished" in text and str(json.loads((trained / "recipe.json").read_text())["commit"]) in text
+
+
+def test_views_are_those_of_the_first_step(trained):
+    facts = json.loads((trained / "recipe.json").read_text())
+    pairs = report.first_views(facts, Recipe.from_dict(facts["recipe"]), count=6)
+    assert len(pairs) == 6
+    for name, data in pairs:
+        pixels = np.asarray(Image.open(io.BytesIO(data))).astype(int)
+        assert pixels.shape == (150, 300, 3)
+        assert (pixels.mean() < 110) == name.startswith("dark")
+    changed = report.first_views(facts, replace(RECIPE, seed=4), count=6)
+    assert [name for name, _ in changed] != [name for name, _ in pairs], "another seed shows other images"
+
+
+def test_a_damaged_checkpoint_is_shown_as_such(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run", symlinks=True)
+    state = next((tmp_path / "run/checkpoints").glob("step_*")) / "state.pt"
+    data = bytearray(state.read_bytes())
+    data[100] ^= 1
+    state.write_bytes(bytes(data))
+    text = report.render(tmp_path / "run", views=False)
+    assert "state.pt does not have the SHA-256" in text and "every byte" not in text
+
+
+def test_a_run_that_has_barely_begun_and_one_without_its_images(trained, tmp_path):
+    facts = json.loads((trained / "recipe.json").read_text())
+    facts["options"]["data"] = str(tmp_path / "gone <b>")
+    (tmp_path / "recipe.json").write_text(json.dumps(facts))
+    text = report.render(tmp_path)
+    assert "nothing was logged" in text and "cannot be shown" in text and "gone &lt;b&gt;" in text
+
+
+def test_evaluations_appear_with_their_circumstances(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run", symlinks=True)
+    figures = {"step": 6, "top1": 87.5, "top5": 100.0, "classes": 2, "queries": 8,
+               "backbone": "bit-equal after the probe", "protocol": {"epochs": 100, "batch_size": 24, "lr": 30.0}}  # fmt: skip
+    (tmp_path / "run/linear.json").write_text(json.dumps(figures))
+    Image.new("RGB", (9, 9)).save(tmp_path / "run/linear.png")
+    text = report.render(tmp_path / "run", views=False)
+    assert "87.50%" in text and "100 epochs, batch 24, lr 30 for 256, backbone bit-equal" in text
+    assert 'alt="Linear probe"' in text
+
+
+def test_the_command(trained, tmp_path, capsys):
+    assert main(["report", str(trained), "--no-views"]) == 0
+    assert (trained / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert main(["report", str(trained), "--out", str(tmp_path / "a.html"), "--no-views"]) == 0
+    assert (tmp_path / "a.html").is_file()
+    assert main(["report", str(tmp_path)]) == 2 and "is no run" in capsys.readouterr().err
