@@ -5,7 +5,8 @@ thirty steps of training amplify by some powers of ten; anything else that diffe
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastmoco.contrast.queue as queue_module
 import fastmoco.contrast.step as step_module
+import fastmoco.parallel as parallel_module
+from fastmoco.bench.traffic import WAYS, traffic
 from fastmoco.contrast.step import Step
 from fastmoco.data.loader import Batch, Loader
 from fastmoco.data.manifest import scan
@@ -138,3 +141,202 @@ def test_fp32_strays_by_its_own_rounding_and_repeats_bit_for_bit(
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a["losses"], b["losses"])
         assert [name for name, value in a["state"].items() if not torch.equal(value, b["state"][name])] == []
+
+
+# The published algorithm, with collectives of its own
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, entry: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(entry, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
+        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
+        self.downsample = nn.Identity()
+        if stride > 1:
+            self.downsample = nn.Sequential(nn.Conv2d(entry, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.downsample(x))
+
+
+class PlainResNet18(nn.Sequential):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, 1, 1, bias=False), nn.BatchNorm2d(4)
+        for stage, (entry, out) in enumerate([(4, 4), (4, 8), (8, 16), (16, 32)], start=1):
+            blocks = nn.Sequential(PlainBlock(entry, out, 1 if stage == 1 else 2), PlainBlock(out, out, 1))
+            setattr(self, f"layer{stage}", blocks)
+        self.fc = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+        return self.fc(x.mean((2, 3)))
+
+
+class PublishedMoCo(nn.Module):
+    """One GPU of the published algorithm: idx_shuffle is broadcast, whole float images and keys are gathered."""
+
+    def __init__(self, start: dict[str, Tensor], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.encoder_q, self.encoder_k = (PlainResNet18(RECIPE.dim).to(dtype) for _ in range(2))
+        for side in ("encoder_q.", "encoder_k."):
+            values = {name.removeprefix(side): value for name, value in start.items() if name.startswith(side)}
+            getattr(self, side[:-1]).load_state_dict(values)
+        self.encoder_k.requires_grad_(False)
+        self.register_buffer("queue", start["queue"].to(dtype).T.clone())
+        self.register_buffer("queue_ptr", start["queue_pointer"].clone())
+
+    @staticmethod
+    def gather(rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def keys_of(self, im_k: Tensor, order: Tensor) -> Tensor:
+        """Keys of this GPU's images, encoded wherever the permutation `order` (known to rank 0) sends them."""
+        rank, gpus = dist.get_rank(), dist.get_world_size()
+        images, idx_shuffle = self.gather(im_k), order.clone()
+        dist.broadcast(idx_shuffle, src=0)
+        idx_unshuffle = torch.argsort(idx_shuffle)
+        k = F.normalize(self.encoder_k(images[idx_shuffle.view(gpus, -1)[rank]]), dim=1)
+        return self.gather(k)[idx_unshuffle.view(gpus, -1)[rank]]
+
+    def forward(self, im_q: Tensor, im_k: Tensor, order: Tensor) -> Tensor:
+        q = F.normalize(self.encoder_q(im_q), dim=1)
+        with torch.no_grad():
+            for q_value, k_value in zip(self.encoder_q.parameters(), self.encoder_k.parameters(), strict=True):
+                k_value.mul_(RECIPE.ema_momentum).add_(q_value, alpha=1 - RECIPE.ema_momentum)
+        k = self.keys_of(im_k, order)
+        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.clone()], 1) / RECIPE.temperature
+        for key in self.gather(k):  # one by one, so that any queue length will do
+            self.queue[:, self.queue_ptr] = key[:, None]
+            self.queue_ptr.copy_((self.queue_ptr + 1) % RECIPE.queue_size)
+        return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
+
+
+class Wire:
+    """Counts the bytes that this rank receives in each collective, as torch.distributed is asked for them."""
+
+    def __init__(self) -> None:
+        self.received: dict[str, int] = {}
+
+    def note(self, name: str, count: int) -> None:
+        self.received[name] = self.received.get(name, 0) + count
+
+    @contextmanager
+    def listen(self) -> Iterator[None]:
+        gather, exchange, broadcast = dist.all_gather, dist.all_to_all_single, dist.broadcast
+        whole, coalesced, rank = parallel_module._all_gather, dist._broadcast_coalesced, dist.get_rank()
+
+        def all_gather(parts: list[Tensor], rows: Tensor) -> None:
+            self.note("float images" if rows.dim() == 4 else "keys", (len(parts) - 1) * rows.nbytes)
+            gather(parts, rows)
+
+        def all_gather_whole(out: Tensor, rows: Tensor, **options: object) -> object:
+            if rows.dim() == 2 and rows.shape[1] == RECIPE.dim:
+                self.note("keys", out.nbytes - rows.nbytes)
+            return whole(out, rows, **options)
+
+        def all_to_all(out: Tensor, rows: Tensor, counts: list[int], send: list[int]) -> None:
+            self.note("crops", sum(counts[:rank] + counts[rank + 1 :]) * out[0].nbytes)
+            exchange(out, rows, counts, send)
+
+        def broadcast_one(value: Tensor, src: int) -> None:
+            self.note("permutation", value.nbytes)
+            broadcast(value, src=src)
+
+        def broadcast_many(group: object, values: list[Tensor], *rest: object) -> None:
+            self.note("buffers", sum(value.nbytes for value in values))
+            coalesced(group, values, *rest)
+
+        dist.all_gather, dist.broadcast, dist._broadcast_coalesced = all_gather, broadcast_one, broadcast_many
+        parallel_module._all_gather, dist.all_to_all_single = all_gather_whole, all_to_all
+        yield
+        dist.all_gather, dist.broadcast, dist._broadcast_coalesced = gather, broadcast, coalesced
+        parallel_module._all_gather, dist.all_to_all_single = whole, exchange
+
+    def gradients(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """DDP's hook for one bucket: the mean over ranks, counted."""
+        self.note("gradients", bucket.buffer().nbytes)
+        work = dist.all_reduce(bucket.buffer(), async_op=True)
+        return work.get_future().then(lambda done: done.value()[0] / dist.get_world_size())
+
+
+def train_published(parallel: Parallel, folder: Path, steps: int, dtype: torch.dtype, buffers: bool) -> dict:
+    """Losses, keys and statistics of the published way and of ours, fed alike, and the bytes of both."""
+    precision = "fp64" if dtype == torch.float64 else "fp32"
+    if precision == "fp64":
+        in_float64()
+    images, wires = scan(folder, cache=False), (Wire(), Wire())
+    plan, whole_plan = (Plan(RECIPE, images.sizes, world, rank) for world, rank in ((4, parallel.rank), (1, 0)))
+    ours = Step(RECIPE, parallel, precision)
+    start = {name: value.clone() for name, value in ours.state().items()}
+    model = DistributedDataParallel(PublishedMoCo(start, dtype), **{step_module.BUFFERS: buffers})
+    optimizer = torch.optim.SGD(model.module.encoder_q.parameters(), LR, RECIPE.sgd_momentum,
+                                weight_decay=RECIPE.weight_decay)  # fmt: skip
+    ours._query.register_comm_hook(None, wires[0].gradients)
+    model.register_comm_hook(None, wires[1].gradients)
+    mine, losses = slice(parallel.rank * 4, parallel.rank * 4 + 4), []
+    with Loader(images, whole_plan, RECIPE, Parallel(), stop_step=steps, threads=1) as loader:
+        alone = list(loader)
+    with Loader(images, plan, RECIPE, parallel, stop_step=steps, threads=1) as loader:
+        for step in range(steps):
+            with wires[0].listen():
+                loss = ours.step(next(loader), LR).loss
+            im_q, im_k = (float_views(alone[step], side, mine, dtype) for side in ("query", "key"))
+            optimizer.zero_grad()
+            with wires[1].listen():
+                theirs = model(im_q, im_k, torch.from_numpy(whole_plan.shuffle(step, 1)))
+                theirs.backward()
+            optimizer.step()
+            losses.append((float(loss), float(theirs)))
+    statistics = {name: value for name, value in model.module.named_buffers() if "running" in name}
+    return {
+        "losses": losses,
+        "queues": (ours.queue.keys, model.module.queue.T.clone()),
+        "ours": {name: value.clone() for name, value in ours.state().items() if "running" in name},
+        "theirs": {name: parallel.mean(value) for name, value in statistics.items()},
+        "bytes": [wire.received for wire in wires],
+    }
+
+
+def float_views(batch: Batch, side: str, rows: slice, dtype: torch.dtype) -> Tensor:
+    colours = RECIPE.augmentation
+    crops, parameters = (getattr(batch, f"{side}_{what}")[rows] for what in ("crops", "parameters"))
+    return reference.photometric(crops, parameters, colours.mean, colours.std, dtype=dtype).contiguous()
+
+
+def test_four_published_gpus_give_the_same_keys_and_statistics(run_ranks: Callable, folder: Path) -> None:
+    """Their ranks keep statistics of their own, of which ours are the mean; DDP's copying of buffers is left out."""
+    for result in run_ranks(4, train_published, folder, 6, torch.float64, False):
+        ours, theirs = zip(*result["losses"], strict=True)
+        np.testing.assert_allclose(ours, theirs, rtol=FLOAT64_BOUND)
+        torch.testing.assert_close(*result["queues"], rtol=0, atol=FLOAT64_BOUND)
+        assert result["theirs"].keys() == result["ours"].keys() and len(result["ours"]) > 70
+        for name, value in result["ours"].items():
+            torch.testing.assert_close(value, result["theirs"][name], rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_bytes_on_the_wire_are_those_of_the_traffic_model(run_ranks: Callable, folder: Path) -> None:
+    """Both ways over four ranks in fp32; which crops leave a rank is drawn, and twelve steps come near the mean."""
+    steps, world = 12, 4
+    results = run_ranks(world, train_published, folder, steps, torch.float32, True)
+    ours, theirs = ([result["bytes"][way] for result in results] for way in (0, 1))
+    model = {way: {flow.name: flow.total for flow in traffic(RECIPE, way, world, gradient_bytes=4)} for way in WAYS}
+    others = 2 * (world - 1) / world  # what a ring makes of each byte that is to be summed
+    for counted in theirs:
+        assert counted["float images"] == steps * model["published"]["all-gather of float images"]
+        assert counted["permutation"] == steps * model["published"]["broadcast of the permutation"]
+        keys = [value for name, value in model["published"].items() if "keys" in name]
+        assert counted["keys"] == steps * sum(keys)
+        assert counted["buffers"] == steps * model["published"]["broadcast of buffers, queue among them"]
+        assert counted["gradients"] * others == steps * model["published"]["all-reduce of gradients"]
+    for counted in ours:
+        assert counted["keys"] == steps * model["fastmoco"]["all-gather of keys, for both"]
+        assert counted["gradients"] * others == steps * model["fastmoco"]["all-reduce of gradients"]
+    crops, images = (sum(counted[name] for counted in each) for each, name in ((ours, "crops"), (theirs, "float images")))
+    assert crops == pytest.approx(world * steps * model["fastmoco"]["exchange of uint8 crops"], rel=0.1)
+    assert crops <= 1.1 * images / 4 / world
