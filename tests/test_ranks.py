@@ -337,6 +337,6 @@ def test_bytes_on_the_wire_are_those_of_the_traffic_model(run_ranks: Callable, f
     for counted in ours:
         assert counted["keys"] == steps * model["fastmoco"]["all-gather of keys, for both"]
         assert counted["gradients"] * others == steps * model["fastmoco"]["all-reduce of gradients"]
-    crops, images = (sum(counted[name] for counted in each) for each, name in ((ours, "crops"), (theirs, "float images")))
+    crops, images = sum(counted["crops"] for counted in ours), sum(counted["float images"] for counted in theirs)
     assert crops == pytest.approx(world * steps * model["fastmoco"]["exchange of uint8 crops"], rel=0.1)
     assert crops <= 1.1 * images / 4 / world
