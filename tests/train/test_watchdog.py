@@ -1,0 +1,90 @@
+"""The watchdog: ends what is stuck, with its stacks; leaves alone what moves."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastmoco.train import watchdog
+from fastmoco.train.preempt import StopRequest
+from fastmoco.train.watchdog import STUCK, Watchdog
+
+
+def in_fork(body: Callable, said: Path) -> int:
+    def run() -> None:
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+        body()
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(30)
+    assert not process.is_alive()
+    return process.exitcode
+
+
+def sleep_in_a_step() -> None:
+    with Watchdog(0.2, StopRequest()) as dog:
+        dog.beat()
+        time.sleep(20)
+
+
+def hold_the_lock() -> None:
+    # A call that never gives the interpreter's lock back, as a broken extension may: sleep(20) through PyDLL.
+    import ctypes
+
+    watchdog.HELD_SECONDS = 0.3
+    with Watchdog(0.2, StopRequest()) as dog:
+        dog.beat()
+        time.sleep(0.1)
+        ctypes.PyDLL(None).sleep(20)
+
+
+def test_a_stuck_process_ends_with_a_code_of_its_own_and_its_stacks(tmp_path):
+    began = time.monotonic()
+    assert in_fork(sleep_in_a_step, tmp_path / "said") == STUCK == 124
+    said = (tmp_path / "said").read_text()
+    assert time.monotonic() - began < 5 and "no progress" in said
+    assert "sleep_in_a_step" in said and "Current thread" in said and said.count("Thread 0x") >= 1
+
+
+def test_so_does_one_that_holds_the_interpreters_lock(tmp_path):
+    assert in_fork(hold_the_lock, tmp_path / "said") == 1  # the interpreter's own last resort
+    assert "hold_the_lock" in (tmp_path / "said").read_text()
+
+
+def test_who_moves_is_left_alone_and_so_is_the_slow_first_step():
+    ended = []
+    with Watchdog(0.2, StopRequest(), ended.append) as dog:
+        time.sleep(0.4)  # compiling
+        for _ in range(6):
+            dog.beat()
+            time.sleep(0.1)
+    assert not ended
+    with Watchdog(0.2, StopRequest(), ended.append) as dog:
+        dog.beat()
+        time.sleep(0.5)
+    assert ended == [STUCK]
+
+
+def test_under_torchrun_a_stop_request_shortens_the_wait(monkeypatch):
+    monkeypatch.setattr(watchdog, "STOP_SECONDS", 0.3)
+    for environment, expected in (({"TORCHELASTIC_RUN_ID": "x"}, [STUCK]), ({}, [])):
+        ended, asked = [], StopRequest()
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            with Watchdog(2.0, asked, ended.append) as dog:
+                dog.beat()
+                asked.receive(signal.SIGTERM, None)
+                time.sleep(0.8)
+        assert ended == expected
+
+
+def test_no_watchdog():
+    with Watchdog(0, StopRequest()) as dog:
+        dog.beat()
+        assert not dog._thread.is_alive()
