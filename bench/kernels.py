@@ -268,12 +268,18 @@ def _split_attention(z: Tensor, k: Tensor, queue: Tensor, temperature: float, sp
     heads = q.to(queue.dtype).expand(1, splits, *q.shape)
     attend = torch.ops.aten._scaled_dot_product_flash_attention
     out, lse, *_ = attend(heads, pieces, pieces, 0.0, False, scale=1 / temperature)
+    return merged(z, k, temperature, out[0], lse[0])
+
+
+def merged(z: Tensor, k: Tensor, temperature: float, out: Tensor, lse: Tensor) -> Tensor:
+    """Gradient of the summed loss, from attention to each piece of the queue: `out` [P, N, D] and `lse` [P, N]."""
+    q = F.normalize(z.detach().float(), dim=1)
     positive = (q * k).sum(1) / temperature
-    total = torch.logsumexp(torch.cat([lse[0].T, positive[:, None]], 1), 1)
-    mean = (torch.exp(lse[0] - total)[..., None] * out[0]).sum(0) + torch.exp(positive - total)[:, None] * k
+    total = torch.logsumexp(torch.cat([lse.T, positive[:, None]], 1), 1)
+    mean = (torch.exp(lse - total)[..., None] * out).sum(0) + torch.exp(positive - total)[:, None] * k
     gradient = (mean - k) / temperature
     gradient = gradient - (gradient * q).sum(1, keepdim=True) * q
-    return gradient / z.float().norm(dim=1, keepdim=True)
+    return gradient / z.detach().float().norm(dim=1, keepdim=True)
 
 
 def short_name(dtype: torch.dtype) -> str:

@@ -108,7 +108,10 @@ def photographs(folder: Path, count: int) -> Path:
 def images(data: Path | None, count: int) -> Iterator[Manifest]:
     """The manifest of `data` (its train/ where there is one), or of `count` photographs made for the occasion."""
     if data is not None:
-        yield scan(split(data)[0])
+        found = scan(split(data)[0])
+        if not os.path.isfile(found.path(0)):
+            raise ValueError(f"{data} holds archives: give bench a folder of image files, which all loaders can read")
+        yield found
         return
     with tempfile.TemporaryDirectory() as folder:
         yield scan(photographs(Path(folder), count), cache=False)

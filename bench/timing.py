@@ -8,6 +8,7 @@ enough for the clock.
 
 from __future__ import annotations
 
+import functools
 import random
 import statistics
 import time
@@ -116,10 +117,12 @@ class Machine:
         return max(nbytes / self.bandwidth, flops / self.flops)
 
 
+@functools.cache
 def measure_machine(device: torch.device | str, dtype: torch.dtype, *, rounds: int = 5) -> Machine:
     """The ceilings of `device` for `dtype`, by passes over more memory than its caches hold and a square product.
 
     A copy and a sum in place: on most CPUs a copy also reads what it overwrites, and then the sum shows more.
+    Measured once in a process, so that all rows of a run refer to the same ceilings.
     """
     device = torch.device(device)
     on_gpu = device.type == "cuda"

@@ -1,6 +1,6 @@
 """The timer finds known differences, interleaves, and refuses to time nothing."""
 
-import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,21 +8,33 @@ import torch
 from fastmoco.bench.timing import Timing, interleave, measure_machine
 
 
-def spin(seconds: float) -> None:
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        pass
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """work(seconds) takes so long by the timer's clock, however busy the machine is."""
+    now = [0.0]
+    monkeypatch.setattr("fastmoco.bench.timing.time.perf_counter", lambda: now[0])
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    return spend
 
 
-def test_a_call_twice_as_long_takes_twice_as_long():
-    times = interleave({"one": lambda: spin(0.004), "two": lambda: spin(0.008)}, rounds=15, warmup=1)
-    assert times["two"].median / times["one"].median == pytest.approx(2, rel=0.1)
-    assert times["one"].median == pytest.approx(0.004, rel=0.1)
+def test_a_call_twice_as_long_takes_twice_as_long(work):
+    times = interleave({"one": lambda: work(0.004), "two": lambda: work(0.008)}, rounds=15, warmup=1)
+    assert times["two"].median / times["one"].median == pytest.approx(2)
+    assert times["one"].median == pytest.approx(0.004)
 
 
-def test_rounds_interleave_and_change_their_order():
+def test_a_short_call_is_repeated_until_the_clock_can_tell(work):
+    calls = []
+    times = interleave({"short": lambda: (calls.append(0), work(0.0005))}, rounds=4, warmup=0)
+    assert times["short"].median == pytest.approx(0.0005) and len(calls) == 1 + 4 * 10
+
+
+def test_rounds_interleave_and_change_their_order(work):
     calls: list[str] = []
-    providers = {name: (lambda name=name: (calls.append(name), spin(0.006))) for name in "abc"}
+    providers = {name: (lambda name=name: (calls.append(name), work(0.006))) for name in "abc"}
     interleave(providers, rounds=8, warmup=0)
     rounds = ["".join(calls[i : i + 3]) for i in range(3, len(calls), 3)]  # the first three calibrate
     assert all(sorted(order) == ["a", "b", "c"] for order in rounds) and len(set(rounds)) > 1

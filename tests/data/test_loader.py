@@ -21,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastmoco.bench.loader import pillow
 from fastmoco.data.loader import Background, Batch, EvaluationLoader, Loader
 from fastmoco.data.manifest import Manifest, scan
 from fastmoco.data.pipeline import DecodeError
@@ -271,20 +272,6 @@ def test_background_is_bounded_and_passes_errors_on(depth: int) -> None:
     assert next(background, None) is None
 
 
-def pillow_batch(manifest: Manifest, plan: Plan, step: int, pool: ThreadPoolExecutor | None) -> np.ndarray:
-    """The work of one batch with Pillow and NumPy: decode once, cut the same two boxes, stack."""
-    samples, epoch = plan.samples(step), plan.epoch(step)
-    boxes = np.stack([plan.boxes(epoch, samples, view) for view in (0, 1)])
-    size = plan.recipe.crop_size
-
-    def pair(slot: int) -> list[np.ndarray]:
-        image = Image.open(manifest.path(int(samples[slot]))).convert("RGB")
-        corners = [(left, top, left + w, top + h) for top, left, h, w in boxes[:, slot].tolist()]
-        return [np.asarray(image.resize((size, size), Image.BILINEAR, box=box)) for box in corners]
-
-    return np.stack(list((pool.map if pool else map)(pair, range(len(samples)))), 1)
-
-
 @pytest.fixture(scope="session")
 def benchmark_manifest(photos: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     folder, generator = tmp_path_factory.mktemp("benchmark"), np.random.default_rng(0)
@@ -306,7 +293,5 @@ def test_benchmark_256_pairs(benchmark_manifest: Manifest, benchmark: object, wh
             next(ours)
             benchmark.pedantic(lambda: [next(ours) for _ in range(2)], rounds=6, warmup_rounds=1)
     else:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            used = pool if who == "pillow threads" else None
-            work = lambda: [pillow_batch(benchmark_manifest, plan, step, used) for step in range(2)]  # noqa: E731
-            benchmark.pedantic(work, rounds=6, warmup_rounds=1)
+        with pillow(recipe, benchmark_manifest, os.cpu_count() if who == "pillow threads" else 0) as draw:
+            benchmark.pedantic(lambda: [draw() for _ in range(2)], rounds=6, warmup_rounds=1)

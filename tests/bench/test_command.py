@@ -1,0 +1,125 @@
+"""The commands of bench: sizes, subjects, files; small enough to run everywhere."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmoco.bench import command, report
+from fastmoco.bench.report import Row
+from fastmoco.cli import main
+from fastmoco.options import Bench
+from fastmoco.recipe import PRESETS
+
+CPU = torch.device("cpu")
+TINY = "--arch resnet18 --batch-size 32 --crop-size 16 --queue-size 64 --rounds 2 --device cpu".split()
+
+
+def test_a_cpu_is_measured_small_and_a_gpu_as_published():
+    small = command.recipe_of(Bench(()), CPU)
+    assert (small.arch, small.batch_size, small.crop_size, small.queue_size) == ("resnet18", 32, 48, 4096)
+    assert command.recipe_of(Bench(()), torch.device("cuda", 0)) == PRESETS["v2"][1]
+    given = command.recipe_of(Bench((), arch="resnet50", batch_size=64), CPU)
+    assert (given.arch, given.batch_size, given.crop_size) == ("resnet50", 64, 48)
+    for preset, (_, recipe) in PRESETS.items():
+        chosen = command.recipe_of(Bench((), preset=preset), CPU)
+        assert chosen.batch_size % recipe.bn_group == 0 and chosen.crop_size <= 48
+
+
+@pytest.mark.parametrize(
+    ("subject", "more"),
+    [("step", ["--only", "fp32"]), ("loader", []), ("memory", ["--only", "info_nce"])]
+    + [pytest.param("train", [], marks=pytest.mark.slow), pytest.param("step", [], marks=pytest.mark.slow)],
+)
+def test_a_subject_prints_bound_share_and_baseline_and_its_record_passes_the_schema(
+    subject, more, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("sys.argv", ["fastmoco", "bench", subject])
+    file, table, chart = (tmp_path / f"a.{ending}" for ending in ("json", "csv", "svg"))
+    flags = ["--json", str(file), "--csv", str(table), "--svg", str(chart)]
+    assert main(["bench", subject, *TINY, *more, *flags]) == 0
+    (item,) = report.load(file)
+    assert item.subject == subject and len(item.rows) >= 2
+    assert {row.baseline for row in item.rows} < {row.provider for row in item.rows} | {None}
+    if subject != "memory":
+        assert all(row.bound is not None and len(row.samples) == 2 for row in item.rows)
+    shown = capsys.readouterr().out
+    for part in (item.environment["device"], item.environment["commit"], "share of bound", f"`fastmoco bench {subject}`"):
+        assert part in shown
+    assert len(table.read_text().splitlines()) == 1 + len(item.rows)
+    assert chart.read_text().startswith("<?xml") and "fastmoco" in chart.read_text()
+
+
+@pytest.mark.slow
+def test_scaling_measures_each_number_of_ranks(tmp_path):
+    file = tmp_path / "a.json"
+    assert main(["bench", "scaling", *TINY, "--json", str(file)]) == 0
+    rows = report.load(file)[0].rows
+    assert [row.provider for row in rows] == ["1 rank", "2 ranks"][: len(rows)]
+    assert rows[-1].bound == pytest.approx(len(rows) * sorted(rows[0].samples)[len(rows[0].samples) // 2])
+
+
+def test_only_chooses_providers_and_names_them_where_none_is_left(capsys, tmp_path):
+    file = tmp_path / "a.json"
+    flags = [*TINY, "--only", "published fp32", "--json", str(file)]
+    assert main(["bench", "step", *flags]) == 0
+    assert [row.provider for row in report.load(file)[0].rows] == ["published fp32"]
+    assert main(["bench", "step", *TINY, "--only", "nonsense"]) == 2
+    assert "published fp32, published bf16 autocast" in capsys.readouterr().err
+
+
+def saved(path: Path, scale: float) -> str:
+    samples = tuple(scale * (1 + 0.01 * i) for i in range(9))
+    row = Row("step", "ours", "ms", samples, {"batch": 32})
+    report.save(path, [report.record("step", [row])])
+    return str(path)
+
+
+def test_compare_reads_two_records_and_gives_a_verdict(tmp_path, capsys):
+    before, after = saved(tmp_path / "a.json", 1.0), saved(tmp_path / "b.json", 1.3)
+    assert main(["bench", "compare", before, after]) == 0
+    assert "slower" in capsys.readouterr().out
+    assert main(["bench", "compare", before, str(tmp_path / "none.json")]) == 2
+    assert "none.json is not a benchmark record" in capsys.readouterr().err
+
+
+def test_report_rewrites_the_readme_from_the_records(tmp_path, capsys):
+    readme, records = tmp_path / "README.md", tmp_path / "records"
+    readme.write_text("a\n<!-- bench -->\n<!-- /bench -->\nb\n")
+    flags = ["--readme", str(readme), "--records", str(records)]
+    assert main(["bench", "report", *flags]) == 2
+    assert "holds no records" in capsys.readouterr().err
+    saved(records / "x.json", 1.0)
+    assert main(["bench", "report", *flags]) == 0
+    assert "| step (batch 32) | ours |" in readme.read_text() and readme.read_text().endswith("b\n")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["tune", "gpu-check"])
+def test_what_needs_a_gpu_says_so_in_one_line(name, capsys):
+    assert main(["bench", name]) == 2
+    said = capsys.readouterr().err
+    assert "needs an NVIDIA GPU" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda row: row.update(samples=["fast"]), lambda row: row.update(bound="high"), lambda row: row.pop("config"),
+        lambda row: row.update(name=3), lambda row: row.update(extra=None),
+    ],
+)  # fmt: skip
+def test_the_schema_refuses_what_is_no_row(spoil, tmp_path):
+    path = Path(saved(tmp_path / "a.json", 1.0))
+    data = json.loads(path.read_text())
+    spoil(data[0]["rows"][0])
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="a.json is not a benchmark record"):
+        report.load(path)
+
+
+def test_the_committed_records_pass_the_schema():
+    for path in (Path(__file__).parents[2] / "bench/records").glob("*.json"):
+        assert all(dataclasses.is_dataclass(item) for item in report.load(path))
