@@ -27,10 +27,11 @@ h3 { font-size: 14px; font-weight: 600; margin: 0 0 6px; }
 p { margin: 0 0 10px; } .soft { color: var(--soft); } small, .small { font-size: 13px; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; min-width: 0; }
 .tiles { display: grid; gap: 10px; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); margin-top: 18px; }
-.tiles b { display: block; font-size: 24px; line-height: 1.2; font-variant-numeric: tabular-nums; font-weight: 650; }
+.tiles b { display: block; white-space: nowrap; font-size: 24px; line-height: 1.2; font-variant-numeric: tabular-nums; font-weight: 650; }
 .grid { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); }
 .wide { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }
-.views { display: grid; gap: 10px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
+.views { display: grid; gap: 10px; grid-template-columns: repeat(2, 1fr); }
+@media (min-width: 700px) { .views { grid-template-columns: repeat(4, 1fr); } }
 figure { margin: 0; } figcaption { color: var(--soft); font-size: 13px; margin-top: 4px; overflow-wrap: anywhere; }
 img { max-width: 100%; height: auto; display: block; border-radius: 6px; } .views img { width: 100%; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 12px; }
@@ -44,7 +45,7 @@ svg polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
 td, th { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 500; } tr:last-child td { border-bottom: 0; }
-td { overflow-wrap: anywhere; } td.changed { font-weight: 650; }
+td { overflow-wrap: anywhere; } td:first-child, .figures td { white-space: nowrap; } td.changed { font-weight: 650; }
 code { font: 13px ui-monospace, "Liberation Mono", Menlo, monospace; overflow-wrap: anywhere; }
 """
 
@@ -100,7 +101,8 @@ def table(rows: Iterable[Sequence[object]], head: Sequence[str] = (), changed: I
         mark = ' class="changed"' if first in strong else ""
         cells = "".join(f"<td{mark}>{escape(str(cell))}</td>" for cell in rest)
         lines.append(f'<tr><td class="soft">{escape(str(first))}</td>{cells}</tr>')
-    return f'<div class="card scroll"><table>{top}{"".join(lines)}</table></div>'
+    figures = ' class="figures"' if head else ""
+    return f'<div class="card scroll"><table{figures}>{top}{"".join(lines)}</table></div>'
 
 
 def picture(data: bytes, kind: str, alt: str, caption: str = "") -> str:
@@ -112,16 +114,17 @@ def picture(data: bytes, kind: str, alt: str, caption: str = "") -> str:
 
 def chart(
     title: str, series: Sequence[Series], *, level: Level | None = None, low: float | None = 0.0,
-    high: float | None = None, percent: bool = False,
+    high: float | None = None, end: float = 0, percent: bool = False,
 ) -> str:  # fmt: skip
-    """Line chart over steps in a card of its own, from `low` to `high` or as far as the values go."""
+    """Line chart over steps in a card of its own: up to `high` and `end`, or as far as the values go."""
     lines = [one for one in (_thin(one) for one in series) if len(one.x)]
     if not lines:
         return f'<div class="card"><h3>{escape(title)}</h3><p class="soft small">nothing was logged</p></div>'
     values = [value for line in lines for value in line.y] + ([level.y] if level else [])
     ticks = _ticks(min(values) if low is None else low, max(values) * 1.05 if high is None else high)
-    across = _ticks(0, max(max(line.x) for line in lines), inside=True)
-    end = max(across[-1], *(max(line.x) for line in lines))
+    end = max(end, *(max(line.x) for line in lines))
+    across = _ticks(0, end, inside=True)
+    end = max(end, across[-1])
 
     def at(x: float, y: float) -> tuple[float, float]:
         span = (ticks[-1] - ticks[0]) or 1

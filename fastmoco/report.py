@@ -47,7 +47,7 @@ def render(folder: Path, views: bool = True) -> str:
     parts = [
         _head(folder, facts, recipe, log),
         _tiles(folder, recipe, log, knn),
-        section("Learning", f'<div class="grid">{_learning(recipe, log, knn)}</div>'),
+        section("Learning", f'<div class="wide">{_learning(recipe, log, knn)}</div>'),
         section("Speed", f'<div class="grid">{_speed(log)}</div>'),
         _evaluation(folder),
         _views(facts, recipe) if views else "",
@@ -102,7 +102,8 @@ def _learning(recipe: Recipe, log: list[dict], knn: list[dict]) -> str:
     if knn:
         level = Level(100 / knn[-1]["classes"], "chance") if knn[-1].get("classes") else None
         line = Series("kNN", [one["step"] for one in knn], _column(knn, "top1"), "c")
-        found.append(chart("kNN top-1 on validation images", [line], level=level, high=100, percent=True))
+        found.append(chart("kNN top-1 on validation images", [line], level=level, high=100, end=max(steps, default=0),
+                           percent=True))  # fmt: skip
     found.append(chart("Learning rate", [Series("lr", steps, _column(log, "lr"))]))
     return "".join(found)
 
@@ -230,9 +231,8 @@ def _column(lines: list[dict], name: str) -> list[float]:
 
 
 def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 1.5 else f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
 def _plain(text: object) -> str:
