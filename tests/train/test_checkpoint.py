@@ -1,9 +1,9 @@
 """Checkpoints: what is saved comes back, every damage is noticed, the one before is used."""
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import shutil
 import time
 
 import pytest
@@ -143,26 +143,123 @@ def test_no_pickled_code_is_run(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-WRITER = """
-import sys, torch
-from pathlib import Path
-from fastmoco.train import checkpoint
-torch.manual_seed(0)
-big = {"encoder_q.w": torch.randn(1_000_000), "velocity.w": torch.randn(500_000)}
-print("ready", flush=True)
-for step in range(1, 10_000):
-    checkpoint.save(Path(sys.argv[1]), step, big, {})
-"""
+def flips_and_cuts(path, flips: int, cuts: int):
+    """(name, damaged bytes): `flips` single bits and `cuts` truncations, spread over the files of a checkpoint."""
+    generator = torch.Generator().manual_seed(0)
+    files = sorted(path.iterdir())
+    for number in range(flips + cuts):
+        file = files[number % len(files)]
+        data = bytearray(file.read_bytes())
+        at = int(torch.randint(len(data), (), generator=generator))
+        if number < flips:
+            data[at] ^= 1 << int(torch.randint(8, (), generator=generator))
+        yield file, bytes(data if number < flips else data[:at])
+
+
+def test_250_of_250_damages_are_noticed_and_the_one_before_is_used(tmp_path):
+    """The control: of the flips in the tensors, torch.load and safetensors notice none."""
+    good = checkpoint.save(tmp_path, 3, state(3), META)
+    bad = checkpoint.save(tmp_path, 4, state(4), META)
+    noticed = 0
+    for file, data in flips_and_cuts(bad, 200, 50):
+        whole = file.read_bytes()
+        file.write_bytes(data)
+        said = []
+        noticed += checkpoint.latest(tmp_path, said.append) == good and file.name in said[0]
+        aside = bad.with_name(bad.name + ".damaged")
+        aside.rename(bad)
+        file.write_bytes(whole)
+    assert noticed == 250 and checkpoint.latest(tmp_path) == bad
+
+
+def test_torch_and_safetensors_notice_no_flip_in_the_tensors(tmp_path):
+    """Flips of tensor data, 100 a file: the numbers that training would go on with. The zip's own names are no data."""
+    from safetensors.torch import load_file
+
+    path = checkpoint.save(tmp_path, 3, {**state(3), "velocity.big": torch.zeros(100_000)}, META)
+    readers = {"model.safetensors": load_file, "state.pt": lambda file: torch.load(file, weights_only=True)}
+    silent = 0
+    for name, read in readers.items():
+        size = (path / name).stat().st_size
+        for number in range(100):
+            at = size // 2 + number * (size // 250)  # far from the header before and the zip's directory behind
+            flip(path / name, at)
+            read(path / name)
+            silent += checkpoint.damage(path) is not None
+            flip(path / name, at)
+    assert silent == 200
+
+
+def test_what_no_permission_lets_us_read_is_not_called_damaged(tmp_path, monkeypatch):
+    path = checkpoint.save(tmp_path, 3, state(3), META)
+    for number, expected in ((5, "cannot be read: Input/output error"), (13, None)):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_sha256", failing(OSError(number, os.strerror(number), "model.safetensors")))
+            if expected:
+                assert expected in checkpoint.damage(path)
+            else:
+                with pytest.raises(PermissionError):
+                    checkpoint.damage(path)
+
+
+def failing(error: Exception):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+def save_forever(run, whole: bool) -> None:
+    torch.set_num_threads(1)
+    big = {"encoder_q.w": torch.randn(1_000_000), "velocity.w": torch.randn(500_000)}
+    for step in range(1, 10_000):
+        if whole:
+            checkpoint.save(run, step, big, {})
+        else:
+            torch.save(big, run / "checkpoint.pt")
+
+
+def killed_while_saving(run, whole: bool, seconds: float) -> None:
+    run.mkdir()
+    writer = multiprocessing.get_context("fork").Process(target=save_forever, args=(run, whole))
+    writer.start()
+    while not (checkpoint.steps(run) or (run / "checkpoint.pt").exists()):
+        time.sleep(0.002)
+    time.sleep(seconds)
+    writer.kill()
+    writer.join()
 
 
 @pytest.mark.slow
-def test_kills_during_saves_corrupt_nothing(tmp_path):
-    for trial in range(8):
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, tmp_path / str(trial)], stdout=subprocess.PIPE)
-        writer.stdout.readline()
-        time.sleep(0.15 + 0.04 * trial)
-        writer.kill()
-        writer.wait()
-        newest = checkpoint.latest(tmp_path / str(trial))
-        assert newest is not None and checkpoint.damage(newest) is None
+def test_40_kills_during_saves_corrupt_nothing(tmp_path):
+    """At random moments of a process that does nothing but save."""
+    drafts = 0
+    for trial in range(40):
+        run = tmp_path / str(trial)
+        killed_while_saving(run, True, 0.05 + 0.25 * float(torch.rand((), generator=seeded(trial))))
+        drafts += any((run / "checkpoints").glob("*.writing"))
+        newest = checkpoint.latest(run, failing(AssertionError("no checkpoint may be damaged")))
+        assert checkpoint.damage(newest) is None
+        assert checkpoint.load(newest, verified=True).state["encoder_q.w"].shape == (1_000_000,)
         assert not list(newest.parent.glob("*.damaged")) and not list(newest.parent.glob("*.writing"))
+        shutil.rmtree(run)
+    assert drafts >= 10, "the kills must have hit saves"
+
+
+@pytest.mark.slow
+def test_kills_during_a_plain_torch_save_do_corrupt(tmp_path):
+    """The control."""
+    corrupt = 0
+    for trial in range(10):
+        run = tmp_path / str(trial)
+        killed_while_saving(run, False, 0.05 + 0.25 * float(torch.rand((), generator=seeded(trial))))
+        try:
+            torch.load(run / "checkpoint.pt", weights_only=True)
+        except (RuntimeError, EOFError):
+            corrupt += 1
+        shutil.rmtree(run)
+    assert corrupt >= 1
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,51 @@
+"""`checkpoint verify` and `checkpoint list` through the command line: lines, exit codes, nothing changed on disk."""
+
+import pytest
+import torch
+
+from fastmoco.cli import main
+from fastmoco.train import checkpoint
+
+STATE = {"encoder_q.w": torch.ones(100), "velocity.w": torch.zeros(100)}
+
+
+@pytest.fixture
+def run(tmp_path):
+    for step in (3, 4):
+        checkpoint.save(tmp_path, step, STATE, {})
+    return tmp_path
+
+
+def spoil(run, step: int) -> None:
+    path = run / f"checkpoints/step_{step:08d}/state.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_verify_reads_every_byte_and_changes_nothing(run, capsys):
+    assert main(["checkpoint", "verify", str(run)]) == 0
+    assert capsys.readouterr().out.split() == ["step_00000003", "good", "step_00000004", "good"]
+    spoil(run, 4)
+    before = sorted(run.rglob("*"))
+    assert main(["checkpoint", "verify", str(run)]) == 0
+    assert "step_00000004  damaged: state.pt has" in capsys.readouterr().out
+    spoil(run, 3)
+    assert main(["checkpoint", "verify", str(run)]) == 3
+    said = capsys.readouterr().out
+    assert "step_00000003  damaged" in said and "step_00000004  damaged" in said and sorted(run.rglob("*")) == before
+
+
+def test_list_shows_what_is_there_and_what_was_set_aside(run, capsys):
+    spoil(run, 4)
+    checkpoint.latest(run, lambda _: None)
+    assert main(["checkpoint", "list", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["step_00000003", "step_00000004.damaged"]
+    assert all("MiB" in line for line in lines)
+
+
+@pytest.mark.parametrize("command", ["verify", "list"])
+def test_a_run_without_checkpoints_is_wrong_use(command, tmp_path, capsys):
+    assert main(["checkpoint", command, str(tmp_path)]) == 2
+    assert main(["checkpoint", command, str(tmp_path / "none")]) == 2
+    said = capsys.readouterr().err
+    assert "no checkpoint yet" in said and "does not exist" in said
