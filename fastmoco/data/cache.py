@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterable
@@ -26,17 +27,23 @@ def load(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def save(path: Path, **arrays: np.ndarray) -> None:
-    """Replace a file, under a temporary name first; an unwritable folder costs only the next scan's time."""
-    temporary = None
-    try:
+    """Replace a file of the cache; a folder that cannot be written to costs only the next scan's time."""
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-            temporary = file.name
+        write(path, **arrays)
+
+
+def write(path: Path, **arrays: np.ndarray) -> None:
+    """Replace a file, whole or not at all; OSError where that fails."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
+        try:
             np.savez(file, **arrays)
-        os.replace(temporary, path)
-    except OSError:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
 
 
 def packed(names: Iterable[str]) -> np.ndarray:

@@ -23,6 +23,7 @@ from fastmoco.data.errors import DataError
 from fastmoco.data.files import Files, find_files
 from fastmoco.data.probe import MAX_PIXELS, VERSION, probe
 
+NAME = "images.npz"  # of a run's own copy
 TRAIN_NAMES, VAL_NAMES = ("train",), ("val", "valid", "validation", "test")
 CHUNK_FILES = 256  # files per task of the header threads
 
@@ -76,9 +77,9 @@ class Manifest:
             return np.frombuffer(os.pread(file.fileno(), size, offset), np.uint8)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write what `load` needs, so that a run keeps its samples when files are added or lost beside it."""
+        """Write what `load` needs; OSError where it cannot be written."""
         optional = {"labels": self.labels, "places": self.places}
-        kept.save(
+        kept.write(
             Path(path),
             paths=kept.packed(self.paths),
             classes=kept.packed(self.classes),

@@ -95,6 +95,8 @@ class Run:
         self.monitor = self.saver = None
         if parallel.is_main:
             record.write(self, preset)
+            if not (self.out / manifest.NAME).exists():
+                self.train_set.save(self.out / manifest.NAME)
             self.saver = Saver(self.out, options.keep, options.keep_every, self._say, self.done or None)
             self.monitor = Monitor(self.out, self.last, self.done, tensorboard=options.tensorboard)
             record.announce(self, preset, note)
@@ -369,7 +371,9 @@ def fresh(path: Path) -> Path:
 
 def _images(options: Options) -> tuple[Manifest, Manifest | None, str]:
     train, val = manifest.split(options.data)
-    found = manifest.scan(train)
+    kept = Path(options.out) / manifest.NAME
+    # A run keeps its samples, and so its plan, when files are lost or added between two of its parts.
+    found = Manifest.load(kept, train) if kept.exists() else manifest.scan(train)
     val = options.val or val
     note = f"{len(found.rejected)} files were left out: fastmoco data scan {options.data} lists them. "
     note = note if found.rejected else ""

@@ -21,7 +21,10 @@ from fastmoco.data.manifest import DataError, Manifest, scan
 from fastmoco.data.pipeline import DecodeError
 from fastmoco.data.plan import Plan
 from fastmoco.data.quarantine import Quarantine, Record
+from fastmoco.options import Options
 from fastmoco.recipe import PRESETS
+from fastmoco.train import checkpoint
+from fastmoco.train.loop import pretrain
 
 CPU = torch.device("cpu")
 RECIPE = dataclasses.replace(PRESETS["v2"][1], batch_size=40, bn_group=4, crop_size=24, max_bad_share=0.1)
@@ -200,3 +203,59 @@ def test_evaluation_warns_and_goes_on(dirty: Manifest) -> None:
         with pytest.warns(UserWarning, match="(no tables|no scan|harmed png|cut tiff).jpg: damaged: cannot be decoded; evaluating"):
             crops, index = next(loader)
     assert len(crops) == len(index) == len(one)
+
+
+SMALL = dataclasses.replace(
+    PRESETS["demo"][1], width=0.125, crop_size=16, batch_size=40, bn_group=4, queue_size=80, epochs=2, max_bad_share=0.1
+)
+
+
+def options(data: Path, out: Path, **changes: object) -> Options:
+    return Options(data=data, out=out, **{"device": "cpu", "threads": 1, "knn": False, **changes})
+
+
+def state(out: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(checkpoint.latest(out)).state
+
+
+def same_state(one: Path, other: Path) -> bool:
+    a, b = state(one), state(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_whole_run_over_a_dirty_folder(
+    tmp_path: Path, write_set: WriteSet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "run"
+    write_set(data, 200)
+    pretrain(SMALL, options(data, out))
+    said, records = capsys.readouterr().err, files(out / "quarantine.jsonl")
+    assert len(records) == 4 and all(f"quarantine: {record.file}: " in said for record in records)
+    again = tmp_path / "given"
+    again.mkdir()
+    shutil.copy(out / "quarantine.jsonl", again)
+    pretrain(SMALL, options(data, again, resume=True))
+    assert same_state(out, again) and files(again / "quarantine.jsonl") == records
+    cut = tmp_path / "cut"
+    pretrain(SMALL, options(data, cut, stop_after=3))
+    pretrain(SMALL, options(data, cut, resume=True))
+    assert same_state(out, cut)
+    # Files lost between two parts of a run: it keeps its list of images, and does without the lost ones.
+    lost = tmp_path / "lost"
+    pretrain(SMALL, options(data, lost, stop_after=1))
+    plan = Plan(SMALL, scan(data).sizes)
+    late = [sample for sample in plan.samples(3).tolist() if "plain" in scan(data).paths[sample]][:2]
+    names = [scan(data).paths[sample] for sample in late]
+    for name in names:
+        (data / name).rename(tmp_path / name)
+    pretrain(SMALL, options(data, lost, resume=True))
+    assert set(names) <= {record.file for record in files(lost / "quarantine.jsonl")}
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    for name in names:
+        (tmp_path / name).rename(data / name)
+    shutil.copy(lost / "quarantine.jsonl", fresh)
+    pretrain(SMALL, options(data, fresh, resume=True))
+    assert same_state(lost, fresh) and not same_state(lost, out)
+    with pytest.raises(DecodeError):  # the control
+        pretrain(SMALL, options(data, tmp_path / "strict", quarantine=False))
