@@ -38,19 +38,21 @@ def split(argv: list[str]) -> tuple[str, list[str], list[str]]:
 
 
 def launch(nproc: int, flags: list[str], command: list[str]) -> int:
-    """Run `command` in `nproc` processes of this machine; the exit code of the first that failed, or 0."""
+    """Run `command` in `nproc` processes of this machine; the exit code of the one to blame, or 0."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
+    from fastmoco import failures
+
     alone = [] if any(flag.startswith(("--nnodes", "--rdzv", "--master")) for flag in flags) else ["--standalone"]
-    own = [f"--nproc-per-node={nproc}", f"--signals-to-handle={SIGNALS}", *alone, *flags, "-m", "fastmoco", *command]
+    own = [f"--nproc-per-node={nproc}", f"--signals-to-handle={SIGNALS}", *alone, *flags, __file__, *command]
     try:
         run(get_args_parser().parse_args(own))
     except SignalException:
         return 143
     except ChildFailedError as error:
-        return next((failure.exitcode for failure in error.failures.values() if failure.exitcode > 0), 1)
+        return failures.report(error.failures)
     return 0
 
 
@@ -63,7 +65,11 @@ def start(argv: list[str]) -> int:
         return stop.code
     except ValueError as error:
         return complain(error)
-    if row is None or not row.distributed:
+    if row is None:
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        return record(main)(command)  # what ends it is left where the launcher looks
+    if not row.distributed:
         return main(command)
     import torch
 
