@@ -184,7 +184,8 @@ def report(rows: list[Row], costs: dict[str, Cost], options: Profile, precision:
     """What `profile` prints: the parts with their speed and share of the bound, then the kernels that take most."""
     total = sum(row.seconds for row in rows)
     where = torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else "CPU"
-    lines = [f"{options.steps} steps on {where}, {precision}: {1e3 * total / options.steps:.1f} ms of kernels a step", ""]
+    count = f"{options.steps} step{'s' * (options.steps > 1)}"
+    lines = [f"{count} on {where}, {precision}: {1e3 * total / options.steps:.1f} ms of kernels a step", ""]
     lines += ["| part | ms a step | share | GB/s | TFLOP/s | share of bound |", "|---|---:|---:|---:|---:|---:|"]
     for name, seconds in _seconds_of_parts(rows).items():
         seconds /= options.steps
