@@ -88,7 +88,7 @@ COMMANDS: dict[str, Command] = {
     "checkpoint list": Command(
         "list a run's checkpoints", "fastmoco.options:CheckpointList", "fastmoco.train.inventory:show"
     ),
-    "data scan": Command("check a set of images", "fastmoco.options:DataScan", "fastmoco.cli:scan_data"),
+    "data scan": Command("check a set of images", "fastmoco.options:DataScan", "fastmoco.data.report:run"),
     "data synth": Command("write the embedded image set", "fastmoco.options:DataSynth", "fastmoco.cli:synthesise_data"),
     **_benchmarks(),
     **_profiles(),
@@ -262,29 +262,6 @@ def complain(error: Exception) -> int:
         where = f" (rank {rank})" if rank != "0" else ""
         print(f"{PROG}: error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return code
-
-
-def scan_data(options: Any) -> None:
-    """`data scan`: print what a set of images holds and why files were left out."""
-    from fastmoco.data import manifest
-
-    train, val = manifest.split(options.path)
-    for name, path in (("images", train), ("validation", val)):
-        if path is not None:
-            _describe(name, manifest.scan(path))
-
-
-def _describe(name: str, found: Any) -> None:
-    import numpy as np
-
-    low, median, high = np.percentile(found.sizes, (0, 50, 100), axis=0).astype(int).tolist()
-    print(f"{name:<12}{len(found)} in {found.root}")
-    print(f"  classes   {len(found.classes) or 'none: kNN needs class folders, pretraining does not'}")
-    print(f"  height    {low[0]} to {high[0]}, median {median[0]}")
-    print(f"  width     {low[1]} to {high[1]}, median {median[1]}")
-    print(f"  left out  {len(found.rejected)}")
-    for path, reason in found.rejected:
-        print(f"    {path}: {reason}")
 
 
 def synthesise_data(options: Any) -> None:

@@ -27,7 +27,8 @@ class Options:
     """Where a pretraining run reads and writes, and how it goes about it; none of it changes the numbers."""
 
     data: Path | None = None
-    """Images: a folder of class folders, a flat folder, a parent of train/ and val/, or a text file of paths."""
+    """Images: a folder of class folders, a flat folder, a parent of train/ and val/, or a text file of
+    paths; or tar archives in place of files."""
     out: Path | None = None
     """Folder of the run, which must not exist yet unless --resume is given."""
     resume: bool = False
@@ -272,7 +273,11 @@ class DataScan:
     """Check a set of images: how many, which classes, which sizes, and the reason for every file left out."""
 
     path: Path
-    """Folder or text file of image paths."""
+    """Folder, tar or text file of paths."""
+    full: bool = False
+    """Also decode every image, which finds damage that headers do not show."""
+    json: Path | None = None
+    """File for the same facts as JSON, with every file that was left out."""
 
 
 @dataclass(frozen=True)

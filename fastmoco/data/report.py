@@ -1,0 +1,108 @@
+"""`fastmoco data scan`: what a set of images holds, and every file that a run would have to do without."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from fastmoco.data import manifest
+from fastmoco.data.manifest import Manifest
+from fastmoco.options import DataScan
+
+SHOWN = 20  # files named for each reason; --json names all
+GIB = 2**30
+
+
+def run(options: DataScan) -> None:
+    """Print what the images in `options.path`, and in the val/ beside its train/, are; write them to `options.json`."""
+    train, val = manifest.split(options.path)
+    parts, classes = {}, None
+    for name, path in (("training", train), ("validation", val)):
+        if path is None:
+            continue
+        began = time.perf_counter()
+        with Bar() as bar:
+            found = manifest.scan(path, classes=classes, full=options.full, progress=bar.show)
+        classes = found.classes or None
+        parts[name] = facts(found, options.full) | {"seconds": time.perf_counter() - began}
+        print("\n".join(_lines(name if val else "images", parts[name])))
+    if options.json is not None:
+        Path(options.json).write_text(json.dumps(parts, indent=2) + "\n")
+
+
+def facts(found: Manifest, full: bool) -> dict[str, Any]:
+    """What a scan found, as JSON-ready data."""
+    low, median, high = np.percentile(found.sizes, (0, 50, 100), axis=0).astype(int).tolist()
+    per_class = [] if found.labels is None else np.bincount(found.labels, minlength=len(found.classes)).tolist()
+    return {
+        "root": found.root,
+        "archives": len(found.archives),
+        "images": len(found),
+        "bytes": found.bytes,
+        "first": found.paths[:3],
+        "classes": dict(zip(found.classes, per_class, strict=True)) if per_class else {},
+        "height": {"least": low[0], "median": median[0], "most": high[0]},
+        "width": {"least": low[1], "median": median[1], "most": high[1]},
+        "decoded": full,
+        "left_out": [{"file": path, "reason": reason} for path, reason in found.rejected],
+    }
+
+
+class Bar:
+    """A progress bar for each thing that a scan does; nothing where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self._what, self._bar = "", None
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def show(self, what: str, done: int, total: int) -> None:
+        """The scan's `progress`."""
+        if what != self._what:
+            self._close()
+            self._what = what
+            self._bar = tqdm(total=total, desc=what, unit=" files", leave=False, disable=not sys.stderr.isatty())
+        self._bar.update(done - self._bar.n)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _lines(title: str, part: dict[str, Any]) -> list[str]:
+    counts = sorted(part["classes"].values())
+    classes = f"{len(counts)}, of {counts[0]} to {counts[-1]} images" if counts else "none: kNN needs them, training not"
+    archives = f" in {part['archives']} archives" if part["archives"] else ""
+    how = "each decoded once" if part["decoded"] else "headers only: --full decodes each"
+    return [
+        f"{title:<12}{part['images']}{archives} in {part['root']} ({part['bytes'] / GIB:.3g} GiB)",
+        f"  first     {', '.join(part['first'])}",
+        f"  classes   {classes}",
+        *(f"  {side:<10}{part[side]['least']} to {part[side]['most']}, median {part[side]['median']}"
+          for side in ("height", "width")),
+        f"  checked   {how}, {part['seconds']:.1f} s",
+        f"  left out  {len(part['left_out'])}",
+        *_rejected(part["left_out"]),
+    ]  # fmt: skip
+
+
+def _rejected(left_out: list[dict[str, str]]) -> list[str]:
+    by_reason: dict[str, list[str]] = {}
+    for entry in left_out:
+        by_reason.setdefault(entry["reason"], []).append(entry["file"])
+    lines = []
+    for reason, files in sorted(by_reason.items(), key=lambda item: -len(item[1])):
+        lines += [f"    {reason}: {len(files)}", *(f"      {file}" for file in files[:SHOWN])]
+        if len(files) > SHOWN:
+            lines.append(f"      and {len(files) - SHOWN} more: --json FILE lists all")
+    return lines
