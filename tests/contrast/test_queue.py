@@ -44,3 +44,21 @@ def test_it_stores_what_it_is_told(dtype: torch.dtype) -> None:
     queue.enqueue(keys)
     assert queue.keys.dtype == dtype
     assert torch.equal(queue.keys[:4], keys.to(dtype))
+
+
+def test_a_key_that_is_not_finite_leaves_the_old_one() -> None:
+    """Also where writing wraps and where there are more keys than rows."""
+    for size, batch in ((12, 4), (10, 7), (5, 8)):
+        queue, other = make(size), make(size)
+        for step in range(5):
+            keys = torch.randn(batch, 16)
+            queue.enqueue(keys)
+            old = other.keys[(other.pointer + torch.arange(batch)) % size]
+            spoiled = keys.clone()
+            spoiled[step % batch, 3], spoiled[(step + 2) % batch] = float("inf"), float("nan")
+            other.enqueue(spoiled)
+            bad = [step % batch, (step + 2) % batch]
+            expected = torch.where(torch.isin(torch.arange(batch), torch.tensor(bad))[:, None], old, keys)
+            rows = (other.pointer - min(batch, size) + torch.arange(min(batch, size))) % size
+            assert torch.equal(other.keys[rows], expected[-size:]) and other.keys.isfinite().all()
+        assert torch.equal(queue.pointer, other.pointer) and torch.equal(queue.count, other.count)

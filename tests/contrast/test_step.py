@@ -277,6 +277,39 @@ def test_an_infinite_gradient_moves_nothing_and_is_said(make_batch: Callable) ->
             assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("spoiled", ["query", "key"])
+def test_nothing_that_is_not_finite_outlives_its_step(spoiled: str, make_batch: Callable, monkeypatch) -> None:
+    """Neither in weights, nor in running statistics, nor in the queue: the next steps are finite."""
+    step, views = Step(tiny(), Parallel()), Step._views
+    before = copied(step)
+
+    def spoil(self: Step, crops: Tensor, parameters: Tensor, rows: Tensor | None = None) -> Tensor:
+        return views(self, crops, parameters, rows) * (math.nan if (rows is None) == (spoiled == "query") else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "_views", spoil)
+        assert step.step(make_batch(tiny(), 0), LR).nonfinite.item() == 1
+    for name, value in step.state().items():
+        if not name.startswith("queue") and not name.endswith("num_batches_tracked"):
+            assert torch.equal(value, before[name]), name
+    assert step.queue.keys.isfinite().all()
+    for i in (1, 2):
+        metrics = step.step(make_batch(tiny(), i), LR)
+        assert metrics.nonfinite.item() == 0 and metrics.loss.isfinite() and 0 < metrics.spread.item() < 2
+
+
+def test_the_spread_of_the_keys(make_batch: Callable) -> None:
+    """1 where keys lie evenly on the sphere, 0 where they are one point; the keys are those in the queue."""
+    recipe = tiny(queue_size=16, batch_size=16)
+    step = Step(recipe, Parallel())
+    spread = step.step(make_batch(recipe, 0), LR).spread.item()
+    keys = step.queue.keys
+    assert spread == pytest.approx((keys.std(0, correction=0).mean() * keys.shape[1] ** 0.5).item(), rel=1e-5)
+    with torch.no_grad():
+        step.update.k["fc.weight"].zero_()
+    assert step.step(make_batch(recipe, 1), LR).spread.item() == pytest.approx(0, abs=1e-5)
+
+
 def test_nonfinite_is_of_this_step_alone(make_batch: Callable) -> None:
     step = Step(tiny(), Parallel())
     step.update.nonfinite.fill_(1)
