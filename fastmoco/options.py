@@ -46,6 +46,8 @@ class Options:
     """Threads that decode images, for each rank; 0 is its share of the cores."""
     prefetch: int = 2
     """Batches that are prepared ahead of the step."""
+    hw_decoder_load: float | None = None
+    """Share of the JPEGs for a GPU's decoding engine, 0 to 1; left out, by the number of threads."""
     quarantine: bool = True
     """Replace images that turn out to be bad, and list them in RUN/quarantine.jsonl; without it the first one stops
     the run."""
@@ -80,6 +82,8 @@ class Options:
     times as many before the first step; 0 is never."""
     tensorboard: bool = False
     """Also write RUN/tensorboard (needs the extra: pip install 'fastmoco[tensorboard]')."""
+    track: Literal["none", "wandb", "trackio"] = "none"
+    """Also send the figures to Weights & Biases or Trackio (needs the package of that name)."""
 
     def __post_init__(self) -> None:
         at_least = {"log_every": 1, "prefetch": 1, "keep": 2, "knn_every": 0, "threads": 0}
@@ -89,6 +93,8 @@ class Options:
             _require(getattr(self, name) >= low, name, getattr(self, name), f"use a number of at least {low}")
         if self.stop_after is not None:
             _require(self.stop_after >= 1, "stop_after", self.stop_after, "use a number of at least 1")
+        load = self.hw_decoder_load
+        _require(load is None or 0 <= load <= 1, "hw_decoder_load", load, "use a share from 0 to 1")
         if self.resume and self.out is None:
             raise UsageError("--resume needs the run to continue: add --out RUN")
 

@@ -98,7 +98,9 @@ class Run:
             if not (self.out / manifest.NAME).exists():
                 self.train_set.save(self.out / manifest.NAME)
             self.saver = Saver(self.out, options.keep, options.keep_every, self._say, self.done or None)
-            self.monitor = Monitor(self.out, self.last, self.done, tensorboard=options.tensorboard)
+            self.monitor = Monitor(
+                self.out, self.last, self.done, tensorboard=options.tensorboard, track=options.track
+            )
             record.announce(self, preset, note)
         parallel.barrier()  # from here on RUN exists, and any rank may write to it
 
@@ -150,7 +152,7 @@ class Run:
         vote = Vote(self.parallel)
         loader = Loader(self.train_set, self.plan, self.recipe, self.parallel, start_step=self.done,
                         stop_step=self.last, threads=self.threads, prefetch=self.options.prefetch,
-                        quarantine=self.quarantine)  # fmt: skip
+                        hw_decoder_load=self.options.hw_decoder_load, quarantine=self.quarantine)  # fmt: skip
         with loader:
             self.watch.skip()
             for batch in self._timed(loader):

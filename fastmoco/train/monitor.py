@@ -1,4 +1,4 @@
-"""What a run says while it lasts: a progress bar or plain lines, log.jsonl, TensorBoard, and a picture at the end.
+"""What a run says while it lasts: a progress bar or plain lines, log.jsonl, sinks, and a picture at the end.
 
 Reading a metric on the host waits for the device. So metrics are summed on the device, copied to the host without
 waiting at the end of an interval, and read one interval later, when they have long arrived.
@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastmoco.recipe import Recipe
+from fastmoco.train.sinks import open_sinks
 from fastmoco.train import faults
 
 LOG, KNN = "log.jsonl", "knn.jsonl"
@@ -178,11 +179,12 @@ def memory(device: torch.device) -> float:
 
 
 class Monitor:
-    """Writes the lines of the main rank: to the terminal, log.jsonl, knn.jsonl and TensorBoard."""
+    """Writes the lines of the main rank: to the terminal, log.jsonl, knn.jsonl and the sinks."""
 
     def __init__(
-        self, run: Path, total: int, start: int = 0, *, tensorboard: bool = False, stream: TextIO | None = None
-    ) -> None:
+        self, run: Path, total: int, start: int = 0, *, tensorboard: bool = False, track: str = "none",
+        stream: TextIO | None = None,
+    ) -> None:  # fmt: skip
         """`total` and `start` are steps of the whole run; lines of a log beyond `start` are dropped."""
         self.run, self.total = run, total
         self.stream = stream or sys.stderr
@@ -194,7 +196,7 @@ class Monitor:
         self._log, self._knn = (Lines(run / name, self.say) for name in (LOG, KNN))
         self._bar = tqdm(total=total, initial=start, file=self.stream, unit="step", dynamic_ncols=True,
                          disable=not self.stream.isatty())  # fmt: skip
-        self._board = _tensorboard(run, start) if tensorboard else None
+        self._sinks = open_sinks(run, start, tensorboard, track)
 
     @property
     def seconds(self) -> float:
@@ -218,7 +220,7 @@ class Monitor:
         """A logging interval is known: write it everywhere."""
         line = {**line, "seconds": self.seconds}
         self._log.append(line)
-        self._to_board(line)
+        self._to_sinks(line)
         text = (
             f"loss {line['loss']:.3f}  top1 {line['top1']:.1f}%  top5 {line['top5']:.1f}%  lr {line['lr']:.2e}  "
             f"{line['pairs_per_s']:.1f} pairs/s  data wait {line['data_wait']:.0%}  "
@@ -232,7 +234,7 @@ class Monitor:
     def knn(self, line: Mapping[str, float]) -> None:
         """A kNN evaluation is done."""
         self._knn.append(line)
-        self._to_board({"step": line["step"], "knn_top1": line["top1"], "knn_top5": line["top5"]})
+        self._to_sinks({"step": line["step"], "knn_top1": line["top1"], "knn_top5": line["top5"]})
         self.say(f"kNN after step {line['step']}: top-1 {line['top1']:.2f}%, top-5 {line['top5']:.2f}%")
 
     def close(self) -> None:
@@ -240,13 +242,13 @@ class Monitor:
         self._bar.close()
         self._log.close()
         self._knn.close()
-        if self._board is not None:
-            self._board.close()
+        for sink in self._sinks:
+            sink.close()
 
-    def _to_board(self, line: Mapping[str, float]) -> None:
-        if self._board is not None:
-            for name in line.keys() - {"step"}:
-                self._board.add_scalar(name, line[name], int(line["step"]))
+    def _to_sinks(self, line: Mapping[str, float]) -> None:
+        values = {name: value for name, value in line.items() if name != "step"}
+        for sink in self._sinks:
+            sink.log(int(line["step"]), values)
 
 
 class Lines:
@@ -302,14 +304,6 @@ def truncate(path: Path, step: int) -> None:
         draft = path.with_name(path.name + ".writing")
         draft.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         draft.replace(path)
-
-
-def _tensorboard(run: Path, start: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # seconds to import, so only where asked for
-    except ImportError as error:
-        raise ValueError("--tensorboard needs a package: pip install 'fastmoco[tensorboard]'") from error
-    return SummaryWriter(str(run / "tensorboard"), purge_step=start)
 
 
 def draw_curves(run: Path, recipe: Recipe) -> Path:
