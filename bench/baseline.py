@@ -2,9 +2,9 @@
 
 Order and operations follow He et al. (2020), algorithm 1, as the authors released it for several GPUs, here on one:
 momentum update tensor by tensor, key forward on shuffled images, logits materialised against a copy of the queue,
-cross-entropy, top-1 and top-5 by sorting, SGD tensor by tensor as torch does by default, enqueue at a pointer read by the
-host. Nothing in it is slowed down on purpose and nothing is tuned; precision, memory format and torch.compile are the
-options a careful user would try first.
+cross-entropy, top-1 and top-5 by sorting, SGD tensor by tensor as torch does by default, enqueue at a pointer read by
+the host. Nothing in it is slowed down on purpose and nothing is tuned; precision, memory format and torch.compile are
+the options a careful user would try first.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ class PublishedStep:
     ) -> None:
         self.recipe, self.device, self.autocast = recipe, device, autocast
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        torch.backends.cudnn.benchmark = device.type == "cuda" or torch.backends.cudnn.benchmark
         self.encoder_q = PlainResNet(recipe).to(device, memory_format=self.memory_format)
         self.encoder_k = PlainResNet(recipe).to(device, memory_format=self.memory_format)
         for key, query in zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True):

@@ -175,7 +175,8 @@ def batch_norm_cases(size: Size, device: torch.device) -> list[Case]:
     if device.type == "cuda":
         providers["native fp16"] = lambda: _each(layers, "native_fp16")
     costs = [layer.cost(groups) for layer in layers]
-    config = {"encoder": size.recipe.arch, "N": size.batch, "layers": sum(shapes.values()), "dtype": short_name(size.dtype)}
+    config = {"encoder": size.recipe.arch, "N": size.batch, "layers": sum(shapes.values())}
+    config["dtype"] = short_name(size.dtype)
     return [Case("batch_norm", config, providers, "native", sum(c[0] for c in costs), sum(c[1] for c in costs))]
 
 
@@ -207,9 +208,12 @@ class _NormLayer:
         self, size: Size, device: torch.device, channels: int, side: int, residual: bool, *, repeats: int
     ) -> None:
         self.repeats, self.shape, self.dtype = repeats, (size.batch, channels, side, side), size.dtype
-        make = lambda: torch.randn(self.shape, device=device, dtype=size.dtype).to(memory_format=torch.channels_last)  # noqa: E731
-        self.x, self.dy = make().requires_grad_(), make()
-        self.residual = make().requires_grad_() if residual else None
+
+        def drawn() -> Tensor:
+            return torch.randn(self.shape, device=device, dtype=size.dtype).to(memory_format=torch.channels_last)
+
+        self.x, self.dy = drawn().requires_grad_(), drawn()
+        self.residual = drawn().requires_grad_() if residual else None
         self.affine = [torch.ones(channels, device=device, requires_grad=True) for _ in range(2)]
         self.running = (torch.zeros(channels, device=device), torch.ones(channels, device=device))
 

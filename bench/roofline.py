@@ -8,9 +8,9 @@ is fused with what:
   stats    and the statistics in the convolutions' epilogues, forward and backward
   main     and normalise + ReLU in the next convolution's prologue, so that inner activations are never written
 
-A kernel takes the larger of its arithmetic and its memory time. Assumed: activations of `ACTIVATION_BYTES` each, weights
-read once a batch, nothing stays in the cache from one kernel to the next, no gaps between launches. The key encoder
-runs forward only. Per image pair: query forward, query backward, key forward.
+A kernel takes the larger of its arithmetic and its memory time. Assumed: activations of `ACTIVATION_BYTES` each,
+weights read once a batch, nothing stays in the cache from one kernel to the next, no gaps between launches. The key
+encoder runs forward only. Per image pair: query forward, query backward, key forward.
 """
 
 from __future__ import annotations

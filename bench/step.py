@@ -49,7 +49,7 @@ def run(
         raise ValueError(f"nothing to time on {device.type}: its providers are {', '.join(found)}")
     calls = {name: provider.start() for name, provider in chosen.items()}
     times = interleave(calls, rounds=rounds, warmup=warmup, device=device)
-    machines = {p.precision: measure_machine(device, WORK[p.precision]) for p in chosen.values()}
+    machines = {p.precision: machine_at(device, p.precision) for p in chosen.values()}
     config = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size, "queue": recipe.queue_size}
     rows = []
     for name, timing in times.items():
@@ -58,6 +58,11 @@ def run(
         rates = tuple(recipe.batch_size / sample for sample in timing.samples)
         rows.append(Row("step", name, "pairs/s", rates, config, _baseline(chosen), bound, {"level": LEVEL}))
     return rows
+
+
+def machine_at(device: torch.device, precision: str) -> Machine:
+    """The ceilings of `device` for a precision of the step."""
+    return measure_machine(device, WORK[precision], tf32=precision == "tf32")
 
 
 def pairs_bound(recipe: Recipe, machine: Machine, element_bytes: int) -> float:
@@ -75,8 +80,10 @@ def providers(recipe: Recipe, device: torch.device) -> dict[str, Provider]:
     """Every way to run the step on `device`, the published one first."""
     published = functools.partial(_published, recipe, device)
     ours = functools.partial(_ours, recipe, device, functools.cache(torch.cuda.graph_pool_handle))
+    # Torch's own default for convolutions in fp32 is TF32, where there is any.
+    plain = "tf32" if device.type == "cuda" else "fp32"
     found = {
-        "published fp32": Provider(published, "fp32"),
+        f"published {plain}": Provider(published, plain),
         **_autocast(published, torch.bfloat16, "bf16"),
         "fastmoco fp32": Provider(functools.partial(ours, "fp32"), "fp32"),
         "fastmoco bf16": Provider(functools.partial(ours, "bf16"), "bf16"),
@@ -113,7 +120,12 @@ def _published(recipe: Recipe, device: torch.device, **options) -> Callable[[], 
     step = PublishedStep(recipe, device, **options)
     shape = (recipe.batch_size, 3, recipe.crop_size, recipe.crop_size)
     views = [torch.randn(shape, device=device) for _ in range(2)]
-    return lambda: step(*views)
+
+    def call() -> float:
+        torch.backends.cudnn.allow_tf32 = True  # our own step in fp32 forbids it, for the whole process
+        return step(*views)
+
+    return call
 
 
 def _ours(
@@ -129,7 +141,7 @@ def _ours(
 
 
 def _baseline(chosen: dict[str, Provider]) -> str:
-    preferred = ("published fp16 autocast", "published fp32", "published bf16 autocast")
+    preferred = ("published fp16 autocast", "published fp32", "published tf32", "published bf16 autocast")
     return next((name for name in preferred if name in chosen), next(iter(chosen)))
 
 

@@ -118,7 +118,7 @@ class Machine:
 
 
 @functools.cache
-def measure_machine(device: torch.device | str, dtype: torch.dtype, *, rounds: int = 5) -> Machine:
+def measure_machine(device: torch.device | str, dtype: torch.dtype, *, rounds: int = 5, tf32: bool = False) -> Machine:
     """The ceilings of `device` for `dtype`, by passes over more memory than its caches hold and a square product.
 
     A copy and a sum in place: on most CPUs a copy also reads what it overwrites, and then the sum shows more.
@@ -132,6 +132,8 @@ def measure_machine(device: torch.device | str, dtype: torch.dtype, *, rounds: i
     left = torch.randn(side, side, device=device).to(dtype)
     right = torch.randn(side, side, device=device).to(dtype)
     product = torch.empty(side, side, dtype=dtype, device=device)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     times = interleave(
         {
             "copy": lambda: target.copy_(source),
@@ -142,6 +144,7 @@ def measure_machine(device: torch.device | str, dtype: torch.dtype, *, rounds: i
         warmup=1,
         device=device,
     )
+    torch.set_float32_matmul_precision(before)
     name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
     # The best sample: a ceiling is what the machine can do, not what it did on average.
     best = {name: min(timing.samples) for name, timing in times.items()}

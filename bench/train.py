@@ -1,4 +1,4 @@
-"""Training as it runs: loader and step together, beside the step alone, and the share of time spent waiting for data."""
+"""Training as it runs: loader and step together, beside the step alone, and the share of time spent on waiting."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 
 from fastmoco.bench.loader import PREFETCH, images
 from fastmoco.bench.report import Row
-from fastmoco.bench.step import WORK, pairs_bound
-from fastmoco.bench.timing import measure_machine
+from fastmoco.bench.step import WORK, machine_at, pairs_bound
 from fastmoco.contrast.graph import runner
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import resolve_precision
@@ -40,7 +39,7 @@ def run(
     with images(data, max(64, recipe.batch_size)) as manifest:
         loaded, wait = _with_loader(recipe, parallel, manifest, partial(advance, lr=1e-3), rounds)
     config = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size, "precision": chosen}
-    bound = pairs_bound(recipe, measure_machine(device, WORK[chosen]), WORK[chosen].itemsize)
+    bound = pairs_bound(recipe, machine_at(device, chosen), WORK[chosen].itemsize)
     return [
         Row("train", LOADED, "pairs/s", tuple(loaded), config, ALONE, bound, {"data wait": wait}),
         Row("train", ALONE, "pairs/s", tuple(alone), config, ALONE, bound),

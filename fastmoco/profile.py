@@ -158,7 +158,7 @@ def costs_of_parts(step: Step) -> dict[str, Cost]:
     """
     recipe, update, size = step.recipe, step.update, PRECISIONS[step.precision].work.itemsize
     rows, work = recipe.views * recipe.batch_size, PRECISIONS[step.precision].work
-    machine = measure_machine(step.parallel.device, work)
+    machine = measure_machine(step.parallel.device, work, tf32=step.precision == "tf32")
     convs = convolutions(build_encoder(recipe), recipe.crop_size)
     copies = [list(encoder.parameters()) for encoder in (step.encoder_q, step.encoder_k)]
     table = TensorTable(*(list(group.values()) for group in (update.q, update.velocity, update.k)), *copies)

@@ -49,7 +49,7 @@ def test_a_kernel_belongs_to_the_part_that_launched_it_however_late_it_runs():
 
 
 def test_the_torch_profile_writes_a_trace_a_picture_and_a_table(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(profile, "measure_machine", lambda *_: Machine("toy", 1e9, 1e10))
+    monkeypatch.setattr(profile, "measure_machine", lambda *_, **__: Machine("toy", 1e9, 1e10))
     assert main(["profile", "v2", *SIZE, "--out", str(tmp_path), "--rows", "5"]) == 0
     shown = capsys.readouterr().out
     parts, kernels = shown.split("| kernel |")
@@ -62,7 +62,7 @@ def test_the_torch_profile_writes_a_trace_a_picture_and_a_table(tmp_path, capsys
 
 
 def test_every_part_has_a_cost(monkeypatch):
-    monkeypatch.setattr(profile, "measure_machine", lambda *_: Machine("toy", 1e9, 1e10))
+    monkeypatch.setattr(profile, "measure_machine", lambda *_, **__: Machine("toy", 1e9, 1e10))
     recipe = Recipe(arch="resnet18", width=0.125, batch_size=32, crop_size=32, queue_size=64, dim=16)
     costs = profile.costs_of_parts(Step(recipe, Parallel()))
     assert costs.keys() == set(PARTS)
@@ -86,7 +86,7 @@ def test_nsights_command_is_printed_and_runs_the_same_steps(tool, capsys, monkey
 def test_real_images_can_be_profiled(tmp_path, capsys, monkeypatch):
     from fastmoco.bench.loader import photographs
 
-    monkeypatch.setattr(profile, "measure_machine", lambda *_: Machine("toy", 1e9, 1e10))
+    monkeypatch.setattr(profile, "measure_machine", lambda *_, **__: Machine("toy", 1e9, 1e10))
     (tmp_path / "images").mkdir()
     images = photographs(tmp_path / "images", 40)
     assert main(["profile", "demo", "--data", str(images), *SIZE, "--out", str(tmp_path / "out")]) == 0

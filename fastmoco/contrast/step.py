@@ -99,6 +99,8 @@ class Step:
                 raise UsageError(f"{flag} needs a GPU: leave it out")
         self.capture_stream = torch.cuda.Stream(parallel.device) if on_gpu else None
         self._key_stream = torch.cuda.Stream(parallel.device) if on_gpu and key_stream else None
+        # Shapes never change, so cuDNN may time its algorithms once. A process-wide switch, as the published code sets.
+        torch.backends.cudnn.benchmark = on_gpu or torch.backends.cudnn.benchmark
         for each in (self.encoder_q, self.encoder_k):
             _choose_backend(each, encoder)
         self._statistics = _join_statistics(self.encoder_q, self.encoder_k)

@@ -46,7 +46,8 @@ def test_a_subject_prints_bound_share_and_baseline_and_its_record_passes_the_sch
     if subject != "memory":
         assert all(row.bound is not None and len(row.samples) == 2 for row in item.rows)
     shown = capsys.readouterr().out
-    for part in (item.environment["device"], item.environment["commit"], "share of bound", f"`fastmoco bench {subject}`"):
+    env = item.environment
+    for part in (env["device"], env["commit"], "share of bound", f"`fastmoco bench {subject}`"):
         assert part in shown
     assert len(table.read_text().splitlines()) == 1 + len(item.rows)
     assert chart.read_text().startswith("<?xml") and "fastmoco" in chart.read_text()

@@ -29,6 +29,6 @@ def test_the_bound_of_an_h100_is_the_known_one():
 
 def test_a_gpu_has_the_published_step_in_every_form_and_ours_by_backend():
     names = set(step.providers(SMALL, torch.device("cuda", 0)))
-    assert {"published fp32", "published fp16 autocast", "channels-last fp16 autocast"} <= names
+    assert {"published tf32", "published fp16 autocast", "channels-last fp16 autocast"} <= names
     assert {"compiled channels-last fp16 autocast", "published bf16 autocast", "fastmoco bf16"} <= names
     assert {f"fastmoco bf16, {how}" for how in ("no graph", "compiled encoder", "eager encoder")} <= names
