@@ -21,17 +21,17 @@ def report(failures: Mapping[int, ProcessFailure]) -> int:
 
 
 def first(failures: Mapping[int, ProcessFailure]) -> int:
-    """The rank to blame: one that a signal killed, else one that was stuck, else the first that failed.
+    """The rank to blame: one that a signal killed, else a stuck one, one with a message to the user, any other.
 
-    The others fail because of it, often within the same second.
+    The others fail because of it, often within the same second: their collectives do, or torchrun sends SIGTERM.
     """
+    return min(failures, key=lambda rank: (_innocence(failures[rank].exitcode), failures[rank].timestamp))
 
-    def order(rank: int) -> tuple[int, int]:
-        failure = failures[rank]
-        killed = failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM
-        return (0 if killed else 1 if failure.exitcode == STUCK else 2, failure.timestamp)
 
-    return min(failures, key=order)
+def _innocence(code: int) -> int:
+    if code == -signal.SIGTERM:
+        return 4
+    return 0 if code < 0 else 1 if code == STUCK else 2 if code > 1 else 3
 
 
 def summary(failures: Mapping[int, ProcessFailure]) -> str:
@@ -50,6 +50,7 @@ def cause(failure: ProcessFailure) -> str:
         return f"was killed by {name}{hint}"
     if failure.exitcode == STUCK:
         return "made no progress for too long: its stacks are above"
-    said = failure.message if failure.error_file_data.get("message") else ""
-    what = said.strip().splitlines()[0] if said.strip() else f"exit code {failure.exitcode}, as it says above"
-    return f"failed: {what}"
+    # A dict where the process left an exception, else a text that torchrun made up.
+    left = failure.error_file_data.get("message")
+    said = str(left.get("message", "")).split("\n")[0] if isinstance(left, dict) else ""
+    return f"failed: {said or f'exit code {failure.exitcode}, as it says above'}"

@@ -1,18 +1,26 @@
 """Whom the launcher blames, and how it says so."""
 
+import json
 import signal
-from types import SimpleNamespace
+import tempfile
+from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from fastmoco import failures
 from fastmoco.train.watchdog import STUCK
 
 
-def failure(code: int, message: str = "", timestamp: int = 0) -> SimpleNamespace:
-    """As torchrun records it; without a message of the process torchrun makes one up."""
-    data = {"message": message} if message else {}
-    return SimpleNamespace(exitcode=code, pid=7, message=message or "made up", error_file_data=data, timestamp=timestamp)
+def failure(code: int, message: str = "", timestamp: int = 0) -> ProcessFailure:
+    """As torchrun records it: with what the process left in its error file, or without."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "error.json")
+        if message:
+            path.write_text(json.dumps({"message": {"message": message, "extraInfo": {"timestamp": timestamp}}}))
+        found = ProcessFailure(local_rank=0, pid=7, exitcode=code, error_file=str(path))
+    found.timestamp = timestamp
+    return found
 
 
 LOST = failure(1, "RuntimeError: Connection closed by peer\nand more", 5)
@@ -26,12 +34,12 @@ LOST = failure(1, "RuntimeError: Connection closed by peer\nand more", 5)
         (failure(STUCK, timestamp=9), 1, STUCK, "made no progress for too long: its stacks are above"),
         (failure(1, "ValueError: first", 4), 1, 1, "failed: ValueError: first"),
         (failure(1, "ValueError: later", 6), 0, 1, "failed: RuntimeError: Connection closed by peer"),
-        (failure(3, timestamp=4), 1, 3, "failed: exit code 3, as it says above"),
-        (failure(-signal.SIGTERM, timestamp=1), 1, 1, "was killed by SIGTERM"),
+        (failure(3, timestamp=9), 1, 3, "failed: exit code 3, as it says above"),
+        (failure(-signal.SIGTERM, timestamp=1), 0, 1, "failed: RuntimeError: Connection closed by peer"),
     ],
 )  # fmt: skip
 def test_the_cause_is_told_from_its_consequences(
-    other: SimpleNamespace, blamed: int, code: int, said: str, capsys: pytest.CaptureFixture
+    other: ProcessFailure, blamed: int, code: int, said: str, capsys: pytest.CaptureFixture
 ) -> None:
     both = {0: LOST, 1: other}
     assert failures.first(both) == blamed and failures.report(both) == code

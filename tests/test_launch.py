@@ -1,7 +1,8 @@
-"""The launcher with two real processes: the run of one, one common step at a signal, the exit codes."""
+"""The launcher with two real processes: the run of one, one common step at a signal, ranks that fail, exit codes."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -86,3 +87,78 @@ def test_a_mistake_that_the_ranks_find_is_said_once_and_exits_2(folder):
     said = process.communicate(timeout=200)[0]
     assert process.returncode == 2, said
     assert said.count("no images in it") >= 1 and not (folder / "run").exists()
+
+
+# Ranks that fail. Limits are seconds from the disturbance to the end of the job.
+
+ENDLESS = ("--data", "images", "--out", "run", "--epochs", "1000", "--log-every", "2", "--save-minutes", "0")
+LIMIT = 15
+
+
+def train_until(process: subprocess.Popen, log: Path, step: int) -> None:
+    began = time.monotonic()
+    while not any(line["step"] >= step for line in read_lines(log)):
+        assert process.poll() is None and time.monotonic() - began < 200
+        time.sleep(0.1)
+
+
+def pid_of(launcher: subprocess.Popen, rank: int) -> int:
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return next(int(pid) for pid in children if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes())
+
+
+def end_of(process: subprocess.Popen) -> tuple[int, str, float]:
+    began = time.monotonic()
+    said = process.communicate(timeout=100)[0]
+    return process.returncode, said, time.monotonic() - began
+
+
+def last_line(said: str) -> str:
+    return [line for line in said.splitlines() if line.startswith("fastmoco: error: ")][-1]
+
+
+def test_a_killed_rank_ends_the_job_and_is_named(folder):
+    process = start(folder, "--nproc", "2", "pretrain", "demo", *ENDLESS)
+    train_until(process, folder / "run/log.jsonl", 4)
+    os.kill(pid_of(process, 1), signal.SIGKILL)
+    code, said, seconds = end_of(process)
+    assert (code, seconds < LIMIT) == (1, True), (code, seconds, said)
+    assert re.match(r"fastmoco: error: rank 1 \(process \d+ on .*\) was killed by SIGKILL", last_line(said))
+
+
+def test_a_hung_rank_ends_the_job_with_stacks_that_show_where(folder):
+    """A file that never gives its bytes, as on a dead file server."""
+    process = start(folder, "--nproc", "2", "pretrain", "demo", *ENDLESS, "--timeout-seconds", "3",
+                    "--watchdog-seconds", "5")  # fmt: skip
+    train_until(process, folder / "run/log.jsonl", 4)
+    os.mkfifo(folder / "pipe")
+    (folder / "pipe").rename(folder / "images/7.jpg")
+    code, said, seconds = end_of(process)
+    assert (code, seconds < LIMIT) == (124, True), (code, seconds, said)
+    assert "made no progress for too long: its stacks are above" in last_line(said)
+    assert "manifest.py" in said.split("the stacks of all threads follow")[1]  # where it waits for the file
+    assert "Timed out waiting 3000ms" in said  # the other rank's side of it
+
+
+def test_a_rank_that_raises_ends_the_job_with_its_own_exit_code(folder):
+    process = start(folder, "--nproc", "2", "pretrain", "demo", *ENDLESS, "--no-quarantine")
+    train_until(process, folder / "run/log.jsonl", 4)
+    (folder / "images/7.jpg").write_bytes(b"this was a JPEG")
+    code, said, seconds = end_of(process)
+    assert (code, seconds < LIMIT) == (3, True), (code, seconds, said)
+    assert "7.jpg" in said and re.match(r"fastmoco: error: rank [01] \(.*\) failed: exit code 3", last_line(said))
+
+
+def test_with_restarts_a_killed_rank_costs_time_and_nothing_else(folder):
+    flags = ("--data", "images", "--epochs", "1000", "--stop-after", "60", "--log-every", "2", "--save-minutes", "0",
+             "--save-every", "4", "--out")  # fmt: skip
+    finish(start(folder, "--nproc", "2", "pretrain", "demo", *flags, "whole"))
+    process = start(folder, "--nproc", "2", "--max-restarts", "1", "pretrain", "demo", *flags, "run")
+    train_until(process, folder / "run/log.jsonl", 6)
+    os.kill(pid_of(process, 1), signal.SIGKILL)
+    said = finish(process)
+    assert "resumed after step" in said
+    one, other = (checkpoint.load(checkpoint.latest(folder / name)) for name in ("whole", "run"))
+    assert one.step == other.step == 60
+    assert [name for name in one.state if not torch.equal(one.state[name], other.state[name])] == []
+    assert [line["step"] for line in read_lines(folder / "run/log.jsonl")] == list(range(2, 61, 2))
