@@ -55,8 +55,8 @@ class Health:
         expected = self._queries * 5 / (self.recipe.queue_size + 1)
         if expected >= CHANCE_HITS and self._hits < ABOVE_CHANCE * expected:
             found += self._once("queue", (
-                f"warning: contrast accuracy is at chance at step {line['step']:.0f}, with the queue full: nothing is "
-                f"learnt; look at --lr, --temperature and the images"
+                f"warning: contrast accuracy is at chance at step {line['step']:.0f}, with the queue full: if it stays "
+                f"there, nothing is learnt; look at --lr, --temperature and the images"
             ))  # fmt: skip
         if expected >= CHANCE_HITS:
             self._queries = self._hits = 0.0

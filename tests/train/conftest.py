@@ -1,10 +1,15 @@
 """A handful of small JPEG files and a recipe that trains on them in a second."""
 
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastmoco.recipe import PRESETS, Recipe
@@ -35,3 +40,29 @@ def recipe() -> Recipe:
         PRESETS["demo"][1], width=0.125, crop_size=16, batch_size=8, bn_group=4, queue_size=20, epochs=6, lr=0.05,
         knn_k=5,
     )  # fmt: skip
+
+
+@pytest.fixture
+def in_fork(tmp_path: Path) -> Callable[..., int]:
+    """in_fork(body, *args): exit code of body(*args) in a forked process, minus the signal where it was killed.
+
+    What it says on stderr goes to tmp_path/said.
+    """
+
+    def run(body: Callable, *args: object) -> int:
+        process = multiprocessing.get_context("fork").Process(target=_speaking_to, args=(tmp_path / "said", body, args))
+        process.start()
+        process.join(240)
+        alive = process.is_alive()
+        process.kill()
+        assert not alive
+        return process.exitcode
+
+    return run
+
+
+def _speaking_to(said: Path, body: Callable, args: tuple) -> None:
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    sys.stderr = open(2, "w", closefd=False)
+    torch.set_num_threads(1)
+    sys.exit(body(*args))

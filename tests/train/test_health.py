@@ -103,7 +103,7 @@ def finite(path) -> bool:
 
 
 @pytest.mark.parametrize("on_rank", [0, 1])
-@pytest.mark.parametrize("what", ["loss", "gradient", "input"])
+@pytest.mark.parametrize("what", ["loss", *(pytest.param(what, marks=pytest.mark.slow) for what in ("gradient", "input"))])
 def test_a_step_that_is_not_finite_stops_both_ranks_before_its_update(what, on_rank, run_ranks, recipe, images, tmp_path):
     out = tmp_path / "run"
     said = run_ranks(2, train, recipe, images, out, what, on_rank, "stop")

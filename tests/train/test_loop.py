@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -12,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastmoco.cli import main
 from fastmoco.contrast.step import Step
 from fastmoco.options import Options, Pretrain, UsageError
 from fastmoco.recipe import RecipeError
 from fastmoco.train import checkpoint, loop
 from fastmoco.train.loop import NonFiniteError, pretrain
-from fastmoco.train.monitor import read_lines
+from fastmoco.train.monitor import Monitor, read_lines
 
 STEPS = 30
 LINE = {"step", "epoch", "loss", "top1", "top5", "lr", "pairs_per_s", "data_wait", "memory", "queue_filled", "seconds",
@@ -187,3 +189,59 @@ def test_fresh_names(tmp_path):
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo-2").mkdir()
     assert loop.fresh(tmp_path / "demo") == tmp_path / "demo-3"
+
+
+@pytest.mark.slow
+def test_2000_steps_with_200_checkpoints_leave_memory_files_and_threads_as_they_were(recipe, images, tmp_path, in_fork):
+    """From step 500 on: less than 8 MB more, no descriptor and no thread more, and two checkpoints on the disk."""
+    assert in_fork(soak, recipe, images, tmp_path) == 0, (tmp_path / "said").read_text()[-2000:]
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    print(figures)
+    first, last = figures[0], figures[-1]
+    assert [each["step"] for each in figures] == [500, 1000, 1500, 2000]
+    assert last["rss"] - first["rss"] < 8e6
+    assert last["descriptors"] <= first["descriptors"] and last["threads"] <= first["threads"]
+    assert all(each["checkpoints"] <= 3 for each in figures)  # two, and one that is on its way in or out
+
+
+def soak(recipe, images: Path, folder: Path) -> None:
+    out, figures, advance = folder / "run", [], Monitor.advance
+
+    def measuring(self) -> None:
+        advance(self)
+        measuring.step += 1
+        if measuring.step % 500 == 0:
+            gc.collect()
+            figures.append({
+                "step": measuring.step,
+                "rss": int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
+                "descriptors": len(os.listdir("/proc/self/fd")),
+                "threads": len(os.listdir("/proc/self/task")),
+                "checkpoints": len(list((out / "checkpoints").glob("step_*"))),
+            })  # fmt: skip
+
+    measuring.step, Monitor.advance = 0, measuring
+    small = replace(recipe, width=0.0625, epochs=400)
+    summary = pretrain(small, options(images, out, save_every=10, log_every=50))
+    assert summary["steps"] == 2000 and len(checkpoint.steps(out)) == 2
+    (folder / "figures.json").write_text(json.dumps(figures))
+
+
+def test_a_worker_that_torchrun_started_again_goes_on(images, recipe, whole, tmp_path, monkeypatch):
+    """--max-restarts: without the count the folder of another run is refused, as ever."""
+    out = tmp_path / "run"
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in as_flags(recipe).items()]
+    command = ["pretrain", "demo", f"--data={images}", f"--out={out}", "--device=cpu", "--threads=1", "--no-knn", *flags]
+    assert main([*command, "--stop-after=11", "--log-every=4"]) == 0
+    assert main(command) == 2
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main([*command, "--log-every=4"]) == 0
+    assert differing(final(out), final(whole)) == []
+    never_began = [*command[:3], f"--out={tmp_path / 'new'}", *command[4:], "--stop-after=1"]
+    (tmp_path / "new").mkdir()
+    assert main(never_began) == 0
+
+
+def as_flags(recipe) -> dict[str, object]:
+    names = ("width", "crop_size", "batch_size", "bn_group", "queue_size", "epochs", "lr", "knn_k")
+    return {name: getattr(recipe, name) for name in names}

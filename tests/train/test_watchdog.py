@@ -1,29 +1,13 @@
 """The watchdog: ends what is stuck, with its stacks; leaves alone what moves."""
 
-import multiprocessing
-import os
 import signal
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from fastmoco.train import watchdog
 from fastmoco.train.preempt import StopRequest
 from fastmoco.train.watchdog import STUCK, Watchdog
-
-
-def in_fork(body: Callable, said: Path) -> int:
-    def run() -> None:
-        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
-        body()
-
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    process.join(30)
-    assert not process.is_alive()
-    return process.exitcode
 
 
 def sleep_in_a_step() -> None:
@@ -43,16 +27,16 @@ def hold_the_lock() -> None:
         ctypes.PyDLL(None).sleep(20)
 
 
-def test_a_stuck_process_ends_with_a_code_of_its_own_and_its_stacks(tmp_path):
+def test_a_stuck_process_ends_with_a_code_of_its_own_and_its_stacks(in_fork, tmp_path):
     began = time.monotonic()
-    assert in_fork(sleep_in_a_step, tmp_path / "said") == STUCK == 124
+    assert in_fork(sleep_in_a_step) == STUCK == 124
     said = (tmp_path / "said").read_text()
     assert time.monotonic() - began < 5 and "no progress" in said
     assert "sleep_in_a_step" in said and "Current thread" in said and said.count("Thread 0x") >= 1
 
 
-def test_so_does_one_that_holds_the_interpreters_lock(tmp_path):
-    assert in_fork(hold_the_lock, tmp_path / "said") == 1  # the interpreter's own last resort
+def test_so_does_one_that_holds_the_interpreters_lock(in_fork, tmp_path):
+    assert in_fork(hold_the_lock) == 1  # the interpreter's own last resort
     assert "hold_the_lock" in (tmp_path / "said").read_text()
 
 
