@@ -129,6 +129,8 @@ class Recipe:
     """Side of the square views, in pixels."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     """Distribution of the views."""
+    fancy_upsampling: bool = False
+    """Interpolate the colours of JPEGs on a GPU as a CPU always does: slower, for comparing the two."""
     max_bad_share: float = 0.001
     """Share of the images that may turn out to be bad while a run reads them, at least one; at more it stops."""
     seed: int = 0

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.data.manifest import Manifest
-from fastmoco.data.pipeline import Pipeline, Repair, Request, fault, read
+from fastmoco.data.pipeline import Decoding, Pipeline, Repair, Request, fault, read
 from fastmoco.data.plan import Plan, Route, centre_boxes, route
 from fastmoco.data.quarantine import Quarantine
 from fastmoco.recipe import Recipe
@@ -80,6 +80,7 @@ class Loader:
         stop_step: int,
         threads: int | None = None,
         prefetch: int = 2,
+        hw_decoder_load: float | None = None,
         quarantine: Quarantine | None = None,
     ) -> None:
         if len(manifest) != len(plan.sizes):
@@ -90,7 +91,8 @@ class Loader:
         self._exchange_stream = _side_stream(parallel.device) if parallel.world > 1 else None
         source = _Source(manifest, quarantine, lambda step, samples: _boxes(plan, step, samples))
         steps = range(start_step, stop_step)
-        make = partial(_training, source, plan, recipe.crop_size, steps, parallel.device, threads)
+        decoding = Decoding(hw_decoder_load, recipe.fancy_upsampling)
+        make = partial(_training, source, plan, recipe.crop_size, steps, parallel.device, threads, decoding)
         self._background = Background(make, prefetch)
 
     @property
@@ -248,13 +250,20 @@ def _finish(thread: threading.Thread, slots: threading.Semaphore, closed: thread
 
 
 def _training(
-    source: _Source, plan: Plan, crop_size: int, steps: range, device: torch.device, threads: int | None
+    source: _Source,
+    plan: Plan,
+    crop_size: int,
+    steps: range,
+    device: torch.device,
+    threads: int | None,
+    decoding: Decoding,
 ) -> Generator:
     mine = slice(plan.rank * plan.per_rank, (plan.rank + 1) * plan.per_rank)
     wanted = ((step, plan.samples(step)[mine]) for step in steps)
     with _on(_side_stream(device)), ThreadPoolExecutor(READERS) as readers:
         options = {"batch_size": plan.per_rank, "crop_size": crop_size, "device": device, "threads": threads}
-        with closing(Pipeline(source.requests(readers, wanted), views=2, repair=source.repair, **options)) as pipeline:
+        options |= {"repair": source.repair, "decoding": decoding}
+        with closing(Pipeline(source.requests(readers, wanted), views=2, **options)) as pipeline:
             for step, crops in zip(steps, pipeline, strict=True):
                 yield *_assemble(plan, step, crops), _event(device)
 

@@ -27,7 +27,10 @@ from fastmoco.data.probe import is_cut_bmp
 
 DEPTH = 2  # batches that DALI works on at once
 CPU_BATCH = 32  # images decoded at once on a CPU; bounds the memory that decoded images take
-HW_DECODER_LOAD = 0.65  # share of JPEGs for the GPU's decoding engine, the rest goes to its cores; DALI's default
+# Share of JPEGs for the GPU's decoding engine by decoding threads: the rest goes to the GPU's cores, where each image
+# needs a thread for its entropy coding. 0.65 is DALI's default, with the evenest times where threads abound. GPUs
+# without an engine ignore it.
+HW_DECODER_LOADS = ((12, 0.65), (6, 0.8), (3, 0.9), (0, 1.0))
 
 
 NO_SAMPLES, NO_BOXES = np.empty(0, np.int64), np.empty((0, 0, 4), np.int32)
@@ -82,6 +85,21 @@ def default_threads() -> int:
     return max(cores - 2, 1)
 
 
+class Decoding(NamedTuple):
+    """How a GPU decodes JPEGs."""
+
+    hw_load: float | None = None
+    """Share for the decoding engine, or None for the table's."""
+    fancy_upsampling: bool = False
+    """Whether colours are interpolated, as the CPU's decoder always does."""
+
+    def options(self, threads: int) -> dict[str, object]:
+        """DALI's names for it."""
+        load = next(load for least, load in HW_DECODER_LOADS if threads >= least)
+        chosen = load if self.hw_load is None else self.hw_load
+        return {"hw_decoder_load": chosen, "jpeg_fancy_upsampling": self.fancy_upsampling}
+
+
 class Pipeline:
     """Iterator of uint8 crops [V, n, S, S, 3] on `device`, one tensor for each request, in order.
 
@@ -101,10 +119,14 @@ class Pipeline:
         device: torch.device,
         threads: int | None = None,
         repair: Repair | None = None,
+        decoding: Decoding = Decoding(),
     ) -> None:
-        make = _gpu_crops if device.type == "cuda" else _cpu_crops
-        checked = _checked(requests, repair)
-        self._crops = make(checked, repair, batch_size, crop_size, views, device, threads or default_threads())
+        checked, threads = _checked(requests, repair), threads or default_threads()
+        if device.type == "cuda":
+            options = decoding.options(threads)
+            self._crops = _gpu_crops(checked, repair, batch_size, crop_size, views, device, threads, options)
+        else:
+            self._crops = _cpu_crops(checked, repair, batch_size, crop_size, views, threads)
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
@@ -123,7 +145,6 @@ def _cpu_crops(
     batch_size: int,
     crop_size: int,
     views: int,
-    device: torch.device,
     threads: int,
 ) -> Iterator[Tensor]:
     build = partial(_dali, min(batch_size, CPU_BATCH), threads, None, 1, _decode_graph)
@@ -156,9 +177,10 @@ def _gpu_crops(
     views: int,
     device: torch.device,
     threads: int,
+    decoding: dict[str, object],
 ) -> Iterator[Tensor]:
     parts = (_Part(request, 0, len(request.encoded)) for request in requests)
-    graph = partial(_crop_graph, crop_size=crop_size, batch_size=batch_size)
+    graph = partial(_crop_graph, crop_size=crop_size, batch_size=batch_size, decoding=decoding)
     build = partial(_dali, batch_size, threads, device.index or 0, 1 + 2 * views, graph)
     stream = torch.cuda.current_stream(device)
     for part, resized in _outputs(build, _Feed(parts, _with_corners), repair, stream):
@@ -266,8 +288,8 @@ def _decode_graph(encoded: object, *, device: str = "cpu", **options: object) ->
     return (fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=False, **options),)
 
 
-def _crop_graph(encoded: object, *corners: object, crop_size: int, batch_size: int) -> tuple:
-    (image,) = _decode_graph(encoded, device="mixed", hw_decoder_load=HW_DECODER_LOAD)
+def _crop_graph(encoded: object, *corners: object, crop_size: int, batch_size: int, decoding: dict) -> tuple:
+    (image,) = _decode_graph(encoded, device="mixed", **decoding)
     resize = partial(
         fn.resize,
         image,

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from fastmoco.data.manifest import Manifest
-from fastmoco.data.pipeline import CPU_BATCH, DecodeError, Pipeline, Request, default_threads
+from fastmoco.data.pipeline import CPU_BATCH, Decoding, DecodeError, Pipeline, Request, default_threads
 
 CPU = torch.device("cpu")
 
@@ -170,3 +170,28 @@ def test_threads_leave_room_for_training(monkeypatch: pytest.MonkeyPatch) -> Non
     for cores, expected in ((1, 1), (2, 1), (4, 2), (16, 14)):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: range(cores))
         assert default_threads() == expected
+
+
+def test_the_decoding_engine_takes_more_where_threads_are_few() -> None:
+    loads = [Decoding().options(threads)["hw_decoder_load"] for threads in (1, 4, 8, 16, 64)]
+    assert loads == [1.0, 0.9, 0.8, 0.65, 0.65]
+    assert Decoding(0.3, True).options(8) == {"hw_decoder_load": 0.3, "jpeg_fancy_upsampling": True}
+
+
+def test_dali_knows_the_options_of_the_gpu() -> None:
+    from nvidia.dali import ops
+
+    schema = ops.decoders.Image(device="cpu").schema
+    assert all(schema.HasArgument(name) for name in Decoding().options(1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_with_fancy_upsampling_makes_the_crops_of_a_cpu(photo_manifest: Manifest) -> None:
+    jpegs = np.array([i for i, path in enumerate(photo_manifest.paths) if " jpeg" in path])
+    asked = request(photo_manifest, jpegs)
+    (exact,) = crops(asked)
+    options = {"batch_size": 200, "crop_size": 64, "views": 2, "device": torch.device("cuda", 0), "threads": 4}
+    fancy, plain = (next(Pipeline([asked], decoding=Decoding(0.65, choice), **options)).cpu() for choice in (True, False))
+    error, control = ((made.int() - exact.int()).abs().float().mean() for made in (fancy, plain))
+    assert error < 2 and error < control
