@@ -303,10 +303,11 @@ class Run:
 
     def _restore(self) -> int:
         faults.reach("before load")
-        if self.parallel.is_main:
-            checkpoint.latest(self.out)  # sets damaged ones aside before the other ranks look
+        # The first rank sets damaged ones aside before the others look.
+        path = checkpoint.latest(self.out) if self.parallel.is_main else None
         self.parallel.barrier()
-        path = checkpoint.latest(self.out)
+        if not self.parallel.is_main:
+            path = checkpoint.latest(self.out)
         if path is None:
             return 0
         faults.reach("verified")
