@@ -259,3 +259,18 @@ def test_a_whole_run_over_a_dirty_folder(
     assert same_state(lost, fresh) and not same_state(lost, out)
     with pytest.raises(DecodeError):  # the control
         pretrain(SMALL, options(data, tmp_path / "strict", quarantine=False))
+
+
+@pytest.mark.slow
+def test_2000_files_of_which_ten_are_broken(tmp_path: Path, write_set: WriteSet) -> None:
+    names = write_set(tmp_path / "data", 2000)
+    manifest, path = scan(tmp_path / "data", cache=False), tmp_path / "quarantine.jsonl"
+    assert len(manifest) == 1994 and len(manifest.rejected) == 6
+    steps = range(2 * (1994 // RECIPE.batch_size))
+    with pytest.raises(DataError, match="2 of 1994 images are bad, and max_bad_share 0.001 allows 1"):
+        batches(manifest, Quarantine(manifest, None), steps)
+    first = batches(manifest, Quarantine(manifest, path, 0.01), steps)
+    assert {record.file for record in files(path)} == {names[kind] for kind in INSIDE}
+    assert all_equal(first, batches(manifest, Quarantine(manifest, path, 0.01), steps))
+    with pytest.raises(DecodeError):
+        batches(manifest, None, steps)
