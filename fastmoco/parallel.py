@@ -45,8 +45,9 @@ class Parallel:
         if world > 1:
             on_gpu = place.type == "cuda"
             dist.init_process_group(
-                "nccl" if on_gpu else "gloo", timeout=timeout, device_id=place if on_gpu else None
-            )
+                "nccl" if on_gpu else "gloo", store=_meeting_point(rank, world, timeout), rank=rank, world_size=world,
+                timeout=timeout, device_id=place if on_gpu else None,
+            )  # fmt: skip
         return cls(rank, local_rank, world, place)
 
     @property
@@ -116,6 +117,13 @@ class Parallel:
         """Leave the run; harmless when called twice or by a single process."""
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meeting_point(rank: int, world: int, timeout: timedelta) -> dist.Store:
+    # torchrun's store outlives a restart: without a prefix a rank may read where another one listened before it died.
+    store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
+    store.set_timeout(timeout)
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _device(name: str, local_rank: int) -> torch.device:

@@ -1,5 +1,7 @@
 """Collectives of a single process and of forked gloo ranks, and the choice of device."""
 
+import os
+import time
 from datetime import timedelta
 
 import pytest
@@ -81,3 +83,28 @@ def fail_on_rank_1(parallel: Parallel) -> None:
 def test_a_failing_rank_fails_the_test(run_ranks) -> None:
     with pytest.raises(AssertionError, match="as asked"):
         run_ranks(2, fail_on_rank_1)
+
+
+def meet(address: str, rank: int, attempt: int, queue: object) -> None:
+    host, port = address.split(":")
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR=host, MASTER_PORT=port,
+                      TORCHELASTIC_RESTART_COUNT=str(attempt), TORCHELASTIC_USE_AGENT_STORE="True")  # fmt: skip
+    time.sleep(rank)  # rank 0 looks first, and finds what the attempt before it left
+    parallel = Parallel.start("cpu", timedelta(seconds=10))
+    queue.put(float(parallel.mean(torch.tensor(float(rank)))))
+    os._exit(0)  # like a killed process, nothing is tidied up
+
+
+def test_a_restart_meets_in_a_store_that_remembers_the_first_attempt() -> None:
+    context = torch.multiprocessing.get_context("fork")
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for attempt in (0, 1):
+        queue = context.SimpleQueue()
+        address = f"127.0.0.1:{server.port}"
+        ranks = [context.Process(target=meet, args=(address, rank, attempt, queue)) for rank in (0, 1)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(30)
+        assert [process.exitcode for process in ranks] == [0, 0], f"attempt {attempt}"
+        assert [queue.get(), queue.get()] == [0.5, 0.5]
