@@ -26,7 +26,7 @@ from fastmoco.interop.keys import KEY, QUERY, backbone, is_parameter, recognise,
 from fastmoco.interop.run import RECIPE
 from fastmoco.options import Import, UsageError
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.recipe import PRESETS, Recipe, RecipeError
 from fastmoco.train import checkpoint
 
 FIRST_NORM = "encoder_q.bn1.num_batches_tracked"  # advances once a step, so it counts the steps of a published file
@@ -53,12 +53,17 @@ def convert(content: Mapping[str, Any], options: Import, images: int | None = No
     """
     weights = upstream.weights_of(content)
     _check_kind(weights, options.file)
-    own = content.get(upstream.OWN)
-    if isinstance(own, dict):
-        return _own(content, weights, own, options)
-    if without(QUERY, weights):
-        return _published(content, weights, options, images)
-    return _plain(weights, options)
+    try:
+        if isinstance(content.get(upstream.OWN), dict):
+            return _own(content, weights, content[upstream.OWN], options)
+        if without(QUERY, weights):
+            return _published(content, weights, options, images)
+        return _plain(weights, options)
+    except (ForeignFileError, RecipeError):
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        # Right names, and something under them that no checkpoint has there.
+        raise ForeignFileError(f"{options.file} is not laid out as a checkpoint is ({error!r})") from error
 
 
 def command(options: Import) -> None:
@@ -101,7 +106,7 @@ def _own(content: Mapping[str, Any], weights: dict, own: dict, options: Import) 
     try:
         recipe, step = Recipe.from_dict(own["recipe"]), int(own["step"])
         momentum = upstream.velocities(content["optimizer"], recipe)
-        queue = weights["queue"].T.contiguous().to(getattr(torch, own["queue_dtype"]))
+        queue = weights["queue"].t().contiguous().to(getattr(torch, own["queue_dtype"]))
         state = _sides(weights) | {f"velocity.{name}": value for name, value in momentum.items()}
         state |= {"queue": queue, "queue_pointer": weights["queue_ptr"], **own["rest"]}
         precision = str(own["precision"])
@@ -137,7 +142,7 @@ def _published(content: Mapping[str, Any], weights: dict, options: Import, image
     if "queue" in weights:
         pointer = weights.get("queue_ptr", torch.zeros(1, dtype=torch.int64)).reshape(1).to(torch.int64)
         count = torch.tensor(step * recipe.batch_size)
-        state |= {"queue": weights["queue"].T.contiguous(), "queue_pointer": pointer, "queue_count": count}
+        state |= {"queue": weights["queue"].t().contiguous(), "queue_pointer": pointer, "queue_count": count}
     else:
         notes.append("the file has no queue: it starts with random vectors")
     _check_shapes(state, recipe, options.file, fresh)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -54,9 +55,20 @@ def write(path: Path, save: Callable[[Path], Any]) -> Path:
         raise UsageError(f"{path} exists: give --out another name, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}{TEMPORARY}")
-    save(draft)
-    os.replace(draft, path)
+    _remove(draft)
+    try:
+        save(draft)
+        os.replace(draft, path)
+    except BaseException:
+        _remove(draft)
+        raise
     return path
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 def _verify_zip(path: Path) -> None:

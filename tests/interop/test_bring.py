@@ -1,5 +1,6 @@
 """Imports: round trips are bit-equal, published files go on as their authors' code would, foreign ones are refused."""
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -245,6 +246,38 @@ def test_foreign_files_are_one_line_and_exit_3(make_run, make_recipe, tmp_path, 
     assert main(["import", str(tmp_path / "bad.pth.tar"), "--out", str(tmp_path / "b"), "--batch-size", "32"]) == 3
     said = capsys.readouterr().err
     assert says in said and said.count("\n") == 1 and not (tmp_path / "b").exists()
+
+
+STRANGE = [None, 7, "text", [1, {}], {0: 1}, torch.zeros(2)]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_strange_things_under_right_names_are_refused_or_made_up_for(make_run, make_recipe, tmp_path, own):
+    """Every entry of a checkpoint replaced by everything it should not be: no traceback, ever."""
+    make_run(tmp_path / "a", make_recipe())
+    path = export(tmp_path / "a", "moco", tmp_path / "x.pth.tar")
+    places = [("epoch",), ("optimizer",), ("optimizer", "state"), ("optimizer", "param_groups"), ("state_dict",),
+              ("optimizer", "state", 0), ("optimizer", "state", 0, "momentum_buffer"), ("state_dict", "module.queue"),
+              ("state_dict", "module.queue_ptr"), ("state_dict", "module.encoder_q.bn1.num_batches_tracked"),
+              ("state_dict", "module.encoder_q.fc.2.weight"), ("state_dict", "module.encoder_k.conv1.weight")]  # fmt: skip
+    if own:
+        places = [("fastmoco", name) for name in ("recipe", "step", "precision", "queue_dtype", "rest")]
+    whole, outcomes = torch.load(path, weights_only=True), set()
+    for place in places:
+        for strange in STRANGE:
+            content = copy.deepcopy(whole)
+            if not own:
+                del content["fastmoco"]
+            inner = content
+            for name in place[:-1]:
+                inner = inner[name]
+            inner[place[-1]] = strange
+            try:
+                bring.convert(content, Import(path, tmp_path / "b", batch_size=32))
+                outcomes.add("taken")
+            except ForeignFileError:
+                outcomes.add("refused")
+    assert "refused" in outcomes
 
 
 def test_our_own_files_are_checked_too(make_run, make_recipe, tmp_path):

@@ -104,8 +104,10 @@ def test_what_exists_is_not_overwritten_and_a_failure_leaves_nothing(tmp_path):
     assert path.read_text() == "one"
 
     def fail(draft):
+        draft.mkdir()
+        (draft / "part").write_text("half")
         raise OSError("disk full")
 
     with pytest.raises(OSError):
-        files.write(tmp_path / "b.txt", fail)
-    assert not (tmp_path / "b.txt").exists()
+        files.write(tmp_path / "b", fail)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["deep"]
