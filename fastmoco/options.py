@@ -51,6 +51,8 @@ class Options:
     quarantine: bool = True
     """Replace images that turn out to be bad, and list them in RUN/quarantine.jsonl; without it the first one stops
     the run."""
+    photometric: Literal["kernel", "dali"] = "kernel"
+    """What computes flip, colours, blur and normalisation: our kernel inside the step, or DALI's operators before it."""
     graph: Literal["auto", "on", "off"] = "auto"
     """Replay the step as one CUDA graph; auto does on a GPU."""
     encoder: Literal["fused", "eager", "compile"] = "fused"
@@ -95,6 +97,8 @@ class Options:
             _require(self.stop_after >= 1, "stop_after", self.stop_after, "use a number of at least 1")
         load = self.hw_decoder_load
         _require(load is None or 0 <= load <= 1, "hw_decoder_load", load, "use a share from 0 to 1")
+        if self.photometric == "dali" and self.graph == "on":
+            raise UsageError("--photometric dali does not go with --graph on: a graph holds the kernel; use --graph off")
         if self.resume and self.out is None:
             raise UsageError("--resume needs the run to continue: add --out RUN")
 

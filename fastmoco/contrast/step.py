@@ -200,6 +200,8 @@ class Step:
         return join
 
     def _views(self, crops: Tensor, parameters: Tensor, rows: Tensor | None = None) -> Tensor:
+        if crops.is_floating_point():  # DALI has made the views, in their rows
+            return crops.to(self._numbers.work)
         colours = self.recipe.augmentation
         return photometric(crops, parameters, colours.mean, colours.std, dtype=self._numbers.work, rows=rows)
 

@@ -19,14 +19,14 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastmoco.data.manifest import Manifest
-from fastmoco.data.pipeline import Decoding, Pipeline, Repair, Request, fault, read
+from fastmoco.data.pipeline import Decoding, Pipeline, Repair, Request, default_threads, fault, read
 from fastmoco.data.plan import Plan, Route, centre_boxes, route
 from fastmoco.data.quarantine import Quarantine
 from fastmoco.recipe import Recipe
@@ -34,6 +34,7 @@ from fastmoco.recipe import Recipe
 if TYPE_CHECKING:
     from fastmoco.parallel import Parallel
 
+Views = Callable[[Tensor, Tensor], Tensor]
 READERS = 16  # threads that read files; they wait for the disk, not for a core
 READ_AHEAD = 1  # batches whose files are being read while another is decoded
 EVALUATION_BATCH = 256
@@ -41,7 +42,11 @@ EVALUATION_BATCH = 256
 
 @dataclass
 class Batch:
-    """One rank's part of a training step: N samples, M = N rows of crops, or 2N when symmetric, view by view."""
+    """One rank's part of a training step: N samples, M = N rows of crops, or 2N when symmetric, view by view.
+
+    A loader with `photometric="dali"` has finished views in the place of crops, float32 [M, 3, S, S] channels-last, and
+    those of the keys stand in the rows of the key batch.
+    """
 
     step: int
     epoch: int
@@ -82,12 +87,14 @@ class Loader:
         prefetch: int = 2,
         hw_decoder_load: float | None = None,
         quarantine: Quarantine | None = None,
+        photometric: Literal["kernel", "dali"] = "kernel",
     ) -> None:
         if len(manifest) != len(plan.sizes):
             raise ValueError(f"the plan is for {len(plan.sizes)} images, the manifest has {len(manifest)}")
         if (plan.world, plan.rank) != (parallel.world, parallel.rank):
             raise ValueError(f"rank {parallel.rank} of {parallel.world} has the plan of {plan.rank} of {plan.world}")
         self._parallel = parallel
+        self._views = _dali_views(plan, recipe, parallel, threads) if photometric == "dali" else None
         self._exchange_stream = _side_stream(parallel.device) if parallel.world > 1 else None
         source = _Source(manifest, quarantine, lambda step, samples: _boxes(plan, step, samples))
         steps = range(start_step, stop_step)
@@ -112,11 +119,13 @@ class Loader:
                 batch.key_crops = self._parallel.exchange(batch.key_crops, *counts)
                 event = _event(self._parallel.device)
         tensors = [value for value in vars(batch).values() if isinstance(value, Tensor)]
-        return _hand_over(batch, tensors, event)
+        batch = _hand_over(batch, tensors, event)
+        return batch if self._views is None else _finished(batch, self._views)
 
     def close(self) -> None:
         """Stop the thread and free DALI; harmless at any moment and when done twice."""
         self._background.close()
+        self._views = None
 
     def __enter__(self) -> Loader:
         return self
@@ -279,6 +288,21 @@ def _evaluation(
         with closing(Pipeline(requests, views=1, repair=source.repair, **options)) as pipeline:
             for index, crops in zip(batches, pipeline, strict=True):
                 yield crops[0], index, _event(device)
+
+
+def _dali_views(plan: Plan, recipe: Recipe, parallel: Parallel, threads: int | None) -> Views:
+    from fastmoco.data.photometric import DaliPhotometric
+
+    colours, rows = recipe.augmentation, plan.per_rank * recipe.views
+    threads = threads or default_threads()
+    return DaliPhotometric(colours.mean, colours.std, batch_size=rows, device=parallel.device, threads=threads)
+
+
+def _finished(batch: Batch, views: Views) -> Batch:
+    source = torch.argsort(batch.key_rows)
+    batch.query_crops = views(batch.query_crops, batch.query_parameters)
+    batch.key_crops = views(batch.key_crops[source], batch.key_parameters[source])
+    return batch
 
 
 def _boxes(plan: Plan, step: int, samples: np.ndarray) -> np.ndarray:

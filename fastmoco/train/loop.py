@@ -84,7 +84,8 @@ class Run:
             recipe, parallel, encoder=options.encoder, update=options.update, key_stream=options.key_stream
         )
         # Before any DALI pipeline runs, which a capture would not survive.
-        self.advance = runner(self.step, partial(noise_batch, recipe, parallel), options.graph, options.update)
+        graph = options.graph if options.photometric == "kernel" else "off"
+        self.advance = runner(self.step, partial(noise_batch, recipe, parallel), graph, options.update)
         self.done = self._restore() if options.resume else 0
         self.copied = self.done  # newest step of which a copy went to the saver
         self.health, self.rollbacks = Health(recipe), 0
@@ -152,7 +153,8 @@ class Run:
         vote = Vote(self.parallel)
         loader = Loader(self.train_set, self.plan, self.recipe, self.parallel, start_step=self.done,
                         stop_step=self.last, threads=self.threads, prefetch=self.options.prefetch,
-                        hw_decoder_load=self.options.hw_decoder_load, quarantine=self.quarantine)  # fmt: skip
+                        hw_decoder_load=self.options.hw_decoder_load, quarantine=self.quarantine,
+                        photometric=self.options.photometric)  # fmt: skip
         with loader:
             self.watch.skip()
             for batch in self._timed(loader):
