@@ -243,7 +243,7 @@ def _choose_backend(encoder: Encoder, backend: EncoderBackend) -> None:
     if backend != "fused":
         for module in encoder.modules():
             if isinstance(module, BatchNormAct):
-                module.impl = "reference"
+                module.impl = "torch"
     if backend == "compile":
         encoder.compile()
 

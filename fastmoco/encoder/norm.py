@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmoco.kernels.batch_norm import Norm, batch_norm_act
@@ -19,8 +20,8 @@ class BatchNormAct(nn.Module):
     encoder, which advances all of them in one launch.
     """
 
-    impl: Literal["auto", "triton", "reference"] = "auto"
-    """Who does it: our kernel on a GPU, or its twin in plain torch."""
+    impl: Literal["auto", "triton", "reference", "torch"] = "auto"
+    """Who does it: our kernel on a GPU and its twin on a CPU, one of them, or torch's batch norm, group by group."""
 
     def __init__(self, channels: int, *, group_size: int = 0, relu: bool = True) -> None:
         super().__init__()
@@ -58,6 +59,8 @@ class BatchNormAct(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, shortcut: BatchNormAct | None = None) -> Tensor:
         """Normalise `x` [N, C, H, W] (channels-last), add `residual` (through `shortcut`'s own norm), apply ReLU."""
+        if self.impl == "torch" and self.training:
+            return self._with_torch(x, residual, shortcut)
         return batch_norm_act(
             x,
             self.weight,
@@ -70,5 +73,24 @@ class BatchNormAct(nn.Module):
             momentum=self.momentum,
             eps=self.eps,
             training=self.training,
-            impl=self.impl,
+            impl="auto" if self.impl == "torch" else self.impl,
         )
+
+    def _with_torch(self, x: Tensor, residual: Tensor | None, shortcut: BatchNormAct | None) -> Tensor:
+        y = self._normalised(x)
+        if residual is not None:
+            y = y + (residual if shortcut is None else shortcut._normalised(residual))
+        return F.relu(y) if self.relu else y
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        groups = self.groups(x.shape[0])
+        # With momentum 1 torch leaves each group's own statistics in these.
+        mean, var = (torch.zeros(groups, self.weight.shape[0], device=x.device) for _ in range(2))
+        parts = [
+            F.batch_norm(part, mean[group], var[group], self.weight, self.bias, True, 1.0, self.eps)
+            for group, part in enumerate(x.chunk(groups))
+        ]
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.mean(0).to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(var.mean(0).to(self.running_var.dtype), self.momentum)
+        return torch.cat(parts)
