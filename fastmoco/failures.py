@@ -53,4 +53,4 @@ def cause(failure: ProcessFailure) -> str:
     # A dict where the process left an exception, else a text that torchrun made up.
     left = failure.error_file_data.get("message")
     said = str(left.get("message", "")).split("\n")[0] if isinstance(left, dict) else ""
-    return f"failed: {said or f'exit code {failure.exitcode}, as it says above'}"
+    return f"failed: {said or f'exit code {failure.exitcode}, told above or by the first rank'}"

@@ -34,7 +34,7 @@ LOST = failure(1, "RuntimeError: Connection closed by peer\nand more", 5)
         (failure(STUCK, timestamp=9), 1, STUCK, "made no progress for too long: its stacks are above"),
         (failure(1, "ValueError: first", 4), 1, 1, "failed: ValueError: first"),
         (failure(1, "ValueError: later", 6), 0, 1, "failed: RuntimeError: Connection closed by peer"),
-        (failure(3, timestamp=9), 1, 3, "failed: exit code 3, as it says above"),
+        (failure(3, timestamp=9), 1, 3, "failed: exit code 3, told above or by the first rank"),
         (failure(-signal.SIGTERM, timestamp=1), 0, 1, "failed: RuntimeError: Connection closed by peer"),
     ],
 )  # fmt: skip
