@@ -90,6 +90,7 @@ def _subject(module: str, *names: str) -> Callable[[Bench, Recipe, torch.device,
             "dtype": PRECISIONS[resolve_precision(options.precision or "auto", device)].work,
             "data": options.data,
             "only": options.only,
+            "skip": options.skip,
         }
         return importlib.import_module(f"fastmoco.bench.{module}").run(
             recipe, device, **{name: offered[name] for name in names}
@@ -100,7 +101,7 @@ def _subject(module: str, *names: str) -> Callable[[Bench, Recipe, torch.device,
 
 SUBJECTS = {
     "kernels": _subject("kernels", "rounds", "warmup", "dtype", "only"),
-    "step": _subject("step", "rounds", "warmup", "precision", "only"),
+    "step": _subject("step", "rounds", "warmup", "precision", "only", "skip"),
     "loader": _subject("loader", "rounds", "data", "only"),
     "train": _subject("train", "rounds", "precision", "data"),
     "scaling": _subject("scaling", "rounds", "precision"),

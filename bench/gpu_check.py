@@ -25,7 +25,20 @@ from fastmoco.options import BenchGpuCheck, UsageError
 from fastmoco.recipe import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-x")
+PYTEST = (sys.executable, "-m", "pytest", "-q")
+SECONDS = {True: 120, False: 540}  # that the whole check may take, quick or not
+
+
+# Name of the record, words after `bench`, seconds at most, and whether the quick check has it. Compiling takes minutes.
+BENCHES = (
+    ("kernels", ("kernels",), 90, True),
+    ("step", ("step", "--skip", "compiled"), 120, True),
+    ("step-32", ("step", "--skip", "compiled", "--batch-size", "32"), 90, False),
+    ("memory", ("memory",), 45, True),
+    ("loader", ("loader",), 60, False),
+    ("train", ("train",), 45, False),
+    ("step-compiled", ("step", "--only", "compiled"), 300, False),
+)
 
 
 class Part(NamedTuple):
@@ -52,7 +65,8 @@ def run(options: BenchGpuCheck) -> int:
     if not (ROOT / "tests").is_dir():
         raise UsageError(f"bench gpu-check runs the tests of a checkout, and {ROOT} has none: clone the repository")
     with tempfile.TemporaryDirectory() as scratch:
-        outcomes = [_done(part) for part in parts(options, torch.cuda.get_device_name(), Path(scratch))]
+        end = time.perf_counter() + SECONDS[options.quick]
+        outcomes = [_done(part, end) for part in parts(options, torch.cuda.get_device_name(), Path(scratch))]
     records = [item for part, verdict, _ in outcomes if part.record and verdict == "passed"
                for item in report.load(part.record)]  # fmt: skip
     print(report.table(records))
@@ -74,20 +88,11 @@ def parts(options: BenchGpuCheck, gpu: str, scratch: Path) -> list[Part]:
     found.append(Part("training", (sys.executable, "-m", "fastmoco", *demo), 60))
     slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     flags = ("--rounds", "5") if options.quick else ()
-    for subject, more, limit in (
-        ("kernels", (), 60),
-        ("step", (), 150),
-        ("step", ("--batch-size", "32"), 90),
-        ("loader", (), 60),
-        ("train", (), 45),
-        ("memory", (), 45),
-    ):
-        if options.quick and (more or subject in ("loader", "train")):
-            continue
-        name = "-".join([subject, *more[1:]])
-        path = options.records / f"{date.today().isoformat()}-{slug}-{name}.json"
-        command = (sys.executable, "-m", "fastmoco", "bench", subject, "--device", "cuda", "--json", str(path))
-        found.append(Part(f"bench {name}", (*command, *more, *flags), limit, path))
+    for name, words, limit, in_quick in BENCHES:
+        if in_quick or not options.quick:
+            path = options.records / f"{date.today().isoformat()}-{slug}-{name}.json"
+            command = (sys.executable, "-m", "fastmoco", "bench", *words, "--device", "cuda", "--json", str(path))
+            found.append(Part(f"bench {name}", (*command, *flags), limit, path))
     return found
 
 
@@ -102,16 +107,19 @@ def exercise() -> None:
     torch.cuda.synchronize()
 
 
-def _done(part: Part) -> Outcome:
+def _done(part: Part, end: float) -> Outcome:
     print(f"== {part.name}: {' '.join(part.command)}", flush=True)
     if shutil.which(part.command[0]) is None:
         return Outcome(part, "not installed", 0.0)
     started = time.perf_counter()
+    limit = min(part.limit, end - started)
+    if limit <= 0:
+        return Outcome(part, "no time left", 0.0)
     try:
-        code = subprocess.run(part.command, cwd=ROOT, timeout=part.limit).returncode
+        code = subprocess.run(part.command, cwd=ROOT, timeout=limit).returncode
         verdict = "passed" if code == 0 else f"exit code {code}"
     except subprocess.TimeoutExpired:
-        verdict = f"more than {part.limit} s"
+        verdict = f"more than {limit:.0f} s"
     return Outcome(part, verdict, time.perf_counter() - started)
 
 

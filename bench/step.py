@@ -37,14 +37,20 @@ class Provider(NamedTuple):
 
 
 def run(
-    recipe: Recipe, device: torch.device, *, rounds: int = 20, warmup: int = 3, precision: str = "", only: str = ""
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    rounds: int = 20,
+    warmup: int = 3,
+    precision: str = "",
+    only: str = "",
+    skip: str = "",
 ) -> list[Row]:
-    """Pairs a second of every provider on `device`, or of those of one precision or with `only` in their names.
-
-    ValueError where nothing is left.
-    """
+    """Pairs a second of every provider on `device`, or of those of one precision, with `only` and without `skip` in
+    their names. ValueError where nothing is left."""
     found = providers(recipe, device)
-    chosen = {name: each for name, each in found.items() if only in name and precision in ("", each.precision)}
+    named = [name for name in found if only in name and not (skip and skip in name)]
+    chosen = {name: found[name] for name in named if precision in ("", found[name].precision)}
     if not chosen:
         raise ValueError(f"nothing to time on {device.type}: its providers are {', '.join(found)}")
     calls = {name: provider.start() for name, provider in chosen.items()}

@@ -320,6 +320,8 @@ class Bench:
     """Samples of each provider, taken in turn; 0 is 20 on a GPU and 5 or 3 on a CPU."""
     only: str = ""
     """Measure only providers (of kernels: kernels) whose name contains this."""
+    skip: str = ""
+    """Leave out providers of the step whose name contains this."""
 
     preset: Literal["v1", "v2", "cifar", "demo"] = "v2"
     """Recipe to measure."""

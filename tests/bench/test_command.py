@@ -67,6 +67,7 @@ def test_only_chooses_providers_and_names_them_where_none_is_left(capsys, tmp_pa
     flags = [*TINY, "--only", "published fp32", "--json", str(file)]
     assert main(["bench", "step", *flags]) == 0
     assert [row.provider for row in report.load(file)[0].rows] == ["published fp32"]
+    assert main(["bench", "step", *TINY, "--only", "fp32", "--skip", "fp32"]) == 2
     assert main(["bench", "step", *TINY, "--only", "nonsense"]) == 2
     assert "published fp32, published bf16 autocast" in capsys.readouterr().err
 
