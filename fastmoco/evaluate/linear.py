@@ -5,8 +5,8 @@ learning rate 30 for batches of 256 (scaled linearly for others), momentum 0.9 a
 the rate divided by ten at 60 and 80, on random crops of 8 to 100 % of the area, flipped half of the time. Validation
 takes the centre crop. Afterwards every weight and statistic of the backbone must be bit-equal to what it was.
 
-`--fast` trains the same classifier in the same order on features that are computed once, of centre crops: minutes
-instead of hours. `--finetune` trains the backbone too.
+`--fast` trains the same classifier in the same order on features that are computed once, of centre crops, and kept on
+the device in fp32: minutes instead of hours. `--finetune` trains the backbone too.
 
 The last incomplete batch of an epoch is left out (published: trained on).
 """
