@@ -11,7 +11,7 @@ import numpy as np
 from fastmoco.bench.report import Record, Row, label
 
 OURS, OTHERS, BOUND = "#1f6f8b", "#b8c4cc", "#c0392b"
-WIDTH, BAR, MARGIN = 8.0, 0.32, 1.1  # inches
+WIDTH, BAR, MARGIN = 8.0, 0.32, 1.3  # inches
 
 
 def draw(path: str | Path, records: Sequence[Record]) -> None:
@@ -33,7 +33,7 @@ def _panels(records: Sequence[Record]) -> list[tuple[str, list[Row]]]:
     found = []
     for item in records:
         for title, rows in groupby(item.rows, label):
-            found.append((f"{title}: {item.environment['device']}, {item.date}", list(rows)))
+            found.append((f"{title}\n{item.environment['device']}, {item.date}", list(rows)))
     if not found:
         raise ValueError("there is nothing to draw: the records have no rows")
     return found

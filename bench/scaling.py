@@ -33,9 +33,11 @@ def run(
     recipe: Recipe, device: torch.device, *, rounds: int = 5, precision: str = "auto", most: int | None = None
 ) -> list[Row]:
     """Pairs a second of all ranks together; the bound is that of one rank times their number."""
-    most = most or (torch.cuda.device_count() if device.type == "cuda" else cores())
+    most = most or (torch.cuda.device_count() if device.type == "cuda" else min(cores(), 8))
     counts = [2**power for power in range(most.bit_length()) if 2**power <= most]
-    rates = {ranks: _launch(recipe, device, ranks, rounds, precision) for ranks in counts}
+    # As many threads a rank however many ranks there are: what is compared is ranks.
+    task = {"device": device.type, "rounds": rounds, "precision": precision or "auto", "threads": cores() // counts[-1]}
+    rates = {ranks: _launch(recipe, ranks, task) for ranks in counts}
     alone = sorted(rates[1])[len(rates[1]) // 2]
     config = {"arch": recipe.arch, "px": recipe.crop_size, "batch a rank": recipe.batch_size}
     return [
@@ -49,7 +51,7 @@ def work(task: dict) -> list[float]:
     parallel = Parallel.start(task["device"])
     try:
         if parallel.device.type == "cpu":
-            torch.set_num_threads(max(1, cores() // parallel.world))
+            torch.set_num_threads(task["threads"])
         recipe = Recipe.from_dict(task["recipe"])
         step = Step(recipe, parallel, None if task["precision"] == "auto" else task["precision"])
         batch = noise_batch(recipe, parallel)
@@ -72,9 +74,8 @@ def _sample(parallel: Parallel, recipe: Recipe, advance: object) -> float:
     return STEPS * recipe.batch_size / (time.perf_counter() - started)
 
 
-def _launch(recipe: Recipe, device: torch.device, ranks: int, rounds: int, precision: str) -> list[float]:
-    whole = dataclasses.replace(recipe, batch_size=recipe.batch_size * ranks)
-    task = {"recipe": whole.as_dict(), "device": device.type, "rounds": rounds, "precision": precision or "auto"}
+def _launch(recipe: Recipe, ranks: int, task: dict) -> list[float]:
+    task = {**task, "recipe": dataclasses.replace(recipe, batch_size=recipe.batch_size * ranks).as_dict()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "task.json")
         path.write_text(json.dumps(task))
