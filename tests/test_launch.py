@@ -162,3 +162,14 @@ def test_with_restarts_a_killed_rank_costs_time_and_nothing_else(folder):
     assert one.step == other.step == 60
     assert [name for name in one.state if not torch.equal(one.state[name], other.state[name])] == []
     assert [line["step"] for line in read_lines(folder / "run/log.jsonl")] == list(range(2, 61, 2))
+
+
+def test_a_signal_to_one_rank_alone_stops_the_run(folder):
+    process = start(folder, "--nproc", "2", "pretrain", "demo", *ENDLESS)
+    train_until(process, folder / "run/log.jsonl", 4)
+    ranks = [pid_of(process, rank) for rank in (0, 1)]
+    os.kill(ranks[1], signal.SIGUSR1)
+    code, said, seconds = end_of(process)
+    assert (code, seconds < LIMIT) == (143, True), (code, seconds, said)
+    assert checkpoint.load(checkpoint.latest(folder / "run")).step == read_lines(folder / "run/log.jsonl")[-1]["step"]
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
