@@ -47,6 +47,8 @@ def launch(nproc: int, flags: list[str], command: list[str]) -> int:
 
     alone = [] if any(flag.startswith(("--nnodes", "--rdzv", "--master")) for flag in flags) else ["--standalone"]
     own = [f"--nproc-per-node={nproc}", f"--signals-to-handle={SIGNALS}", *alone, *flags, __file__, *command]
+    # Else ranks that restart may read where the dead ones listened.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     try:
         run(get_args_parser().parse_args(own))
     except SignalException:

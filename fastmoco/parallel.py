@@ -121,9 +121,12 @@ class Parallel:
 
 def _meeting_point(rank: int, world: int, timeout: timedelta) -> dist.Store:
     # torchrun's store outlives a restart: without a prefix a rank may read where another one listened before it died.
+    # Over machines the count of restarts may differ; there launch.py asks for a new store each time.
     store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
     store.set_timeout(timeout)
-    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "any"
+    return dist.PrefixStore(f"attempt {attempt}", store)
 
 
 def _device(name: str, local_rank: int) -> torch.device:

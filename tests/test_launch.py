@@ -104,7 +104,8 @@ def train_until(process: subprocess.Popen, log: Path, step: int) -> None:
 
 def pid_of(launcher: subprocess.Popen, rank: int) -> int:
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    return next(int(pid) for pid in children if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes())
+    mark = f"\0RANK={rank}\0".encode()
+    return next(int(pid) for pid in children if mark in Path(f"/proc/{pid}/environ").read_bytes())
 
 
 def end_of(process: subprocess.Popen) -> tuple[int, str, float]:

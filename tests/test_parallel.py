@@ -87,7 +87,7 @@ def test_a_failing_rank_fails_the_test(run_ranks) -> None:
 
 def meet(address: str, rank: int, attempt: int, queue: object) -> None:
     host, port = address.split(":")
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR=host, MASTER_PORT=port,
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR=host, MASTER_PORT=port,
                       TORCHELASTIC_RESTART_COUNT=str(attempt), TORCHELASTIC_USE_AGENT_STORE="True")  # fmt: skip
     time.sleep(rank)  # rank 0 looks first, and finds what the attempt before it left
     parallel = Parallel.start("cpu", timedelta(seconds=10))
