@@ -12,9 +12,8 @@ from fastmoco.data import manifest
 from fastmoco.data.manifest import Manifest
 from fastmoco.evaluate.features import extract
 from fastmoco.interop import files
-from fastmoco.interop.run import load_encoder
+from fastmoco.interop.run import load_encoder, one_rank
 from fastmoco.options import Embed, UsageError
-from fastmoco.parallel import Parallel
 
 
 def run(options: Embed) -> None:
@@ -26,7 +25,7 @@ def run(options: Embed) -> None:
     if options.out.exists():
         raise UsageError(f"{options.out} exists: give --out another name, or remove it")
     save = _save_npz if options.out.suffix == ".npz" else _parquet_writer()
-    parallel = Parallel.start(options.device)
+    parallel = one_rank(options.device)
     encoder, recipe, step = load_encoder(options.run, parallel)
     recipe = dataclasses.replace(recipe, knn_features=options.features)
     images = manifest.scan(options.data)

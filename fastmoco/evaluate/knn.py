@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ from fastmoco.recipe import Recipe
 
 CHUNK_ELEMENTS = 1 << 25  # similarities held at a time: 128 MiB in fp32
 SHOWN = 8  # images, and neighbours of each, in the contact sheet
+
+Side = tuple[Manifest, Tensor, Tensor]  # images, their features and labels
 
 
 def knn_accuracy(
@@ -89,29 +92,37 @@ def evaluate(
 def run(options: EvaluateKnn) -> None:
     """`evaluate knn RUN`: print the accuracies; write RUN/knn.json, RUN/knn.png and RUN/neighbours.png."""
     parallel = Parallel.start(options.device)
-    encoder, recipe, step = load_encoder(options.run, parallel)
-    recipe, threads = _chosen(recipe, options), options.threads or None
-    train, val = both_sides(options.run, options.data, options.val, options.labels)
-    print(f"{len(train)} images vote on {len(val)}, encoder of {options.run} after step {step}")
-    bank, bank_labels = extract(encoder, train, recipe, parallel, threads=threads)
-    queries, labels = extract(encoder, val, recipe, parallel, threads=threads)
-    votes = torch.cat(
-        [
-            knn_votes(bank, bank_labels, chunk, recipe.knn_k, recipe.knn_temperature, len(train.classes))
-            for chunk in queries.split(max(1, CHUNK_ELEMENTS // len(bank)))
-        ]
-    )
-    scores = score(votes.masked_fill(votes == 0, -torch.inf), labels)
+    try:
+        encoder, recipe, step = load_encoder(options.run, parallel)
+        recipe, threads = _chosen(recipe, options), options.threads or None
+        train, val = both_sides(options.run, options.data, options.val, options.labels)
+        if parallel.is_main:
+            print(f"{len(train)} images vote on {len(val)}, encoder of {options.run} after step {step}")
+        bank = extract(encoder, train, recipe, parallel, threads=threads)
+        queries = extract(encoder, val, recipe, parallel, threads=threads)
+        if parallel.is_main:
+            _write(options.run, step, recipe, (train, *bank), (val, *queries))
+    finally:
+        parallel.close()
+
+
+def _write(run: Path, step: int, recipe: Recipe, train: Side, val: Side) -> None:
+    (images, bank, bank_labels), (shown, queries, labels) = train, val
+    votes = [
+        knn_votes(bank, bank_labels, chunk, recipe.knn_k, recipe.knn_temperature, len(images.classes))
+        for chunk in queries.split(max(1, CHUNK_ELEMENTS // len(bank)))
+    ]
+    scores = score(torch.cat(votes).log(), labels)  # a class without votes is at minus infinity
     facts = {"step": step, "features": recipe.knn_features, "k": min(recipe.knn_k, len(bank)),
-             "temperature": recipe.knn_temperature, "classes": len(train.classes), "bank": len(bank),
-             "queries": len(queries), "data": train.root, "val": val.root}  # fmt: skip
-    (options.run / "knn.json").write_text(json.dumps({**facts, **scores.as_dict(train.classes)}, indent=2) + "\n")
-    draw_confusion(options.run / "knn.png", scores.confusion, train.classes)
-    shown = np.linspace(0, len(val) - 1, min(SHOWN, len(val))).astype(np.int64)
-    nearest = (queries[torch.from_numpy(shown).to(queries.device)] @ bank.T).topk(min(SHOWN, len(bank)), dim=1).indices
-    draw_neighbours(options.run / "neighbours.png", val, train, shown, nearest.cpu().numpy())
+             "temperature": recipe.knn_temperature, "classes": len(images.classes), "bank": len(bank),
+             "queries": len(queries), "data": images.root, "val": shown.root}  # fmt: skip
+    (run / "knn.json").write_text(json.dumps({**facts, **scores.as_dict(images.classes)}, indent=2) + "\n")
+    draw_confusion(run / "knn.png", scores.confusion, images.classes)
+    rows = np.linspace(0, len(shown) - 1, min(SHOWN, len(shown))).astype(np.int64)
+    near = (queries[torch.from_numpy(rows).to(queries.device)] @ bank.T).topk(min(SHOWN, len(bank)), dim=1).indices
+    draw_neighbours(run / "neighbours.png", shown, images, rows, near.cpu().numpy())
     print(f"kNN top-1 {scores.top1:.2f}%, top-5 {scores.top5:.2f}% (k {facts['k']}, T {facts['temperature']}, "
-          f"{facts['features']} features; see knn.json, knn.png and neighbours.png in {options.run})")  # fmt: skip
+          f"{facts['features']} features; see knn.json, knn.png and neighbours.png in {run})")  # fmt: skip
 
 
 def _chosen(recipe: Recipe, options: EvaluateKnn) -> Recipe:

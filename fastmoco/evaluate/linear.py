@@ -34,7 +34,7 @@ from fastmoco.evaluate.features import extract
 from fastmoco.evaluate.labels import both_sides
 from fastmoco.evaluate.pictures import draw_probe
 from fastmoco.evaluate.scores import Scores, score
-from fastmoco.interop.run import load_encoder
+from fastmoco.interop.run import load_encoder, one_rank
 from fastmoco.kernels.photometric import photometric
 from fastmoco.options import EvaluateLinear
 from fastmoco.parallel import Parallel
@@ -247,7 +247,7 @@ class Evaluation:
 
 def run(options: EvaluateLinear) -> None:
     """`evaluate linear RUN`: train the probe, write RUN/linear.json, .png and .safetensors (or fast, finetune)."""
-    parallel = Parallel.start(options.device)
+    parallel = one_rank(options.device)
     encoder, recipe, step = load_encoder(options.run, parallel)
     train, val = both_sides(options.run, options.data, options.val, options.labels)
     protocol = _protocol(options)

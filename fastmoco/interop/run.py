@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,6 +68,13 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError):
         return {}
+
+
+def one_rank(device: str) -> Parallel:
+    """This process alone on a device; UsageError where a launcher started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("this command runs in one process: start it with fastmoco, not with torchrun")
+    return Parallel.start(device)
 
 
 def load_encoder(run: Path, parallel: Parallel) -> tuple[Encoder, Recipe, int]:

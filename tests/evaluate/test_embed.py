@@ -62,6 +62,11 @@ def test_parquet_or_a_clear_line(trained, stripes, tmp_path, capsys):
     assert done == 0 and table.column_names == ["file", "features", "label"] and table.num_rows == 12
 
 
+def test_several_processes_are_refused(trained, stripes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert embed(trained, stripes / "val", tmp_path / "a.npz") == 2 and "one process" in capsys.readouterr().err
+
+
 def test_mistakes_are_one_line(trained, stripes, tmp_path, capsys):
     (tmp_path / "taken.npz").write_text("mine")
     assert embed(trained, stripes, tmp_path / "taken.npz") == 2 and "exists" in capsys.readouterr().err
