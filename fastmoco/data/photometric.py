@@ -40,7 +40,7 @@ class DaliPhotometric:
         # DALI decides which branch a sample takes on the host, so the parameters are needed there.
         on_gpu = self.device.type == "cuda"
         stream = torch.cuda.current_stream(self.device) if on_gpu else None
-        self._pipe.feed_input("crops", crops if on_gpu else crops.numpy(), layout="HWC")
+        self._pipe.feed_input("crops", crops if on_gpu else crops.numpy(), layout="HWC", cuda_stream=stream)
         self._pipe.feed_input("parameters", parameters.cpu().numpy())
         (made,) = self._pipe.run(stream)
         views = torch.from_dlpack(made.as_tensor()).clone()  # the memory is DALI's, which writes to it again

@@ -77,7 +77,10 @@ class Quarantine:
         return result
 
     def add(self, step: int, sample: int, reason: str) -> int:
-        """Note that `sample` is bad from `step` on, and return its substitute; DataError where too many are bad."""
+        """Note that `sample` is bad from `step` on, and return its substitute; DataError where too many are bad.
+
+        One that is known from a later step on gets a second record: headers are read ahead of what is decoded.
+        """
         known = self._is_bad(sample, step)
         self._note(sample, step)
         substitute = self._substitute(sample, step)

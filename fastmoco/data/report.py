@@ -81,7 +81,7 @@ class Bar:
 
 def _lines(title: str, part: dict[str, Any]) -> list[str]:
     counts = sorted(part["classes"].values())
-    classes = f"{len(counts)}, of {counts[0]} to {counts[-1]} images" if counts else "none: kNN needs them, training not"
+    classes = f"{len(counts)}, of {counts[0]} to {counts[-1]} images" if counts else "none: only kNN needs them"
     archives = f" in {part['archives']} archives" if part["archives"] else ""
     how = "each decoded once" if part["decoded"] else "headers only: --full decodes each"
     return [

@@ -114,7 +114,7 @@ def write_set(photos: list[np.ndarray]) -> Callable[[Path, int], dict[str, str]]
         folder.mkdir(parents=True)
         generator = np.random.default_rng(0)
         # Neighbours too, so that a substitute may be bad itself.
-        places = [1, 2, 3, 40, 60, 61, 90, 120, 150, count - 1]
+        places = [1, 2, 3, 40, 60, 61, 90, 91, 150, count - 1]
         special = dict(zip(places, BROKEN, strict=True)) | {20 + 9 * i: kind for i, kind in enumerate(ODD)}
         names = {}
         for number in range(count):

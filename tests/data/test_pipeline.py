@@ -192,6 +192,7 @@ def test_a_gpu_with_fancy_upsampling_makes_the_crops_of_a_cpu(photo_manifest: Ma
     asked = request(photo_manifest, jpegs)
     (exact,) = crops(asked)
     options = {"batch_size": 200, "crop_size": 64, "views": 2, "device": torch.device("cuda", 0), "threads": 4}
-    fancy, plain = (next(Pipeline([asked], decoding=Decoding(0.65, choice), **options)).cpu() for choice in (True, False))
+    choices = [Decoding(0.65, fancy) for fancy in (True, False)]
+    fancy, plain = (next(Pipeline([asked], decoding=choice, **options)).cpu() for choice in choices)
     error, control = ((made.int() - exact.int()).abs().float().mean() for made in (fancy, plain))
     assert error < 2 and error < control
