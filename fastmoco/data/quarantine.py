@@ -84,9 +84,9 @@ class Quarantine:
         known = self._is_bad(sample, step)
         self._note(sample, step)
         substitute = self._substitute(sample, step)
-        if not known:
-            paths = self.manifest.paths
-            record = Record(step, paths[sample], reason, paths[substitute])
+        paths = self.manifest.paths
+        record = Record(step, paths[sample], reason, paths[substitute])
+        if not known and not self._is_written(record):
             self._append(record)
             self.news.append(record)
             self._check_share(record)
@@ -105,6 +105,10 @@ class Quarantine:
         if good is None:
             raise DataError(f"{self.manifest.root}: all {count} images are bad: check the disk and the path")
         return good
+
+    def _is_written(self, record: Record) -> bool:
+        # By another rank, which found the sample in an earlier epoch.
+        return any(other.file == record.file and other.step <= record.step for other in self.records())
 
     def _append(self, record: Record) -> None:
         if self.path is None:
