@@ -254,8 +254,8 @@ class Run:
         good = self.copied or None if self.saver is None else self.saver.good
         where = f"the last good checkpoint is of step {good}" if good is not None else "no checkpoint was written yet"
         return NonFiniteError(
-            f"{self.out}: {found[0]}, its update was left out; {where}: resume it with --on-nonfinite skip or rollback, "
-            f"or start another run with a smaller --lr or another --precision",
+            f"{self.out}: {found[0]}, its update was left out; {where}: resume it with --on-nonfinite skip or "
+            f"rollback, or start another run with a smaller --lr or another --precision",
             found[-1].step,
         )
 

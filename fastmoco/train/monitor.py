@@ -282,7 +282,7 @@ class Lines:
                 self._left = self._left[self._file.write(self._left) :]
         except OSError as error:
             if not self._refused:
-                self._report(f"warning: {self._path} takes no more lines ({error.strerror}); they are kept until it does")
+                self._report(f"warning: {self._path} takes no more lines ({error.strerror}); they are kept meanwhile")
         self._refused = bool(self._left)
 
 

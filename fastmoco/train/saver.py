@@ -115,7 +115,9 @@ class Saver:
         checkpoint.save(self.run, step, self._copies, meta, self._keep, self._keep_every)
 
     def _last(self) -> str:
-        return f"the last good checkpoint is of step {self.good}" if self.good is not None else "no checkpoint was written yet"
+        if self.good is None:
+            return "no checkpoint was written yet"
+        return f"the last good checkpoint is of step {self.good}"
 
 
 def _answer(error: OSError) -> str:

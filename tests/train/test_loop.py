@@ -173,7 +173,8 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(images, re
 
     with monkeypatch.context() as patch:
         patch.setattr(Step, "step", diverging)
-        with pytest.raises(NonFiniteError, match="loss of rank 0 became infinite or NaN in step 8.*last good checkpoint is of step 5"):
+        said = "loss of rank 0 became infinite or NaN in step 8.*last good checkpoint is of step 5"
+        with pytest.raises(NonFiniteError, match=said):
             pretrain(recipe, options(images, out, save_every=5))
     newest = checkpoint.latest(out)
     assert newest.name == "step_00000005"
@@ -234,7 +235,8 @@ def test_a_worker_that_torchrun_started_again_goes_on(images, recipe, whole, tmp
     """--max-restarts: without the count the folder of another run is refused, as ever."""
     out = tmp_path / "run"
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in as_flags(recipe).items()]
-    command = ["pretrain", "demo", f"--data={images}", f"--out={out}", "--device=cpu", "--threads=1", "--no-knn", *flags]
+    places = [f"--data={images}", f"--out={out}"]
+    command = ["pretrain", "demo", *places, "--device=cpu", "--threads=1", "--no-knn", *flags]
     assert main([*command, "--stop-after=11", "--log-every=4"]) == 0
     assert main(command) == 2
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")

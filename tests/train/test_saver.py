@@ -123,7 +123,8 @@ def test_a_disk_that_refuses_costs_a_warning_and_the_next_try_succeeds(fault, tm
             time.sleep(0.01)
         saver.check()
     getattr(patch, "callback", lambda: None)()
-    assert len(said) == 1 and "step 2 could not be written" in said[0] and "last good checkpoint is of step 1" in said[0]
+    [warning] = said
+    assert "step 2 could not be written" in warning and "last good checkpoint is of step 1" in warning
     newest = checkpoint.latest(run)
     assert newest.name == "step_00000001" and not list(newest.parent.glob("*.writing"))
     saver.start(3, state(3), META)
