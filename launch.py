@@ -10,6 +10,7 @@ the command runs in this process; and so it does under torchrun, where RANK is s
 
 import os
 import sys
+import tempfile
 
 from fastmoco.cli import complain, main, parse
 from fastmoco.options import UsageError
@@ -50,7 +51,9 @@ def launch(nproc: int, flags: list[str], command: list[str]) -> int:
     # Else ranks that restart may read where the dead ones listened.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     try:
-        run(get_args_parser().parse_args(own))
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["FASTMOCO_LAUNCH"] = folder
+            run(get_args_parser().parse_args(own))
     except SignalException:
         return 143
     except ChildFailedError as error:

@@ -434,7 +434,16 @@ class Env:
 
 def restarted() -> bool:
     """Whether torchrun started this process in place of one that failed (--max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        return True
+    # Where a rank of another machine failed torchrun counts nothing here: launch.py gives a folder for marks.
+    folder = os.environ.get("FASTMOCO_LAUNCH")
+    if folder is None:
+        return False
+    mark, mine = Path(folder, os.environ.get("LOCAL_RANK", "0")), str(os.getpid())
+    if not mark.exists():
+        mark.write_text(mine)
+    return mark.read_text() != mine
 
 
 def check_places(preset: str, options: Options, is_main: bool = True) -> None:

@@ -9,6 +9,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from fastmoco import failures
+from fastmoco.options import restarted
 from fastmoco.train.watchdog import STUCK
 
 
@@ -50,3 +51,18 @@ def test_the_cause_is_told_from_its_consequences(
 
 def test_one_rank_alone() -> None:
     assert failures.summary({3: LOST}).endswith("failed: RuntimeError: Connection closed by peer")
+
+
+def test_a_process_in_the_place_of_another_knows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the failed rank was another machine's, which torchrun does not count here."""
+    monkeypatch.setenv("FASTMOCO_LAUNCH", str(tmp_path))
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert not restarted() and not restarted()
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    assert restarted() and restarted()
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert not restarted()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert restarted()
