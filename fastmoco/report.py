@@ -77,12 +77,11 @@ def _tiles(folder: Path, recipe: Recipe, log: list[dict], knn: list[dict]) -> st
         wait = statistics.median(line["data_wait"] for line in log)
         shown.append(("throughput", f"{rate:,.0f}", "pairs/s, median"))
         shown.append(("data wait", f"{wait:.0%}", "of the time, median"))
-    if knn:
-        before = f"before training {knn[0]['top1']:.1f}%" if knn[0]["step"] == 0 and len(knn) > 1 else ""
-        shown.append(("kNN top-1", f"{knn[-1]['top1']:.1f}%", before or f"after step {knn[-1]['step']}"))
     for name, figures in accuracies(folder).items():
-        if name != "kNN":
-            shown.append((name, f"{figures['top1']:.1f}%", f"top-1, {figures['classes']} classes"))
+        remark = f"top-1, {figures.get('classes', '?')} classes"
+        if name == "kNN" and knn and knn[0]["step"] == 0 < figures["step"]:
+            remark = f"before training {knn[0]['top1']:.1f}%"
+        shown.append((name, f"{figures['top1']:.1f}%", remark))
     if log:
         shown.append(("time", _duration(log[-1]["seconds"]), f"{log[-1]['epoch']:.3g} epochs"))
     return tiles(shown)

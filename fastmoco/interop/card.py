@@ -18,7 +18,7 @@ def accuracies(run: Path) -> dict[str, dict[str, Any]]:
     """What the run's evaluations found, by name: top1, top5 and their circumstances. Empty where none was made."""
     found = {name: read_json(run / file) for file, name in FIGURES.items()}
     lines = read_lines(run / KNN)
-    if lines and not found["kNN"]:
+    if lines and lines[-1]["step"] > found["kNN"].get("step", -1):
         found["kNN"] = lines[-1]
     return {name: figures for name, figures in found.items() if "top1" in figures}
 
