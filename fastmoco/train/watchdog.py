@@ -43,6 +43,7 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self._seconds:
             self._last = time.monotonic()
+            self._arm(self._patience)
             self._thread.start()
         return self
 
@@ -58,8 +59,11 @@ class Watchdog:
             if silent > patience:
                 self._end(silent)
                 return
-            faulthandler.dump_traceback_later(patience + HELD_SECONDS, exit=True, file=2)
+            self._arm(patience)
         faulthandler.cancel_dump_traceback_later()
+
+    def _arm(self, patience: float) -> None:
+        faulthandler.dump_traceback_later(patience + HELD_SECONDS, exit=True, file=2)
 
     def _limit(self) -> float:
         hurried = self._asked and "TORCHELASTIC_RUN_ID" in os.environ
