@@ -10,7 +10,6 @@ the command runs in this process; and so it does under torchrun, where RANK is s
 
 import os
 import sys
-import tempfile
 
 from fastmoco.cli import complain, main, parse
 from fastmoco.options import UsageError
@@ -40,25 +39,11 @@ def split(argv: list[str]) -> tuple[str, list[str], list[str]]:
 
 def launch(nproc: int, flags: list[str], command: list[str]) -> int:
     """Run `command` in `nproc` processes of this machine; the exit code of the one to blame, or 0."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import get_args_parser, run
-
     from fastmoco import failures
 
     alone = [] if any(flag.startswith(("--nnodes", "--rdzv", "--master")) for flag in flags) else ["--standalone"]
     own = [f"--nproc-per-node={nproc}", f"--signals-to-handle={SIGNALS}", *alone, *flags, __file__, *command]
-    # Else ranks that restart may read where the dead ones listened.
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            os.environ["FASTMOCO_LAUNCH"] = folder
-            run(get_args_parser().parse_args(own))
-    except SignalException:
-        return 143
-    except ChildFailedError as error:
-        return failures.report(error.failures)
-    return 0
+    return failures.torchrun(own)
 
 
 def start(argv: list[str]) -> int:

@@ -1,17 +1,37 @@
-"""What ended a job of several processes: one line that names the rank and the cause."""
+"""A job of several processes by torchrun, and what ended it: one line that names the rank and the cause."""
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fastmoco.train.watchdog import STUCK
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+
+def torchrun(argv: Sequence[str]) -> int:
+    """Do as the command line `argv` of torchrun says; the exit code of the rank to blame, 143 after a signal, or 0."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser, run
+
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            # Ranks that restart must know it, and must not read where the dead ones listened.
+            os.environ |= {"FASTMOCO_LAUNCH": folder, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+            run(get_args_parser().parse_args(list(argv)))
+    except SignalException:
+        return 143
+    except ChildFailedError as error:
+        return report(error.failures)
+    return 0
 
 
 def report(failures: Mapping[int, ProcessFailure]) -> int:
