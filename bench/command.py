@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fastmoco.bench import report
+from fastmoco.bench import report, traffic
 from fastmoco.bench.report import Record, Row
 from fastmoco.contrast.update import PRECISIONS, resolve_precision
 from fastmoco.options import Bench, BenchCompare, BenchReport
@@ -25,6 +25,8 @@ SHORT_ROUNDS = {"loader": 3, "train": 3, "scaling": 3}  # of samples that last s
 
 def run(options: Bench) -> None:
     """`bench`: measure the subjects, print their tables, write the files asked for."""
+    if options.model:
+        return print(traffic.table(dataclasses.replace(PRESETS[options.preset][1], **_given(options))))
     device = Parallel.start(options.device).device
     recipe = recipe_of(options, device)
     subjects = options.subjects or tuple(SUBJECTS)
@@ -46,13 +48,12 @@ def measure(subject: str, options: Bench, recipe: Recipe, device: torch.device) 
 def recipe_of(options: Bench, device: torch.device) -> Recipe:
     """The preset at the size that `options` asks for: on a GPU as published, on a CPU small."""
     recipe = PRESETS[options.preset][1]
-    given = {name: getattr(options, name) for name in SMALL if getattr(options, name) is not None}
     small = {}
     if device.type != "cuda":
         small = {name: value for name, value in SMALL.items() if name == "arch" or getattr(recipe, name) > value}
         # The batch stays whole batch-norm groups.
         small["batch_size"] = max(1, SMALL["batch_size"] // recipe.bn_group) * recipe.bn_group
-    return dataclasses.replace(recipe, **small | given)
+    return dataclasses.replace(recipe, **small | _given(options))
 
 
 def write(options: Bench, records: list[Record]) -> None:
@@ -79,6 +80,10 @@ def rewrite_readme(options: BenchReport) -> None:
     text = options.readme.read_text()
     options.readme.write_text(report.readme(text, [item for path in paths for item in report.load(path)]))
     print(f"{options.readme}: the tables of {len(paths)} files")
+
+
+def _given(options: Bench) -> dict:
+    return {name: getattr(options, name) for name in SMALL if getattr(options, name) is not None}
 
 
 def _subject(module: str, *names: str) -> Callable[[Bench, Recipe, torch.device, int], list[Row]]:

@@ -1,6 +1,6 @@
 """How many bytes a step puts on the wires between GPUs, ours and the published way, and on which wire: a model.
 
-`python -m fastmoco.bench.traffic` prints it for 8, 64 and 512 GPUs. A test holds its totals against bytes counted in a
+`fastmoco bench scaling --model` prints it for 8, 64 and 512 GPUs. A test holds its totals against bytes counted in a
 run of four ranks; the share of each link rests on the two assumptions below and was measured on no cluster.
 
 - Collectives run as rings (Patarasu and Yuan, 2009), one for each GPU of a machine, each carrying an equal share and
@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from fastmoco.encoder import build_encoder
-from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.recipe import Recipe
 
 Way = Literal["published", "fastmoco"]
 WAYS: tuple[Way, ...] = ("published", "fastmoco")
@@ -134,7 +134,3 @@ def _line(flow: Flow) -> str:
 
 def _megabytes(value: float) -> str:
     return f"{value / 1e6:,.0f}" if value >= 1e8 else f"{value / 1e6:.3g}"
-
-
-if __name__ == "__main__":
-    print(table(PRESETS["v2"][1]))

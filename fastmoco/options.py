@@ -337,9 +337,12 @@ class Bench:
     """Measure this precision only."""
     data: Path | None = None
     """Images for loader and train; left out, made for the occasion."""
+    model: bool = False
+    """With scaling: instead of measuring, count what a step sends between 8, 64 and 512 GPUs."""
 
     def __post_init__(self) -> None:
         _require(self.rounds >= 0, "rounds", self.rounds, "use a number of at least 0")
+        _require(not self.model or self.subjects == ("scaling",), "model", True, "use it as bench scaling --model")
 
 
 @dataclass(frozen=True)

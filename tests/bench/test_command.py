@@ -125,3 +125,11 @@ def test_the_schema_refuses_what_is_no_row(spoil, tmp_path):
 def test_the_committed_records_pass_the_schema():
     for path in (Path(__file__).parents[2] / "bench/records").glob("*.json"):
         assert all(dataclasses.is_dataclass(item) for item in report.load(path))
+
+
+def test_scaling_model_counts_instead_of_measuring_and_goes_with_nothing_else(capsys):
+    assert main(["bench", "scaling", "--model", "--arch", "resnet18"]) == 0
+    out = capsys.readouterr().out
+    assert "resnet18, 224 px" in out and "| 512 | fastmoco | all |" in out
+    assert main(["bench", "step", "--model"]) == 2
+    assert "bench scaling --model" in capsys.readouterr().err
