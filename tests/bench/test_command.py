@@ -19,13 +19,13 @@ TINY = "--arch resnet18 --batch-size 32 --crop-size 16 --queue-size 64 --rounds 
 
 def test_a_cpu_is_measured_small_and_a_gpu_as_published():
     small = command.recipe_of(Bench(()), CPU)
-    assert (small.arch, small.batch_size, small.crop_size, small.queue_size) == ("resnet18", 32, 48, 4096)
+    assert (small.arch, small.batch_size, small.crop_size, small.queue_size) == ("resnet18", 32, 112, 4096)
     assert command.recipe_of(Bench(()), torch.device("cuda", 0)) == PRESETS["v2"][1]
     given = command.recipe_of(Bench((), arch="resnet50", batch_size=64), CPU)
-    assert (given.arch, given.batch_size, given.crop_size) == ("resnet50", 64, 48)
+    assert (given.arch, given.batch_size, given.crop_size) == ("resnet50", 64, 112)
     for preset, (_, recipe) in PRESETS.items():
         chosen = command.recipe_of(Bench((), preset=preset), CPU)
-        assert chosen.batch_size % recipe.bn_group == 0 and chosen.crop_size <= 48
+        assert chosen.batch_size % recipe.bn_group == 0 and chosen.crop_size <= 112
 
 
 @pytest.mark.parametrize(
