@@ -57,13 +57,14 @@ def test_3000_batches_grow_nothing(tmp_path: Path, write_set: Callable[[Path, in
 
 
 RUN = """
-import dataclasses, sys
+import dataclasses, signal, sys
 from types import SimpleNamespace
 import torch
 from fastmoco.data.loader import Loader
 from fastmoco.data.manifest import scan
 from fastmoco.data.plan import Plan
 from fastmoco.recipe import Recipe
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
 torch.set_num_threads(1)
 manifest, recipe = scan(sys.argv[1], cache=False), Recipe(crop_size=16, batch_size=32)
 alone = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
@@ -86,10 +87,13 @@ def test_interrupted_at_ten_random_moments_nothing_is_left(
             [sys.executable, "-c", RUN, str(tmp_path / "data")], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             text=True, start_new_session=True,
         )  # fmt: skip
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(moment)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=20)  # negative control: a thread that is not joined would hang here
+        try:
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(moment)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=20)  # negative control: a thread that is not joined would hang here
+        finally:
+            process.kill()
         assert process.returncode in (130, -signal.SIGINT), said
         assert said.count("Traceback") == 1 and said.rstrip().endswith("KeyboardInterrupt"), said
         with pytest.raises(ProcessLookupError):
