@@ -23,16 +23,16 @@ from numpy.random import RandomState
 from numpy.typing import NDArray
 from PIL import Image
 
-VERSION = 1
+VERSION = 2
 """Goes up whenever the pixels change; an older set is made again."""
 SEED = 20200309
-IMAGES = {"train": 250, "val": 60}
+IMAGES = {"train": 320, "val": 60}
 """Images of each class in each split."""
 SIDES = (48, 160)
 """Range of height and width, in pixels."""
 QUALITIES = (60, 95)
 """Range of JPEG qualities."""
-PERIODS = (0.16, 0.32)
+PERIODS = (0.2, 0.34)
 """Range of the length after which a texture repeats, as a share of the image's shorter side."""
 STAMP = "synthetic.json"
 
@@ -40,10 +40,10 @@ Array = NDArray[np.float64]
 
 
 def make(folder: str | os.PathLike[str]) -> Path:
-    """Folder holding train/CLASS/*.jpg and val/CLASS/*.jpg, made if it is not there, unfinished or outdated.
+    """Folder holding train/CLASS/*.jpg and val/CLASS/*.jpg, made if it is absent, incomplete or of an older generator.
 
     The set appears in one rename, so whoever sees it sees all of it, and several processes may call this at once.
-    ValueError where `folder` holds anything else: nothing of the user's is ever removed.
+    ValueError where `folder` holds anything else, which is left as it is.
     """
     folder = Path(folder).absolute()
     if _is_current(folder):
@@ -51,12 +51,12 @@ def make(folder: str | os.PathLike[str]) -> Path:
     if folder.exists() and not _is_ours(folder):
         raise ValueError(f"{folder} exists and is not an image set made by fastmoco: name a new or an empty folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        _write(made / "new")
-        _install(made / "new", folder, made / "old")
+        _write(aside / "new")
+        _install(aside / "new", folder, aside / "old")
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 
@@ -65,8 +65,6 @@ def render(family: str, rng: RandomState) -> NDArray[np.uint8]:
     size = _draw_size(rng)
     x, y = _plane(rng, size)
     ink = FAMILIES[family](x, y, rng)
-    softness = rng.uniform(0.06, 0.12)
-    ink = np.clip(0.5 + ink / (2 * softness), 0, 1)
     return _develop(ink if rng.rand() < 0.5 else 1 - ink, rng)
 
 
@@ -81,7 +79,7 @@ def _draw_size(rng: RandomState) -> tuple[int, int]:
 def _plane(rng: RandomState, size: tuple[int, int]) -> tuple[Array, Array]:
     height, width = size
     period = min(size) * np.exp(rng.uniform(*np.log(PERIODS)))
-    angle = rng.uniform(0, 2 * np.pi)
+    angle = rng.uniform(-np.pi / 3, np.pi / 3)
     y, x = np.mgrid[:height, :width] / period
     u = np.cos(angle) * x + np.sin(angle) * y + rng.uniform(0, 8)
     v = np.cos(angle) * y - np.sin(angle) * x + rng.uniform(0, 8)
@@ -96,8 +94,8 @@ def _plane(rng: RandomState, size: tuple[int, int]) -> tuple[Array, Array]:
 
 def _develop(ink: Array, rng: RandomState) -> NDArray[np.uint8]:
     height, width = ink.shape
-    contrast, level = rng.uniform(0.35, 0.6), rng.uniform(0.45, 0.55)
-    slope = rng.uniform(-0.06, 0.06, 2)
+    contrast, level = rng.uniform(0.35, 0.6), rng.uniform(0.4, 0.6)
+    slope = rng.uniform(-0.05, 0.05, 2)
     light = slope[0] * np.linspace(-1, 1, height)[:, None] + slope[1] * np.linspace(-1, 1, width)
     grain = 0.04 * (rng.rand(height, width) - 0.5)
     tone = level + contrast * (ink - 0.5) + light + grain
@@ -110,96 +108,95 @@ def _fold(x: Array) -> Array:
     return np.abs(x - np.rint(x))
 
 
-def _stripes(x: Array, y: Array, rng: RandomState) -> Array:
-    return _fold(x) - rng.uniform(0.17, 0.33)
-
-
-def _checks(x: Array, y: Array, rng: RandomState) -> Array:
-    return 4 * (_fold(x * 0.7) - 0.25) * (_fold(y * 0.7) - 0.25) * 2
-
-
-def _dots(x: Array, y: Array, rng: RandomState) -> Array:
-    return np.hypot(_fold(x), _fold(y)) - rng.uniform(0.22, 0.36)
-
-
-def _rings(x: Array, y: Array, rng: RandomState) -> Array:
-    return np.abs(np.hypot(_fold(x * 0.8), _fold(y * 0.8)) - rng.uniform(0.26, 0.34)) - rng.uniform(0.07, 0.11)
-
-
-def _crosses(x: Array, y: Array, rng: RandomState) -> Array:
-    u, v = _fold(x * 0.8), _fold(y * 0.8)
-    arm, half = rng.uniform(0.34, 0.42), rng.uniform(0.08, 0.13)
-    return np.minimum(np.maximum(u - arm, v - half), np.maximum(v - arm, u - half))
+def _edge(distance: Array, rng: RandomState) -> Array:
+    # Ink 0 inside, 1 outside, and a soft step over the outline where the distance is 0.
+    return np.clip(0.5 + distance / rng.uniform(0.12, 0.24), 0, 1)
 
 
 def _bricks(x: Array, y: Array, rng: RandomState) -> Array:
+    # Courses of bricks of a drawn tone each, shifted by half a brick from one course to the next.
     row = np.floor(y)
-    joint = np.minimum(_fold(y), 2 * _fold(x / 2 + row / 2))
-    return joint - rng.uniform(0.07, 0.14)
+    along = x / 2 + row / 2
+    tone = rng.rand(64, 64)[row.astype(int) % 64, np.floor(along).astype(int) % 64]
+    mortar = _edge(rng.uniform(0.09, 0.13) - np.minimum(_fold(y), 2 * _fold(along)), rng)
+    return np.maximum(mortar, 0.65 * tone)
 
 
-def _mosaic(x: Array, y: Array, rng: RandomState) -> Array:
-    # Tiles of a drawn tone each: what is nearest decides, so the edges are straight and meet by threes.
-    _, tone = _nearest(x * 0.8, y * 0.8, rng)
-    return 0.16 * (tone - 0.5)
-
-
-def _pebbles(x: Array, y: Array, rng: RandomState) -> Array:
-    distance, _ = _nearest(x * 0.8, y * 0.8, rng)
-    return distance - rng.uniform(0.25, 0.32)
-
-
-def _straw(x: Array, y: Array, rng: RandomState) -> Array:
-    # One stalk in every unit square, turned any way.
-    best = np.full(x.shape, np.inf)
-    for u, v, drawn in _neighbours(x, y, rng):
-        angle = np.pi * drawn
-        along, across = np.cos(angle) * u + np.sin(angle) * v, np.cos(angle) * v - np.sin(angle) * u
-        best = np.minimum(best, np.hypot(np.maximum(np.abs(along) - 0.6, 0), across))
-    return best - rng.uniform(0.09, 0.14)
-
-
-def _nearest(x: Array, y: Array, rng: RandomState) -> tuple[Array, Array]:
-    nearest, tone = np.full(x.shape, np.inf), np.zeros(x.shape)
-    for u, v, drawn in _neighbours(x, y, rng):
-        distance = np.hypot(u, v)
-        tone = np.where(distance < nearest, drawn, tone)
-        nearest = np.minimum(nearest, distance)
-    return nearest, tone
-
-
-def _neighbours(x: Array, y: Array, rng: RandomState) -> Iterator[tuple[Array, Array, Array]]:
-    # One point at a drawn place in every unit square, with a drawn value; the offset of a pixel from the points in
-    # the 3 x 3 squares around it, which hold the nearest one.
-    column, row = np.floor(x).astype(int), np.floor(y).astype(int)
-    table = rng.uniform(0.1, 0.9, (32, 32, 3))
-    for i in (-1, 0, 1):
-        for j in (-1, 0, 1):
-            u, v, drawn = np.moveaxis(table[(row + j) % 32, (column + i) % 32], -1, 0)
-            yield x - (column + i + u), y - (row + j + v), drawn
+def _checks(x: Array, y: Array, rng: RandomState) -> Array:
+    return _edge(8 * (_fold(x * 0.7) - 0.25) * (_fold(y * 0.7) - 0.25), rng)
 
 
 def _clouds(x: Array, y: Array, rng: RandomState) -> Array:
     # A sum of waves in all directions whose lengths lie near one period: a random field with one scale.
-    angles, phases = rng.uniform(0, 2 * np.pi, (2, 24))
-    paces = rng.uniform(0.35, 0.9, 24)
-    field = sum(
-        np.cos(2 * np.pi * pace * (np.cos(angle) * x + np.sin(angle) * y) + phase)
-        for angle, phase, pace in zip(angles, phases, paces, strict=True)
-    )
-    return np.asarray(field) / 12 - rng.uniform(-0.1, 0.1)
+    angles, phases = rng.uniform(0, 2 * np.pi, (2, 16))
+    paces = 2 * np.pi * rng.uniform(0.35, 0.9, 16)
+    field = np.zeros(x.shape)
+    for angle, phase, pace in zip(angles, phases, paces, strict=True):
+        field += np.cos(pace * np.cos(angle) * x + pace * np.sin(angle) * y + phase)
+    return _edge(field / 10 - rng.uniform(-0.1, 0.1), rng)
+
+
+def _dots(x: Array, y: Array, rng: RandomState) -> Array:
+    return _edge(np.hypot(_fold(x), _fold(y)) - rng.uniform(0.26, 0.34), rng)
+
+
+def _mosaic(x: Array, y: Array, rng: RandomState) -> Array:
+    # Tiles of a drawn tone each: whichever point is nearest decides, so the edges are straight and meet by threes.
+    nearest, ink = np.full(x.shape, np.inf), np.zeros(x.shape)
+    for u, v, drawn in _neighbours(x * 0.8, y * 0.8, rng):
+        distance = np.hypot(u, v)
+        ink = np.where(distance < nearest, drawn, ink)
+        nearest = np.minimum(nearest, distance)
+    return ink
+
+
+def _pebbles(x: Array, y: Array, rng: RandomState) -> Array:
+    outlines = [np.hypot(u, v) - 0.5 * drawn for u, v, drawn in _neighbours(x * 0.9, y * 0.9, rng)]
+    return _edge(np.min(outlines, axis=0), rng)
+
+
+def _plaid(x: Array, y: Array, rng: RandomState) -> Array:
+    # Three tones: where no band runs, where one runs, where two cross.
+    half = rng.uniform(0.2, 0.3)
+    return (_edge(_fold(x * 0.8) - half, rng) + _edge(_fold(y * 0.8) - half, rng)) / 2
+
+
+def _rings(x: Array, y: Array, rng: RandomState) -> Array:
+    radius = np.hypot(_fold(x * 0.8), _fold(y * 0.8))
+    return _edge(np.abs(radius - rng.uniform(0.26, 0.34)) - rng.uniform(0.07, 0.11), rng)
+
+
+def _scales(x: Array, y: Array, rng: RandomState) -> Array:
+    # Rows of shaded arcs, each row over the one before and shifted by half a scale.
+    front = y - rng.uniform(1.6, 2.4) * _fold(x * 0.7 + np.floor(y) / 2) ** 2
+    return front - np.floor(front)
+
+
+def _stripes(x: Array, y: Array, rng: RandomState) -> Array:
+    return _edge(_fold(x) - rng.uniform(0.2, 0.3), rng)
+
+
+def _neighbours(x: Array, y: Array, rng: RandomState) -> Iterator[tuple[Array, Array, Array]]:
+    # One point at a drawn place in every unit square, with a drawn value: the offset of every pixel from the points in
+    # the 3 x 3 squares around it, which hold the nearest one.
+    column, row = np.floor(x).astype(int), np.floor(y).astype(int)
+    table = rng.uniform(0.1, 0.9, (3, 32, 32))
+    for i in (-1, 0, 1):
+        for j in (-1, 0, 1):
+            u, v, drawn = table[:, (row + j) % 32, (column + i) % 32]
+            yield x - (column + i + u), y - (row + j + v), drawn
 
 
 FAMILIES: dict[str, Callable[[Array, Array, RandomState], Array]] = {
     "bricks": _bricks,
     "checks": _checks,
     "clouds": _clouds,
-    "crosses": _crosses,
     "dots": _dots,
     "mosaic": _mosaic,
     "pebbles": _pebbles,
+    "plaid": _plaid,
     "rings": _rings,
-    "straw": _straw,
+    "scales": _scales,
     "stripes": _stripes,
 }
 
@@ -230,17 +227,26 @@ def _stamp() -> dict[str, object]:
 
 
 def _is_ours(folder: Path) -> bool:
-    return not any(folder.iterdir()) or (folder / STAMP).is_file()
+    return folder.is_dir() and ((folder / STAMP).is_file() or not any(folder.iterdir()))
 
 
 def _is_current(folder: Path) -> bool:
     try:
-        return json.loads((folder / STAMP).read_text()) == _stamp()
+        stamp = json.loads((folder / STAMP).read_text())
     except (OSError, ValueError):
         return False
+    return stamp == _stamp() and all(
+        sum(1 for _ in (folder / split / family).glob("*.jpg")) == images
+        for split, images in IMAGES.items()
+        for family in FAMILIES
+    )
 
 
 def _install(new: Path, folder: Path, old: Path) -> None:
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(new, folder)
+    try:
+        if folder.exists() and not _is_current(folder):
+            os.rename(folder, old)
+        os.rename(new, folder)
+    except OSError:
+        if not _is_current(folder):  # another process was faster, which is as good
+            raise
