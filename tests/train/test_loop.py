@@ -15,6 +15,7 @@ import torch
 
 from fastmoco.cli import main
 from fastmoco.contrast.step import Step
+from fastmoco.data.loader import READERS
 from fastmoco.options import Options, Pretrain, UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import RecipeError
@@ -196,7 +197,7 @@ def test_fresh_names(tmp_path):
 
 @pytest.mark.slow
 def test_2000_steps_with_200_checkpoints_leave_memory_files_and_threads_as_they_were(recipe, images, tmp_path, in_fork):
-    """From step 500 on: less than 8 MB more, no descriptor and no thread more, and two checkpoints on the disk."""
+    """From step 500 on: less than 8 MB more, no descriptor more, the same threads, and two checkpoints."""
     assert in_fork(soak, recipe, images, tmp_path) == 0, (tmp_path / "said").read_text()[-2000:]
     figures = json.loads((tmp_path / "figures.json").read_text())
     print(figures)
@@ -204,7 +205,8 @@ def test_2000_steps_with_200_checkpoints_leave_memory_files_and_threads_as_they_
     assert [each["step"] for each in figures] == [500, 1000, 1500, 2000]
     assert last["rss"] - first["rss"] < 8e6
     assert last["descriptors"] <= first["descriptors"]
-    assert figures[1]["threads"] == figures[2]["threads"] >= last["threads"]  # the loader starts its readers lazily
+    # The loader starts its readers one by one, as it needs them; a thread left at each checkpoint would make 150 more.
+    assert max(each["threads"] for each in figures) - min(each["threads"] for each in figures) <= READERS
     assert all(each["checkpoints"] <= 3 for each in figures)  # two, and one that is on its way in or out
 
 
