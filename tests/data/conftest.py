@@ -51,9 +51,18 @@ def photos() -> list[np.ndarray]:
 @pytest.fixture(scope="session")
 def photo_folder(photos: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """104 cuts of many sizes and of every kind, eight of each, with `.img` for an ending."""
-    folder = tmp_path_factory.mktemp("photos")
+    return _write_cuts(tmp_path_factory.mktemp("photos"), photos, 8)
+
+
+@pytest.fixture(scope="session")
+def many_photos(photos: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """312 of them."""
+    return _write_cuts(tmp_path_factory.mktemp("many"), photos, 24)
+
+
+def _write_cuts(folder: Path, photos: list[np.ndarray], each: int) -> Path:
     generator = np.random.default_rng(0)
-    for number in range(8 * len(KINDS)):
+    for number in range(each * len(KINDS)):
         kind = list(KINDS)[number % len(KINDS)]
         top, left = generator.integers(0, 200), generator.integers(0, 300)
         height, width = generator.integers(40, 220), generator.integers(40, 320)
