@@ -163,6 +163,8 @@ def _resumed(preset: str, argv: Sequence[str], chosen: PretrainFlags) -> Pretrai
     before = Recipe.from_dict(saved["recipe"])
     # The run's own recipe takes the preset's place, so that the flags it was started with need not be repeated.
     chosen = _flags(PretrainFlags, f"pretrain {preset}", argv, PretrainFlags(recipe=before))
+    if saved.get("images"):  # an imported run may know of none
+        chosen = dataclasses.replace(chosen, recipe=chosen.recipe.for_images(saved["images"]))
     for field in dataclasses.fields(Recipe):
         old, new = getattr(before, field.name), getattr(chosen.recipe, field.name)
         if old != new and field.name not in HARMLESS_ON_RESUME:

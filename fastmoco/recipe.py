@@ -17,6 +17,8 @@ from typing import Literal
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
 REFERENCE_BATCH, REFERENCE_LR = 256, 0.03
+PUBLISHED_KEYS, PUBLISHED_IMAGES = 65536, 1_281_167  # the queue and the set it was published with
+LEAST_BATCHES = 4  # in a queue that follows the data: with fewer, all negatives are of the newest encoders
 
 
 class RecipeError(ValueError):
@@ -89,8 +91,8 @@ class Recipe:
     dim: int = 128
     """Dimensions of the projection: the length of queries and keys."""
 
-    queue_size: int = 65536
-    """K, the number of negative keys kept. Any number: writing wraps around."""
+    queue_size: int | Literal["auto"] = 65536
+    """K, the number of negative keys kept. Any number: writing wraps around. auto follows the number of images."""
     queue_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Storage of the queue; auto follows the precision."""
     ema_momentum: float = 0.999
@@ -148,7 +150,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("dim", "queue_size", "bn_group", "batch_size", "epochs", "crop_size", "knn_k"):
             value = getattr(self, name)
-            _require(isinstance(value, int) and value >= 1, name, value, "use a whole number of at least 1")
+            whole = isinstance(value, int) and value >= 1 or (name, value) == ("queue_size", "auto")
+            _require(whole, name, value, "use a whole number of at least 1")
         _require(self.arch in ARCHITECTURES, "arch", self.arch, f"use one of {', '.join(ARCHITECTURES)}")
         _require(self.width > 0, "width", self.width, "use a positive multiplier")
         _require(0 <= self.ema_momentum <= 1, "ema_momentum", self.ema_momentum, "use a number from 0 to 1")
@@ -174,6 +177,26 @@ class Recipe:
                 f"{self.bn_group}: use --batch-size {near}, or another --bn-group"
             )
         return self.batch_size // world
+
+    def for_images(self, count: int) -> Recipe:
+        """The recipe with a queue for `count` images where its size is auto; as it is where a number was given.
+
+        K is the published share of the images (65,536 of 1,281,167, about n / 20), but at least 4 batches and at most
+        65,536, in whole batches: then each batch of keys leaves as it came, together, and the published code, which
+        takes no other K, can go on from an export.
+        """
+        if self.queue_size != "auto":
+            return self
+        batch = self.batch_size * self.views
+        share = -(-count * PUBLISHED_KEYS // (PUBLISHED_IMAGES * batch))
+        batches = max(LEAST_BATCHES, min(share, PUBLISHED_KEYS // batch))
+        return dataclasses.replace(self, queue_size=batches * batch)
+
+    def check_queue(self) -> int:
+        """K; RecipeError where it is still auto."""
+        remedy = "it follows the data, so give a number here, or take recipe.for_images(number of images)"
+        _require(self.queue_size != "auto", "queue_size", self.queue_size, remedy)
+        return int(self.queue_size)
 
     @property
     def base_lr(self) -> float:

@@ -66,6 +66,40 @@ def test_auto_scales_the_rate_with_the_batch(batch: int, rate: float) -> None:
     assert dataclasses.replace(V1, batch_size=batch, lr=0.1).base_lr == 0.1
 
 
+@pytest.mark.parametrize(
+    ("images", "batch", "keys"),
+    [(1_281_167, 256, 65536), (5_000_000, 256, 65536), (50_000, 512, 2560), (20_000, 128, 1024), (312, 64, 256)],
+)
+def test_an_auto_queue_is_the_published_share_of_the_images(images: int, batch: int, keys: int) -> None:
+    auto = dataclasses.replace(V2, queue_size="auto", batch_size=batch)
+    assert auto.for_images(images) == dataclasses.replace(auto, queue_size=keys)
+
+
+@settings(max_examples=300, deadline=None)
+@given(images=st.integers(1, 10**7), groups=st.integers(1, 300), symmetric=st.booleans())
+def test_an_auto_queue_is_whole_batches_and_neither_short_nor_near_the_set(
+    images: int, groups: int, symmetric: bool
+) -> None:
+    recipe = Recipe(queue_size="auto", batch_size=32 * groups, symmetric=symmetric).for_images(images)
+    keys, batch = recipe.check_queue(), recipe.batch_size * recipe.views
+    assert keys % batch == 0 and 4 * batch <= keys <= max(65536, 4 * batch)
+    if images >= 16 * batch:
+        assert keys <= images / 4
+    if images / 19 + batch <= 65536:
+        assert keys >= images / 20
+
+
+def test_a_number_of_keys_stays_and_auto_must_meet_data_first() -> None:
+    given = dataclasses.replace(V2, queue_size=100)
+    assert given.for_images(7) == given and given.check_queue() == 100
+    auto = dataclasses.replace(V2, queue_size="auto")
+    assert Recipe.from_dict(json.loads(json.dumps(auto.as_dict()))) == auto
+    with pytest.raises(RecipeError, match="queue_size is 'auto': .* recipe.for_images"):
+        auto.check_queue()
+    with pytest.raises(RecipeError, match="queue_size is 'many': use"):
+        Recipe(queue_size="many")
+
+
 def test_published_figures() -> None:
     assert (V1.arch, V1.head, V1.temperature, V1.dim, V1.queue_size) == ("resnet50", "linear", 0.07, 128, 65536)
     assert (V1.ema_momentum, V1.sgd_momentum, V1.weight_decay, V1.batch_size) == (0.999, 0.9, 1e-4, 256)

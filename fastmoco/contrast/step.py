@@ -92,7 +92,7 @@ class Step:
         self.update = Update(self.encoder_q, self.encoder_k, recipe, numbers, update)
         generator = torch.Generator().manual_seed(recipe.seed + QUEUE_SEED)
         dtype = numbers.work if recipe.queue_dtype == "auto" else getattr(torch, recipe.queue_dtype)
-        self.queue = Queue(recipe.queue_size, recipe.dim, dtype, generator).to(parallel.device)
+        self.queue = Queue(recipe.check_queue(), recipe.dim, dtype, generator).to(parallel.device)
         on_gpu = parallel.device.type == "cuda"
         for flag, wanted in (("--key-stream", key_stream), ("--update apex", update == "apex")):
             if wanted and not on_gpu:

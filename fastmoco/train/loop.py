@@ -70,10 +70,12 @@ class Run:
     """One run on this rank: what it trains on, where it stands, where it writes."""
 
     def __init__(self, recipe: Recipe, options: Options, preset: str, parallel: Parallel) -> None:
-        self.recipe, self.options, self.parallel = recipe, options, parallel
+        self.options, self.parallel = options, parallel
         self.out = Path(options.out)
         self.threads = options.threads or max(1, environment.cores() // _ranks_here())
         self.train_set, self.val_set, note = _images(options)
+        asked, recipe = recipe, recipe.for_images(len(self.train_set))
+        self.recipe = recipe
         self.quarantine = None
         if options.quarantine:
             self.quarantine = Quarantine(self.train_set, self.out / quarantine.NAME, recipe.max_bad_share)
@@ -102,7 +104,7 @@ class Run:
             self.monitor = Monitor(
                 self.out, self.last, self.done, tensorboard=options.tensorboard, track=options.track
             )
-            record.announce(self, preset, note)
+            record.announce(self, preset, f"{record.queue_note(asked, recipe, len(self.train_set))}{note}")
         parallel.barrier()  # from here on RUN exists, and any rank may write to it
 
     def train(self, asked: StopRequest) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from fastmoco import environment
 from fastmoco.options import UsageError, restarted
 from fastmoco.parallel import Parallel
+from fastmoco.recipe import Recipe
 from fastmoco.train.monitor import KNN, LOG, chance_level, expectation, read_lines
 
 if TYPE_CHECKING:
@@ -66,6 +67,15 @@ def announce(run: Run, preset: str, note: str) -> None:
     for line in (note, f"resumed after step {run.done}" if run.options.resume else ""):
         if line:
             say(line)
+
+
+def queue_note(asked: Recipe, recipe: Recipe, images: int) -> str:
+    """What `--queue-size auto` came to, and whether it is more than suits so few images; empty where not asked for."""
+    if asked.queue_size != "auto":
+        return ""
+    many = 4 * recipe.queue_size > images
+    remedy = ", more than a quarter of them: a smaller --batch-size makes the queue smaller" if many else ""
+    return f"queue_size auto: {recipe.queue_size} keys for {images} images{remedy}. "
 
 
 def summary(run: Run) -> dict[str, Any]:

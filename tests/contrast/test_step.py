@@ -21,7 +21,7 @@ from fastmoco.contrast.update import PRECISIONS
 from fastmoco.encoder import BatchNormAct
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.recipe import PRESETS, Recipe, RecipeError
 
 TINY = dict(
     arch="resnet18", width=0.125, stem="cifar", dim=16, batch_size=16, bn_group=4, crop_size=12, queue_size=40,
@@ -36,6 +36,12 @@ def copied(step: Step) -> dict[str, Tensor]:
 
 def tiny(**fields: object) -> Recipe:
     return Recipe(**{**TINY, **fields})
+
+
+def test_a_queue_that_follows_data_needs_data():
+    with pytest.raises(RecipeError, match="queue_size is 'auto': it follows the data, so give a number here"):
+        Step(tiny(queue_size="auto"), Parallel())
+    assert len(Step(tiny(queue_size="auto").for_images(2000), Parallel()).queue.keys) == 112
 
 
 # First losses and chance

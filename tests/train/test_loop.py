@@ -188,6 +188,29 @@ def test_unlabelled_images_train_without_knn(images, recipe, tmp_path, capsys):
     assert summary["knn_after"] is None and "no kNN evaluation" in capsys.readouterr().err
 
 
+def test_an_auto_queue_is_settled_by_the_images_and_stays_so(images, recipe, tmp_path, capsys):
+    auto, short = replace(recipe, queue_size="auto"), {"stop_after": 6}
+    pretrain(auto, options(images, tmp_path / "auto", **short), "demo")
+    assert "queue_size auto: 32 keys for 40 images, more than a quarter of them" in capsys.readouterr().err
+    pretrain(replace(recipe, queue_size=32), options(images, tmp_path / "given", **short), "demo")
+    assert "queue_size auto" not in capsys.readouterr().err
+    runs = {name: checkpoint.load(checkpoint.latest(tmp_path / name)) for name in ("auto", "given")}
+    assert differing(runs["auto"].state, runs["given"].state) == [] and len(runs["auto"].state["queue"]) == 32
+    for facts in (json.loads((tmp_path / "auto/recipe.json").read_text()), runs["auto"].meta):
+        assert facts["recipe"]["queue_size"] == 32
+    resume = ["pretrain", "demo", "--resume", "--device", "cpu", "--threads", "1", "--stop-after", "7", "--queue-size"]
+    assert main([*resume, "auto", "--out", str(tmp_path / "auto")]) == 0
+    assert checkpoint.load(checkpoint.latest(tmp_path / "auto")).step == 7
+
+
+def test_auto_does_not_change_a_queue_that_was_given(images, recipe, whole, capsys):
+    """The control: resuming compares what auto comes to."""
+    assert main(["pretrain", "demo", "--resume", "--out", str(whole), "--queue-size", "auto"]) == 2
+    assert "was started with queue_size 20, not 32" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="was made with queue_size 20, not 32"):
+        pretrain(replace(recipe, queue_size="auto"), options(images, whole, resume=True))
+
+
 def test_fresh_names(tmp_path):
     assert loop.fresh(tmp_path / "demo") == tmp_path / "demo"
     (tmp_path / "demo").mkdir()
