@@ -142,6 +142,8 @@ class EvaluateKnn:
     """Temperature of the votes exp(similarity / T); left out, the recipe's."""
     features: Literal["backbone", "projection"] | None = None
     """Features to compare: before or after the projection head; left out, the recipe's."""
+    untrained: bool = False
+    """Judge the network before training instead, with its first weights: what the figures are to be compared with."""
     device: Device = "auto"
     """Where to compute; auto is the GPU where there is one."""
     threads: int = 0
@@ -168,6 +170,8 @@ class EvaluateLinear:
     """Train on features of centre crops that are computed once: minutes instead of hours."""
     finetune: bool = False
     """Train the backbone too."""
+    untrained: bool = False
+    """Judge the network before training instead, with its first weights: what the figures are to be compared with."""
     epochs: int = 100
     """Epochs; the rate is divided by ten after 60 % and 80 % of them."""
     batch_size: int = 256

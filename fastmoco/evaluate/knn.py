@@ -22,7 +22,7 @@ from fastmoco.evaluate.features import extract
 from fastmoco.evaluate.labels import both_sides
 from fastmoco.evaluate.pictures import draw_confusion, draw_neighbours
 from fastmoco.evaluate.scores import score
-from fastmoco.interop.run import load_encoder
+from fastmoco.interop.run import figures_name, load_encoder
 from fastmoco.options import EvaluateKnn
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
@@ -90,10 +90,13 @@ def evaluate(
 
 
 def run(options: EvaluateKnn) -> None:
-    """`evaluate knn RUN`: print the accuracies; write RUN/knn.json, RUN/knn.png and RUN/neighbours.png."""
+    """`evaluate knn RUN`: print the accuracies; write RUN/knn.json, RUN/knn.png and RUN/neighbours.png.
+
+    Of untrained weights: knn-untrained and neighbours-untrained.
+    """
     parallel = Parallel.start(options.device)
     try:
-        encoder, recipe, step = load_encoder(options.run, parallel)
+        encoder, recipe, step = load_encoder(options.run, parallel, options.untrained)
         recipe, threads = _chosen(recipe, options), options.threads or None
         train, val = both_sides(options.run, options.data, options.val, options.labels)
         if parallel.is_main:
@@ -101,12 +104,13 @@ def run(options: EvaluateKnn) -> None:
         bank = extract(encoder, train, recipe, parallel, threads=threads)
         queries = extract(encoder, val, recipe, parallel, threads=threads)
         if parallel.is_main:
-            _write(options.run, step, recipe, (train, *bank), (val, *queries))
+            _write(options.run, step, recipe, (train, *bank), (val, *queries), options.untrained)
     finally:
         parallel.close()
 
 
-def _write(run: Path, step: int, recipe: Recipe, train: Side, val: Side) -> None:
+def _write(run: Path, step: int, recipe: Recipe, train: Side, val: Side, untrained: bool) -> None:
+    knn, neighbours = (figures_name(name, untrained) for name in ("knn", "neighbours"))
     (images, bank, bank_labels), (shown, queries, labels) = train, val
     votes = [
         knn_votes(bank, bank_labels, chunk, recipe.knn_k, recipe.knn_temperature, len(images.classes))
@@ -116,13 +120,13 @@ def _write(run: Path, step: int, recipe: Recipe, train: Side, val: Side) -> None
     facts = {"step": step, "features": recipe.knn_features, "k": min(recipe.knn_k, len(bank)),
              "temperature": recipe.knn_temperature, "classes": len(images.classes), "bank": len(bank),
              "queries": len(queries), "data": images.root, "val": shown.root}  # fmt: skip
-    (run / "knn.json").write_text(json.dumps({**facts, **scores.as_dict(images.classes)}, indent=2) + "\n")
-    draw_confusion(run / "knn.png", scores.confusion, images.classes)
+    (run / f"{knn}.json").write_text(json.dumps({**facts, **scores.as_dict(images.classes)}, indent=2) + "\n")
+    draw_confusion(run / f"{knn}.png", scores.confusion, images.classes)
     rows = np.linspace(0, len(shown) - 1, min(SHOWN, len(shown))).astype(np.int64)
     near = (queries[torch.from_numpy(rows).to(queries.device)] @ bank.T).topk(min(SHOWN, len(bank)), dim=1).indices
-    draw_neighbours(run / "neighbours.png", shown, images, rows, near.cpu().numpy())
+    draw_neighbours(run / f"{neighbours}.png", shown, images, rows, near.cpu().numpy())
     print(f"kNN top-1 {scores.top1:.2f}%, top-5 {scores.top5:.2f}% (k {facts['k']}, T {facts['temperature']}, "
-          f"{facts['features']} features; see knn.json, knn.png and neighbours.png in {run})")  # fmt: skip
+          f"{facts['features']} features; see {knn}.json, {knn}.png and {neighbours}.png in {run})")  # fmt: skip
 
 
 def _chosen(recipe: Recipe, options: EvaluateKnn) -> Recipe:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,12 +30,13 @@ from tqdm import tqdm
 from fastmoco.data.loader import Loader
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.plan import Plan
+from fastmoco.data.quarantine import Quarantine
 from fastmoco.encoder import BatchNormAct, Encoder
 from fastmoco.evaluate.features import extract
 from fastmoco.evaluate.labels import both_sides
 from fastmoco.evaluate.pictures import draw_probe
 from fastmoco.evaluate.scores import Scores, score
-from fastmoco.interop.run import load_encoder, one_rank
+from fastmoco.interop.run import figures_name, load_encoder, one_rank
 from fastmoco.kernels.photometric import photometric
 from fastmoco.options import EvaluateLinear
 from fastmoco.parallel import Parallel
@@ -234,21 +236,36 @@ class Evaluation:
         steps = self.protocol.epochs * self.plan.steps_per_epoch
         labels = torch.from_numpy(self.train.labels).to(self.parallel.device)
         colours = self.recipe.augmentation
-        with Loader(self.train, self.plan, self.recipe, self.parallel, stop_step=steps, threads=self.threads) as loader:
+        quarantine = Quarantine(self.train, max_share=self.recipe.max_bad_share)
+        loader = Loader(
+            self.train, self.plan, self.recipe, self.parallel, stop_step=steps, threads=self.threads,
+            quarantine=quarantine,
+        )  # fmt: skip
+        with loader:
 
             def batches() -> Batches:
                 for batch in loader:
+                    _warn(quarantine)
                     views = photometric(batch.query_crops, batch.query_parameters, colours.mean, colours.std)
-                    rows = torch.from_numpy(batch.sample).to(labels.device)
-                    yield self.encoder.features(views), labels[rows]
+                    shown = quarantine.replaced(batch.step, batch.sample)  # a substitute comes with its own label
+                    yield self.encoder.features(views), labels[torch.from_numpy(shown).to(labels.device)]
 
             return fit(batches(), classifier, parameters, self.protocol, self.plan.steps_per_epoch, validate, report)
 
 
+def _warn(quarantine: Quarantine) -> None:
+    while quarantine.news:
+        bad = quarantine.news.popleft()
+        warnings.warn(f"{bad.file}: {bad.reason}; training on {bad.substitute} in its place", stacklevel=2)
+
+
 def run(options: EvaluateLinear) -> None:
-    """`evaluate linear RUN`: train the probe, write RUN/linear.json, .png and .safetensors (or fast, finetune)."""
+    """`evaluate linear RUN`: train the probe, write RUN/linear.json, .png and .safetensors.
+
+    The name is linear-fast or finetune where that was asked for, with -untrained after it for untrained weights.
+    """
     parallel = one_rank(options.device)
-    encoder, recipe, step = load_encoder(options.run, parallel)
+    encoder, recipe, step = load_encoder(options.run, parallel, options.untrained)
     train, val = both_sides(options.run, options.data, options.val, options.labels)
     protocol = _protocol(options)
     evaluation = Evaluation(encoder, recipe, train, val, protocol, parallel, options.threads or None)
@@ -256,6 +273,7 @@ def run(options: EvaluateLinear) -> None:
           f"after step {step}; lr {evaluation.protocol.rate(0):g}, batch {evaluation.protocol.batch_size}, "
           f"{protocol.epochs} epochs")  # fmt: skip
     name, train_probe = _mode(evaluation, options)
+    name = figures_name(name, options.untrained)
     began = time.perf_counter()
     with tqdm(total=protocol.epochs, unit="epoch", disable=None) as bar:
         probe = train_probe(lambda line: _tell(bar, line, protocol.epochs))
@@ -265,7 +283,8 @@ def run(options: EvaluateLinear) -> None:
         "backbone": "trained" if options.finetune else "bit-equal after the probe",
     }  # fmt: skip
     _write(options.run, name, probe, facts, train.classes, encoder if options.finetune else None)
-    agreement = _agreement(options.run, evaluation, step) if not options.finetune else None
+    pair = [figures_name(each, options.untrained) for each in ("linear", "linear-fast")]
+    agreement = _agreement(options.run, evaluation, step, pair) if not options.finetune else None
     agrees = f"; fast and exact agree on {agreement:.1f}% of the validation images" if agreement is not None else ""
     print(f"{name}: top-1 {probe.scores.top1:.2f}%, top-5 {probe.scores.top5:.2f}%{agrees} (see {options.run}/{name}."
           f"json and .png)")  # fmt: skip
@@ -304,11 +323,11 @@ def _write(
     save_file(weights, folder / f"{name}.safetensors", metadata={"format": "pt", "step": str(facts["step"])})
 
 
-def _agreement(folder: Path, evaluation: Evaluation, step: int) -> float | None:
+def _agreement(folder: Path, evaluation: Evaluation, step: int, pair: list[str]) -> float | None:
     """Percent of the validation images that the exact and the fast classifier of this step put in the same class."""
     predictions = []
     features, _ = evaluation.features(evaluation.val)
-    for name in ("linear", "linear-fast"):
+    for name in pair:
         weights, facts = folder / f"{name}.safetensors", folder / f"{name}.json"
         if not weights.is_file() or json.loads(facts.read_text())["step"] != step:
             return None

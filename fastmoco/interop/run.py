@@ -77,13 +77,21 @@ def one_rank(device: str) -> Parallel:
     return Parallel.start(device)
 
 
-def load_encoder(run: Path, parallel: Parallel) -> tuple[Encoder, Recipe, int]:
+def load_encoder(run: Path, parallel: Parallel, untrained: bool = False) -> tuple[Encoder, Recipe, int]:
     """Query encoder of the newest good checkpoint of `run`, in evaluation mode on the device, its recipe and step.
 
-    UsageError where `run` is no run, CheckpointError where it has no good checkpoint.
+    With `untrained` it has the weights that the recipe's seed draws, and the step is 0. UsageError where `run` is no
+    run, CheckpointError where it has no good checkpoint.
     """
-    saved = load(run)
-    encoder = build_encoder(saved.recipe)
-    encoder.load_state_dict(without(QUERY, saved.state))
+    saved = None if untrained else load(run)
+    recipe = saved.recipe if saved else Recipe.from_dict(read_facts(run)["recipe"])
+    encoder = build_encoder(recipe)
+    if saved:
+        encoder.load_state_dict(without(QUERY, saved.state))
     encoder = encoder.to(parallel.device, memory_format=torch.channels_last)
-    return encoder.eval().requires_grad_(False), saved.recipe, saved.step
+    return encoder.eval().requires_grad_(False), recipe, saved.step if saved else 0
+
+
+def figures_name(name: str, untrained: bool) -> str:
+    """Name of an evaluation's files in RUN, without suffix: those of untrained weights stand beside the others."""
+    return f"{name}-untrained" if untrained else name

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -12,14 +14,16 @@ from sklearn.linear_model import LogisticRegression
 
 from fastmoco.cli import main
 from fastmoco.data import manifest
+from fastmoco.data.pipeline import DecodeError
 from fastmoco.data.plan import Plan
 from fastmoco.encoder import build_encoder
 from fastmoco.evaluate import linear
 from fastmoco.evaluate.linear import Evaluation, Protocol, changed, fit_cached, new_classifier, snapshot
 from fastmoco.evaluate.linear import training_recipe
-from fastmoco.interop import run
+from fastmoco.interop import card, run
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS
+from fastmoco.train import checkpoint
 
 CLASSES, DIM, COUNT = 5, 8, 500
 RECIPE = replace(PRESETS["demo"][1], width=0.125, crop_size=16, batch_size=8, bn_group=4, queue_size=20)
@@ -176,6 +180,45 @@ def test_exact_and_fast_agree_where_there_is_nothing_to_augment(sides, monkeypat
     torch.testing.assert_close(exact.classifier.weight, fast.classifier.weight, rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def with_a_bad_file(stripes, tmp_path):
+    """The sides, with a training file that is cut short after the scan, at the end of its class."""
+    folder = shutil.copytree(stripes, tmp_path / "images")
+    train = manifest.scan(folder / "train", cache=False)
+    victim = folder / "train/across/9.jpg"
+    victim.write_bytes(victim.read_bytes()[:-200])
+    return train, manifest.scan(folder / "val", classes=train.classes, cache=False)
+
+
+@pytest.mark.parametrize("mode", ["exact", "finetune"])
+def test_one_bad_file_is_named_and_replaced(with_a_bad_file, monkeypatch, mode):
+    train, _ = with_a_bad_file
+    bad = train.find("across/9.jpg")
+    assert (train.paths[bad + 1], train.labels[bad + 1]) == ("down/0.jpg", 1 - train.labels[bad])
+    labels = []
+    real = F.cross_entropy
+    monkeypatch.setattr(linear.F, "cross_entropy", lambda x, y: labels.append(y) or real(x, y))
+    probe_of = evaluation(with_a_bad_file, lr=1.0, batch_size=40, epochs=2)
+    with pytest.warns(UserWarning, match="across/9.jpg: .*; training on down/0.jpg in its place") as warned:
+        probe = getattr(probe_of, mode)(lambda line: None)
+    assert len(probe.curve) == 2 and len([each for each in warned if "training on" in str(each.message)]) == 1
+    # The substitute's pixels come with the substitute's label: 19 of one class and 21 of the other.
+    assert [int(each.sum()) for each in labels] == [21 if train.labels[bad] == 0 else 19] * 2
+
+
+def test_without_a_quarantine_one_bad_file_ends_the_probe(with_a_bad_file, monkeypatch):
+    """The control."""
+    monkeypatch.setattr(linear, "Quarantine", lambda manifest, max_share: None)
+    with pytest.raises(DecodeError, match="across/9.jpg"):
+        evaluation(with_a_bad_file, batch_size=40).exact(lambda line: None)
+
+
+def test_good_files_make_no_warning(sides):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluation(sides, epochs=1).exact(lambda line: None)
+
+
 def test_finetuning_moves_the_backbone(sides):
     probe_of = evaluation(sides, lr=0.03)
     before = snapshot(probe_of.encoder)
@@ -188,7 +231,6 @@ def test_finetuning_moves_the_backbone(sides):
 def trained(stripes, tmp_path_factory):
     """A run at step 0: the commands need no more."""
     from fastmoco.contrast.step import Step
-    from fastmoco.train import checkpoint
 
     out = tmp_path_factory.mktemp("trained") / "run"
     state = Step(RECIPE, Parallel(), "fp32").state()
@@ -219,6 +261,32 @@ def test_the_commands_write_figures_pictures_and_weights(trained, capsys):
     top1 = (F.linear(features, weights["fc.weight"], weights["fc.bias"]).argmax(1) == labels).double().mean() * 100
     assert figures["top1"] == pytest.approx(top1.item())
     assert "conv1.weight" in load_file(trained / "finetune.safetensors")
+
+
+def test_untrained_weights_stand_beside_the_others(trained, capsys):
+    """At step 0 both are the same weights; after training they are not, and no checkpoint is asked for."""
+    fast = ["evaluate", "linear", str(trained), "--fast", "--epochs", "2", "--threads", "1", "--device", "cpu"]
+    assert main(fast) == 0 and main([*fast, "--untrained"]) == 0
+    one, other = (json.loads((trained / f"linear-fast{end}.json").read_text()) for end in ("", "-untrained"))
+    assert one["curve"] == other["curve"] and other["step"] == 0
+    moved = shutil.copytree(trained, trained.parent / "moved", symlinks=True)
+    state = checkpoint.load(checkpoint.latest(trained)).state
+    for name, value in state.items():
+        if name.startswith("encoder_q.layer4") and name.endswith("conv2.weight"):
+            value.neg_()
+    checkpoint.save(moved, 3, state, {"recipe": RECIPE.as_dict(), "precision": "fp32"})
+    fast[2] = str(moved)
+    assert main(fast) == 0
+    assert json.loads((moved / "linear-fast.json").read_text())["curve"] != other["curve"]  # the control
+    shutil.rmtree(moved / "checkpoints")
+    knn = ["evaluate", "knn", str(moved), "--k", "3", "--threads", "1", "--device", "cpu", "--untrained"]
+    assert main([*fast, "--untrained"]) == 0 and main(knn) == 0
+    assert json.loads((moved / "linear-fast-untrained.json").read_text())["curve"] == other["curve"]
+    assert {path.name for path in moved.glob("*-untrained.*")} == {
+        "linear-fast-untrained.json", "linear-fast-untrained.png", "linear-fast-untrained.safetensors",
+        "knn-untrained.json", "knn-untrained.png", "neighbours-untrained.png",
+    }  # fmt: skip
+    assert not any("untrained" in str(file) for file in card.FIGURES), "a model card tells of trained weights"
 
 
 def test_mistakes_are_one_line(trained, capsys):
