@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastmoco.train.watchdog import STUCK
@@ -22,22 +26,56 @@ def torchrun(argv: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
+    atexit.register(gc.freeze)  # as in train/loop.py
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, _stopped_ranks() as stopped:
             # Ranks that restart must know it, and must not read where the dead ones listened.
             os.environ |= {"FASTMOCO_LAUNCH": folder, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
             run(get_args_parser().parse_args(list(argv)))
     except SignalException:
         return 143
     except ChildFailedError as error:
+        for failure in error.failures.values():
+            failure.exitcode = -signal.SIGSTOP if failure.pid in stopped else failure.exitcode
         return report(error.failures)
     return 0
 
 
+@contextmanager
+def _stopped_ranks() -> Iterator[set[int]]:
+    # A process that is stopped takes no SIGTERM, and torchrun would wait 30 s before it kills it.
+    from torch.distributed.elastic.multiprocessing.api import PContext
+
+    close, stopped = PContext.close, set()
+
+    def close_all(self: PContext, *args: object, **kwargs: object) -> None:
+        for pid in filter(_is_stopped, self.pids().values()):
+            stopped.add(pid)
+            os.kill(pid, signal.SIGKILL)
+        close(self, *args, **kwargs)
+
+    PContext.close = close_all
+    try:
+        yield stopped
+    finally:
+        PContext.close = close
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
 def report(failures: Mapping[int, ProcessFailure]) -> int:
-    """Print `summary` and return the exit code of the job: that of the rank to blame, 1 where a signal killed it."""
+    """Print `summary` and return the exit code of the job.
+
+    That of the rank to blame; 1 where a signal killed it, STUCK where one stopped it (exit code -SIGSTOP here).
+    """
     print(f"fastmoco: error: {summary(failures)}", file=sys.stderr, flush=True)
-    return max(1, failures[first(failures)].exitcode)
+    code = failures[first(failures)].exitcode
+    return STUCK if code == -signal.SIGSTOP else max(1, code)
 
 
 def first(failures: Mapping[int, ProcessFailure]) -> int:
@@ -64,6 +102,8 @@ def summary(failures: Mapping[int, ProcessFailure]) -> str:
 
 def cause(failure: ProcessFailure) -> str:
     """How a process ended, in words."""
+    if failure.exitcode == -signal.SIGSTOP:
+        return "was stopped (SIGSTOP) while the others waited for it, and was killed"
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         hint = ": perhaps the machine ran out of memory, which its kernel log tells" if name == "SIGKILL" else ""

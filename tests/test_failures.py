@@ -32,6 +32,7 @@ LOST = failure(1, "RuntimeError: Connection closed by peer\nand more", 5)
     [
         (failure(-signal.SIGKILL, timestamp=9), 1, 1, "was killed by SIGKILL: perhaps the machine ran out of memory"),
         (failure(-signal.SIGSEGV, timestamp=9), 1, 1, "was killed by SIGSEGV"),
+        (failure(-signal.SIGSTOP, timestamp=9), 1, STUCK, "was stopped (SIGSTOP) while the others waited for it"),
         (failure(STUCK, timestamp=9), 1, STUCK, "made no progress for too long: its stacks are above"),
         (failure(1, "ValueError: first", 4), 1, 1, "failed: ValueError: first"),
         (failure(1, "ValueError: later", 6), 0, 1, "failed: RuntimeError: Connection closed by peer"),

@@ -141,6 +141,20 @@ def test_a_hung_rank_ends_the_job_with_stacks_that_show_where(folder):
     assert "Timed out waiting 3000ms" in said  # the other rank's side of it
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_stopped_ends_the_job_and_is_named(rank, folder):
+    """SIGSTOP, as by a debugger or a suspended container: no thread of it runs, no watchdog and no handler."""
+    process = start(folder, "--nproc", "2", "pretrain", "demo", *ENDLESS, "--timeout-seconds", "3")
+    train_until(process, folder / "run/log.jsonl", 4)
+    ranks = [pid_of(process, each) for each in (0, 1)]
+    os.kill(ranks[rank], signal.SIGSTOP)
+    code, said, seconds = end_of(process)
+    assert (code, seconds < LIMIT) == (124, True), (code, seconds, said)
+    assert re.match(rf"fastmoco: error: rank {rank} \(process {ranks[rank]} on .*\) was stopped", last_line(said))
+    assert "Timed out waiting 3000ms" in said  # where the other rank waited for it
+    assert not any(Path(f"/proc/{each}").exists() for each in ranks)
+
+
 def test_a_rank_that_raises_ends_the_job_with_its_own_exit_code(folder):
     process = start(folder, "--nproc", "2", "pretrain", "demo", *ENDLESS, "--no-quarantine")
     train_until(process, folder / "run/log.jsonl", 4)

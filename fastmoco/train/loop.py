@@ -6,6 +6,7 @@ The loop decides when things happen; what a step is stands in `contrast/step.py`
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import gc
 import os
@@ -46,6 +47,7 @@ DEMO_IMAGES = RUNS / "images"
 
 def run(command: Pretrain) -> int:
     """`pretrain PRESET`: exit code 0, or 143 where the run was asked to stop."""
+    atexit.register(gc.freeze)  # or the interpreter, as it ends, searches all that torch has made: a second or two
     summary = pretrain(command.recipe, command.options, command.preset)
     return STOPPED if summary["stopped"] else 0
 
@@ -349,10 +351,10 @@ class Run:
         if self.monitor is None:
             return {"stopped": stopped}
         summary = {**record.summary(self), "stopped": stopped}
-        draw_curves(self.out, self.recipe)
-        if stopped:
+        if stopped:  # without curves: whoever asked waits, and drawing takes longer than all the rest
             self.monitor.say(f"asked to stop: saved after step {self.done}; go on with --resume --out {self.out}")
             return summary
+        draw_curves(self.out, self.recipe)
         record.write_json(self.out / "summary.json", summary)
         self.monitor.say(record.closing(summary, self.out))
         return summary
