@@ -11,6 +11,11 @@ the command runs in this process; and so it does under torchrun, where RANK is s
 import os
 import sys
 
+from fastmoco import interrupt
+
+if __name__ == "__main__":
+    interrupt.end_silently()
+
 from fastmoco.cli import complain, main, parse
 from fastmoco.options import UsageError
 

@@ -37,5 +37,5 @@ setup(
         "export": ["timm>=1.0"],
         "gpu": ["nvidia-ml-py>=12"],
     },
-    entry_points={"console_scripts": ["fastmoco = fastmoco.cli:main"]},
+    entry_points={"console_scripts": ["fastmoco = fastmoco.__main__:start"]},
 )

@@ -1,8 +1,17 @@
-"""`python -m fastmoco`, also under torchrun."""
+"""`python -m fastmoco`, also under torchrun, and the console script."""
 
 import sys
 
-from fastmoco.cli import main
+from fastmoco import interrupt
+
+
+def start() -> None:
+    """Run the command line of this process and exit with its code."""
+    interrupt.end_silently()
+    from fastmoco.cli import main  # now that Ctrl-C may come
+
+    sys.exit(main())
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start()

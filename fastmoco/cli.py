@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastmoco import interrupt
 from fastmoco.options import Pretrain, PretrainFlags, UsageError, check_places, restarted
 from fastmoco.recipe import PRESETS, Recipe, RecipeError
 
@@ -101,7 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         command, options = parse(argv)
-        return load(command.run)(options) or 0
+        work = load(command.run)
+        with interrupt.raised():
+            return work(options) or 0
     except SystemExit as stop:  # tyro's way out of --help and of a wrong flag
         return stop.code if isinstance(stop.code, int) else 2
     except (ValueError, OSError) as error:
