@@ -23,14 +23,16 @@ from fastmoco.data.plan import Plan
 from fastmoco.data.quarantine import Quarantine, Record
 from fastmoco.options import Options
 from fastmoco.recipe import PRESETS
-from fastmoco.train import checkpoint
+from fastmoco.train import checkpoint, faults
 from fastmoco.train.loop import pretrain
+from fastmoco.train.monitor import read_lines
 
 CPU = torch.device("cpu")
 RECIPE = dataclasses.replace(PRESETS["v2"][1], batch_size=40, bn_group=4, crop_size=24, max_bad_share=0.1)
 ALONE = SimpleNamespace(rank=0, world=1, device=CPU)
 WriteSet = Callable[[Path, int], dict[str, str]]
 INSIDE = {"no tables", "no scan", "harmed png", "cut tiff"}  # what a scan of headers cannot see
+BROKEN = INSIDE | {"empty", "page", "gif", "huge", "cut jpeg", "cut bmp"}
 
 
 def batches(manifest: Manifest, quarantine: Quarantine | None, steps: range, **options: int) -> list[Batch]:
@@ -265,16 +267,76 @@ def test_a_whole_run_over_a_dirty_folder(
         pretrain(SMALL, options(data, tmp_path / "strict", quarantine=False))
 
 
+def figures(out: Path) -> list[dict]:
+    names = ("step", "epoch", "lr", "loss", "top1", "top5")
+    return [{name: line[name] for name in names} for line in read_lines(out / "log.jsonl")]
+
+
+def test_files_harmed_while_a_whole_run_reads_them(
+    tmp_path: Path, write_set: WriteSet, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, out, again = tmp_path / "data", tmp_path / "run", tmp_path / "again"
+    for name in write_set(data, 200).values():
+        (data / name).unlink()
+    manifest = scan(data)
+    recipe = dataclasses.replace(SMALL, epochs=3)
+    plan = Plan(recipe, manifest.sizes)
+    harms = ("deleted", "truncated", "replaced")
+    # Of the last step: those of the next few are read already.
+    harmed = dict(zip(harms, (manifest.paths[i] for i in plan.samples(11).tolist()), strict=False))
+    original = {name: (data / name).read_bytes() for name in harmed.values()}
+
+    def reach(point: str) -> None:
+        if point == "after step" and len(list(data.iterdir())) == len(manifest):
+            for harm, name in reversed(harmed.items()):
+                _harm(data / name, harm)
+
+    monkeypatch.setattr(faults, "reach", reach)
+    pretrain(recipe, options(data, out, log_every=1))
+    monkeypatch.undo()
+    said, records = capsys.readouterr().err, files(out / "quarantine.jsonl")
+    assert [line["step"] for line in figures(out)] == list(range(1, 13))
+    assert sorted(record.file for record in records) == sorted(harmed.values()) and min(records).step > 1
+    for harm, why in zip(harms, ("No such file", "be decoded", "is 7 x 9 pixels"), strict=True):
+        (line,) = (line for line in said.splitlines() if line.startswith(f"quarantine: {harmed[harm]}: "))
+        assert why in line and "takes its place" in line
+    # The files put back, and the records given from the start: the same run.
+    for name, content in original.items():
+        (data / name).write_bytes(content)
+    again.mkdir()
+    shutil.copy(out / "quarantine.jsonl", again)
+    pretrain(recipe, options(data, again, log_every=1, resume=True))
+    assert figures(again) == figures(out) and same_state(out, again)
+    pretrain(recipe, options(data, tmp_path / "sound", log_every=1))  # the control
+    assert figures(tmp_path / "sound") != figures(out) and not same_state(out, tmp_path / "sound")
+
+
 @pytest.mark.slow
-def test_2000_files_of_which_ten_are_broken(tmp_path: Path, write_set: WriteSet) -> None:
-    names = write_set(tmp_path / "data", 2000)
-    manifest, path = scan(tmp_path / "data", cache=False), tmp_path / "quarantine.jsonl"
-    assert len(manifest) == 1994 and len(manifest.rejected) == 6
-    steps = range(2 * (1994 // RECIPE.batch_size))
+def test_2000_files_of_which_ten_are_broken(
+    tmp_path: Path, write_set: WriteSet, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data, out, given = (tmp_path / name for name in ("data", "run", "given"))
+    names = write_set(data, 2000)
+    broken = {names[kind] for kind in BROKEN}
+    assert len(broken) == 10 and len(names) == 18
+    full = scan(data, full=True, cache=False)  # training must not know what it found
+    assert {path for path, _ in full.rejected} == broken and len(full) == 1990
+    recipe = dataclasses.replace(SMALL, max_bad_share=0.01)
+    pretrain(recipe, options(data, out, log_every=1))
+    said, records = capsys.readouterr().err, files(out / "quarantine.jsonl")
+    left_out = {path for path, _ in scan(data).rejected}
+    assert len(left_out) == 6 and "6 files were left out" in said
+    assert len(records) == 4 and left_out | {record.file for record in records} == broken
+    assert len(figures(out)) == 2 * (1994 // recipe.batch_size)
+    # The substitutes from the first step on, instead of from the step that found the bad one.
+    given.mkdir()
+    lines = [json.dumps({**record._asdict(), "step": 0}) for record in records]
+    (given / "quarantine.jsonl").write_text("\n".join([*lines, ""]))
+    pretrain(recipe, options(data, given, log_every=1, resume=True))
+    assert figures(given) == figures(out) and same_state(out, given)
+    assert len(files(given / "quarantine.jsonl")) == 4
+    with pytest.raises(DecodeError):  # the control
+        pretrain(recipe, options(data, tmp_path / "strict", quarantine=False))
     with pytest.raises(DataError, match="2 of 1994 images are bad, and max_bad_share 0.001 allows 1"):
-        batches(manifest, Quarantine(manifest, None), steps)
-    first = batches(manifest, Quarantine(manifest, path, 0.01), steps)
-    assert {record.file for record in files(path)} == {names[kind] for kind in INSIDE}
-    assert all_equal(first, batches(manifest, Quarantine(manifest, path, 0.01), steps))
-    with pytest.raises(DecodeError):
-        batches(manifest, None, steps)
+        pretrain(dataclasses.replace(recipe, max_bad_share=0.001), options(data, tmp_path / "default"))
