@@ -13,25 +13,32 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from fastmoco.bench.report import Row
-from fastmoco.data.loader import Loader
+from fastmoco.data.loader import Batch, Loader
 from fastmoco.data.manifest import Manifest, scan, split
+from fastmoco.data.pipeline import cut
 from fastmoco.data.plan import Plan
 from fastmoco.environment import cores
+from fastmoco.kernels.photometric import photometric
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 
 IMAGE_SIZE = (375, 500)  # pixels: about ImageNet's median
 QUALITY = 90
 PREFETCH = 2  # batches that a loader has ready before the clock starts
-BATCHES = 3  # batches in a sample
-PILLOW, DECODE = "Pillow, NumPy", "DALI, decoding alone"
+BATCHES, PAIRS = 3, 256  # a sample draws at least so many
+OURS, PILLOW, DALI, DECODE = "fastmoco", "Pillow, NumPy", "DALI, file reader", "DALI, decoding alone"
+RESIZE, ALONE = "resizing alone", "decoding alone + resizing alone"
+KERNEL, CHAIN = "fastmoco, photometric kernel", "fastmoco, photometric in DALI"
 
 Source = Callable[[], AbstractContextManager[Callable[[], object]]]
 
@@ -39,28 +46,55 @@ Source = Callable[[], AbstractContextManager[Callable[[], object]]]
 def run(
     recipe: Recipe, device: torch.device, *, rounds: int = 5, data: Path | None = None, only: str = ""
 ) -> list[Row]:
-    """Pairs a second of every loader; the bound is DALI reading and decoding and doing nothing else."""
+    """Pairs a second and processor time of every loader.
+
+    The bound of the rates is DALI reading and decoding and doing nothing else; that of the processor time on a CPU is
+    decoding and resizing, each measured alone. Finished views are crops after the photometric chain, float32.
+    """
     with images(data, max(64, recipe.batch_size)) as manifest:
         found = sources(recipe, manifest, device)
-        chosen = {name: source for name, source in found.items() if only in name or name == DECODE}
-        samples: dict[str, list[float]] = {name: [] for name in chosen}
+        parts = (DECODE, RESIZE)
+        chosen = {name: source for name, source in found.items() if only in name or name in parts}
+        samples: dict[str, list[_Sample]] = {name: [] for name in chosen}
         for _ in range(rounds):
             for name, source in chosen.items():
-                samples[name].append(recipe.batch_size / _seconds_per_batch(source, device))
+                samples[name].append(_sample(source, recipe.batch_size, device))
         side = "x".join(str(int(value)) for value in np.median(manifest.sizes, 0)[::-1])
     config = {"px": recipe.crop_size, "batch": recipe.batch_size, "image": f"{side} JPEG", "threads": cores()}
-    bound = float(np.median(samples[DECODE]))
-    return [Row("loader", name, "pairs/s", tuple(rates), config, PILLOW, bound) for name, rates in samples.items()]
+    return _rows(samples, config)
+
+
+def _rows(samples: dict[str, list[_Sample]], config: dict) -> list[Row]:
+    rates = {name: tuple(sample.pairs_per_second for sample in found) for name, found in samples.items()}
+    busy = {name: tuple(sample.cpu_ms for sample in found) for name, found in samples.items()}
+    decode, views = float(np.median(rates[DECODE])), (KERNEL, CHAIN)
+    crops = [name for name in samples if name not in (*views, RESIZE)]
+    rows = [Row("loader", name, "pairs/s", rates[name], config, PILLOW, decode) for name in crops]
+    rows += [
+        Row("loader, finished views", name, "pairs/s", rates[name], config, CHAIN, decode)
+        for name in views
+        if name in samples
+    ]
+    bound = None
+    if RESIZE in samples:
+        busy[ALONE] = tuple(map(sum, zip(busy[DECODE], busy[RESIZE], strict=True)))
+        bound, crops = float(np.median(busy[ALONE])), [*crops, ALONE]
+    crops.remove(DECODE)
+    name, unit = "loader, processor time", "CPU ms/pair"
+    return rows + [Row(name, provider, unit, busy[provider], config, PILLOW, bound) for provider in crops]
 
 
 def sources(recipe: Recipe, manifest: Manifest, device: torch.device) -> dict[str, Source]:
     """The loaders by name; each opens to a call that gives one batch of `recipe.batch_size` pairs."""
-    return {
-        "fastmoco": lambda: _ours(recipe, manifest, device),
+    found: dict[str, Source] = {
+        OURS: lambda: _ours(recipe, manifest, device),
         PILLOW: lambda: pillow(recipe, manifest),
-        "DALI, file reader": lambda: _dali(recipe, manifest, device, crops=True),
+        DALI: lambda: _dali(recipe, manifest, device, crops=True),
         DECODE: lambda: _dali(recipe, manifest, device, crops=False),
+        KERNEL: lambda: _finished(recipe, manifest, device),
+        CHAIN: lambda: _ours(recipe, manifest, device, photometric="dali"),
     }
+    return found | ({RESIZE: lambda: _resizing(recipe, manifest)} if device.type == "cpu" else {})
 
 
 @contextmanager
@@ -117,16 +151,23 @@ def images(data: Path | None, count: int) -> Iterator[Manifest]:
         yield scan(photographs(Path(folder), count), cache=False)
 
 
-def _seconds_per_batch(source: Source, device: torch.device) -> float:
+class _Sample(NamedTuple):
+    pairs_per_second: float
+    cpu_ms: float
+
+
+def _sample(source: Source, pairs: int, device: torch.device) -> _Sample:
+    batches = max(BATCHES, PAIRS // pairs)
     with source() as draw:
         for _ in range(PREFETCH + 1):
             draw()
         _wait(device)
-        started = time.perf_counter()
-        for _ in range(BATCHES):
+        started, busy = time.perf_counter(), time.process_time()
+        for _ in range(batches):
             draw()
         _wait(device)
-        return (time.perf_counter() - started) / BATCHES
+        seconds, busy = time.perf_counter() - started, time.process_time() - busy
+    return _Sample(batches * pairs / seconds, busy * 1e3 / (batches * pairs))
 
 
 def _wait(device: torch.device) -> None:
@@ -135,10 +176,43 @@ def _wait(device: torch.device) -> None:
 
 
 @contextmanager
-def _ours(recipe: Recipe, manifest: Manifest, device: torch.device) -> Iterator[Callable[[], object]]:
+def _ours(
+    recipe: Recipe, manifest: Manifest, device: torch.device, photometric: str = "kernel"
+) -> Iterator[Callable[[], Batch]]:
     parallel, plan = Parallel(device=device), Plan(recipe, manifest.sizes)
-    with Loader(manifest, plan, recipe, parallel, stop_step=1 << 30, threads=cores(), prefetch=PREFETCH) as loader:
+    options = {"stop_step": 1 << 30, "threads": cores(), "prefetch": PREFETCH, "photometric": photometric}
+    with Loader(manifest, plan, recipe, parallel, **options) as loader:
         yield lambda: next(loader)
+
+
+@contextmanager
+def _finished(recipe: Recipe, manifest: Manifest, device: torch.device) -> Iterator[Callable[[], object]]:
+    colours = recipe.augmentation
+    with _ours(recipe, manifest, device) as draw:
+
+        def views() -> tuple[Tensor, Tensor]:
+            batch = draw()
+            key = photometric(batch.key_crops, batch.key_parameters, colours.mean, colours.std, rows=batch.key_rows)
+            return photometric(batch.query_crops, batch.query_parameters, colours.mean, colours.std), key
+
+        yield views
+
+
+@contextmanager
+def _resizing(recipe: Recipe, manifest: Manifest) -> Iterator[Callable[[], None]]:
+    plan, size = Plan(recipe, manifest.sizes), recipe.crop_size
+    boxes = np.stack([plan.boxes(0, plan.samples(0), view) for view in (0, 1)])
+    whole = [np.array(Image.open(manifest.path(sample)).convert("RGB")) for sample in plan.samples(0).tolist()]
+    decoded = [torch.from_numpy(image) for image in whole]
+    with ThreadPoolExecutor(cores()) as pool:
+
+        def batch() -> None:
+            crops = torch.empty(2, len(decoded), size, size, 3, dtype=torch.uint8)
+            waiting = iter(range(len(decoded)))
+            for _ in pool.map(partial(cut, crops, 0, boxes, decoded), [waiting] * cores()):
+                pass
+
+        yield batch
 
 
 @contextmanager

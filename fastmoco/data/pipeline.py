@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from nvidia import nvimgcodec  # DALI's own decoders
 from nvidia.dali import Pipeline as DaliPipeline
 from nvidia.dali import fn, types
@@ -155,18 +154,25 @@ def _cpu_crops(
             if first == 0:
                 crops = torch.empty(views, total, crop_size, crop_size, 3, dtype=torch.uint8)
             decoded = [torch.from_dlpack(image) for image in images]
-            for _ in run(partial(_cut, crops, first, request.boxes, decoded), range(len(decoded))):
+            waiting = iter(range(len(decoded)))
+            for _ in run(partial(cut, crops, first, request.boxes, decoded), [waiting] * threads):
                 pass
             if first + len(decoded) == total:
                 yield crops
 
 
-def _cut(crops: Tensor, first: int, boxes: np.ndarray, decoded: list[Tensor], i: int) -> None:
-    image = decoded[i].permute(2, 0, 1)[None]
-    for view, (top, left, height, width) in enumerate(boxes[:, i].tolist()):
-        box = image[..., top : top + height, left : left + width]
-        resized = F.interpolate(box, size=crops.shape[2:4], mode="bilinear", antialias=True)
-        crops[view, first + i].copy_(resized[0].permute(1, 2, 0))
+def cut(crops: Tensor, first: int, boxes: np.ndarray, images: list[Tensor], waiting: Iterator[int]) -> None:
+    """Cut the boxes [V, n, 4] of uint8 `images` [H, W, 3] into `crops` [V, ..., S, S, 3], from row `first` on.
+
+    `waiting` gives the images to take; threads share one, so that each takes the next when it is done.
+    """
+    for i in waiting:
+        image = images[i].permute(2, 0, 1)[None]
+        for view, (top, left, height, width) in enumerate(boxes[:, i].tolist()):
+            box = image[..., top : top + height, left : left + width]
+            # What F.interpolate calls, with the place for the result given: no copy, and so no OpenMP threads for one.
+            made = crops[view, first + i].permute(2, 0, 1)[None]
+            torch.ops.aten._upsample_bilinear2d_aa.out(box, crops.shape[2:4], False, out=made)
 
 
 def _gpu_crops(
@@ -277,7 +283,9 @@ def _dali(
     pipe = DaliPipeline(batch_size, threads, device_id, prefetch_queue_depth=DEPTH)
     kinds = [types.UINT8] + [types.FLOAT] * (inputs - 1)
     with pipe:
-        nodes = fn.external_source(source=source, num_outputs=inputs, batch=True, dtype=kinds, ndim=[1] * inputs)
+        # On a CPU without a copy: the feed keeps what it gave until the results are there.
+        options = {"batch": True, "dtype": kinds, "ndim": [1] * inputs, "no_copy": device_id is None}
+        nodes = fn.external_source(source=source, num_outputs=inputs, **options)
         pipe.set_outputs(*graph(*nodes))
     pipe.build()
     return pipe

@@ -9,6 +9,7 @@ import torch
 
 from fastmoco.bench import loader
 from fastmoco.data.manifest import Manifest, scan
+from fastmoco.data.pipeline import cut
 from fastmoco.recipe import PRESETS
 
 CPU = torch.device("cpu")
@@ -46,7 +47,40 @@ def test_dali_alone_gives_crops_and_decoded_images(images: Manifest) -> None:
         assert np.asarray(draw()[0][0]).shape == (375, 500, 3)
 
 
-@pytest.mark.parametrize("who", ["fastmoco", loader.PILLOW, "DALI, file reader", loader.DECODE])
+def test_finished_views_are_the_same_from_both_chains(images: Manifest) -> None:
+    """DALI rounds its blur otherwise: a twentieth of a standard deviation on average; unfinished crops are far off."""
+    found = loader.sources(RECIPE, images, CPU)
+    with found[loader.KERNEL]() as draw, found[loader.CHAIN]() as finished:
+        (query, key), batch = draw(), finished()
+    assert (query - batch.query_crops).abs().mean() < 0.05
+    assert (key - batch.key_crops).abs().mean() < 0.05
+    assert (query - batch.key_crops).abs().mean() > 0.3
+
+
+def test_the_bound_of_processor_time_is_decoding_and_resizing(images: Manifest) -> None:
+    sample = loader._Sample
+    rates = dict.fromkeys((loader.OURS, loader.PILLOW), [sample(500.0, 2.0)])
+    rates |= {loader.DECODE: [sample(1000.0, 1.5)], loader.RESIZE: [sample(4000.0, 0.25)]}
+    rows = {(row.name, row.provider): row for row in loader._rows(rates, {})}
+    assert rows["loader, processor time", loader.ALONE].median == 1.75
+    assert rows["loader, processor time", loader.OURS].share == 1.75 / 2
+    assert rows["loader", loader.OURS].share == 0.5
+
+
+def test_resizing_alone_cuts_what_the_loader_cuts(images: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(loader, "cut", lambda crops, *rest: (cut(crops, *rest), made.append(crops)))
+    found = loader.sources(RECIPE, images, CPU)
+    with found[loader.RESIZE]() as draw, found[loader.OURS]() as ours:
+        draw()
+        batch = ours()
+    difference = (made[0][0].float() - batch.query_crops.float()).abs()
+    assert difference.mean() < 2  # Pillow and DALI decode within rounding of each other
+
+
+@pytest.mark.parametrize(
+    "who", [loader.OURS, loader.PILLOW, loader.DALI, loader.DECODE, loader.RESIZE, loader.KERNEL, loader.CHAIN]
+)
 def test_benchmark(images: Manifest, benchmark: object, who: str) -> None:
     with loader.sources(RECIPE, images, CPU)[who]() as draw:
         for _ in range(loader.PREFETCH + 1):
