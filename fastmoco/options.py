@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from fastmoco.recipe import Recipe
+from fastmoco.recipe import MOST_PIXELS, Recipe
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -290,8 +290,14 @@ class DataScan:
     """Folder, tar or text file of paths."""
     full: bool = False
     """Also decode every image, which finds damage that headers do not show."""
+    max_pixels: int = Recipe.max_pixels
+    """Images of more pixels are left out, as pretrain --max-pixels does."""
     json: Path | None = None
     """File for the same facts as JSON, with every file that was left out."""
+
+    def __post_init__(self) -> None:
+        remedy = f"use a whole number from 1 to {MOST_PIXELS}"
+        _require(1 <= self.max_pixels <= MOST_PIXELS, "max_pixels", self.max_pixels, remedy)
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def prepared(recipe: Recipe, options: Profile, parallel: Parallel) -> Iterator[t
     with contextlib.ExitStack() as stack:
         draw = lambda: noise  # noqa: E731
         if options.data != "synthetic":
-            images = manifest.scan(manifest.split(Path(options.data))[0])
+            images = manifest.scan(manifest.split(Path(options.data))[0], max_pixels=recipe.max_pixels)
             plan = Plan(recipe, images.sizes)
             draw = partial(next, stack.enter_context(Loader(images, plan, recipe, parallel, stop_step=1 << 30)))
         for _ in range(WARMUP):

@@ -17,6 +17,7 @@ from typing import Literal
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
 REFERENCE_BATCH, REFERENCE_LR = 256, 0.03
+MOST_PIXELS = 178_956_970  # of more Pillow reads no header
 PUBLISHED_KEYS, PUBLISHED_IMAGES = 65536, 1_281_167  # the queue and the set it was published with
 LEAST_BATCHES = 4  # in a queue that follows the data: with fewer, all negatives are of the newest encoders
 
@@ -133,6 +134,8 @@ class Recipe:
     """Distribution of the views."""
     fancy_upsampling: bool = False
     """Interpolate the colours of JPEGs on a GPU as a CPU always does: slower, for comparing the two."""
+    max_pixels: int = 100_000_000
+    """Images of more pixels are left out: decoded, one takes three bytes a pixel."""
     max_bad_share: float = 0.001
     """Share of the images that may turn out to be bad while a run reads them, at least one; at more it stops."""
     seed: int = 0
@@ -160,6 +163,8 @@ class Recipe:
         _require(self.temperature > 0, "temperature", self.temperature, "use a positive temperature")
         _require(self.knn_temperature > 0, "knn_temperature", self.knn_temperature, "use a positive temperature")
         _require(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "use a number of at least 0")
+        remedy = f"use a whole number from 1 to {MOST_PIXELS}"
+        _require(1 <= self.max_pixels <= MOST_PIXELS, "max_pixels", self.max_pixels, remedy)
         _require(0 <= self.max_bad_share <= 1, "max_bad_share", self.max_bad_share, "use a share from 0 to 1")
         _require(self.lr == "auto" or self.lr > 0, "lr", self.lr, "use auto or a positive rate")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "use a whole number from 0 to 2^63 - 1")

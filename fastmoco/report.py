@@ -167,7 +167,7 @@ def first_views(facts: dict[str, Any], recipe: Recipe, count: int = PAIRS) -> li
     source = facts.get("options", {}).get("data")
     if not source:
         raise ValueError("the run does not say where its images are")
-    images = manifest.scan(manifest.split(source)[0])
+    images = manifest.scan(manifest.split(source)[0], max_pixels=recipe.max_pixels)
     plan = Plan(recipe, images.sizes)
     with Loader(images, plan, recipe, Parallel(), stop_step=1) as loader:
         batch = next(iter(loader))

@@ -21,7 +21,8 @@ import numpy as np
 from fastmoco.data import cache as kept
 from fastmoco.data.errors import DataError
 from fastmoco.data.files import Files, find_files
-from fastmoco.data.probe import MAX_PIXELS, VERSION, probe
+from fastmoco.data.probe import VERSION, probe
+from fastmoco.recipe import Recipe
 
 NAME = "images.npz"  # of a run's own copy
 TRAIN_NAMES, VAL_NAMES = ("train",), ("val", "valid", "validation", "test")
@@ -116,7 +117,7 @@ def scan(
     path: str | os.PathLike,
     *,
     classes: Sequence[str] | None = None,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int = Recipe.max_pixels,
     threads: int | None = None,
     cache: bool = True,
     full: bool = False,

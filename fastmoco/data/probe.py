@@ -8,8 +8,9 @@ import struct
 
 from PIL import Image
 
+from fastmoco.recipe import Recipe
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "JPEG2000", "PPM")  # Pillow's names of what DALI decodes
-MAX_PIXELS = 100_000_000  # 300 MB once decoded
 HEAD_BYTES = 16 * 1024  # one read that holds nearly every header
 VERSION = 2  # raise it when `probe` changes its mind about any file: results that caches hold are then void
 
@@ -44,7 +45,7 @@ class Slice(io.RawIOBase):
 
 
 def probe(
-    path: str, start: int = 0, size: int | None = None, max_pixels: int = MAX_PIXELS
+    path: str, start: int = 0, size: int | None = None, max_pixels: int = Recipe.max_pixels
 ) -> tuple[int, int, str]:
     """Height, width and "" of an image file, from its header; or 0, 0 and the reason why it cannot be used.
 

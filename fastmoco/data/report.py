@@ -28,7 +28,9 @@ def run(options: DataScan) -> None:
             continue
         began = time.perf_counter()
         with Bar() as bar:
-            found = manifest.scan(path, classes=classes, full=options.full, progress=bar.show)
+            found = manifest.scan(
+                path, classes=classes, max_pixels=options.max_pixels, full=options.full, progress=bar.show
+            )
         classes = found.classes or None
         parts[name] = facts(found, options.full) | {"seconds": time.perf_counter() - began}
         print("\n".join(_lines(name if val else "images", parts[name])))

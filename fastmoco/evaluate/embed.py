@@ -28,7 +28,7 @@ def run(options: Embed) -> None:
     parallel = one_rank(options.device)
     encoder, recipe, step = load_encoder(options.run, parallel)
     recipe = dataclasses.replace(recipe, knn_features=options.features)
-    images = manifest.scan(options.data)
+    images = manifest.scan(options.data, max_pixels=recipe.max_pixels)
     if manifest.split(options.data)[0] != str(options.data):
         images = dataclasses.replace(images, labels=None, classes=[])  # train and val are no classes
     with tqdm(total=len(images), unit="image", disable=None) as bar:

@@ -98,7 +98,7 @@ def run(options: EvaluateKnn) -> None:
     try:
         encoder, recipe, step = load_encoder(options.run, parallel, options.untrained)
         recipe, threads = _chosen(recipe, options), options.threads or None
-        train, val = both_sides(options.run, options.data, options.val, options.labels)
+        train, val = both_sides(options.run, options.data, options.val, options.labels, recipe.max_pixels)
         if parallel.is_main:
             print(f"{len(train)} images vote on {len(val)}, encoder of {options.run} after step {step}")
         bank = extract(encoder, train, recipe, parallel, threads=threads)

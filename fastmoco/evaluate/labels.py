@@ -14,9 +14,12 @@ import numpy as np
 from fastmoco.data import manifest
 from fastmoco.data.manifest import DataError, Manifest
 from fastmoco.options import UsageError
+from fastmoco.recipe import Recipe
 
 
-def both_sides(run: Path, data: Path | None, val: Path | None, labels: Path | None) -> tuple[Manifest, Manifest]:
+def both_sides(
+    run: Path, data: Path | None, val: Path | None, labels: Path | None, max_pixels: int = Recipe.max_pixels
+) -> tuple[Manifest, Manifest]:
     """Labelled training and validation images; where `data` is None, those that `run` was trained on.
 
     UsageError where one side is missing or has no classes, DataError where the labels do not fit.
@@ -28,15 +31,17 @@ def both_sides(run: Path, data: Path | None, val: Path | None, labels: Path | No
     val = val or beside
     if val is None:
         raise UsageError(f"{source} has no val/ beside a train/: name labelled images with --val PATH")
-    bank = one_side(Path(train), labels)
-    return bank, one_side(Path(val), labels, bank.classes)
+    bank = one_side(Path(train), labels, max_pixels=max_pixels)
+    return bank, one_side(Path(val), labels, bank.classes, max_pixels)
 
 
-def one_side(path: Path, labels: Path | None, classes: Sequence[str] | None = None) -> Manifest:
+def one_side(
+    path: Path, labels: Path | None, classes: Sequence[str] | None = None, max_pixels: int = Recipe.max_pixels
+) -> Manifest:
     """The labelled images of `path`, with the classes numbered as in `classes` where given."""
     if labels is not None:
-        return label(manifest.scan(path), labels, classes)
-    found = manifest.scan(path, classes=classes)
+        return label(manifest.scan(path, max_pixels=max_pixels), labels, classes)
+    found = manifest.scan(path, classes=classes, max_pixels=max_pixels)
     if found.labels is None:
         raise UsageError(
             f"{path} has no classes: use one folder per class, a list with classes, or --labels FILE.csv of path,class"

@@ -266,7 +266,7 @@ def run(options: EvaluateLinear) -> None:
     """
     parallel = one_rank(options.device)
     encoder, recipe, step = load_encoder(options.run, parallel, options.untrained)
-    train, val = both_sides(options.run, options.data, options.val, options.labels)
+    train, val = both_sides(options.run, options.data, options.val, options.labels, recipe.max_pixels)
     protocol = _protocol(options)
     evaluation = Evaluation(encoder, recipe, train, val, protocol, parallel, options.threads or None)
     print(f"{len(train)} images train, {len(val)} validate, {len(train.classes)} classes; encoder of {options.run} "

@@ -75,7 +75,7 @@ class Run:
         self.options, self.parallel = options, parallel
         self.out = Path(options.out)
         self.threads = options.threads or max(1, environment.cores() // _ranks_here())
-        self.train_set, self.val_set, note = _images(options)
+        self.train_set, self.val_set, note = _images(options, recipe.max_pixels)
         asked, recipe = recipe, recipe.for_images(len(self.train_set))
         self.recipe = recipe
         self.quarantine = None
@@ -378,11 +378,11 @@ def fresh(path: Path) -> Path:
     return free
 
 
-def _images(options: Options) -> tuple[Manifest, Manifest | None, str]:
+def _images(options: Options, max_pixels: int) -> tuple[Manifest, Manifest | None, str]:
     train, val = manifest.split(options.data)
     kept = Path(options.out) / manifest.NAME
     # A run keeps its samples, and so its plan, when files are lost or added between two of its parts.
-    found = Manifest.load(kept, train) if kept.exists() else manifest.scan(train)
+    found = Manifest.load(kept, train) if kept.exists() else manifest.scan(train, max_pixels=max_pixels)
     val = options.val or val
     note = f"{len(found.rejected)} files were left out: fastmoco data scan {options.data} lists them. "
     note = note if found.rejected else ""
@@ -391,7 +391,7 @@ def _images(options: Options) -> tuple[Manifest, Manifest | None, str]:
     if val is None or found.labels is None:
         why = "no val/ folder beside train/, nor --val" if val is None else f"no classes in {train}"
         return found, None, f"{note}no kNN evaluation: {why}"
-    against = manifest.scan(val, classes=found.classes)
+    against = manifest.scan(val, classes=found.classes, max_pixels=max_pixels)
     if against.labels is None:
         return found, None, f"{note}no kNN evaluation: no classes in {val}"
     return found, against, note

@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from fastmoco.data.probe import Slice, probe
+from fastmoco.options import DataScan
+from fastmoco.recipe import MOST_PIXELS, Recipe
 
 
 def encode(format: str = "JPEG", size: tuple[int, int] = (64, 48), mode: str = "RGB", **options: object) -> bytes:
@@ -138,3 +140,13 @@ def test_a_bmp_without_all_its_rows_is_truncated(tmp_path: Path) -> None:
         whole = encode("BMP", mode=mode)
         assert probe(str(write(tmp_path / "x", whole))) == (48, 64, "")
         assert probe(str(write(tmp_path / "x", whole[:-1]))) == (0, 0, "truncated")
+
+
+def test_a_limit_of_pixels_that_pillow_would_not_read_is_refused() -> None:
+    for make in (lambda limit: Recipe(max_pixels=limit), lambda limit: DataScan(Path(), max_pixels=limit)):
+        make(MOST_PIXELS)
+        for wrong in (0, MOST_PIXELS + 1):
+            with pytest.raises(ValueError, match="max.pixels is .*: use a whole number from 1"):
+                make(wrong)
+    # Pillow's own limit, at which it reads no header: a library's change of mind is noticed here.
+    assert MOST_PIXELS == 2 * Image.MAX_IMAGE_PIXELS

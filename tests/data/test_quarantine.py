@@ -6,8 +6,9 @@ import dataclasses
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,6 +148,51 @@ def test_files_harmed_while_a_run_reads_them(tmp_path: Path, write_set: WriteSet
     first = min(record.step for record in records)
     again = batches(manifest, Quarantine(manifest, path, 0.1), range(first, 12))
     assert all_equal(again, made[first:]) and path.read_text().count("\n") == 3
+
+
+def test_a_huge_image_takes_no_memory(tmp_path: Path, write_set: WriteSet) -> None:
+    data, limit = tmp_path / "data", 10_000_000
+    for name in write_set(data, 200).values():
+        (data / name).unlink()
+    Image.new("L", (8000, 8000)).save(tmp_path / "huge", "JPEG")  # 192 MB once decoded
+    shutil.copy(tmp_path / "huge", data / "huge.jpg")
+    for full in (False, True):
+        with growth() as grown:
+            manifest = scan(data, max_pixels=limit, full=full, cache=False)
+        assert manifest.rejected == [("huge.jpg", "8000 x 8000 pixels, over the limit of 10000000")]
+        assert grown() < 100e6
+    plan, quarantine = Plan(RECIPE, manifest.sizes), Quarantine(manifest, None, 0.1)
+    with Loader(manifest, plan, RECIPE, ALONE, stop_step=12, quarantine=quarantine) as loader, growth() as grown:
+        next(loader)
+        shutil.copy(tmp_path / "huge", manifest.path(plan.samples(10)[0]))
+        assert len(list(loader)) == 11
+    (record,) = quarantine.news
+    assert record.reason.startswith("is 8000 x 8000 pixels, but was") and grown() < 100e6
+    with growth() as grown:  # the control
+        assert len(scan(data, full=True, cache=False).rejected) == 0
+    assert grown() > 180e6
+
+
+def test_a_run_leaves_out_what_is_over_its_limit_of_pixels(tmp_path: Path, write_set: WriteSet) -> None:
+    write_set(tmp_path / "data", 200)
+    small = scan(tmp_path / "data", max_pixels=3600)
+    assert 100 < len(small) < len(scan(tmp_path / "data"))
+    recipe, out = dataclasses.replace(SMALL, max_pixels=3600), tmp_path / "run"
+    pretrain(recipe, options(tmp_path / "data", out, stop_after=1))
+    assert Manifest.load(out / "images.npz", tmp_path / "data").paths == small.paths
+
+
+@contextmanager
+def growth() -> Iterator[Callable[[], int]]:
+    """Bytes by which the resident memory of this process has risen, at its highest, since the block began."""
+
+    def highest() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = highest()
+    yield lambda: highest() - before
 
 
 def _harm(path: Path, harm: str) -> None:

@@ -83,3 +83,5 @@ def test_the_command_prints_and_writes_what_it_found(
     for line in ("classes   2, of 190 to 190 images", "left out  20", f"a/{names['gif']}", "not an image: 2"):
         assert line in shown, line
     assert "\r" not in capsys.readouterr().err  # no bar where there is no terminal
+    assert main(["data", "scan", str(tmp_path / "data"), "--max-pixels", "3600"]) == 0
+    assert "pixels, over the limit of 3600: " in capsys.readouterr().out
