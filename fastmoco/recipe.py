@@ -123,10 +123,14 @@ class Recipe:
     """Epochs at which the step schedule divides the rate by ten."""
     warmup_epochs: float = 0.0
     """Epochs over which the rate rises linearly from zero, at every step."""
+    optimizer: Literal["sgd", "lars"] = "sgd"
+    """sgd as published, or lars for batches of thousands: it wants a much larger lr, which auto does not give."""
+    lars_eta: float = 0.001
+    """Trust of LARS: a layer's step is about lr x eta of the length of its weights."""
     sgd_momentum: float = 0.9
     """Momentum of SGD (not Nesterov's)."""
     weight_decay: float = 1e-4
-    """Weight decay on every parameter, batch norm and biases included."""
+    """Weight decay on every parameter, batch norm and biases included; with lars not on those two."""
 
     crop_size: int = 224
     """Side of the square views, in pixels."""
@@ -158,6 +162,8 @@ class Recipe:
         _require(self.arch in ARCHITECTURES, "arch", self.arch, f"use one of {', '.join(ARCHITECTURES)}")
         _require(self.width > 0, "width", self.width, "use a positive multiplier")
         _require(0 <= self.ema_momentum <= 1, "ema_momentum", self.ema_momentum, "use a number from 0 to 1")
+        _require(self.optimizer in ("sgd", "lars"), "optimizer", self.optimizer, "use sgd or lars")
+        _require(self.lars_eta > 0, "lars_eta", self.lars_eta, "use a positive number")
         _require(0 <= self.sgd_momentum < 1, "sgd_momentum", self.sgd_momentum, "use a number from 0 to below 1")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "use a number of at least 0")
         _require(self.temperature > 0, "temperature", self.temperature, "use a positive temperature")

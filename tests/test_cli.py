@@ -157,6 +157,20 @@ def test_resume_takes_the_recipe_of_the_run(tmp_path):
         parse(argv)
 
 
+def test_a_run_from_before_lars_is_one_of_sgd(tmp_path):
+    """Its recipe.json has no such fields; whoever resumes it can ask for nothing else."""
+    run = started(tmp_path / "run", PRESETS["v2"][1])
+    facts = json.loads((run / "recipe.json").read_text())
+    assert (facts["recipe"].pop("optimizer"), facts["recipe"].pop("lars_eta")) == ("sgd", 0.001)
+    (run / "recipe.json").write_text(json.dumps(facts))
+    argv = ["pretrain", "v2", "--resume", "--out", str(run)]
+    assert parse(argv)[1].recipe == parse([*argv, "--optimizer", "sgd"])[1].recipe == PRESETS["v2"][1]
+    with pytest.raises(UsageError, match="started with optimizer sgd, not lars"):
+        parse([*argv, "--optimizer", "lars"])
+    with pytest.raises(UsageError, match="started with lars_eta 0.001, not 0.002"):
+        parse([*argv, "--lars-eta", "0.002"])
+
+
 def test_a_run_is_never_overwritten(tmp_path, capsys):
     run = started(tmp_path / "run", PRESETS["v2"][1])
     before = (run / "recipe.json").read_bytes()

@@ -134,7 +134,8 @@ def test_unknown_fields_are_named() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("dim", 0), ("queue_size", 0), ("arch", "vgg"), ("width", 0.0), ("ema_momentum", 1.1), ("sgd_momentum", 1.0)]
-    + [("temperature", 0.0), ("lr", -1.0), ("weight_decay", -1e-9), ("seed", -1), ("warmup_epochs", -1.0)],
+    + [("temperature", 0.0), ("lr", -1.0), ("weight_decay", -1e-9), ("seed", -1), ("warmup_epochs", -1.0)]
+    + [("optimizer", "adam"), ("lars_eta", 0.0)],
 )
 def test_bad_values_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(RecipeError, match=rf"{field} is {value!r}: use"):

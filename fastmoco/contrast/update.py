@@ -7,12 +7,14 @@ step of (1 - m) = 0.001 towards the query rounds to nothing.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastmoco.contrast.backends import BACKENDS, Backend
+from fastmoco.contrast.lars import Lars
 from fastmoco.encoder import Encoder
 from fastmoco.kernels.tensor_table import Tensors
 from fastmoco.recipe import Recipe
@@ -71,7 +73,7 @@ class LossScale:
 
 
 class Update:
-    """SGD on the query encoder and the momentum update of the key encoder.
+    """SGD on the query encoder, or LARS as the recipe says, and the momentum update of the key encoder.
 
     Casts the encoders' convolutions and linear layers to `numbers.work`, in place, and keeps their masters: `q`,
     `velocity` and `k`, by parameter name. `lr` [] and `nonfinite` int32 [1] live on the device; nothing is reallocated.
@@ -88,7 +90,8 @@ class Update:
         self._work = [*self._parameters, *encoder_k.parameters()]
         masters = [list(tensors.values()) for tensors in (self.q, self.velocity, self.k)]
         tensors = Tensors(*masters, self._parameters, list(encoder_k.parameters()))
-        self._advance = BACKENDS[backend](tensors, recipe)
+        make = partial(Lars, BACKENDS[backend]) if recipe.optimizer == "lars" else BACKENDS[backend]
+        self._advance = make(tensors, recipe)
         self.lr = torch.zeros((), dtype=numbers.master, device=device)
         self.nonfinite = torch.zeros(1, dtype=torch.int32, device=device)
         self.scale = LossScale(device) if numbers.scaled else None

@@ -1,11 +1,14 @@
-"""Batches of random crops, made by hand from the plan: what the loader hands over, without images or threads."""
+"""Batches of random crops, made by hand from the plan, without images or threads; and each way to update."""
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from fastmoco.data.plan import FLIP, GRAY, ORDER, SIGMA, Plan, route
 from fastmoco.recipe import Recipe
@@ -71,3 +74,35 @@ def make_batch() -> Callable[..., SimpleNamespace]:
 @pytest.fixture
 def make_crops() -> Callable[..., np.ndarray]:
     return crops_of
+
+
+@pytest.fixture(params=["fused", "torch", "apex"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each way to update; apex by a stand-in with its interface, where it is not installed."""
+    if request.param == "apex" and importlib.util.find_spec("amp_C") is None:
+        for name, module in fake_apex().items():
+            monkeypatch.setitem(sys.modules, name, module)
+    return request.param
+
+
+def fake_apex() -> dict[str, SimpleNamespace]:
+    """What we use of apex, in plain torch: a fused SGD, and lists of tensors for out = a x + b y."""
+
+    def multi_tensor_axpby(overflow: Tensor, lists: list[list[Tensor]], a: float, b: float, check: int) -> None:
+        assert check == -1 and overflow.dtype == torch.int32
+        for x, y, out in zip(*lists, strict=True):
+            out.copy_(a * x + b * y)
+
+    class FusedSGD(torch.optim.SGD):
+        def step(self) -> None:
+            assert isinstance(self.param_groups[0]["lr"], float)
+            assert {p.dtype for p in self.param_groups[0]["params"]} == {torch.float32}  # it skips bf16 silently
+            super().step()
+
+    applier = SimpleNamespace(multi_tensor_applier=lambda operation, overflow, *rest: operation(overflow, *rest))
+    return {
+        "apex": SimpleNamespace(),
+        "apex.optimizers": SimpleNamespace(FusedSGD=FusedSGD),
+        "apex.multi_tensor_apply": applier,
+        "amp_C": SimpleNamespace(multi_tensor_axpby=multi_tensor_axpby),
+    }

@@ -56,7 +56,9 @@ def assert_runs_alike(make_batch: Callable, recipe: Recipe, precision: str, step
     assert [name for name in expected if not torch.equal(expected[name], ours[name])] == []
 
 
-@pytest.mark.parametrize("fields", [{}, {"symmetric": True, "head": "mlp"}], ids=["plain", "symmetric"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"symmetric": True, "head": "mlp"}, {"optimizer": "lars"}], ids=["plain", "symmetric", "lars"]
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_the_wrapper_equals_the_step_bit_for_bit(precision: str, fields: dict, make_batch: Callable) -> None:
     assert_runs_alike(make_batch, dataclasses.replace(RECIPE, **fields), precision, 3)
@@ -64,12 +66,15 @@ def test_the_wrapper_equals_the_step_bit_for_bit(precision: str, fields: dict, m
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
 @pytest.mark.parametrize("options", [{}, {"key_stream": True}, {"update": "torch"}], ids=["plain", "stream", "torch"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_twenty_replays_equal_twenty_steps_bit_for_bit(precision: str, options: dict, make_batch: Callable) -> None:
+def test_twenty_replays_equal_twenty_steps_bit_for_bit(
+    precision: str, options: dict, optimizer: str, make_batch: Callable
+) -> None:
     torch.backends.cudnn.deterministic = True
     try:
-        assert_runs_alike(make_batch, RECIPE, precision, 20, **options)
+        assert_runs_alike(make_batch, dataclasses.replace(RECIPE, optimizer=optimizer), precision, 20, **options)
     finally:
         torch.backends.cudnn.deterministic = False
 

@@ -142,7 +142,11 @@ def use_kernels(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
     monkeypatch.setattr(BatchNormAct, "impl", impl)
 
 
-@pytest.mark.parametrize(("precision", "fields"), [("fp32", {}), ("bf16", {}), ("fp16", dict(symmetric=True))])
+@pytest.mark.parametrize(
+    ("precision", "fields"),
+    [("fp32", {}), ("bf16", {}), ("fp16", dict(symmetric=True)), ("fp16", dict(optimizer="lars"))],
+    ids=["fp32", "bf16", "fp16 symmetric", "fp16 lars"],
+)
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_a_step_reads_nothing_back(
     precision: str, fields: dict, impl: str, make_batch: Callable, monkeypatch: pytest.MonkeyPatch
@@ -164,9 +168,10 @@ def test_reading_a_value_would_be_noticed(impl: str, make_batch: Callable, monke
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_step_waits_for_nothing_on_a_gpu(precision: str, make_batch: Callable) -> None:
-    step = Step(tiny(), Parallel(device=torch.device("cuda", 0)), precision)
+def test_a_step_waits_for_nothing_on_a_gpu(precision: str, optimizer: str, make_batch: Callable) -> None:
+    step = Step(tiny(optimizer=optimizer), Parallel(device=torch.device("cuda", 0)), precision)
     batch = make_batch(tiny(), 0)
     for name, value in vars(batch).items():
         setattr(batch, name, value.cuda() if isinstance(value, Tensor) else value)

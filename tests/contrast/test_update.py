@@ -1,7 +1,6 @@
 """Masters and working copies, the update against torch's optimiser, and the loss scale."""
 
 import copy
-import importlib.util
 import math
 import sys
 from types import SimpleNamespace
@@ -31,38 +30,6 @@ def make(precision: str, backend: str = "fused") -> tuple[Encoder, Encoder, Upda
     encoder_q = build_encoder(RECIPE)
     encoder_k = copy.deepcopy(encoder_q).requires_grad_(False)
     return encoder_q, encoder_k, Update(encoder_q, encoder_k, RECIPE, PRECISIONS[precision], backend)
-
-
-@pytest.fixture(params=["fused", "torch", "apex"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each way to update; apex by a stand-in with its interface, where it is not installed."""
-    if request.param == "apex" and importlib.util.find_spec("amp_C") is None:
-        for name, module in fake_apex().items():
-            monkeypatch.setitem(sys.modules, name, module)
-    return request.param
-
-
-def fake_apex() -> dict[str, SimpleNamespace]:
-    """What we use of apex, in plain torch: a fused SGD, and lists of tensors for out = a x + b y."""
-
-    def multi_tensor_axpby(overflow: Tensor, lists: list[list[Tensor]], a: float, b: float, check: int) -> None:
-        assert check == -1 and overflow.dtype == torch.int32
-        for x, y, out in zip(*lists, strict=True):
-            out.copy_(a * x + b * y)
-
-    class FusedSGD(torch.optim.SGD):
-        def step(self) -> None:
-            assert isinstance(self.param_groups[0]["lr"], float)
-            assert {p.dtype for p in self.param_groups[0]["params"]} == {torch.float32}  # it skips bf16 silently
-            super().step()
-
-    applier = SimpleNamespace(multi_tensor_applier=lambda operation, overflow, *rest: operation(overflow, *rest))
-    return {
-        "apex": SimpleNamespace(),
-        "apex.optimizers": SimpleNamespace(FusedSGD=FusedSGD),
-        "apex.multi_tensor_apply": applier,
-        "amp_C": SimpleNamespace(multi_tensor_axpby=multi_tensor_axpby),
-    }
 
 
 def give_gradients(encoder: Encoder, seed: int) -> dict[str, Tensor]:
