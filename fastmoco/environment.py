@@ -56,6 +56,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def share_of_cores() -> int:
+    """Cores for each of the processes that torchrun started on this machine, at least one."""
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def processor() -> str:
     """Name of the processor."""
     try:

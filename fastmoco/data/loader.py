@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from fastmoco.data.manifest import Manifest
-from fastmoco.data.pipeline import Decoding, Pipeline, Repair, Request, default_threads, fault, read
+from fastmoco.data.pipeline import Decoding, Pipeline, Repair, Request, fault, read
 from fastmoco.data.plan import Plan, Route, centre_boxes, route
 from fastmoco.data.quarantine import Quarantine
+from fastmoco.environment import share_of_cores
 from fastmoco.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -294,7 +295,7 @@ def _dali_views(plan: Plan, recipe: Recipe, parallel: Parallel, threads: int | N
     from fastmoco.data.photometric import DaliPhotometric
 
     colours, rows = recipe.augmentation, plan.per_rank * recipe.views
-    threads = threads or default_threads()
+    threads = threads or share_of_cores()
     return DaliPhotometric(colours.mean, colours.std, batch_size=rows, device=parallel.device, threads=threads)
 
 

@@ -22,6 +22,7 @@ from fastmoco.data import cache as kept
 from fastmoco.data.errors import DataError
 from fastmoco.data.files import Files, find_files
 from fastmoco.data.probe import VERSION, probe
+from fastmoco.environment import share_of_cores
 from fastmoco.recipe import Recipe
 
 NAME = "images.npz"  # of a run's own copy
@@ -233,7 +234,7 @@ def _in_threads(
     chunks = [indices[at : at + CHUNK_FILES] for at in range(0, len(indices), CHUNK_FILES)]
     done = 0
     # More threads than cores, because a cold or remote disk answers many requests at once.
-    with ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(threads or 2 * share_of_cores()) as pool:
         for chunk, results in zip(chunks, pool.map(work, chunks), strict=True):
             yield from zip(chunk, results, strict=True)
             done += len(chunk)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import gc
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastmoco import environment
 from fastmoco.contrast import agreement
 from fastmoco.contrast.graph import runner
 from fastmoco.contrast.step import Step
@@ -29,6 +27,7 @@ from fastmoco.data.manifest import Manifest
 from fastmoco.data.placeholder import noise_batch
 from fastmoco.data.plan import Plan
 from fastmoco.data.quarantine import Quarantine
+from fastmoco.environment import share_of_cores
 from fastmoco.evaluate import knn
 from fastmoco.options import Options, Pretrain, UsageError, check_places, restarted
 from fastmoco.parallel import Parallel
@@ -74,7 +73,7 @@ class Run:
     def __init__(self, recipe: Recipe, options: Options, preset: str, parallel: Parallel) -> None:
         self.options, self.parallel = options, parallel
         self.out = Path(options.out)
-        self.threads = options.threads or max(1, environment.cores() // _ranks_here())
+        self.threads = options.threads or share_of_cores()
         self.train_set, self.val_set, note = _images(options, recipe.max_pixels)
         asked, recipe = recipe, recipe.for_images(len(self.train_set))
         self.recipe = recipe
@@ -402,10 +401,6 @@ def _same_recipe(saved: Recipe, now: Recipe, path: Path) -> None:
         old, new = getattr(saved, field.name), getattr(now, field.name)
         if old != new and not field.name.startswith("knn_") and field.name != "max_bad_share":
             raise UsageError(f"{path} was made with {field.name} {old}, not {new}: resume it with the same recipe")
-
-
-def _ranks_here() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 @contextmanager

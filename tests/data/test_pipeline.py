@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from fastmoco.data import pipeline as pipeline_module
 from fastmoco.data.manifest import Manifest
-from fastmoco.data.pipeline import CPU_BATCH, Decoding, DecodeError, Pipeline, Request, default_threads
+from fastmoco.data.pipeline import CPU_BATCH, Decoding, DecodeError, Pipeline, Request
+from fastmoco.environment import share_of_cores
 
 CPU = torch.device("cpu")
 
@@ -26,7 +28,7 @@ def request(manifest: Manifest, indices: np.ndarray, views: int = 2, seed: int =
     return Request([manifest.path(i) for i in indices], [manifest.read(i) for i in indices], sizes, boxes)
 
 
-def pipeline(requests: object, views: int = 2, crop_size: int = 64, threads: int = 1) -> Pipeline:
+def pipeline(requests: object, views: int = 2, crop_size: int = 64, threads: int | None = 1) -> Pipeline:
     return Pipeline(requests, batch_size=200, crop_size=crop_size, views=views, device=CPU, threads=threads)
 
 
@@ -166,23 +168,36 @@ def test_closing_early_and_twice(photo_manifest: Manifest) -> None:
     assert crops() == []
 
 
-def test_threads_leave_room_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cores, expected in ((1, 1), (2, 1), (4, 2), (16, 14)):
-        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: range(cores))
-        assert default_threads() == expected
+def test_ranks_share_the_cores_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(pipeline_module, "_cpu_crops", lambda *options: asked.append(options[5]))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(16))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for ranks, expected in ((None, 16), (1, 16), (3, 5), (8, 2), (32, 1)):
+        if ranks:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        pipeline([], threads=None)
+        assert share_of_cores() == asked[-1] == expected
+    pipeline([], threads=7)
+    assert asked[-1] == 7
 
 
 def test_the_decoding_engine_takes_more_where_threads_are_few() -> None:
-    loads = [Decoding().options(threads)["hw_decoder_load"] for threads in (1, 4, 8, 16, 64)]
-    assert loads == [1.0, 0.9, 0.8, 0.65, 0.65]
-    assert Decoding(0.3, True).options(8) == {"hw_decoder_load": 0.3, "jpeg_fancy_upsampling": True}
+    expected = {
+        "NVIDIA A100-SXM4-80GB": [1.0, 0.9, 0.75, 0.75, 0.75],
+        "NVIDIA H100 80GB HBM3": [1.0, 1.0, 0.99, 0.65, 0.65],
+        "NVIDIA GeForce RTX 4090": [1.0, 0.9, 0.8, 0.65, 0.65],
+    }
+    for gpu, loads in expected.items():
+        assert [Decoding().options(threads, gpu)["hw_decoder_load"] for threads in (1, 4, 8, 16, 64)] == loads
+        assert Decoding(0.3, True).options(8, gpu) == {"hw_decoder_load": 0.3, "jpeg_fancy_upsampling": True}
 
 
 def test_dali_knows_the_options_of_the_gpu() -> None:
     from nvidia.dali import ops
 
     schema = ops.decoders.Image(device="cpu").schema
-    assert all(schema.HasArgument(name) for name in Decoding().options(1))
+    assert all(schema.HasArgument(name) for name in Decoding().options(1, "any"))
 
 
 @pytest.mark.gpu
