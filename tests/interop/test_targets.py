@@ -1,0 +1,181 @@
+"""Exports as the libraries they are for read them: names and shapes by each one's own rule, and the libraries
+themselves where they are installed (timm, which brings torchvision)."""
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from fastmoco.encoder import Encoder, build_encoder
+from fastmoco.interop import run
+from fastmoco.interop.export import export
+from fastmoco.interop.run import Saved
+
+Shapes = dict[str, tuple[int, ...]]
+BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}
+NORM = ("weight", "bias", "running_mean", "running_var")
+
+
+def conv_and_norm(conv: str, norm: str, shape: tuple[int, ...]) -> Shapes:
+    named = {f"{norm}.{field}": shape[:1] for field in NORM}
+    return {f"{conv}.weight": shape, **named, f"{norm}.num_batches_tracked": ()}
+
+
+def convolutions(arch: str) -> Iterator[tuple[int, int, int, tuple[int, ...]]]:
+    """(stage from 1, block from 0, convolution from 1, 0 for the shortcut, shape): He et al., 2016, table 1."""
+    entry, deep = 64, arch == "resnet50"
+    for stage, blocks in enumerate(BLOCKS[arch], start=1):
+        width = 64 * 2 ** (stage - 1)
+        out = 4 * width if deep else width
+        for block in range(blocks):
+            inner = ((width, entry, 1, 1), (width, width, 3, 3), (out, width, 1, 1))
+            inner = inner if deep else ((width, entry, 3, 3), (out, width, 3, 3))
+            yield from ((stage, block, number, shape) for number, shape in enumerate(inner, start=1))
+            if entry != out:
+                yield stage, block, 0, (out, entry, 1, 1)
+            entry = out
+
+
+def torchvision_shapes(arch: str) -> Shapes:
+    shapes = conv_and_norm("conv1", "bn1", (64, 3, 7, 7))
+    for stage, block, number, shape in convolutions(arch):
+        at = f"layer{stage}.{block}"
+        names = (f"{at}.conv{number}", f"{at}.bn{number}") if number else (f"{at}.downsample.0", f"{at}.downsample.1")
+        shapes |= conv_and_norm(*names, shape)
+    return shapes
+
+
+def detectron2_shapes(arch: str) -> Shapes:
+    """A convolution of detectron2 owns its norm; its stages are counted from 2."""
+    shapes = conv_and_norm("stem.conv1", "stem.conv1.norm", (64, 3, 7, 7))
+    for stage, block, number, shape in convolutions(arch):
+        conv = f"res{stage + 1}.{block}." + (f"conv{number}" if number else "shortcut")
+        shapes |= conv_and_norm(conv, f"{conv}.norm", shape)
+    return shapes
+
+
+@pytest.fixture(params=["resnet18", "resnet50"])
+def encoder(request, make_recipe, monkeypatch) -> Encoder:
+    """A network whose weights and statistics are unlike their start, as the run that `export` finds."""
+    recipe = make_recipe("linear", arch=request.param, width=1.0, stem="imagenet", crop_size=64)
+    encoder = build_encoder(recipe).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, value in encoder.state_dict().items():
+            if "bn" in name or "downsample.1" in name:
+                value.fill_(7) if name.endswith("tracked") else value.uniform_(0.5, 1.5, generator=generator)
+    state = {f"encoder_q.{name}": value for name, value in encoder.state_dict().items()}
+    monkeypatch.setattr(run, "load", lambda _: Saved(7, state, recipe, "fp32", {"steps": 20}))
+    return encoder
+
+
+def arch_of(encoder: Encoder) -> str:
+    return "resnet50" if encoder.feature_dim == 2048 else "resnet18"
+
+
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def difference(encoder: Encoder, theirs: nn.Module) -> float:
+    theirs = theirs.eval().to(memory_format=torch.channels_last)
+    x = images().to(memory_format=torch.channels_last)
+    return (encoder.features(x) - theirs(x)).abs().max().item()
+
+
+def test_torchvision_finds_every_name_with_its_shape(encoder, tmp_path):
+    weights = torch.load(export(Path("run"), "torchvision", tmp_path / "a.pth"), weights_only=True)
+    wanted = torchvision_shapes(arch_of(encoder))
+    assert {name: tuple(value.shape) for name, value in weights.items()} == wanted
+    assert len(wanted) == {"resnet18": 120, "resnet50": 318}[arch_of(encoder)]  # 122 and 320 with fc
+
+
+def found_by_detectron2(model: Shapes, file: dict[str, np.ndarray]) -> dict[str, str]:
+    """Its matching heuristics: a name of the model takes the longest name of the file that it is, or ends with after
+    a dot; another shape is left out; one name of the file for two of the model is an error."""
+    found: dict[str, str] = {}
+    for name, shape in model.items():
+        near = [key for key in file if name == key or name.endswith(f".{key}")]
+        best = max(near, key=len, default=None)
+        if best is None or file[best].shape != shape:
+            continue
+        if best in found.values():
+            raise ValueError(f"{best} is ambiguous")
+        found[name] = best
+    return found
+
+
+def detector(arch: str, kind: str) -> tuple[Shapes, set[str]]:
+    """Weights of a whole detector (C4 of the MoCo paper, or FPN), and which of them are the backbone's."""
+    own = detectron2_shapes(arch)
+    last = own["res5.0.conv1.weight"][1] * 2
+    place = {name: f"backbone.bottom_up.{name}" for name in own}
+    rest = {f"backbone.fpn_{part}{level}.{field}": (256,) for part in ("lateral", "output") for level in range(2, 6)
+            for field in ("weight", "bias", "norm.weight", "norm.bias")}  # fmt: skip
+    if kind == "C4":
+        place = {name: ("roi_heads." if name.startswith("res5") else "backbone.") + name for name in own}
+        rest = {f"roi_heads.res5.norm.{field}": (last,) for field in (*NORM, "num_batches_tracked")}
+    heads = ("rpn_head.conv", "rpn_head.objectness_logits", "rpn_head.anchor_deltas")
+    rest |= {f"proposal_generator.{head}.{field}": (256,) for head in heads for field in ("weight", "bias")}
+    heads = ("box_head.fc1", "box_predictor.cls_score", "box_predictor.bbox_pred", "mask_head.deconv",
+             "box_head.conv1", "box_head.conv1.norm")  # fmt: skip
+    rest |= {f"roi_heads.{head}.{field}": (256,) for head in heads for field in ("weight", "bias")}
+    return {place[name]: shape for name, shape in own.items()} | rest, set(place.values())
+
+
+@pytest.mark.parametrize("kind", ["C4", "FPN"])
+def test_detectron2_finds_the_whole_backbone_and_nothing_else(encoder, tmp_path, kind):
+    content = pickle.loads(export(Path("run"), "detectron2", tmp_path / "a.pkl").read_bytes())
+    file, (model, backbone) = content["model"], detector(arch_of(encoder), kind)
+    # What its checkpointer takes without renaming: a "model" of arrays, an author other than Caffe2, heuristics on.
+    assert content["matching_heuristics"] is True and content["__author__"] != "Caffe2"
+    assert all(isinstance(value, np.ndarray) for value in file.values())
+    found = found_by_detectron2(model, file)
+    assert set(found) == backbone and set(found.values()) == set(file)
+    first = next(name for name in backbone if name.endswith("stem.conv1.weight"))
+    assert (file[found[first]] == encoder.conv1.weight.detach().numpy()).all()
+
+
+def test_detectron2_is_lost_with_torchvisions_names(encoder):
+    """The control: the heuristics alone do not do it, nor does another network's file."""
+    arch = arch_of(encoder)
+    model, backbone = detector(arch, "C4")
+    weights = {name: value.numpy() for name, value in encoder.state_dict().items() if not name.startswith("fc.")}
+    with pytest.raises(ValueError, match="conv1.weight is ambiguous"):
+        found_by_detectron2({name: weights["conv1.weight"].shape for name in model}, weights)
+    assert set(found_by_detectron2(model, weights)) < backbone
+    other = detectron2_shapes("resnet18" if arch == "resnet50" else "resnet50")
+    found = found_by_detectron2(model, {name: np.empty(shape) for name, shape in other.items()})
+    assert set(found) < backbone
+
+
+def test_timm_loads_strictly_and_computes_the_same(encoder, tmp_path):
+    timm = pytest.importorskip("timm")
+    out = export(Path("run"), "timm", tmp_path / "a")
+    theirs = timm.create_model(arch_of(encoder), num_classes=0)
+    theirs.load_state_dict(load_file(out / "model.safetensors"), strict=True)
+    assert difference(encoder, theirs) == 0
+    assert difference(encoder, timm.create_model(f"local-dir:{out}", pretrained=True)) == 0
+    assert difference(encoder, timm.create_model(f"local-dir:{out}", pretrained=False)) > 0  # the control
+    data = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{out}", pretrained=True))
+    assert list(data["input_size"]) == [3, 64, 64] and list(data["mean"]) == [0.485, 0.456, 0.406]
+
+
+def test_torchvision_loads_strictly_and_computes_the_same(encoder, tmp_path):
+    models = pytest.importorskip("torchvision.models")
+    weights = torch.load(export(Path("run"), "torchvision", tmp_path / "a.pth"), weights_only=True)
+    theirs = getattr(models, arch_of(encoder))()
+    # As the printed line says, the classifier alone is missing; without it the rest is taken strictly.
+    assert theirs.load_state_dict(weights, strict=False).missing_keys == ["fc.weight", "fc.bias"]
+    theirs.fc = nn.Identity()
+    theirs.load_state_dict(weights, strict=True)
+    assert difference(encoder, theirs) == 0
+    with torch.no_grad():
+        theirs.layer4[1].bn2.bias += 1e-3  # the control
+    assert difference(encoder, theirs) > 0
