@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -144,3 +145,20 @@ def _content(kind: str, pixels: np.ndarray) -> bytes:
     if kind == "sixteen":
         return _bytes(pixels[..., 0].astype(np.uint16) * 257, "PNG")
     return encode(kind, pixels) if kind else _bytes(pixels)
+
+
+@contextmanager
+def _growth() -> Iterator[Callable[[], int]]:
+    def highest() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # the mark starts anew at what is resident now
+    before = highest()
+    yield lambda: highest() - before
+
+
+@pytest.fixture
+def growth() -> Callable[[], AbstractContextManager[Callable[[], int]]]:
+    """with growth() as grown: grown() is how far resident memory has risen, at its highest, since then, in bytes."""
+    return _growth

@@ -6,9 +6,8 @@ import dataclasses
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -150,7 +149,7 @@ def test_files_harmed_while_a_run_reads_them(tmp_path: Path, write_set: WriteSet
     assert all_equal(again, made[first:]) and path.read_text().count("\n") == 3
 
 
-def test_a_huge_image_takes_no_memory(tmp_path: Path, write_set: WriteSet) -> None:
+def test_a_huge_image_takes_no_memory(tmp_path: Path, write_set: WriteSet, growth: Callable) -> None:
     data, limit = tmp_path / "data", 10_000_000
     for name in write_set(data, 200).values():
         (data / name).unlink()
@@ -180,19 +179,6 @@ def test_a_run_leaves_out_what_is_over_its_limit_of_pixels(tmp_path: Path, write
     recipe, out = dataclasses.replace(SMALL, max_pixels=3600), tmp_path / "run"
     pretrain(recipe, options(tmp_path / "data", out, stop_after=1))
     assert Manifest.load(out / "images.npz", tmp_path / "data").paths == small.paths
-
-
-@contextmanager
-def growth() -> Iterator[Callable[[], int]]:
-    """Bytes by which the resident memory of this process has risen, at its highest, since the block began."""
-
-    def highest() -> int:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-    Path("/proc/self/clear_refs").write_text("5")
-    before = highest()
-    yield lambda: highest() - before
 
 
 def _harm(path: Path, harm: str) -> None:
