@@ -30,6 +30,12 @@ def device() -> torch.device:
 
 
 @pytest.fixture
+def quiet() -> bool:
+    """Whether whoever started the tests says (FASTMOCO_QUIET) that the machine does nothing else: wall clocks hold."""
+    return "FASTMOCO_QUIET" in os.environ
+
+
+@pytest.fixture
 def run_ranks(tmp_path: Path) -> Callable[..., list]:
     """run_ranks(n, body, *args): body(parallel, *args) in n forked gloo ranks; their results, by rank.
 

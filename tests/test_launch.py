@@ -63,16 +63,19 @@ def test_two_ranks_give_the_run_of_one(folder):
     assert json.loads((folder / "two/recipe.json").read_text())["ranks"] == 2
 
 
-def test_a_signal_to_the_launcher_stops_all_ranks_at_one_step(folder):
+def test_a_signal_to_the_launcher_stops_all_ranks_at_one_step(folder, quiet):
     flags = ("--data", "images", "--epochs", "1000", "--log-every", "2", "--out", "run")
     process = start(folder, "--nproc", "2", "pretrain", "demo", *flags)
     log, began = folder / "run/log.jsonl", time.monotonic()
     while len(read_lines(log)) < 2:
         assert process.poll() is None and time.monotonic() - began < 200
         time.sleep(0.2)
+    ranks = [pid_of(process, rank) for rank in (0, 1)]
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == 143, said
+    code, said, seconds = end_of(process)
+    print(f"SIGTERM to the launcher of two ranks: {seconds:.2f} s wall clock")
+    assert (code, seconds < (3 if quiet else LIMIT)) == (143, True), (code, seconds, said)
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
     newest = checkpoint.latest(folder / "run")
     step = checkpoint.load(newest).step
     assert step == read_lines(log)[-1]["step"] and f"saved after step {step}" in said
@@ -179,12 +182,13 @@ def test_with_restarts_a_killed_rank_costs_time_and_nothing_else(folder):
     assert [line["step"] for line in read_lines(folder / "run/log.jsonl")] == list(range(2, 61, 2))
 
 
-def test_a_signal_to_one_rank_alone_stops_the_run(folder):
+def test_a_signal_to_one_rank_alone_stops_the_run(folder, quiet):
     process = start(folder, "--nproc", "2", "pretrain", "demo", *ENDLESS)
     train_until(process, folder / "run/log.jsonl", 4)
     ranks = [pid_of(process, rank) for rank in (0, 1)]
     os.kill(ranks[1], signal.SIGUSR1)
     code, said, seconds = end_of(process)
-    assert (code, seconds < LIMIT) == (143, True), (code, seconds, said)
+    print(f"SIGUSR1 to one rank of two: {seconds:.2f} s wall clock")
+    assert (code, seconds < (3 if quiet else LIMIT)) == (143, True), (code, seconds, said)
     assert checkpoint.load(checkpoint.latest(folder / "run")).step == read_lines(folder / "run/log.jsonl")[-1]["step"]
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)

@@ -42,6 +42,13 @@ def recipe() -> Recipe:
     )  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def flags(recipe) -> list[str]:
+    """The command line's way from the demo preset to `recipe`."""
+    names = ("width", "crop_size", "batch_size", "bn_group", "queue_size", "epochs", "lr", "knn_k")
+    return [f"--{name.replace('_', '-')}={getattr(recipe, name)}" for name in names]
+
+
 @pytest.fixture
 def in_fork(tmp_path: Path) -> Callable[..., int]:
     """in_fork(body, *args): exit code of body(*args) in a forked process, minus the signal where it was killed.

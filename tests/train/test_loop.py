@@ -256,10 +256,9 @@ def soak(recipe, images: Path, folder: Path) -> None:
     (folder / "figures.json").write_text(json.dumps(figures))
 
 
-def test_a_worker_that_torchrun_started_again_goes_on(images, recipe, whole, tmp_path, monkeypatch):
+def test_a_worker_that_torchrun_started_again_goes_on(images, flags, whole, tmp_path, monkeypatch):
     """--max-restarts: without the count the folder of another run is refused, as ever."""
     out = tmp_path / "run"
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in as_flags(recipe).items()]
     places = [f"--data={images}", f"--out={out}"]
     command = ["pretrain", "demo", *places, "--device=cpu", "--threads=1", "--no-knn", *flags]
     assert main([*command, "--stop-after=11", "--log-every=4"]) == 0
@@ -270,11 +269,6 @@ def test_a_worker_that_torchrun_started_again_goes_on(images, recipe, whole, tmp
     never_began = [*command[:3], f"--out={tmp_path / 'new'}", *command[4:], "--stop-after=1"]
     (tmp_path / "new").mkdir()
     assert main(never_began) == 0
-
-
-def as_flags(recipe) -> dict[str, object]:
-    names = ("width", "crop_size", "batch_size", "bn_group", "queue_size", "epochs", "lr", "knn_k")
-    return {name: getattr(recipe, name) for name in names}
 
 
 def train_ranks(parallel: Parallel, recipe, where: Options) -> None:
