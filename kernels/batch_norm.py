@@ -43,6 +43,17 @@ class Norm(NamedTuple):
     running: tuple[Tensor, Tensor] | None = None
 
 
+class Measured(NamedTuple):
+    """A batch norm whose statistics are known: weight and bias fp32 [C], and moments fp32 [2, groups, C].
+
+    The moments are the mean of each group of consecutive samples and 1 / sqrt(variance + eps).
+    """
+
+    weight: Tensor
+    bias: Tensor
+    moments: Tensor
+
+
 def batch_norm_act(x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] | None, groups: int = 1, *,
                    residual: Tensor | None = None, residual_norm: Norm | None = None, relu: bool = True,
                    momentum: float = 0.1, eps: float = 1e-5, training: bool = True,
@@ -61,20 +72,56 @@ def batch_norm_act(x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tenso
         _check_residual(x, residual)
     if residual_norm is not None:
         _check(residual, *residual_norm, groups, training)
-    if impl == "reference" or (impl == "auto" and not x.is_cuda):
+    if not by_kernel(x, impl):
         return reference.batch_norm_act(x, weight, bias, running, groups, residual=residual,
                                         residual_norm=residual_norm, relu=relu, momentum=momentum, eps=eps,
                                         training=training)
-    if impl not in ("auto", "triton"):
-        raise ValueError(f"impl must be auto, triton or reference, not {impl!r}")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"the Triton kernel takes fp32, bf16 or fp16, not {x.dtype}")
     moments = _moments(x, running, groups, momentum, eps, training)
     side = (None, None, None)
     if residual_norm is not None:
         weight_2, bias_2, running_2 = residual_norm
         side = (weight_2, bias_2, _moments(residual, running_2, groups, momentum, eps, training))
     return apply(x, weight, bias, moments, residual, *side, relu, training)
+
+
+def measure(x: Tensor, norm: Norm, groups: int = 1, *, momentum: float = 0.1, eps: float = 1e-5,
+            impl: Literal["auto", "triton", "reference"] = "auto") -> Measured:
+    """The first pass of `batch_norm_act` in training, alone: the statistics of x, which also move `norm.running`.
+
+    Not differentiable in x. Tensors and errors as there.
+    """
+    _check(x, *norm, groups, training=True)
+    with torch.no_grad():
+        if by_kernel(x, impl):
+            moments = statistics(x, *(norm.running or (None, None)), groups, momentum, eps)
+        else:
+            moments = reference.measure(x, norm.running, groups, momentum=momentum, eps=eps)
+    return Measured(norm.weight, norm.bias, moments)
+
+
+def normalise(x: Tensor, norm: Measured, *, residual: Tensor | None = None, residual_norm: Measured | None = None,
+              relu: bool = True, overwrite: bool = False,
+              impl: Literal["auto", "triton", "reference"] = "auto") -> Tensor:
+    """The second pass of `batch_norm_act`, alone, forward only: by given statistics, whoever measured them.
+
+    With `overwrite` the result may take the place of x. ValueError where a gradient would be wanted; else as there.
+    """
+    check_measured(x, norm, norm.moments.shape[1])
+    if residual is not None:
+        _check_residual(x, residual)
+    if residual_norm is not None:
+        if residual is None:
+            raise ValueError("residual_norm needs a residual")
+        check_measured(residual, residual_norm, norm.moments.shape[1])
+    check_forward_only("normalise", x, *norm, residual, *(residual_norm or ()))
+    side = (residual, *(residual_norm or (None, None, None)))
+    with torch.no_grad():
+        if not by_kernel(x, impl):
+            return reference.normalise(x, norm, residual=residual, residual_norm=residual_norm, relu=relu)
+        if not overwrite:
+            return apply(x, *norm, *side, relu, True)
+        apply_in_place(x, *norm, *side, relu)
+        return x
 
 
 def cost(shape: tuple[int, ...], element_size: int, groups: int = 1, *, residual: Literal["none", "plain", "dual"],
@@ -99,6 +146,40 @@ def cost(shape: tuple[int, ...], element_size: int, groups: int = 1, *, residual
     return element_size * elements * passes + 4 * channels * small, elements * (10 * norms + 2)
 
 
+def by_kernel(x: Tensor, impl: str) -> bool:
+    """Whether `impl` means the Triton kernel for x, not the twin; ValueError where it can mean neither."""
+    if impl == "reference" or (impl == "auto" and not x.is_cuda):
+        return False
+    if impl not in ("auto", "triton"):
+        raise ValueError(f"impl must be auto, triton or reference, not {impl!r}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"the Triton kernel takes fp32, bf16 or fp16, not {x.dtype}")
+    return True
+
+
+def check_forward_only(name: str, *tensors: Tensor | None) -> None:
+    """ValueError where gradients of `tensors` would be wanted."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise ValueError(f"{name} has no backward: call it under torch.no_grad()")
+
+
+def check_vector(name: str, vector: Tensor, x: Tensor, channels: int) -> None:
+    """ValueError unless `vector` is contiguous [channels], fp32 beside an x that the kernels take, and where x is."""
+    dtypes = (torch.float32,) if x.dtype in DTYPES else (torch.float32, torch.float64)
+    if vector.shape != (channels,) or not vector.is_contiguous():
+        raise ValueError(f"{name} must be contiguous [{channels}], not {list(vector.shape)}")
+    if vector.dtype not in dtypes or vector.device != x.device:
+        raise ValueError(f"{name} must be fp32 on {x.device}, not {vector.dtype} on {vector.device}")
+
+
+def check_measured(x: Tensor, norm: Measured, groups: int) -> None:
+    """ValueError unless x may be normalised by `norm`, whose statistics are those of `groups` groups."""
+    _check(x, norm.weight, norm.bias, None, groups, training=True)
+    if norm.moments.shape != (2, groups, x.shape[1]) or not norm.moments.is_contiguous():
+        raise ValueError(f"moments must be contiguous [2, {groups}, {x.shape[1]}], not {list(norm.moments.shape)}")
+    check_vector("moments", norm.moments[0, 0], x, x.shape[1])
+
+
 def _check(x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] | None, groups: int,
            training: bool) -> None:
     if x.dim() not in (2, 4):
@@ -116,15 +197,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tenso
     if running is not None:
         vectors.update({"running mean": running[0], "running variance": running[1]})
     for name, vector in vectors.items():
-        _check_vector(name, vector, x)
-
-
-def _check_vector(name: str, vector: Tensor, x: Tensor) -> None:
-    dtypes = (torch.float32,) if x.dtype in DTYPES else (torch.float32, torch.float64)
-    if vector.shape != x.shape[1:2] or not vector.is_contiguous():
-        raise ValueError(f"{name} must be contiguous [{x.shape[1]}], not {list(vector.shape)}")
-    if vector.dtype not in dtypes or vector.device != x.device:
-        raise ValueError(f"{name} must be fp32 on {x.device}, not {vector.dtype} on {vector.device}")
+        check_vector(name, vector, x, channels)
 
 
 def _check_residual(x: Tensor, residual: Tensor) -> None:
@@ -143,6 +216,21 @@ def _moments(x: Tensor, running: tuple[Tensor, Tensor] | None, groups: int, mome
         return torch.stack([running[0], torch.rsqrt(running[1] + eps)])[:, None]
 
 
+def finish(partial: Tensor, running_mean: Tensor | None, running_var: Tensor | None, rows: int, split_rows: int,
+           momentum: float, eps: float) -> Tensor:
+    """Moments fp32 [2, groups, C] from the means and squared deviations of pieces of `split_rows` rows of a group.
+
+    `partial` is fp32 [2, groups, splits, C], splits at most MAX_SPLITS, `rows` those of a group. Moves the running
+    statistics in place. To be called inside an operator, with the device set.
+    """
+    _, groups, splits, channels = partial.shape
+    moments = partial.new_empty((2, groups, channels))
+    kernels.finish_statistics[(triton.cdiv(channels, FINISH_CHANNELS),)](
+        partial, moments, running_mean, running_var, rows, channels, split_rows, splits, groups, momentum, eps,
+        **_finish_options(splits))
+    return moments
+
+
 # Operators. `moments` is fp32 [2, groups, C]: mean and 1 / sqrt(variance + eps).
 
 
@@ -153,13 +241,9 @@ def statistics(x: Tensor, running_mean: Tensor | None, running_var: Tensor | Non
     rows, channels = x.numel() // x.shape[1] // groups, x.shape[1]
     launch = _Launch("statistics", x, groups)
     partial = x.new_empty((2, groups, launch.splits, channels), dtype=torch.float32)
-    moments = x.new_empty((2, groups, channels), dtype=torch.float32)
     with launch.device:
         kernels.statistics[launch.split_grid](x, partial, rows, channels, launch.split_rows, **launch.options)
-        kernels.finish_statistics[(triton.cdiv(channels, FINISH_CHANNELS),)](
-            partial, moments, running_mean, running_var, rows, channels, launch.split_rows, launch.splits, groups,
-            momentum, eps, **launch.finish_options)
-    return moments
+        return finish(partial, running_mean, running_var, rows, launch.split_rows, momentum, eps)
 
 
 @statistics.register_fake
@@ -172,17 +256,35 @@ def apply(x: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, residual: Te
           residual_weight: Tensor | None, residual_bias: Tensor | None, residual_moments: Tensor | None, relu: bool,
           training: bool) -> Tensor:
     """Normalise by given moments, add, clip. In training its gradient takes `moments` for the statistics of x."""
-    launch = _Launch("apply", x, moments.shape[1])
     y = torch.empty_like(x)
-    with launch.device:
-        kernels.apply[launch.grid](x, y, weight, bias, moments, residual, residual_weight, residual_bias,
-                                   residual_moments, launch.rows, x.shape[1], RELU=relu, **launch.options)
+    _apply(x, y, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, relu)
     return y
 
 
 @apply.register_fake
 def _(x, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, relu, training):
     return torch.empty_like(x)
+
+
+@torch.library.custom_op("fastmoco::batch_norm_apply_in_place", mutates_args=("x",))
+def apply_in_place(x: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, residual: Tensor | None,
+                   residual_weight: Tensor | None, residual_bias: Tensor | None, residual_moments: Tensor | None,
+                   relu: bool) -> None:
+    """`apply` into x itself, whose tiles each program reads before it writes them. Not differentiable."""
+    _apply(x, x, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, relu)
+
+
+@apply_in_place.register_fake
+def _(x, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, relu):
+    return None
+
+
+def _apply(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, *rest: Any) -> None:
+    *side, relu = rest
+    launch = _Launch("apply", x, moments.shape[1])
+    with launch.device:
+        kernels.apply[launch.grid](x, y, weight, bias, moments, *side, launch.rows, x.shape[1], RELU=relu,
+                                   **launch.options)
 
 
 @torch.library.custom_op("fastmoco::batch_norm_backward", mutates_args=())
@@ -252,7 +354,8 @@ def variants(arch: int) -> list[Variant]:
             found.append(_variant("apply", kernels.apply, channels, arch, {"RELU": True}, form, absent))
             sums_absent = absent + (() if form == "plain" else ("y", "masked"))
             flags = {"RELU": form != "plain", "TRAINING": True}
-            found.append(_variant(_sums_tiles(form == "dual"), kernels.sums, channels, arch, {"RELU": True}, form, sums_absent))
+            sums_tiles = _sums_tiles(form == "dual")
+            found.append(_variant(sums_tiles, kernels.sums, channels, arch, {"RELU": True}, form, sums_absent))
             found.append(_variant("gradient", kernels.gradient, channels, arch, flags, form, absent))
     for fn in (kernels.finish_statistics, kernels.finish_sums):
         found.append(_variant("finish", fn, 256, arch, _finish_options(MAX_SPLITS)))

@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _affine(x, mean, invstd, weight, bias):
+def affine(x, mean, invstd, weight, bias):
     # Centred first: x * scale + shift would cancel where the mean is large beside the deviation.
     return (x - mean) * (invstd * weight) + bias
 
@@ -77,7 +77,7 @@ def finish_statistics(partial, moments, running_mean, running_var, rows, channel
 
 
 @triton.jit
-def _vectors(weight, bias, moments, group, groups, channels, column):
+def vectors(weight, bias, moments, group, groups, channels, column):
     inside = column < channels
     at = moments + group * channels + column
     return (tl.load(at, mask=inside, other=0.0)[None, :],
@@ -98,14 +98,14 @@ def apply(x, y, weight, bias, moments, residual, residual_weight, residual_bias,
     base = (group * rows + first).to(tl.int64) * channels
     tile = row * channels + column[None, :]
     values = tl.load(x + base + tile, mask=mask, other=0.0).to(tl.float32)
-    mean, invstd, scale, shift = _vectors(weight, bias, moments, group, groups, channels, column)
-    out = _affine(values, mean, invstd, scale, shift)
+    mean, invstd, scale, shift = vectors(weight, bias, moments, group, groups, channels, column)
+    out = affine(values, mean, invstd, scale, shift)
     if residual is not None:
         side = tl.load(residual + base + tile, mask=mask, other=0.0).to(tl.float32)
         if residual_moments is not None:
-            mean, invstd, scale, shift = _vectors(residual_weight, residual_bias, residual_moments, group, groups,
+            mean, invstd, scale, shift = vectors(residual_weight, residual_bias, residual_moments, group, groups,
                                                   channels, column)
-            side = _affine(side, mean, invstd, scale, shift)
+            side = affine(side, mean, invstd, scale, shift)
         out += side
     if RELU:
         out = tl.where(out < 0, 0.0, out)  # not a maximum: NaN stays NaN
@@ -124,9 +124,9 @@ def sums(grad, x, y, masked, partial, weight, bias, moments, residual, residual_
     count = tl.minimum(split_rows, rows - first)
     base = (group * rows + first).to(tl.int64) * channels
     tile = row * channels + column[None, :]
-    mean, invstd, scale, shift = _vectors(weight, bias, moments, group, groups, channels, column)
+    mean, invstd, scale, shift = vectors(weight, bias, moments, group, groups, channels, column)
     if residual is not None:
-        mean_2, invstd_2, scale_2, shift_2 = _vectors(residual_weight, residual_bias, residual_moments, group, groups,
+        mean_2, invstd_2, scale_2, shift_2 = vectors(residual_weight, residual_bias, residual_moments, group, groups,
                                                       channels, column)
     total = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
     total_x = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
@@ -135,10 +135,10 @@ def sums(grad, x, y, masked, partial, weight, bias, moments, residual, residual_
         mask = (row < count - start) & (column < channels)[None, :]
         g = tl.load(grad + base + tile, mask=mask, other=0.0).to(tl.float32)
         values = tl.load(x + base + tile, mask=mask, other=0.0).to(tl.float32)
-        out = _affine(values, mean, invstd, scale, shift)
+        out = affine(values, mean, invstd, scale, shift)
         if residual is not None:
             side = tl.load(residual + base + tile, mask=mask, other=0.0).to(tl.float32)
-            out += _affine(side, mean_2, invstd_2, scale_2, shift_2)
+            out += affine(side, mean_2, invstd_2, scale_2, shift_2)
         if y is not None:
             out = tl.load(y + base + tile, mask=mask, other=0.0).to(tl.float32)
         if RELU:
@@ -190,13 +190,13 @@ def gradient(grad, x, grad_x, grad_residual, sums, weight, bias, moments, residu
     tile = row * channels + column[None, :]
     g = tl.load(grad + base + tile, mask=mask, other=0.0).to(tl.float32)
     values = tl.load(x + base + tile, mask=mask, other=0.0).to(tl.float32)
-    mean, invstd, scale, shift = _vectors(weight, bias, moments, group, groups, channels, column)
-    out = _affine(values, mean, invstd, scale, shift)
+    mean, invstd, scale, shift = vectors(weight, bias, moments, group, groups, channels, column)
+    out = affine(values, mean, invstd, scale, shift)
     if residual is not None:
         side = tl.load(residual + base + tile, mask=mask, other=0.0).to(tl.float32)
-        mean_2, invstd_2, scale_2, shift_2 = _vectors(residual_weight, residual_bias, residual_moments, group, groups,
+        mean_2, invstd_2, scale_2, shift_2 = vectors(residual_weight, residual_bias, residual_moments, group, groups,
                                                       channels, column)
-        out += _affine(side, mean_2, invstd_2, scale_2, shift_2)
+        out += affine(side, mean_2, invstd_2, scale_2, shift_2)
     if RELU:
         g = tl.where(out <= 0, 0.0, g)
     centred, centred_2 = g, g
