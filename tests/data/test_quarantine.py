@@ -328,10 +328,10 @@ def test_files_harmed_while_a_whole_run_reads_them(
     monkeypatch.undo()
     said, records = capsys.readouterr().err, files(out / "quarantine.jsonl")
     assert [line["step"] for line in figures(out)] == list(range(1, 13))
-    assert sorted(record.file for record in records) == sorted(harmed.values()) and min(records).step > 1
+    assert {record.file for record in records} == set(harmed.values()) and min(records).step > 1
     for harm, why in zip(harms, ("No such file", "be decoded", "is 7 x 9 pixels"), strict=True):
-        (line,) = (line for line in said.splitlines() if line.startswith(f"quarantine: {harmed[harm]}: "))
-        assert why in line and "takes its place" in line
+        lines = [line for line in said.splitlines() if line.startswith(f"quarantine: {harmed[harm]}: ")]
+        assert lines and all(why in line and "takes its place" in line for line in lines)
     # The files put back, and the records given from the start: the same run.
     for name, content in original.items():
         (data / name).write_bytes(content)
@@ -359,7 +359,7 @@ def test_2000_files_of_which_ten_are_broken(
     said, records = capsys.readouterr().err, files(out / "quarantine.jsonl")
     left_out = {path for path, _ in scan(data).rejected}
     assert len(left_out) == 6 and "6 files were left out" in said
-    assert len(records) == 4 and left_out | {record.file for record in records} == broken
+    assert left_out | {record.file for record in records} == broken
     assert len(figures(out)) == 2 * (1994 // recipe.batch_size)
     # The substitutes from the first step on, instead of from the step that found the bad one.
     given.mkdir()
@@ -367,7 +367,7 @@ def test_2000_files_of_which_ten_are_broken(
     (given / "quarantine.jsonl").write_text("\n".join([*lines, ""]))
     pretrain(recipe, options(data, given, log_every=1, resume=True))
     assert figures(given) == figures(out) and same_state(out, given)
-    assert len(files(given / "quarantine.jsonl")) == 4
+    assert len(files(given / "quarantine.jsonl")) == len(records)  # nothing was found anew
     with pytest.raises(DecodeError):  # the control
         pretrain(recipe, options(data, tmp_path / "strict", quarantine=False))
     with pytest.raises(DataError, match="2 of 1994 images are bad, and max_bad_share 0.001 allows 1"):
