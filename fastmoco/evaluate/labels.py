@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +33,13 @@ def both_sides(
     if val is None:
         raise UsageError(f"{source} has no val/ beside a train/: name labelled images with --val PATH")
     bank = one_side(Path(train), labels, max_pixels=max_pixels)
-    return bank, one_side(Path(val), labels, bank.classes, max_pixels)
+    queries = one_side(Path(val), labels, bank.classes, max_pixels)
+    if os.path.realpath(bank.root) == os.path.realpath(queries.root):
+        known = len(set(bank.paths) & set(queries.paths))
+        if known:
+            print(f"warning: {known} of the {len(queries)} validation images train, too: the figures are too good; "
+                  f"name others with --val", file=sys.stderr)  # fmt: skip
+    return bank, queries
 
 
 def one_side(

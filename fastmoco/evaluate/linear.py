@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -288,6 +289,17 @@ def run(options: EvaluateLinear) -> None:
     agrees = f"; fast and exact agree on {agreement:.1f}% of the validation images" if agreement is not None else ""
     print(f"{name}: top-1 {probe.scores.top1:.2f}%, top-5 {probe.scores.top5:.2f}%{agrees} (see {options.run}/{name}."
           f"json and .png)")  # fmt: skip
+    if hint := rate_hint(probe, evaluation.protocol, len(train.classes)):
+        print(hint)
+
+
+def rate_hint(probe: Probe, protocol: Protocol, classes: int) -> str:
+    """What to do where the probe ends worse than one that knows nothing, whose loss is ln(classes); else nothing."""
+    loss, chance = probe.curve[-1]["loss"], math.log(classes)
+    if loss <= chance or classes == 1:
+        return ""
+    return (f"note: the loss ended at {loss:.2f}, above ln(classes) = {chance:.2f}: the rate is too high for these "
+            f"features, try --lr {protocol.lr / 10:g}")  # fmt: skip
 
 
 def _protocol(options: EvaluateLinear) -> Protocol:

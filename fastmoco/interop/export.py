@@ -90,7 +90,7 @@ def is_standard(recipe: Recipe) -> bool:
 def command(options: Export) -> None:
     """`export RUN`: write the file and say what it is."""
     out = export(options.run, options.format, options.out)
-    print(f"{out}: {DESCRIPTIONS[options.format]}")
+    print(f"{out}: {DESCRIPTIONS[options.format].format(out=out)}")
     recipe = run.load(options.run).recipe
     if not is_standard(recipe) and options.format in ("torchvision", "detectron2"):
         print(f"note: names are {options.format}'s, but it has no {recipe.arch} of width {recipe.width} with the "
@@ -143,8 +143,8 @@ WRITERS = {
 }
 DESCRIPTIONS = {
     "moco": "checkpoint of facebookresearch/moco, for its main_lincls.py and detection converter",
-    "torchvision": "backbone for torchvision: model.load_state_dict(torch.load(FILE, weights_only=True), strict=False)",
-    "timm": 'folder for timm: timm.create_model("local-dir:FOLDER", pretrained=True)',
-    "detectron2": "backbone for detectron2: MODEL.WEIGHTS FILE",
+    "torchvision": 'for torchvision: model.load_state_dict(torch.load("{out}", weights_only=True), strict=False)',
+    "timm": 'folder for timm: timm.create_model("local-dir:{out}", pretrained=True)',
+    "detectron2": "backbone for detectron2: MODEL.WEIGHTS {out}",
     "safetensors": "folder with model.safetensors (backbone and projection head) and a model card",
 }

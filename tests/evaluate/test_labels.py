@@ -60,6 +60,17 @@ def test_a_subset_keeps_paths_sizes_and_labels_together(flat, tmp_path):
     assert some.paths == ["c.png", "a.png"] and some.labels.tolist() == [0, 0] and len(found) == 3
 
 
+def test_images_that_stand_on_both_sides_are_told(flat, tmp_path, capsys):
+    names = table(tmp_path, "a.png,x\nb.png,y\nf.png,x\n")
+    both_sides(tmp_path, flat, flat, names)
+    assert "warning: 3 of the 3 validation images train, too" in capsys.readouterr().err
+    both_sides(tmp_path, flat, flat / "deep", names)  # the control: another folder
+    (tmp_path / "one.txt").write_text(f"{flat}/a.png\n{flat}/c.png\n")
+    (tmp_path / "two.txt").write_text(f"{flat}/b.png\n")
+    both_sides(tmp_path, tmp_path / "one.txt", tmp_path / "two.txt", table(tmp_path, "a.png,x\nc.png,y\nb.png,x\n"))
+    assert capsys.readouterr().err == ""
+
+
 def test_both_sides(flat, tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps({"options": {"data": str(flat)}}))
     with pytest.raises(UsageError, match="--val PATH"):

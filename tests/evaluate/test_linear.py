@@ -101,6 +101,16 @@ def test_separable_is_perfect_and_shuffled_labels_are_chance():
     assert abs(lost.scores.top1 - 100 * chance) < 500 * math.sqrt(chance * (1 - chance) / COUNT)
 
 
+def test_a_rate_that_is_too_high_is_told():
+    (features, labels), val = points(5, 3.0), points(6, 3.0)
+    hints = {}
+    for lr in (30.0, 0.1):
+        protocol = Protocol(lr=lr, epochs=5)
+        probe = fit_cached((features.float(), labels), (val[0].float(), val[1]), CLASSES, plan_of(protocol), protocol)
+        hints[lr] = linear.rate_hint(probe, protocol, CLASSES)
+    assert "above ln(classes) = 1.61" in hints[30.0] and hints[30.0].endswith("try --lr 3") and hints[0.1] == ""
+
+
 @pytest.mark.parametrize(
     ("batch", "epochs", "rates"),
     [(256, 100, {0: 30, 59: 30, 60: 3, 79: 3, 80: 0.3, 99: 0.3}), (64, 10, {0: 7.5, 5: 7.5, 6: 0.75, 8: 0.075})],

@@ -96,6 +96,19 @@ def test_timm_gets_a_config_and_refuses_networks_it_does_not_have(make_run, make
     assert not any(name.startswith("fc.") for name in weights) and len(weights) == 120
 
 
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [("torchvision", 'torch.load("{out}", weights_only=True)'), ("timm", '"local-dir:{out}"')]
+    + [("detectron2", "MODEL.WEIGHTS {out}"), ("moco", "main_lincls.py"), ("safetensors", "model card")],
+)
+def test_the_command_says_how_to_load_what_it_wrote(make_run, make_recipe, tmp_path, capsys, form, says):
+    network = {"width": 1.0, "stem": "imagenet"} if form == "timm" else {}
+    make_run(tmp_path / "run", make_recipe("linear", **network))
+    out = tmp_path / "it {0}"
+    assert main(["export", str(tmp_path / "run"), "--format", form, "--out", str(out)]) == 0
+    assert says.format(out=out) in capsys.readouterr().out
+
+
 def test_mistakes_are_one_line(folder, tmp_path, capsys):
     assert main(["export", str(folder)]) == 2 and "--out" in capsys.readouterr().err
     assert main(["export", str(tmp_path), "--out", str(tmp_path / "a.pth")]) == 2
