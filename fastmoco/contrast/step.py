@@ -25,7 +25,7 @@ from fastmoco.contrast.parts import part
 from fastmoco.contrast.queue import Queue
 from fastmoco.contrast.shuffle import positives, start_unshuffle
 from fastmoco.contrast.update import PRECISIONS, Precision, Update, resolve_precision
-from fastmoco.encoder import BatchNormAct, Encoder, build_encoder
+from fastmoco.encoder import BatchNormAct, Bottleneck, Encoder, build_encoder
 from fastmoco.kernels.info_nce import info_nce
 from fastmoco.kernels.photometric import photometric
 from fastmoco.options import UsageError
@@ -35,7 +35,7 @@ from fastmoco.recipe import Recipe
 if TYPE_CHECKING:
     from fastmoco.data.loader import Batch
 
-EncoderBackend = Literal["fused", "eager", "compile"]
+EncoderBackend = Literal["fused", "fused-key", "eager", "compile"]
 
 # What DDP calls copying the first rank's buffers to the others; torch 2.13 renamed it.
 BUFFERS = next(
@@ -67,9 +67,10 @@ class Step:
     `precision` overrides the recipe's. TF32 is a process-wide switch in torch, which this sets. With several ranks,
     construction, `step` and `state` are collective: every rank calls them.
 
-    The rest is how, and changes rounding at most. `encoder`: batch norm by our kernels, in plain torch, or plain torch
-    through torch.compile. `update`: see `contrast/backends.py`. `key_stream`: keys are encoded on a CUDA stream of
-    their own, beside the queries. UsageError where the device or the installation lacks what these need.
+    The rest is how, and changes rounding at most. `encoder`: batch norm by our kernels ("fused-key": on a GPU the keys'
+    bottlenecks by `encoder/forward_only.py`), in plain torch, or plain torch through torch.compile. `update`: see
+    `contrast/backends.py`. `key_stream`: keys are encoded on a CUDA stream of their own, beside the queries. UsageError
+    where the device or the installation lacks what these need.
     """
 
     def __init__(
@@ -101,8 +102,7 @@ class Step:
         self._key_stream = torch.cuda.Stream(parallel.device) if on_gpu and key_stream else None
         # Shapes never change, so cuDNN may time its algorithms once. A process-wide switch, as the published code sets.
         torch.backends.cudnn.benchmark = on_gpu or torch.backends.cudnn.benchmark
-        for each in (self.encoder_q, self.encoder_k):
-            _choose_backend(each, encoder)
+        _choose_backend(self.encoder_q, self.encoder_k, encoder)
         self._statistics = _join_statistics(self.encoder_q, self.encoder_k)
         self._query = self._over_ranks(self.encoder_q)
 
@@ -239,13 +239,19 @@ class Step:
         return tensors
 
 
-def _choose_backend(encoder: Encoder, backend: EncoderBackend) -> None:
-    if backend != "fused":
+def _choose_backend(encoder_q: Encoder, encoder_k: Encoder, backend: EncoderBackend) -> None:
+    if backend == "fused-key":
+        for module in encoder_k.modules():
+            if isinstance(module, Bottleneck):
+                module.forward_only = True
+    if backend not in ("eager", "compile"):
+        return
+    for encoder in (encoder_q, encoder_k):
         for module in encoder.modules():
             if isinstance(module, BatchNormAct):
                 module.impl = "torch"
-    if backend == "compile":
-        encoder.compile()
+        if backend == "compile":
+            encoder.compile()
 
 
 def _join_statistics(*encoders: Encoder) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from fastmoco.encoder.norm import BatchNormAct
-from fastmoco.encoder.resnet import Encoder
+from fastmoco.encoder.resnet import Bottleneck, Encoder
 from fastmoco.recipe import Recipe
 
-__all__ = ["BatchNormAct", "Encoder", "build_encoder"]
+__all__ = ["BatchNormAct", "Bottleneck", "Encoder", "build_encoder"]
 
 
 def build_encoder(recipe: Recipe) -> Encoder:
