@@ -57,8 +57,8 @@ def test_3000_batches_grow_nothing(tmp_path: Path, write_set: Callable[[Path, in
     assert memory[5:].max() <= 1.02 * memory[4]
 
 
-ENDS = {0: "done: ", 143: "asked to stop: saved after step", -signal.SIGINT: ""}
-"""Exit codes of an interrupted run and what it says last: too late to stop, stopped and saved, too early to save."""
+ENDS = {0: "done: ", 143: "asked to stop: saved after step", 130: "", -signal.SIGINT: ""}
+"""Exit codes of an interrupted run and what it says last: too late to stop, stopped and saved, nothing to save."""
 
 
 def command(data: Path, out: Path) -> list[str]:
