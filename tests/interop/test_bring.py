@@ -248,6 +248,40 @@ def test_foreign_files_are_one_line_and_exit_3(make_run, make_recipe, tmp_path, 
     assert says in said and said.count("\n") == 1 and not (tmp_path / "b").exists()
 
 
+class Malicious:
+    """Makes a folder when it is unpickled carelessly."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.mkdir, (self.trace,)
+
+
+def harmed(data: bytes, how: str) -> bytes:
+    if how == "flipped":
+        data = bytearray(data)
+        data[len(data) // 2] ^= 4
+        return bytes(data)
+    return {"cut": data[: len(data) // 2], "empty": b"", "page": b"<html>404</html>"}[how]
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "empty", "page", "malicious"])
+def test_damaged_and_malicious_files_are_one_line_and_exit_3(make_run, make_recipe, tmp_path, how, capsys):
+    make_run(tmp_path / "a", make_recipe())
+    path, trace = export(tmp_path / "a", "moco", tmp_path / "x.pth.tar"), tmp_path / "trace"
+    argv = ["import", str(path), "--out", str(tmp_path / "b")]
+    if how == "malicious":
+        content = torch.load(path, weights_only=True)
+        torch.save(content | {"epoch": Malicious(trace)}, path)
+    else:
+        path.write_bytes(harmed(path.read_bytes(), how))
+    assert main(argv) == 3
+    said = capsys.readouterr().err
+    assert said.startswith("fastmoco: error: ") and str(path) in said and said.count("\n") == 1
+    assert not (tmp_path / "b").exists() and not trace.exists()
+
+
 STRANGE = [None, 7, "text", [1, {}], {0: 1}, torch.zeros(2)]
 
 

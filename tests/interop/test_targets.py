@@ -69,7 +69,10 @@ def encoder(request, make_recipe, monkeypatch) -> Encoder:
         for name, value in encoder.state_dict().items():
             if "bn" in name or "downsample.1" in name:
                 value.fill_(7) if name.endswith("tracked") else value.uniform_(0.5, 1.5, generator=generator)
-    state = {f"encoder_q.{name}": value for name, value in encoder.state_dict().items()}
+    state = {f"{side}.{name}": value for side in ("encoder_q", "encoder_k")
+             for name, value in encoder.state_dict().items()}  # fmt: skip
+    state |= {f"velocity.{name}": value.detach() for name, value in encoder.named_parameters()}
+    state |= {"queue": torch.zeros(20, 16), "queue_pointer": torch.zeros(1, dtype=torch.int64)}
     monkeypatch.setattr(run, "load", lambda _: Saved(7, state, recipe, "fp32", {"steps": 20}))
     return encoder
 
@@ -140,6 +143,86 @@ def test_detectron2_finds_the_whole_backbone_and_nothing_else(encoder, tmp_path,
     assert set(found) == backbone and set(found.values()) == set(file)
     first = next(name for name in backbone if name.endswith("stem.conv1.weight"))
     assert (file[found[first]] == encoder.conv1.weight.detach().numpy()).all()
+
+
+class Normed(nn.Conv2d):
+    """A convolution that owns its norm, as detectron2's do."""
+
+    def __init__(self, shape: tuple[int, ...], stride: int = 1) -> None:
+        super().__init__(shape[1], shape[0], shape[2], stride, padding=shape[2] // 2, bias=False)
+        self.norm = nn.BatchNorm2d(shape[0])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(super().forward(x))
+
+
+class NormedBlock(nn.Module):
+    """Its residual block, with STRIDE_IN_1X1 False."""
+
+    def __init__(self, shapes: dict[int, tuple[int, ...]], stride: int) -> None:
+        super().__init__()
+        self.order = sorted(number for number in shapes if number)
+        for number in self.order:
+            strided = shapes[number][2] == 3 and (number == 1 or len(self.order) == 3)
+            self.add_module(f"conv{number}", Normed(shapes[number], stride if strided else 1))
+        self.shortcut = Normed(shapes[0], stride) if 0 in shapes else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x
+        for number in self.order[:-1]:
+            y = torch.relu(getattr(self, f"conv{number}")(y))
+        return torch.relu(getattr(self, f"conv{self.order[-1]}")(y) + self.shortcut(x))
+
+
+class DetectronResnet(nn.Module):
+    """Its backbone by its names, pooled as ours is."""
+
+    def __init__(self, arch: str) -> None:
+        super().__init__()
+        self.stem = nn.Module()
+        self.stem.conv1 = Normed((64, 3, 7, 7), stride=2)
+        for stage, blocks in enumerate(BLOCKS[arch], start=1):
+            shapes = [{n: shape for s, b, n, shape in convolutions(arch) if (s, b) == (stage, block)}
+                      for block in range(blocks)]  # fmt: skip
+            made = [NormedBlock(each, 2 if stage > 1 and at == 0 else 1) for at, each in enumerate(shapes)]
+            self.add_module(f"res{stage + 1}", nn.Sequential(*made))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.max_pool2d(torch.relu(self.stem.conv1(x)), 3, stride=2, padding=1)
+        return self.res5(self.res4(self.res3(self.res2(x)))).mean((2, 3))
+
+
+def test_a_network_of_detectron2s_names_computes_the_same(encoder, tmp_path):
+    file = pickle.loads(export(Path("run"), "detectron2", tmp_path / "a.pkl").read_bytes())["model"]
+    theirs = DetectronResnet(arch_of(encoder))
+    shapes = {name: tuple(value.shape) for name, value in theirs.state_dict().items()}
+    assert shapes == detectron2_shapes(arch_of(encoder))
+    theirs.load_state_dict({name: torch.from_numpy(value) for name, value in file.items()}, strict=True)
+    assert difference(encoder, theirs) == 0
+    # The control: two norms of one shape exchanged, which neither names nor shapes would tell.
+    one, other = theirs.res3[1].conv1.norm, theirs.res3[1].conv2.norm
+    state = {name: value.clone() for name, value in one.state_dict().items()}
+    one.load_state_dict(other.state_dict())
+    other.load_state_dict(state)
+    assert difference(encoder, theirs) > 0
+
+
+def test_the_published_converter_makes_the_same_of_the_moco_export(encoder, tmp_path):
+    """Its rule: of the query encoder's names, those outside the stages get `stem.` before them, the rest as ours."""
+    content = torch.load(export(Path("run"), "moco", tmp_path / "a.pth.tar"), weights_only=True)["state_dict"]
+    made = {}
+    for name, value in content.items():
+        if not name.startswith("module.encoder_q."):
+            continue
+        name = name.removeprefix("module.encoder_q.")
+        name = name if "layer" in name else f"stem.{name}"
+        pairs = [(f"layer{n}", f"res{n + 1}") for n in (1, 2, 3, 4)] + [(f"bn{n}", f"conv{n}.norm") for n in (1, 2, 3)]
+        for old, new in [*pairs, ("downsample.0", "shortcut"), ("downsample.1", "shortcut.norm")]:
+            name = name.replace(old, new)
+        made[name] = value.numpy()
+    ours = pickle.loads(export(Path("run"), "detectron2", tmp_path / "a.pkl").read_bytes())["model"]
+    assert set(made) - set(ours) == {"stem.fc.weight", "stem.fc.bias"}, "which detectron2 leaves aside"
+    assert all(np.array_equal(made[name], value) for name, value in ours.items())
 
 
 def test_detectron2_is_lost_with_torchvisions_names(encoder):
