@@ -24,6 +24,7 @@ def torchrun(argv: Sequence[str]) -> int:
     """Do as the command line `argv` of torchrun says; the exit code of the rank to blame, 143 after a signal, or 0."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import get_args_parser, run
 
     atexit.register(gc.freeze)  # as in train/loop.py
@@ -38,19 +39,21 @@ def torchrun(argv: Sequence[str]) -> int:
         for failure in error.failures.values():
             failure.exitcode = -signal.SIGSTOP if failure.pid in stopped else failure.exitcode
         return report(error.failures)
+    except RendezvousError as error:
+        return parted(error, stopped)
     return 0
 
 
 @contextmanager
-def _stopped_ranks() -> Iterator[set[int]]:
+def _stopped_ranks() -> Iterator[dict[int, int]]:
     # A process that is stopped takes no SIGTERM, and torchrun would wait 30 s before it kills it.
     from torch.distributed.elastic.multiprocessing.api import PContext
 
-    close, stopped = PContext.close, set()
+    close, stopped = PContext.close, {}
 
     def close_all(self: PContext, *args: object, **kwargs: object) -> None:
         for pid in filter(_is_stopped, self.pids().values()):
-            stopped.add(pid)
+            stopped[pid] = _rank_of(pid)
             os.kill(pid, signal.SIGKILL)
         close(self, *args, **kwargs)
 
@@ -66,6 +69,26 @@ def _is_stopped(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     except OSError:
         return False
+
+
+def _rank_of(pid: int) -> int:
+    names = dict(each.partition("=")[::2] for each in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+    return int(names["RANK"])
+
+
+def parted(error: Exception, stopped: Mapping[int, int]) -> int:
+    """Print why a job over machines ended here although no rank of this one failed, and return its exit code.
+
+    `stopped`: ranks of this machine, by process, that were found stopped.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    if stopped:
+        return report({rank: ProcessFailure(0, pid, -signal.SIGSTOP, "") for pid, rank in stopped.items()})
+    said = str(error).split(". ")[0]
+    print(f"fastmoco: error: the launchers of the other machines have ended or cannot be reached ({said}): read their "
+          "last lines, and check --rdzv-endpoint", file=sys.stderr, flush=True)  # fmt: skip
+    return 1
 
 
 def report(failures: Mapping[int, ProcessFailure]) -> int:

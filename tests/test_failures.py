@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import tempfile
 from pathlib import Path
 
@@ -52,6 +53,19 @@ def test_the_cause_is_told_from_its_consequences(
 
 def test_one_rank_alone() -> None:
     assert failures.summary({3: LOST}).endswith("failed: RuntimeError: Connection closed by peer")
+
+
+@pytest.mark.parametrize(
+    ("stopped", "code", "said"),
+    [
+        ({}, 1, "the launchers of the other machines have ended or cannot be reached (The store has failed): read"),
+        ({77: 5}, STUCK, f"rank 5 (process 77 on {socket.gethostname()}) was stopped (SIGSTOP)"),
+    ],
+)
+def test_a_machine_that_is_left_alone(stopped: dict, code: int, said: str, capsys: pytest.CaptureFixture) -> None:
+    assert failures.parted(RuntimeError("The store has failed. See inner exception."), stopped) == code
+    line = capsys.readouterr().err
+    assert line.startswith(f"fastmoco: error: {said}") and line.count("\n") == 1
 
 
 def test_a_process_in_the_place_of_another_knows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +35,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(folder: Path, *argv: str) -> subprocess.Popen:
+def start(folder: Path, *argv: str, program: Sequence[str | Path] = (ROOT / "launch.py",)) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, ROOT / "launch.py", *argv, *SMALL.split()], cwd=folder, stdout=subprocess.PIPE,
+        [sys.executable, *program, *argv, *SMALL.split()], cwd=folder, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
@@ -61,6 +63,60 @@ def test_two_ranks_give_the_run_of_one(folder):
     assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2]
     assert all(abs(line["loss"] - other["loss"]) < 1e-5 for line, other in zip(one, two))
     assert json.loads((folder / "two/recipe.json").read_text())["ranks"] == 2
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_lines(run / "log.jsonl")]
+
+
+SHORT = "pretrain demo --data images --stop-after 2 --log-every 1"
+
+
+def test_torchrun_and_two_machines_give_the_run_of_one_process(folder):
+    """As docs/many-gpus.md writes them. The machines are two launchers of two ranks each, which meet on loopback."""
+    finish(start(folder, *SHORT.split(), "--out", "one"))
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    finish(start(folder, *SHORT.split(), "--out", "torchrun", program=[*torchrun, ROOT / "launch.py"]))
+    meet = f"--nproc 2 --nnodes 2 --rdzv-backend c10d --rdzv-endpoint localhost:{free_port()} --rdzv-id demo"
+    machines = [start(folder, *meet.split(), *SHORT.split(), "--out", "four") for _ in range(2)]
+    said = [finish(machine) for machine in machines]
+    assert sum("2 steps in" in each for each in said) == 1  # the first rank of all alone speaks
+    for name, ranks in (("one", 1), ("torchrun", 2), ("four", 4)):
+        assert json.loads((folder / name / "recipe.json").read_text())["ranks"] == ranks
+        assert losses(folder / name) == pytest.approx(losses(folder / "one"), rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("harm", "code", "says"),
+    [(signal.SIGKILL, 1, "was killed by SIGKILL"), (signal.SIGSTOP, 124, "was stopped")],
+    ids=["killed", "stopped"],
+)
+def test_a_rank_lost_on_one_machine_ends_the_job_on_both(harm, code, says, folder):
+    port = free_port()
+    meet = f"--nproc 1 --nnodes 2 --rdzv-backend c10d --rdzv-endpoint localhost:{port} --rdzv-id demo"
+    machines = []
+    for _ in range(2):
+        machines.append(start(folder, *meet.split(), "pretrain", "demo", *ENDLESS, "--timeout-seconds", "3"))
+        while not listens(port):  # the first is where the others meet
+            time.sleep(0.1)
+    train_until(machines[0], folder / "run/log.jsonl", 4)
+    lost = pid_of(machines[1])
+    os.kill(lost, harm)
+    (left, said, seconds), (other, said_there, more) = (end_of(machine) for machine in machines)
+    assert (left, other, seconds + more < LIMIT) == (1, code, True), (seconds, said, more, said_there)
+    assert re.match(r"fastmoco: error: rank [01] .* failed: ", last_line(said))
+    assert f"(process {lost} on " in last_line(said_there) and says in last_line(said_there)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as caller:
+        return caller.connect_ex(("localhost", port)) == 0
+
+
+def free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("localhost", 0))
+        return held.getsockname()[1]
 
 
 def test_a_signal_to_the_launcher_stops_all_ranks_at_one_step(folder, quiet):
@@ -105,9 +161,10 @@ def train_until(process: subprocess.Popen, log: Path, step: int) -> None:
         time.sleep(0.1)
 
 
-def pid_of(launcher: subprocess.Popen, rank: int) -> int:
+def pid_of(launcher: subprocess.Popen, rank: int | None = None) -> int:
+    """The process of `rank`, or the launcher's only one."""
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    mark = f"\0RANK={rank}\0".encode()
+    mark = b"\0RANK=" if rank is None else f"\0RANK={rank}\0".encode()
     return next(int(pid) for pid in children if mark in Path(f"/proc/{pid}/environ").read_bytes())
 
 

@@ -4,6 +4,8 @@ import gc
 import json
 import math
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -180,6 +182,44 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(images, re
     newest = checkpoint.latest(out)
     assert newest.name == "step_00000005"
     assert all(value.isfinite().all() for value in checkpoint.load(newest).state.values())
+
+
+def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(images, recipe, whole, tmp_path, monkeypatch, capsys):
+    """RLIMIT_FSIZE while the checkpoint of step 8 is written; the run is not disturbed, and ends as it would have."""
+    out, write, limits = tmp_path / "run", checkpoint._write, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(draft: Path, step: int, *rest) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096 if step == 8 else limits[0], limits[1]))
+        try:
+            write(draft, step, *rest)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(checkpoint, "_write", limited)
+    assert pretrain(recipe, options(images, out, save_every=4, keep=30))["steps"] == STEPS
+    said = capsys.readouterr().err
+    assert said.count("could not be written") == 1
+    assert re.search("checkpoint of step 8 could not be written .*the last good checkpoint is of step 4", said)
+    names = [path.name for path in checkpoint.steps(out)]
+    assert names == [f"step_{step:08d}" for step in (4, 12, 16, 20, 24, 28, 30)]
+    assert differing(final(out), final(whole)) == []
+    assert [line["step"] for line in read_lines(out / "log.jsonl")] == [4, 8, 12, 16, 20, 24, 28, 30]
+
+
+def test_a_run_of_which_all_checkpoints_are_damaged_ends_with_3_and_every_reason(images, flags, tmp_path, capsys):
+    out = tmp_path / "run"
+    where = [f"--data={images}", f"--out={out}", "--device=cpu", "--threads=1", "--no-knn"]
+    assert main(["pretrain", "demo", *where, *flags, "--stop-after=2", "--save-every=1"]) == 0
+    for path, name in zip(checkpoint.steps(out), ("state.pt", "model.safetensors"), strict=True):
+        data = bytearray((path / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (path / name).write_bytes(data)
+    capsys.readouterr()
+    assert main(["pretrain", "demo", "--resume", f"--out={out}"]) == 3
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("fastmoco: error: ") and "step_00000001 (state.pt does not have the SHA-256" in last
+    assert "step_00000002 (model.safetensors does not have the SHA-256" in last
+    assert main(["pretrain", "demo", "--resume", f"--out={out}"]) == 3  # it does not start over either
 
 
 def test_unlabelled_images_train_without_knn(images, recipe, tmp_path, capsys):
