@@ -15,7 +15,7 @@ import torch
 
 from fastmoco.bench.baseline import PublishedStep
 from fastmoco.bench.report import Row
-from fastmoco.bench.roofline import convolutions, flops_per_pair, seconds_per_pair
+from fastmoco.bench.roofline import KEY_LEVEL, convolutions, flops_per_pair, seconds_per_pair
 from fastmoco.bench.timing import Machine, interleave, measure_machine
 from fastmoco.contrast.graph import runner
 from fastmoco.contrast.step import Step
@@ -30,10 +30,11 @@ WORK = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "f
 
 
 class Provider(NamedTuple):
-    """A step to time: `start` builds it and returns the call; `precision` decides its bound."""
+    """A step to time: `start` builds it and returns the call; `precision` and `level` of fusion decide its bound."""
 
     start: Callable[[], Callable[[], object]]
     precision: str
+    level: str = LEVEL
 
 
 def run(
@@ -59,10 +60,10 @@ def run(
     config = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size, "queue": recipe.queue_size}
     rows = []
     for name, timing in times.items():
-        precision = chosen[name].precision
-        bound = pairs_bound(recipe, machines[precision], WORK[precision].itemsize)
+        _, precision, level = chosen[name]
+        bound = pairs_bound(recipe, machines[precision], WORK[precision].itemsize, level)
         rates = tuple(recipe.batch_size / sample for sample in timing.samples)
-        rows.append(Row("step", name, "pairs/s", rates, config, _baseline(chosen), bound, {"level": LEVEL}))
+        rows.append(Row("step", name, "pairs/s", rates, config, _baseline(chosen), bound, {"level": level}))
     return rows
 
 
@@ -71,10 +72,10 @@ def machine_at(device: torch.device, precision: str) -> Machine:
     return measure_machine(device, WORK[precision], tf32=precision == "tf32")
 
 
-def pairs_bound(recipe: Recipe, machine: Machine, element_bytes: int) -> float:
-    """Most pairs a second that `machine` could train at the fusion level of our kernels."""
+def pairs_bound(recipe: Recipe, machine: Machine, element_bytes: int, level: str = LEVEL) -> float:
+    """Most pairs a second that `machine` could train at a level of fusion, by default that of our kernels."""
     convs = _convolutions(recipe)
-    return 1 / seconds_per_pair(convs, LEVEL, recipe.batch_size, machine.flops, machine.bandwidth, element_bytes)
+    return 1 / seconds_per_pair(convs, level, recipe.batch_size, machine.flops, machine.bandwidth, element_bytes)
 
 
 def flops_bound(recipe: Recipe, machine: Machine) -> float:
@@ -102,6 +103,9 @@ def providers(recipe: Recipe, device: torch.device) -> dict[str, Provider]:
             "fastmoco fp16": Provider(functools.partial(ours, "fp16"), "fp16"),
             "fastmoco bf16, no graph": Provider(functools.partial(low, graph="off"), "bf16"),
             "fastmoco bf16, key stream": Provider(functools.partial(low, key_stream=True), "bf16"),
+            "fastmoco bf16, fused key encoder": Provider(
+                functools.partial(low, encoder="fused-key"), "bf16", KEY_LEVEL
+            ),
             "fastmoco bf16, eager encoder": Provider(functools.partial(low, encoder="eager"), "bf16"),
             "fastmoco bf16, compiled encoder": Provider(functools.partial(low, encoder="compile"), "bf16"),
             "fastmoco bf16, torch update": Provider(functools.partial(low, update="torch"), "bf16"),

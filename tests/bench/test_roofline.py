@@ -4,11 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmoco.bench import roofline
 from fastmoco.bench.baseline import PlainResNet
-from fastmoco.encoder import build_encoder
+from fastmoco.encoder import BatchNormAct, Bottleneck, build_encoder
 from fastmoco.recipe import PRESETS
 
 V2 = PRESETS["v2"][1]
@@ -29,7 +31,7 @@ def test_resnet50_has_its_known_arithmetic(resnet50):
     assert [sum(conv.place == place for conv in resnet50) for place in PLACES] == [1, 32, 16, 4]
 
 
-@pytest.mark.parametrize("level, pairs", [("eager", 4333), ("bnrelu", 6024), ("stats", 6745), ("main", 7934)])
+@pytest.mark.parametrize("level, pairs", [("eager", 4333), ("bnrelu", 6024), ("key", 6383), ("stats", 6745), ("main", 7934)])
 def test_bounds_of_one_h100_at_790_tflops_and_3_tb_per_second(resnet50, level, pairs):
     assert 1 / roofline.seconds_per_pair(resnet50, level, 256, 790e12, 3e12) == pytest.approx(pairs, rel=1e-3)
 
@@ -79,6 +81,49 @@ def test_the_forward_formulas_equal_counted_tensor_bytes_on_a_small_network():
     assert formula["conv"] == counted.parts["conv"] + stem - skipped
     assert formula["norm"] == counted.parts["norm"]
     assert formula["pool"] == counted.parts["pool"]
+
+
+class CountedByOurs(TorchDispatchMode):
+    """Bytes of every activation and kernel that our operators and cuDNN's convolutions read and write, by part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = dict.fromkeys(("conv", "norm"), 0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        size = lambda *tensors: sum(t.numel() * t.element_size() for t in tensors if t is not None)  # noqa: E731
+        if name in ("convolution", "conv1x1"):
+            self.parts["conv"] += size(args[0], args[1], out if name == "convolution" else out[0])
+        elif name == "batch_norm_statistics":
+            self.parts["norm"] += size(args[0])
+        elif name in ("batch_norm_apply", "batch_norm_apply_in_place"):
+            self.parts["norm"] += 2 * size(args[0]) + size(args[4])  # read, written, and the residual
+        return out
+
+
+@pytest.mark.parametrize("arch", ["resnet50", "resnet18"])
+def test_the_formula_of_the_key_encoder_equals_counted_tensor_bytes_on_a_small_network(arch):
+    encoder = build_encoder(dataclasses.replace(SMALL, arch=arch))
+    convs = roofline.convolutions(encoder, 64)
+    for module in encoder.train().modules():
+        if isinstance(module, BatchNormAct):
+            module.impl = "triton"
+        elif isinstance(module, Bottleneck):
+            module.forward_only = True
+        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.to(torch.bfloat16)
+    formula = dict.fromkeys(("conv", "norm", "pool"), 0.0)
+    for work in roofline.forward_work(convs, roofline.KEY_LEVEL, batch=2):
+        formula[work.part] += 2 * work.nbytes
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), CountedByOurs() as counted:
+        encoder(torch.randn(2, 3, 64, 64, dtype=torch.bfloat16))
+    # Padding and skipped pixels as in eager mode.
+    stem = 2 * 2 * 3 * 64 * 64 / 3
+    skipped = sum(2 * 2 * (conv.inputs - conv.sampled) for conv in convs)
+    assert formula["conv"] == counted.parts["conv"] + stem - skipped
+    assert formula["norm"] == counted.parts["norm"]
 
 
 def test_an_unknown_level_is_refused(resnet50):

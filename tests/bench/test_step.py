@@ -24,6 +24,7 @@ def test_every_provider_runs_also_where_the_queue_is_no_multiple_of_the_batch():
 def test_the_bound_of_an_h100_is_the_known_one():
     assert step.pairs_bound(V2, Machine("h100", 3e12, 790e12), 2) == pytest.approx(6024, rel=1e-3)
     assert step.pairs_bound(V2, Machine("h100", 3e12, 790e12), 4) < 3200
+    assert step.pairs_bound(V2, Machine("h100", 3e12, 790e12), 2, "key") == pytest.approx(6383, rel=1e-3)
     assert step.flops_bound(V2, Machine("h100", 3e12, 790e12)) == pytest.approx(24337, rel=1e-3)
 
 
@@ -31,4 +32,4 @@ def test_a_gpu_has_the_published_step_in_every_form_and_ours_by_backend():
     names = set(step.providers(SMALL, torch.device("cuda", 0)))
     assert {"published tf32", "published fp16 autocast", "channels-last fp16 autocast"} <= names
     assert {"compiled channels-last fp16 autocast", "published bf16 autocast", "fastmoco bf16"} <= names
-    assert {f"fastmoco bf16, {how}" for how in ("no graph", "compiled encoder", "eager encoder")} <= names
+    assert {f"fastmoco bf16, {how}" for how in ("no graph", "fused key encoder", "compiled encoder", "eager encoder")} <= names
