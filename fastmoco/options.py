@@ -404,8 +404,9 @@ class Profile:
 
     data: str = "synthetic"
     """Images to train on, or synthetic for random crops that are already on the device."""
-    tool: Literal["torch", "nsys", "ncu"] = "torch"
-    """torch.profiler here and now; or the command line for Nsight, which is run where it is installed."""
+    tool: Literal["torch", "proton", "nsys", "ncu"] = "torch"
+    """torch.profiler, or on a GPU Triton's proton, here and now; or the command line for Nsight, which is run where it is
+    installed."""
     out: Path = Path("profile")
     """Folder to write."""
     steps: int = 3

@@ -1,8 +1,9 @@
 """`profile PRESET`: which kernels take the time of a step, which part of it they belong to, and how fast they are.
 
-torch.profiler traces a few steps; the trace opens in Perfetto (ui.perfetto.dev) and is read here for the table. For
-Nsight the exact command is printed, and run where the tool is installed: it runs this module's steps with NVTX ranges
-and the profiler switched on after the warm-up.
+torch.profiler traces a few steps; the trace opens in Perfetto (ui.perfetto.dev) and is read here for the table. On a
+GPU Triton's proton can take its place: it keeps sums by part and kernel instead of single events. For Nsight the exact
+command is printed, and run where the tool is installed: it runs this module's steps with NVTX ranges and the profiler
+switched on after the warm-up.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gzip
+import importlib
 import json
 import os
 import shlex
@@ -24,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastmoco.bench.roofline import ACTIVATION_BYTES, backward_work, convolutions, forward_work
+from fastmoco.bench.roofline import ACTIVATION_BYTES, KEY_LEVEL, backward_work, convolutions, forward_work
 from fastmoco.bench.timing import measure_machine
 from fastmoco.contrast.graph import runner
 from fastmoco.contrast.parts import PARTS, named
@@ -43,7 +45,8 @@ from fastmoco.recipe import PRESETS, Recipe
 
 WARMUP = 3  # steps before the recorded ones: kernels are compiled and memory is reserved
 SIZES = ("arch", "batch_size", "crop_size", "queue_size")
-TRACE, PICTURE = "trace.json.gz", "step.svg"
+TRACE, TREE, PICTURE = "trace.json.gz", "step.hatchet", "step.svg"
+OPENED_BY = {"torch": (TRACE, "open it at ui.perfetto.dev"), "proton": (TREE, "see proton-viewer --metrics time/ms")}
 LAUNCHES = ("cuda_runtime", "cuda_driver")  # Triton launches through the driver
 
 
@@ -89,14 +92,17 @@ def run(preset: str, options: Profile) -> None:
     """Profile the preset's step with the tool that `options` names."""
     given = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
     recipe = dataclasses.replace(PRESETS[preset][1], precision=options.precision, **given)
-    if options.tool != "torch":
+    if options.tool in ("nsys", "ncu"):
         return _nsight(preset, options)
-    options.out.mkdir(parents=True, exist_ok=True)
     parallel = Parallel.start(options.device)
+    record = partial(traced, path=options.out / TRACE)
+    if options.tool == "proton":
+        record = partial(counted, _proton(parallel), path=options.out / TREE)
+    options.out.mkdir(parents=True, exist_ok=True)
     with prepared(recipe, options, parallel) as (advance, step):
         if _under_nsight():
             return _marked(advance, options.steps)
-        rows = traced(advance, options.steps, options.out / TRACE)
+        rows = record(advance, options.steps)
         costs = costs_of_parts(step)
     draw(rows, options.steps, options.out / PICTURE)
     print(report(rows, costs, options, step.precision, parallel))
@@ -132,6 +138,36 @@ def traced(advance: Callable[[], object], steps: int, path: Path) -> list[Row]:
         return kernels(json.load(file)["traceEvents"])
 
 
+def counted(proton: Any, advance: Callable[[], object], steps: int, path: Path) -> list[Row]:
+    """Record `steps` steps under `proton`, the module, write its tree to `path` (.hatchet), and give its kernels."""
+    if proton.start(str(path.with_suffix("")), context="shadow") is None:
+        raise UsageError("proton is switched off here: unset PROTON_DISABLE, or use --tool torch")
+    try:
+        # A thread that first launches inside a range inherits it: so autograd's are in `backward`.
+        with named(proton.scope):
+            for _ in range(steps):
+                advance()
+            torch.cuda.synchronize()
+    finally:
+        proton.finalize()
+    return leaves(json.loads(path.read_text())[0])
+
+
+def leaves(tree: dict[str, Any]) -> list[Row]:
+    """Rows of a tree of proton's, the slowest first: its kernels, in the part above them."""
+    sums: dict[tuple[str, str], list[float]] = {}
+    nodes = [(tree, "other")]
+    while nodes:
+        node, part = nodes.pop()
+        name, measured = node["frame"]["name"], node["metrics"]
+        nodes += [(child, name if name in PARTS else part) for child in node["children"]]
+        if not node["children"] and "time (ns)" in measured:
+            total = sums.setdefault((name, part), [0, 0.0])
+            total[0] += measured["count"]
+            total[1] += measured["time (ns)"] / 1e9
+    return _slowest_first(sums)
+
+
 def kernels(events: list[dict[str, Any]]) -> list[Row]:
     """Rows of a Chrome trace, the slowest first: the GPU's kernels, or without any, the CPU's operators."""
     spans = [event for event in events if event.get("ph") == "X" and "dur" in event]
@@ -147,6 +183,10 @@ def kernels(events: list[dict[str, Any]]) -> list[Row]:
         total = sums.setdefault((name, _part(start, ranges)), [0, 0.0])
         total[0] += 1
         total[1] += duration / 1e6
+    return _slowest_first(sums)
+
+
+def _slowest_first(sums: dict[tuple[str, str], list[float]]) -> list[Row]:
     found = [Row(name, part, int(count), seconds) for (name, part), (count, seconds) in sums.items()]
     return sorted(found, key=lambda row: -row.seconds)
 
@@ -154,7 +194,7 @@ def kernels(events: list[dict[str, Any]]) -> list[Row]:
 def costs_of_parts(step: Step) -> dict[str, Cost]:
     """What each part of a step must cost, from the kernels' own formulas and the encoder's convolutions.
 
-    The bound of the encoders is that of our fusion (`bench/roofline.py`, level bnrelu), layer by layer.
+    The bound of the encoders is that of our fusion, layer by layer: `bench/roofline.py`, level bnrelu, or key.
     """
     recipe, update, size = step.recipe, step.update, PRECISIONS[step.precision].work.itemsize
     rows, work = recipe.views * recipe.batch_size, PRECISIONS[step.precision].work
@@ -169,11 +209,12 @@ def costs_of_parts(step: Step) -> dict[str, Cost]:
         "enqueue": enqueue.cost(recipe.queue_size, recipe.dim, rows, step.queue.keys.dtype, torch.float32),
     }
     found = {name: Cost(*cost, machine.bound(*cost)) for name, cost in single.items()}
+    forward_only = any(getattr(module, "forward_only", False) for module in step.encoder_k.modules())
     layers = {"key encoder": forward_work, "query encoder": forward_work, "backward": backward_work}
     for name, count in layers.items():
+        level = KEY_LEVEL if forward_only and name == "key encoder" else "bnrelu"
         costs = [
-            (rows * layer.nbytes * size / ACTIVATION_BYTES, rows * layer.flops)
-            for layer in count(convs, "bnrelu", rows)
+            (rows * layer.nbytes * size / ACTIVATION_BYTES, rows * layer.flops) for layer in count(convs, level, rows)
         ]
         nbytes, flops = (sum(column) for column in zip(*costs, strict=True))
         found[name] = Cost(nbytes, flops, sum(machine.bound(*cost) for cost in costs))
@@ -200,7 +241,8 @@ def report(rows: list[Row], costs: dict[str, Cost], options: Profile, precision:
             f"| {row.name[:60].replace('|', ' ')} | {row.part} | {row.calls / options.steps:g} | "
             f"{1e3 * row.seconds / options.steps:.3f} | {row.seconds / total:.1%} |"
         )
-    lines += ["", f"trace: {options.out / TRACE} (open it at ui.perfetto.dev); picture: {options.out / PICTURE}"]
+    name, how = OPENED_BY[options.tool]
+    lines += ["", f"trace: {options.out / name} ({how}); picture: {options.out / PICTURE}"]
     return "\n".join(lines)
 
 
@@ -253,6 +295,15 @@ def _nsight(preset: str, options: Profile) -> None:
     done = subprocess.run(["env", "FASTMOCO_NSIGHT=1", *command])
     if done.returncode:
         raise UsageError(f"{command[0]} ended with exit code {done.returncode}: see its message above")
+
+
+def _proton(parallel: Parallel) -> Any:
+    if parallel.device.type != "cuda":
+        raise UsageError("profile --tool proton needs an NVIDIA GPU, and there is none here: use --tool torch")
+    try:
+        return importlib.import_module("triton.profiler")
+    except ImportError as error:
+        raise UsageError(f"this Triton has no proton ({error}): use --tool torch") from error
 
 
 def _under_nsight() -> bool:

@@ -2,6 +2,9 @@
 
 import gzip
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -10,10 +13,11 @@ from fastmoco.bench.timing import Machine
 from fastmoco.cli import main
 from fastmoco.contrast.parts import PARTS
 from fastmoco.contrast.step import Step
-from fastmoco.options import Profile
+from fastmoco.options import Profile, UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 
+TINY = dict(arch="resnet18", width=0.125, batch_size=32, crop_size=32, queue_size=64, dim=16)
 SIZE = "--arch resnet18 --batch-size 32 --crop-size 16 --queue-size 64 --device cpu --steps 1".split()
 
 
@@ -63,11 +67,85 @@ def test_the_torch_profile_writes_a_trace_a_picture_and_a_table(tmp_path, capsys
 
 def test_every_part_has_a_cost(monkeypatch):
     monkeypatch.setattr(profile, "measure_machine", lambda *_, **__: Machine("toy", 1e9, 1e10))
-    recipe = Recipe(arch="resnet18", width=0.125, batch_size=32, crop_size=32, queue_size=64, dim=16)
-    costs = profile.costs_of_parts(Step(recipe, Parallel()))
+    costs = profile.costs_of_parts(Step(Recipe(**TINY), Parallel()))
     assert costs.keys() == set(PARTS)
     assert costs["backward"].flops > costs["query encoder"].flops == costs["key encoder"].flops > costs["loss"].flops
     assert all(cost.seconds >= max(cost.nbytes / 1e9, cost.flops / 1e10) * (1 - 1e-9) for cost in costs.values())
+    encoders = [Step(Recipe(**{**TINY, "arch": "resnet50"}), Parallel(), encoder=how) for how in ("fused", "fused-key")]
+    plain, fused = map(profile.costs_of_parts, encoders)
+    assert [part for part in PARTS if plain[part] != fused[part]] == ["key encoder"]
+    assert plain["key encoder"].nbytes > fused["key encoder"].nbytes
+
+
+def node(name: str, *children: dict, **metrics: float) -> dict:
+    return {"frame": {"name": name, "type": "function"}, "children": list(children), "metrics": metrics}
+
+
+def timed(name: str, count: int, nanoseconds: int) -> dict:
+    return node(name, **{"count": count, "time (ns)": nanoseconds})
+
+
+TREE = node(
+    "ROOT", node("backward", timed("dgrad", 4, 3000), node("inside", timed("dgrad", 2, 500))),
+    node("enqueue", timed("_enqueue_kernel", 2, 40)), timed("memset", 1, 10), node("update"), count=0,
+)  # fmt: skip
+
+
+def test_protons_kernels_belong_to_the_part_above_them():
+    rows = [(row.name, row.part, row.calls, round(1e9 * row.seconds)) for row in profile.leaves(TREE)]
+    assert rows == [("dgrad", "backward", 6, 3500), ("_enqueue_kernel", "enqueue", 2, 40), ("memset", "other", 1, 10)]
+
+
+class Proton:
+    """Stands for triton.profiler, which needs a GPU: writes TREE, and notes what it is asked for."""
+
+    def __init__(self, session: int | None = 0) -> None:
+        self.session, self.calls = session, []
+
+    def start(self, name: str, *, context: str) -> int | None:
+        self.path = Path(f"{name}.hatchet")
+        self.calls.append(f"start {context}")
+        return self.session
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        self.calls.append(name)
+        yield
+
+    def finalize(self) -> None:
+        self.calls.append("finalize")
+        self.path.write_text(json.dumps([TREE, {"CUDA": {}}]))
+
+
+def test_proton_is_told_the_parts_and_finished_also_where_a_step_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(profile.torch.cuda, "synchronize", lambda: None)
+    step, proton = Step(Recipe(**TINY), Parallel()), Proton()
+    batch = profile.noise_batch(step.recipe, step.parallel)
+    rows = profile.counted(proton, lambda: step.step(batch, 1e-3), 1, tmp_path / "step.hatchet")
+    assert rows == profile.leaves(TREE)
+    assert proton.calls[0] == "start shadow" and proton.calls[-1] == "finalize"
+    assert set(proton.calls[1:-1]) == set(PARTS)
+    proton = Proton()
+    with pytest.raises(ZeroDivisionError):
+        profile.counted(proton, lambda: 1 / 0, 1, tmp_path / "step.hatchet")
+    assert proton.calls == ["start shadow", "finalize"]
+    with pytest.raises(UsageError, match="switched off"):
+        profile.counted(Proton(None), lambda: None, 1, tmp_path / "step.hatchet")
+
+
+def test_proton_without_a_gpu_is_one_line(tmp_path, capsys):
+    assert main(["profile", "v2", "--tool", "proton", *SIZE, "--out", str(tmp_path / "out")]) == 2
+    assert "--tool proton needs an NVIDIA GPU" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not profile.torch.cuda.is_available(), reason="needs a GPU")
+def test_proton_tells_the_parts_of_a_step_apart_on_a_gpu(tmp_path, capsys):
+    on_gpu = [word if word != "cpu" else "cuda" for word in SIZE]
+    assert main(["profile", "v2", "--tool", "proton", *on_gpu, "--out", str(tmp_path)]) == 0
+    assert (tmp_path / profile.TREE).exists()
+    lines = {line.split(" | ")[0][2:]: line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")}
+    assert all(" 0.00 |" not in lines[part] for part in ("query encoder", "backward"))
 
 
 @pytest.mark.parametrize("tool", ["nsys", "ncu"])

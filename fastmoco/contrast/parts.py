@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 PARTS = ("photometric", "key encoder", "query encoder", "loss", "backward", "update", "enqueue")
 
-_named = False
+Range = Callable[[str], AbstractContextManager]
+_ranges: tuple[Range, ...] = ()
 
 
 def part(name: str) -> AbstractContextManager:
-    """Range called `name`, one of PARTS: of torch.profiler, and on a GPU of NVTX too. Nothing unless `named` is on."""
-    return _range(name) if _named else nullcontext()
+    """Range called `name`, one of PARTS, for every profiler that `named` names parts to; nothing outside of it."""
+    return _range(name) if _ranges else nullcontext()
 
 
 @contextmanager
-def named() -> Iterator[None]:
-    """Name the parts of the steps inside."""
-    global _named
-    _named = True
+def named(*more: Range) -> Iterator[None]:
+    """Name the parts of the steps inside: to torch.profiler, on a GPU to NVTX, and to `more`."""
+    global _ranges
+    nvtx = (torch.cuda.nvtx.range,) if torch.cuda.is_available() else ()
+    _ranges = (torch.profiler.record_function, *nvtx, *more)
     try:
         yield
     finally:
-        _named = False
+        _ranges = ()
 
 
 @contextmanager
 def _range(name: str) -> Iterator[None]:
     with ExitStack() as ranges:
-        ranges.enter_context(torch.profiler.record_function(name))
-        if torch.cuda.is_available():
-            ranges.enter_context(torch.cuda.nvtx.range(name))
+        for each in _ranges:
+            ranges.enter_context(each(name))
         yield

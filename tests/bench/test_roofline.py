@@ -31,7 +31,9 @@ def test_resnet50_has_its_known_arithmetic(resnet50):
     assert [sum(conv.place == place for conv in resnet50) for place in PLACES] == [1, 32, 16, 4]
 
 
-@pytest.mark.parametrize("level, pairs", [("eager", 4333), ("bnrelu", 6024), ("key", 6383), ("stats", 6745), ("main", 7934)])
+@pytest.mark.parametrize(
+    "level, pairs", [("eager", 4333), ("bnrelu", 6024), ("key", 6383), ("stats", 6745), ("main", 7934)]
+)
 def test_bounds_of_one_h100_at_790_tflops_and_3_tb_per_second(resnet50, level, pairs):
     assert 1 / roofline.seconds_per_pair(resnet50, level, 256, 790e12, 3e12) == pytest.approx(pairs, rel=1e-3)
 
