@@ -42,20 +42,20 @@ def split(argv: list[str]) -> tuple[str, list[str], list[str]]:
     return nproc, flags, rest
 
 
-def launch(nproc: int, flags: list[str], command: list[str]) -> int:
-    """Run `command` in `nproc` processes of this machine; the exit code of the one to blame, or 0."""
+def launch(nproc: int, flags: list[str], command: list[str], patience: float) -> int:
+    """Run `command` in `nproc` processes of this machine, none stopped for more than `patience` seconds; exit code."""
     from fastmoco import failures
 
     alone = [] if any(flag.startswith(("--nnodes", "--rdzv", "--master")) for flag in flags) else ["--standalone"]
     own = [f"--nproc-per-node={nproc}", f"--signals-to-handle={SIGNALS}", *alone, *flags, __file__, *command]
-    return failures.torchrun(own)
+    return failures.torchrun(own, patience)
 
 
 def start(argv: list[str]) -> int:
     """Check the command here, where a mistake is reported once, then run it."""
     try:
         nproc, flags, command = split(argv)
-        row = parse(command)[0] if "RANK" not in os.environ else None
+        row, chosen = parse(command) if "RANK" not in os.environ else (None, None)
     except SystemExit as stop:
         return stop.code
     except ValueError as error:
@@ -69,7 +69,9 @@ def start(argv: list[str]) -> int:
     import torch
 
     count = max(1, torch.cuda.device_count()) if nproc == "auto" else int(nproc)
-    return main(command) if count == 1 and not flags else launch(count, flags, command)
+    if count == 1 and not flags:
+        return main(command)
+    return launch(count, flags, command, chosen.options.timeout_seconds)
 
 
 if __name__ == "__main__":

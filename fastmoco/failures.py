@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import atexit
 import gc
+import math
 import os
 import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +22,11 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 
-def torchrun(argv: Sequence[str]) -> int:
-    """Do as the command line `argv` of torchrun says; the exit code of the rank to blame, 143 after a signal, or 0."""
+def torchrun(argv: Sequence[str], patience: float) -> int:
+    """Do as the command line `argv` of torchrun says; the exit code of the rank to blame, 143 after a signal, or 0.
+
+    A rank that is stopped (SIGSTOP) is killed after `patience` seconds, or when another rank fails.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
@@ -29,7 +34,7 @@ def torchrun(argv: Sequence[str]) -> int:
 
     atexit.register(gc.freeze)  # as in train/loop.py
     try:
-        with tempfile.TemporaryDirectory() as folder, _stopped_ranks() as stopped:
+        with tempfile.TemporaryDirectory() as folder, _stopped_ranks(patience or math.inf) as stopped:
             # Ranks that restart must know it, and must not read where the dead ones listened.
             os.environ |= {"FASTMOCO_LAUNCH": folder, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
             run(get_args_parser().parse_args(list(argv)))
@@ -45,23 +50,35 @@ def torchrun(argv: Sequence[str]) -> int:
 
 
 @contextmanager
-def _stopped_ranks() -> Iterator[dict[int, int]]:
-    # A process that is stopped takes no SIGTERM, and torchrun would wait 30 s before it kills it.
+def _stopped_ranks(patience: float) -> Iterator[dict[int, int]]:
+    # torchrun takes a stopped process for a working one; it takes no SIGTERM, and only 30 s later would be killed.
     from torch.distributed.elastic.multiprocessing.api import PContext
 
-    close, stopped = PContext.close, {}
+    wait, close, stopped, since = PContext.wait, PContext.close, {}, {}
+
+    def kill(pid: int) -> None:
+        stopped[pid] = _rank_of(pid)
+        os.kill(pid, signal.SIGKILL)
+
+    def look_and_wait(self: PContext, *args: object, **kwargs: object) -> object:
+        now = time.monotonic()
+        for pid in self.pids().values():
+            if not _is_stopped(pid):
+                since.pop(pid, None)
+            elif now - since.setdefault(pid, now) > patience:
+                kill(pid)
+        return wait(self, *args, **kwargs)
 
     def close_all(self: PContext, *args: object, **kwargs: object) -> None:
         for pid in filter(_is_stopped, self.pids().values()):
-            stopped[pid] = _rank_of(pid)
-            os.kill(pid, signal.SIGKILL)
+            kill(pid)
         close(self, *args, **kwargs)
 
-    PContext.close = close_all
+    PContext.wait, PContext.close = look_and_wait, close_all
     try:
         yield stopped
     finally:
-        PContext.close = close
+        PContext.wait, PContext.close = wait, close
 
 
 def _is_stopped(pid: int) -> bool:
