@@ -138,8 +138,8 @@ class Loader:
 class EvaluationLoader:
     """Iterator of (crops uint8 [n, S, S, 3], index int64 [n]) over a manifest in order, each image's centre box.
 
-    `indices` chooses images and their order; the last batch may be smaller. A bad image shows the next good one and
-    makes a warning; DataError where more are bad than a quarantine allows.
+    `indices` chooses images and their order; the last batch may be smaller. A bad image makes a warning, and the next
+    good one is shown in its place, with its own index; DataError where more are bad than a quarantine allows.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class EvaluationLoader:
     ) -> None:
         chosen = np.arange(len(manifest)) if indices is None else np.asarray(indices, np.int64)
         batches = [chosen[at : at + batch_size] for at in range(0, len(chosen), batch_size)]
-        self._length = len(batches)
+        self._length, self._given = len(batches), 0
         self._quarantine = Quarantine(manifest)
         source = _Source(manifest, self._quarantine, lambda _, samples: _centre(manifest, crop_size, samples))
         self._background = Background(partial(_evaluation, source, crop_size, batches, device, threads), prefetch)
@@ -171,7 +171,9 @@ class EvaluationLoader:
         while self._quarantine.news:
             bad = self._quarantine.news.popleft()
             warnings.warn(f"{bad.file}: {bad.reason}; evaluating {bad.substitute} in its place", stacklevel=2)
-        return _hand_over((crops, index), [crops], event)
+        shown = self._quarantine.replaced(self._given, index)
+        self._given += 1
+        return _hand_over((crops, shown), [crops], event)
 
     def close(self) -> None:
         """Stop the thread and free DALI; harmless at any moment and when done twice."""

@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from fastmoco.data import manifest
 from fastmoco.data.manifest import Manifest
-from fastmoco.evaluate.features import extract
+from fastmoco.evaluate.features import encode
+from fastmoco.evaluate.labels import subset
 from fastmoco.interop import files
 from fastmoco.interop.run import load_encoder, one_rank
 from fastmoco.options import Embed, UsageError
@@ -18,7 +19,7 @@ from fastmoco.options import Embed, UsageError
 
 def run(options: Embed) -> None:
     """Write the features: .npz with `features` float32 [n, F], `files` [n] and, where there are classes, `labels`
-    int64 [n] and `classes`; .parquet with the columns file, features and label.
+    int64 [n] and `classes`; .parquet with the columns file, features and label. What cannot be decoded has no row.
 
     UsageError where the file exists or pyarrow is missing; DataError where there are no images.
     """
@@ -32,12 +33,14 @@ def run(options: Embed) -> None:
     if manifest.split(options.data)[0] != str(options.data):
         images = dataclasses.replace(images, labels=None, classes=[])  # train and val are no classes
     with tqdm(total=len(images), unit="image", disable=None) as bar:
-        features, _ = extract(encoder, images, recipe, parallel, threads=options.threads or None,
-                              normalise=options.normalise, progress=bar.update)  # fmt: skip
-    rows = features.cpu().numpy()
+        features, shown = encode(encoder, images, recipe, parallel, threads=options.threads or None,
+                                 normalise=options.normalise, progress=bar.update)  # fmt: skip
+    good = np.flatnonzero(shown.cpu().numpy() == np.arange(len(images)))
+    left_out = len(images.rejected) + len(images) - len(good)
+    rows, images = features.cpu().numpy()[good], subset(images, good)
     files.write(options.out, lambda path: save(path, rows, images))
     print(f"{options.out}: {rows.shape[0]} images, {rows.shape[1]} {options.features} features each, encoder of "
-          f"{options.run} after step {step}; {len(images.rejected)} files left out")  # fmt: skip
+          f"{options.run} after step {step}; {left_out} files left out")  # fmt: skip
 
 
 def _save_npz(path: Path, features: np.ndarray, images: Manifest) -> None:

@@ -33,6 +33,30 @@ def extract(
 ) -> tuple[Tensor, Tensor]:
     """Features float32 [n, F] of every image, and labels int64 [n] (-1 where there are none), on the device.
 
+    An image that turns out to be bad has features and label of the next good one. The rest is as `encode` says.
+    """
+    features, shown = encode(
+        encoder, manifest, recipe, parallel, threads=threads, batch_size=batch_size, normalise=normalise,
+        progress=progress,
+    )  # fmt: skip
+    labels = np.full(len(manifest), -1, np.int64) if manifest.labels is None else manifest.labels
+    return features, torch.from_numpy(labels).to(parallel.device)[shown]
+
+
+def encode(
+    encoder: Encoder,
+    manifest: Manifest,
+    recipe: Recipe,
+    parallel: Parallel,
+    *,
+    threads: int | None = None,
+    batch_size: int = 256,
+    normalise: bool = True,
+    progress: Callable[[int], Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Features float32 [n, F], and for each the index int64 [n] of the image it is of: its own, or where that turned
+    out to be bad the next good one's. Both are on the device.
+
     Features have unit length, unless `normalise` is false.
 
     `recipe.knn_features` says which: of the backbone, or after the projection head. Each rank encodes its share of the
@@ -46,20 +70,21 @@ def extract(
         manifest, recipe.crop_size, parallel.device, indices=indices, batch_size=batch_size, threads=threads
     )
     forward = encoder.features if recipe.knn_features == "backbone" else encoder
-    features, done = None, 0
+    features, done, shown = None, 0, np.empty(share, np.int64)
     with loader, _evaluating(encoder), torch.no_grad():
-        for crops, _ in loader:
+        for crops, index in loader:
             rows = forward(_plain(crops, encoder, recipe)).float().flatten(1)
             rows = F.normalize(rows, dim=1) if normalise else rows
             if features is None:
                 features = rows.new_empty(share, rows.shape[1])
             features[done : done + len(rows)] = rows
+            shown[done : done + len(rows)] = index
             done += len(rows)
             if progress is not None:
                 progress(len(rows))
     assert features is not None and done == share
-    labels = np.full(len(manifest), -1, np.int64) if manifest.labels is None else manifest.labels
-    return parallel.all_gather(features)[: len(manifest)], torch.from_numpy(labels).to(parallel.device)
+    shown = torch.from_numpy(shown).to(parallel.device)
+    return parallel.all_gather(features)[: len(manifest)], parallel.all_gather(shown)[: len(manifest)]
 
 
 def _plain(crops: Tensor, encoder: Encoder, recipe: Recipe) -> Tensor:

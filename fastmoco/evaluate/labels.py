@@ -81,7 +81,8 @@ def subset(images: Manifest, indices: np.ndarray) -> Manifest:
     """Some of the images, in the order of `indices`."""
     labels = None if images.labels is None else images.labels[indices]
     paths = [images.paths[index] for index in indices.tolist()]
-    return dataclasses.replace(images, paths=paths, sizes=images.sizes[indices], labels=labels)
+    places = None if images.places is None else images.places[indices]
+    return dataclasses.replace(images, paths=paths, sizes=images.sizes[indices], labels=labels, places=places)
 
 
 def read_table(table: Path) -> dict[str, str]:

@@ -240,6 +240,9 @@ def test_evaluation_warns_and_goes_on(dirty: Manifest) -> None:
         with pytest.warns(UserWarning, match="harmed png.jpg: damaged: cannot be decoded; evaluating"):
             crops, index = next(loader)
     assert len(crops) == len(index) == len(one)
+    asked = np.array(one)
+    (bad,) = [at for at, i in enumerate(one) if "harmed png" in dirty.paths[i]]
+    assert np.flatnonzero(index != asked).tolist() == [bad], "a substitute comes with its own index"
 
 
 SMALL = dataclasses.replace(

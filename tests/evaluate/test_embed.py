@@ -1,11 +1,13 @@
 """Embeddings: a row per image beside its name, equal to the encoder's own features."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastmoco.cli import main
 from fastmoco.contrast.step import Step
@@ -42,6 +44,25 @@ def test_rows_belong_to_their_files(trained, stripes, tmp_path):
         expected = extract(encoder, images, recipe, Parallel(), threads=1, normalise=False)[0]
         torch.testing.assert_close(torch.from_numpy(data["features"]), expected, rtol=0, atol=1e-5)
         assert np.abs(np.linalg.norm(data["features"], axis=1) - 1).min() > 1e-3
+
+
+def test_a_file_that_cannot_be_decoded_has_no_row(trained, stripes, tmp_path, capsys):
+    folder = shutil.copytree(stripes / "val", tmp_path / "images")
+    assert embed(trained, folder, tmp_path / "whole.npz") == 0 and "; 0 files left out" in capsys.readouterr().out
+    victim = folder / "across/3.jpg"
+    pixels = Image.open(victim)
+    pixels.save(victim, "PNG")
+    data = bytearray(victim.read_bytes())
+    data[90:130] = bytes(40)  # which headers do not show
+    victim.write_bytes(data)
+    with pytest.warns(UserWarning, match="across/3.jpg"):
+        assert embed(trained, folder, tmp_path / "rest.npz") == 0
+    assert "11 images" in (said := capsys.readouterr().out) and "; 1 files left out" in said
+    with np.load(tmp_path / "whole.npz") as whole, np.load(tmp_path / "rest.npz") as rest:
+        kept = whole["files"] != "across/3.jpg"
+        assert rest["files"].tolist() == whole["files"][kept].tolist()
+        assert rest["labels"].tolist() == whole["labels"][kept].tolist()
+        np.testing.assert_allclose(rest["features"], whole["features"][kept], rtol=0, atol=1e-5)
 
 
 def test_projection_and_unit_length(trained, stripes, tmp_path):

@@ -1,5 +1,6 @@
 """Features: unit length, in the manifest's order, the frozen encoder untouched, the pixels those of Pillow."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 from fastmoco.data import manifest
 from fastmoco.encoder import build_encoder
-from fastmoco.evaluate.features import extract
+from fastmoco.evaluate.features import encode, extract
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS
 
@@ -69,11 +70,11 @@ class OneOf(Parallel):
     """A rank that notes its share instead of gathering."""
 
     def all_gather(self, rows: torch.Tensor) -> torch.Tensor:
-        SHARES[self.rank] = rows
-        return torch.cat([SHARES.get(rank, rows) for rank in range(self.world)])
+        SHARES[self.rank, rows.dtype] = rows
+        return torch.cat([SHARES.get((rank, rows.dtype), rows) for rank in range(self.world)])
 
 
-SHARES: dict[int, torch.Tensor] = {}
+SHARES: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -81,9 +82,29 @@ def test_ranks_share_the_images(images, encoder, world):
     whole = extract(encoder, images, RECIPE, Parallel(), threads=1)[0]
     SHARES.clear()
     for rank in range(world):
-        gathered = extract(encoder, images, RECIPE, OneOf(rank=rank, world=world), threads=1)[0]
+        gathered, labels = extract(encoder, images, RECIPE, OneOf(rank=rank, world=world), threads=1)
+    assert labels.tolist() == images.labels.tolist()
     assert len(gathered) == len(images) and {len(share) for share in SHARES.values()} == {-(-23 // world)}
     torch.testing.assert_close(gathered, whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_a_bad_image_has_features_and_label_of_the_next_good_one(images, encoder, tmp_path, batch_size):
+    root = shutil.copytree(images.root, tmp_path / "images")
+    copy = manifest.scan(root, cache=False)
+    whole, shown = encode(encoder, copy, RECIPE, Parallel(), threads=1)
+    assert shown.tolist() == list(range(23))  # the control
+    bad = len([path for path in copy.paths if path.startswith("class0")]) - 1  # the last of its class
+    data = bytearray((root / copy.paths[bad]).read_bytes())
+    data[50:90] = bytes(40)
+    (root / copy.paths[bad]).write_bytes(data)
+    with pytest.warns(UserWarning, match=copy.paths[bad]):
+        found, shown = encode(encoder, copy, RECIPE, Parallel(), threads=1, batch_size=batch_size)
+    assert shown.tolist() == [index if index != bad else bad + 1 for index in range(23)]
+    torch.testing.assert_close(found, whole[shown], rtol=0, atol=1e-5)
+    with pytest.warns(UserWarning):
+        labels = extract(encoder, copy, RECIPE, Parallel(), threads=1, batch_size=batch_size)[1]
+    assert labels[bad] == labels[bad + 1] != copy.labels[bad]
 
 
 def test_images_without_labels(images, encoder):

@@ -1,6 +1,8 @@
 """Labels from class folders and CSV files, and the line that says what is wrong with them."""
 
+import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -58,6 +60,16 @@ def test_a_subset_keeps_paths_sizes_and_labels_together(flat, tmp_path):
     found = label(manifest.scan(flat), table(tmp_path, "a.png,x\nb.png,y\nc.png,x\n"))
     some = subset(found, np.array([2, 0]))
     assert some.paths == ["c.png", "a.png"] and some.labels.tolist() == [0, 0] and len(found) == 3
+
+
+def test_a_subset_of_an_archive_reads_its_own_images(tmp_path):
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        for shade in (10, 60, 110, 160):
+            Image.fromarray(np.full((8, 9, 3), shade, np.uint8)).save(tmp_path / f"{shade:03d}.png")
+            archive.add(tmp_path / f"{shade:03d}.png", f"{shade:03d}.png")
+    found = label(manifest.scan(tmp_path / "images.tar"), table(tmp_path, "060.png,x\n160.png,y\n"))
+    shades = [int(np.asarray(Image.open(io.BytesIO(found.read(index).tobytes())))[0, 0, 0]) for index in (0, 1)]
+    assert found.paths == ["060.png", "160.png"] and shades == [60, 160]
 
 
 def test_images_that_stand_on_both_sides_are_told(flat, tmp_path, capsys):
