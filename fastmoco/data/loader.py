@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmoco.data.decoded import PIXEL, Decoded
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.pipeline import Decoding, Pipeline, Repair, Request, fault, read
 from fastmoco.data.plan import Plan, Route, centre_boxes, route
@@ -89,6 +90,7 @@ class Loader:
         hw_decoder_load: float | None = None,
         quarantine: Quarantine | None = None,
         photometric: Literal["kernel", "dali"] = "kernel",
+        decoded_bytes: int = 0,
     ) -> None:
         if len(manifest) != len(plan.sizes):
             raise ValueError(f"the plan is for {len(plan.sizes)} images, the manifest has {len(manifest)}")
@@ -97,7 +99,10 @@ class Loader:
         self._parallel = parallel
         self._views = _dali_views(plan, recipe, parallel, threads) if photometric == "dali" else None
         self._exchange_stream = _side_stream(parallel.device) if parallel.world > 1 else None
-        source = _Source(manifest, quarantine, lambda step, samples: _boxes(plan, step, samples))
+        if decoded_bytes and parallel.device.type != "cpu":
+            raise ValueError("decoded images are kept on a CPU only: leave --decoded-cache out")
+        kept = Decoded(decoded_bytes) if decoded_bytes else None
+        source = _Source(manifest, quarantine, lambda step, samples: _boxes(plan, step, samples), kept)
         steps = range(start_step, stop_step)
         decoding = Decoding(hw_decoder_load, recipe.fancy_upsampling)
         make = partial(_training, source, plan, recipe.crop_size, steps, parallel.device, threads, decoding)
@@ -152,11 +157,12 @@ class EvaluationLoader:
         batch_size: int = EVALUATION_BATCH,
         threads: int | None = None,
         prefetch: int = 2,
+        max_bad_share: float = Recipe.max_bad_share,
     ) -> None:
         chosen = np.arange(len(manifest)) if indices is None else np.asarray(indices, np.int64)
         batches = [chosen[at : at + batch_size] for at in range(0, len(chosen), batch_size)]
         self._length, self._given = len(batches), 0
-        self._quarantine = Quarantine(manifest)
+        self._quarantine = Quarantine(manifest, max_share=max_bad_share)
         source = _Source(manifest, self._quarantine, lambda _, samples: _centre(manifest, crop_size, samples))
         self._background = Background(partial(_evaluation, source, crop_size, batches, device, threads), prefetch)
 
@@ -274,7 +280,7 @@ def _training(
     wanted = ((step, plan.samples(step)[mine]) for step in steps)
     with _on(_side_stream(device)), ThreadPoolExecutor(READERS) as readers:
         options = {"batch_size": plan.per_rank, "crop_size": crop_size, "device": device, "threads": threads}
-        options |= {"repair": source.repair, "decoding": decoding}
+        options |= {"repair": source.repair, "decoding": decoding, "kept": source.kept}
         with closing(Pipeline(source.requests(readers, wanted), views=2, **options)) as pipeline:
             for step, crops in zip(steps, pipeline, strict=True):
                 yield *_assemble(plan, step, crops), _event(device)
@@ -347,9 +353,13 @@ class _Source:
     """What to decode: reads ahead, and puts substitutes in the place of bad samples."""
 
     def __init__(
-        self, manifest: Manifest, quarantine: Quarantine | None, boxes: Callable[[int, np.ndarray], np.ndarray]
+        self,
+        manifest: Manifest,
+        quarantine: Quarantine | None,
+        boxes: Callable[[int, np.ndarray], np.ndarray],
+        kept: Decoded | None = None,
     ) -> None:
-        self.manifest, self.quarantine, self.boxes = manifest, quarantine, boxes
+        self.manifest, self.quarantine, self.boxes, self.kept = manifest, quarantine, boxes, kept
 
     @property
     def repair(self) -> Repair | None:
@@ -374,7 +384,8 @@ class _Source:
         return Request(names, encoded, self.manifest.sizes[samples], self.boxes(step, samples), step, samples)
 
     def _read(self, indices: np.ndarray) -> list[np.ndarray | OSError]:
-        return [read(self.manifest, index) for index in indices.tolist()]
+        known = () if self.kept is None else self.kept
+        return [PIXEL if index in known else read(self.manifest, index) for index in indices.tolist()]
 
     def _repair(self, request: Request, faults: dict[int, str]) -> Request:
         samples, encoded = request.samples.copy(), list(request.encoded)

@@ -67,8 +67,9 @@ def encode(
     # Every rank encodes equally many, the last images again where the shares do not come out even.
     indices = (np.arange(share) + parallel.rank * share).clip(max=len(manifest) - 1)
     loader = EvaluationLoader(
-        manifest, recipe.crop_size, parallel.device, indices=indices, batch_size=batch_size, threads=threads
-    )
+        manifest, recipe.crop_size, parallel.device, indices=indices, batch_size=batch_size, threads=threads,
+        max_bad_share=recipe.max_bad_share,
+    )  # fmt: skip
     forward = encoder.features if recipe.knn_features == "backbone" else encoder
     features, done, shown = None, 0, np.empty(share, np.int64)
     with loader, _evaluating(encoder), torch.no_grad():

@@ -235,6 +235,9 @@ def test_evaluation_warns_and_goes_on(dirty: Manifest) -> None:
         with pytest.raises(DataError, match="of 19\\d images are bad"):  # four where one in a thousand is allowed
             list(loader)
     assert len(told) <= 1
+    with EvaluationLoader(dirty, 24, CPU, batch_size=64, max_bad_share=0.1) as loader:
+        with pytest.warns(UserWarning, match="evaluating"):
+            assert sum(len(crops) for crops, _ in loader) == len(dirty)
     one = [i for i in range(len(dirty)) if i not in _inside(dirty) or "harmed png" in dirty.paths[i]]
     with EvaluationLoader(dirty, 24, CPU, indices=np.array(one)) as loader:
         with pytest.warns(UserWarning, match="harmed png.jpg: damaged: cannot be decoded; evaluating"):
