@@ -48,6 +48,8 @@ class Options:
     """Batches that are prepared ahead of the step."""
     hw_decoder_load: float | None = None
     """Share of the JPEGs for a GPU's decoding engine, 0 to 1; left out, by the number of threads."""
+    decoded_cache: float = 0.0
+    """GB of decoded images that each rank keeps in memory, so as to decode them once; on a CPU."""
     quarantine: bool = True
     """Replace images that turn out to be bad, and list them in RUN/quarantine.jsonl; without it the first one stops
     the run."""
@@ -91,7 +93,7 @@ class Options:
     def __post_init__(self) -> None:
         at_least = {"log_every": 1, "prefetch": 1, "keep": 2, "knn_every": 0, "threads": 0}
         at_least |= {"save_every": 0, "save_minutes": 0, "timeout_seconds": 0}
-        at_least |= {"keep_every": 0, "watchdog_seconds": 0}
+        at_least |= {"keep_every": 0, "watchdog_seconds": 0, "decoded_cache": 0}
         for name, low in at_least.items():
             _require(getattr(self, name) >= low, name, getattr(self, name), f"use a number of at least {low}")
         if self.stop_after is not None:

@@ -20,6 +20,7 @@ from nvidia.dali import Pipeline as DaliPipeline
 from nvidia.dali import fn, types
 from torch import Tensor
 
+from fastmoco.data.decoded import PIXEL, Decoded
 from fastmoco.data.manifest import DataError, Manifest
 from fastmoco.data.probe import is_cut_bmp
 from fastmoco.environment import share_of_cores
@@ -39,8 +40,6 @@ HW_DECODER_LOADS = {
 
 
 NO_SAMPLES, NO_BOXES = np.empty(0, np.int64), np.empty((0, 0, 4), np.int32)
-# A PPM image of one pixel, decoded in the place of what cannot be decoded.
-PIXEL = np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8)
 
 
 class DecodeError(DataError):
@@ -64,7 +63,7 @@ class Request(NamedTuple):
     names: list[str]
     """What to call each image in an error."""
     encoded: list[np.ndarray | OSError]
-    """Bytes of each image file, uint8, or why they could not be read."""
+    """Bytes of each image file, uint8, or why they could not be read; or PIXEL for one that `Decoded` keeps."""
     sizes: np.ndarray
     """int32 [n, 2]: height and width that the boxes were made for."""
     boxes: np.ndarray
@@ -106,7 +105,8 @@ class Pipeline:
     Requests are drawn while earlier ones are being decoded; `batch_size` bounds their n, `views` is their V. What
     cannot be decoded is given to `repair`, and only the requests under way are decoded again; without one it raises
     DecodeError once all before it are handed out, and ends the iterator; so does an error from `requests`. On a GPU
-    the crops are ordered on the stream current in the calling thread.
+    the crops are ordered on the stream current in the calling thread. On a CPU `kept` has the pixels of the images that
+    are not to be decoded, and takes those of the others.
     """
 
     def __init__(
@@ -120,13 +120,14 @@ class Pipeline:
         threads: int | None = None,
         repair: Repair | None = None,
         decoding: Decoding = Decoding(),
+        kept: Decoded | None = None,
     ) -> None:
         checked, threads = _checked(requests, repair), threads or share_of_cores()
         if device.type == "cuda":
             options = decoding.options(threads, torch.cuda.get_device_name(device))
             self._crops = _gpu_crops(checked, repair, batch_size, crop_size, views, device, threads, options)
         else:
-            self._crops = _cpu_crops(checked, repair, batch_size, crop_size, views, threads)
+            self._crops = _cpu_crops(checked, repair, batch_size, crop_size, views, threads, kept)
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
@@ -146,6 +147,7 @@ def _cpu_crops(
     crop_size: int,
     views: int,
     threads: int,
+    kept: Decoded | None,
 ) -> Iterator[Tensor]:
     build = partial(_dali, min(batch_size, CPU_BATCH), threads, None, 1, _decode_graph)
     with ThreadPoolExecutor(threads) as pool:
@@ -155,6 +157,8 @@ def _cpu_crops(
             if first == 0:
                 crops = torch.empty(views, total, crop_size, crop_size, 3, dtype=torch.uint8)
             decoded = [torch.from_dlpack(image) for image in images]
+            if kept is not None:
+                decoded = kept.completed(request.samples, request.encoded, decoded)
             waiting = iter(range(len(decoded)))
             for _ in run(partial(cut, crops, first, request.boxes, decoded), [waiting] * threads):
                 pass
@@ -324,6 +328,8 @@ def _checked(requests: Iterable[Request], repair: Repair | None) -> Iterator[Req
 
 def fault(data: np.ndarray | OSError, size: Sequence[int]) -> str:
     """Why an image of height and width `size` cannot be decoded from `data`, as far as its header tells; or ""."""
+    if data is PIXEL:
+        return ""
     if isinstance(data, OSError):
         return f"cannot be read: {data.strerror}"
     try:

@@ -157,7 +157,8 @@ class Run:
         loader = Loader(self.train_set, self.plan, self.recipe, self.parallel, start_step=self.done,
                         stop_step=self.last, threads=self.threads, prefetch=self.options.prefetch,
                         hw_decoder_load=self.options.hw_decoder_load, quarantine=self.quarantine,
-                        photometric=self.options.photometric)  # fmt: skip
+                        photometric=self.options.photometric,
+                        decoded_bytes=int(self.options.decoded_cache * 1e9))  # fmt: skip
         with loader:
             self.watch.skip()
             for batch in self._timed(loader):
