@@ -61,9 +61,8 @@ def _product(left, right, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _merge(mean, squares, seen, values, inside):
-    # Chan, Golub and LeVeque's merge of (count, mean, squares) with those of a tile.
-    count = tl.sum(inside.to(tl.float32), 0)
+def _merge(mean, squares, seen, values, count, inside):
+    # Chan, Golub and LeVeque's merge of (count, mean, squares) with those of a tile, of `count` rows inside.
     tile_mean = tl.sum(tl.where(inside[None, :], values, 0.0), 1) / count
     deviation = tl.where(inside[None, :], values - tile_mean[:, None], 0.0)
     delta = tile_mean - mean
@@ -97,7 +96,7 @@ def convolve(x, kernel, y, partial, weight, bias, moments, rows, inputs, outputs
             total = _product(_load(kernel, out, outputs, column, inputs), tl.trans(values), total, PRECISION)
         mask = (row < count)[None, :] & (out < outputs)[:, None]
         tl.store(y + row[None, :] * outputs + out[:, None], total.to(y.dtype.element_ty), mask=mask)
-        mean, squares = _merge(mean, squares, start, total, row < count)
+        mean, squares = _merge(mean, squares, start, total, tl.minimum(count - start, BLOCK_ROWS), row < count)
     at = partial + (group * splits + split) * outputs + out
     tl.store(at, mean, mask=out < outputs)
     tl.store(at + groups * splits * outputs, squares, mask=out < outputs)
