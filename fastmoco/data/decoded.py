@@ -25,7 +25,7 @@ class Decoded:
         try:
             self._block = torch.empty(budget, dtype=torch.uint8)
         except RuntimeError as error:
-            raise ValueError(f"no room for {budget / 1e9:g} GB of decoded images: use a smaller cache") from error
+            raise ValueError(f"no room for {budget / 1e9:g} GB of decoded images: use a smaller --decoded-cache") from error
         self._images: dict[int, Tensor] = {}
         self.used = 0
         """Bytes that are taken."""
