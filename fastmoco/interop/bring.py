@@ -59,7 +59,7 @@ def convert(content: Mapping[str, Any], options: Import, images: int | None = No
         if without(QUERY, weights):
             return _published(content, weights, options, images)
         return _plain(weights, options)
-    except (ForeignFileError, RecipeError):
+    except (ForeignFileError, RecipeError, UsageError):
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
         # Right names, and something under them that no checkpoint has there.
@@ -103,6 +103,11 @@ def write(found: Imported, options: Import, images: int | None) -> None:
 
 
 def _own(content: Mapping[str, Any], weights: dict, own: dict, options: Import) -> Imported:
+    flags = {"--epochs": options.epochs, "--batch-size": options.batch_size}
+    flags["--preset"] = None if options.preset == "auto" else options.preset
+    given = [flag for flag, value in flags.items() if value is not None]
+    if given:
+        raise UsageError(f"{options.file} was written by fastmoco and brings its recipe: leave {given[0]} out")
     try:
         recipe, step = Recipe.from_dict(own["recipe"]), int(own["step"])
         momentum = upstream.velocities(content["optimizer"], recipe)

@@ -307,7 +307,7 @@ def test_strange_things_under_right_names_are_refused_or_made_up_for(make_run, m
                 inner = inner[name]
             inner[place[-1]] = strange
             try:
-                bring.convert(content, Import(path, tmp_path / "b", batch_size=32))
+                bring.convert(content, Import(path, tmp_path / "b", batch_size=None if own else 32))
                 outcomes.add("taken")
             except ForeignFileError:
                 outcomes.add("refused")
@@ -320,6 +320,15 @@ def test_our_own_files_are_checked_too(make_run, make_recipe, tmp_path):
     del content["fastmoco"]["queue_dtype"]
     with pytest.raises(ForeignFileError, match="export it again"):
         bring_in(content, tmp_path)
+
+
+def test_our_own_files_bring_their_recipe(make_run, make_recipe, tmp_path, capsys):
+    make_run(tmp_path / "a", make_recipe())
+    argv = ["import", str(export(tmp_path / "a", "moco", tmp_path / "x.pth.tar")), "--out", str(tmp_path / "b")]
+    for more in (["--epochs", "9"], ["--batch-size", "32"], ["--preset", "v1"]):
+        assert main([*argv, *more]) == 2 and not (tmp_path / "b").exists()
+        assert f"brings its recipe: leave {more[0]} out" in capsys.readouterr().err
+    assert main(argv) == 0  # the control
 
 
 def test_nothing_is_overwritten(make_run, make_recipe, tmp_path, capsys):
