@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from fastmoco.contrast import backends
 from fastmoco.contrast import step as step_module
 from fastmoco.contrast.step import Step
 from fastmoco.options import Options
@@ -116,6 +117,22 @@ def test_a_step_that_is_not_finite_stops_both_ranks(what, on_rank, run_ranks, re
     assert "last good checkpoint is of step 4" in said[0]
     newest = checkpoint.latest(out)
     assert newest.name == "step_00000004" and finite(newest)
+
+
+def test_an_update_that_does_not_look_spoils_the_checkpoint(recipe, images, tmp_path, monkeypatch):
+    """The control: SGD and the average in plain torch, and nobody who stops."""
+
+    def careless(table, gradients, lr, momentum, decay, ema_momentum, *_, **__) -> None:
+        for q, velocity, k, gradient in zip(table.q, table.velocity, table.k, gradients, strict=True):
+            velocity.mul_(momentum).add_(gradient + decay * q)
+            q.sub_(lr * velocity)
+            k.lerp_(q, 1 - ema_momentum)
+
+    for honest in (True, False):
+        out = tmp_path / str(honest)
+        train(Parallel(), recipe, images, out, "gradient", 0, "skip")
+        assert finite(checkpoint.latest(out)) == honest
+        monkeypatch.setattr(backends, "sgd_ema", careless)
 
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
