@@ -77,8 +77,7 @@ def test_torchrun_and_two_machines_give_the_run_of_one_process(folder):
     finish(start(folder, *SHORT.split(), "--out", "one"))
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     finish(start(folder, *SHORT.split(), "--out", "torchrun", program=[*torchrun, ROOT / "launch.py"]))
-    meet = f"--nproc 2 --nnodes 2 --rdzv-backend c10d --rdzv-endpoint localhost:{free_port()} --rdzv-id demo"
-    machines = [start(folder, *meet.split(), *SHORT.split(), "--out", "four") for _ in range(2)]
+    machines = start_machines(folder, *SHORT.split(), "--out", "four", nproc=2)
     said = [finish(machine) for machine in machines]
     assert sum("2 steps in" in each for each in said) == 1  # the first rank of all alone speaks
     for name, ranks in (("one", 1), ("torchrun", 2), ("four", 4)):
@@ -93,13 +92,7 @@ def test_torchrun_and_two_machines_give_the_run_of_one_process(folder):
     ids=["killed", "stopped", "stopped where the launchers meet"],
 )
 def test_a_rank_lost_on_one_machine_ends_the_job_on_both(harm, machine, code, says, folder):
-    port = free_port()
-    meet = f"--nproc 1 --nnodes 2 --rdzv-backend c10d --rdzv-endpoint localhost:{port} --rdzv-id demo"
-    machines = []
-    for _ in range(2):
-        machines.append(start(folder, *meet.split(), "pretrain", "demo", *ENDLESS, "--timeout-seconds", "3"))
-        while not listens(port):  # the first is where the others meet
-            time.sleep(0.1)
+    machines = start_machines(folder, "pretrain", "demo", *ENDLESS, "--timeout-seconds", "3")
     train_until(machines[0], folder / "run/log.jsonl", 4)
     lost = pid_of(machines[machine])
     os.kill(lost, harm)
@@ -109,15 +102,41 @@ def test_a_rank_lost_on_one_machine_ends_the_job_on_both(harm, machine, code, sa
     assert f"(process {lost} on " in last_line(said_there) and says in last_line(said_there)
 
 
+def test_a_job_that_loses_a_machine_goes_on_with_the_ranks_that_are_left(folder):
+    flags = ("--data", "images", "--out", "run", "--epochs", "1000", "--log-every", "2", "--save-minutes", "0",
+             "--save-every", "4", "--stop-after", "200", "--timeout-seconds", "3")  # fmt: skip
+    restarts = ("--max-restarts", "1", "--rdzv-conf", "last_call_timeout=3")
+    machines = start_machines(folder, *restarts, "pretrain", "demo", *flags, nnodes="1:2")
+    log = folder / "run/log.jsonl"
+    train_until(machines[0], log, 6)
+    worker = pid_of(machines[1])
+    for process in (machines[1].pid, worker):
+        os.kill(process, signal.SIGKILL)
+    machines[1].communicate()
+    finish(machines[0])
+    facts = json.loads((folder / "run/recipe.json").read_text())
+    assert facts["ranks"] == 2 and [part["ranks"] for part in facts["resumed"]] == [1]
+    assert [line["step"] for line in read_lines(log)] == list(range(2, 201, 2))
+
+
 def listens(port: int) -> bool:
     with socket.socket() as caller:
         return caller.connect_ex(("localhost", port)) == 0
 
 
-def free_port() -> int:
+def start_machines(folder: Path, *argv: str, nproc: int = 1, nnodes: str = "2") -> list[subprocess.Popen]:
+    """Two launchers that meet on loopback, at the first one's."""
     with socket.socket() as held:
         held.bind(("localhost", 0))
-        return held.getsockname()[1]
+        port = held.getsockname()[1]
+    meet = f"--nproc {nproc} --nnodes {nnodes} --rdzv-backend c10d --rdzv-endpoint localhost:{port} --rdzv-id demo"
+    machines = []
+    for _ in range(2):
+        machines.append(start(folder, *meet.split(), *argv))
+        while not listens(port):
+            assert machines[0].poll() is None
+            time.sleep(0.1)
+    return machines
 
 
 def test_a_signal_to_the_launcher_stops_all_ranks_at_one_step(folder, quiet):
