@@ -80,6 +80,7 @@ def parts(options: BenchGpuCheck, gpu: str, scratch: Path) -> list[Part]:
     """What is run, in order: correctness before speed."""
     found = [Part("kernel tests", (*PYTEST, "tests/kernels", "-m", "not slow"), 150)]
     found.append(Part("graph and step tests", (*PYTEST, "-m", "gpu", "tests/contrast"), 60))
+    found.append(Part("data tests", (*PYTEST, "-m", "gpu", "tests/data"), 45))
     if not options.quick:
         small = (sys.executable, "-m", "fastmoco.bench.gpu_check")
         for tool in ("memcheck", "racecheck"):

@@ -49,7 +49,7 @@ class Options:
     hw_decoder_load: float | None = None
     """Share of the JPEGs for a GPU's decoding engine, 0 to 1; left out, by the number of threads."""
     decoded_cache: float = 0.0
-    """GB of decoded images that each rank keeps in memory, so as to decode them once; on a CPU."""
+    """GB of decoded images that each rank keeps in memory, its GPU's where it has one, so as to decode them once."""
     quarantine: bool = True
     """Replace images that turn out to be bad, and list them in RUN/quarantine.jsonl; without it the first one stops
     the run."""

@@ -16,16 +16,20 @@ PIXEL = np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8)
 
 
 class Decoded:
-    """Pixels by sample, in one block of `budget` bytes. The system gives the block's memory as it fills.
+    """Pixels by sample, in one block of `budget` bytes on `device`.
 
-    ValueError where the system would not even promise so much. One thread may fill it while others look.
+    A GPU's memory is taken at once, a CPU's as the block fills. ValueError where so much cannot be had, or not even
+    promised. One thread may fill it while others look.
     """
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, device: torch.device = torch.device("cpu")) -> None:
         try:
-            self._block = torch.empty(budget, dtype=torch.uint8)
+            self._block = torch.empty(budget, dtype=torch.uint8, device=device)
         except RuntimeError as error:
-            raise ValueError(f"no room for {budget / 1e9:g} GB of decoded images: use a smaller --decoded-cache") from error
+            message = f"no room for {budget / 1e9:g} GB of decoded images: use a smaller --decoded-cache"
+            raise ValueError(message) from error
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # until what used this memory before is done with it
         self._images: dict[int, Tensor] = {}
         self.used = 0
         """Bytes that are taken."""
@@ -36,6 +40,10 @@ class Decoded:
     def __contains__(self, sample: int) -> bool:
         return sample in self._images
 
+    def lend(self, stream: torch.cuda.Stream) -> None:
+        """Say that it is used on `stream`: its memory goes to no one else before that has come so far."""
+        self._block.record_stream(stream)
+
     def put(self, sample: int, image: Tensor) -> None:
         """Keep a copy of uint8 [H, W, 3], unless it is there or does not fit."""
         end = self.used + image.numel()
@@ -45,12 +53,10 @@ class Decoded:
         self.used = end
 
     def completed(self, samples: np.ndarray, encoded: Sequence[object], images: Sequence[Tensor]) -> list[Tensor]:
-        """`images` decoded from `encoded`, with what is kept where PIXEL was; and keep the others."""
-        result = []
-        for sample, data, image in zip(samples.tolist(), encoded, images, strict=True):
-            if data is PIXEL:
-                result.append(self._images[sample])
-            else:
-                self.put(sample, image)
-                result.append(image)
+        """What is kept where `encoded` has PIXEL, and the next one of `images` elsewhere; and keep the latter."""
+        decoded, result = iter(images), []
+        for sample, data in zip(samples.tolist(), encoded, strict=True):
+            image = self._images[sample] if data is PIXEL else next(decoded)
+            self.put(sample, image)
+            result.append(image)
         return result

@@ -99,9 +99,7 @@ class Loader:
         self._parallel = parallel
         self._views = _dali_views(plan, recipe, parallel, threads) if photometric == "dali" else None
         self._exchange_stream = _side_stream(parallel.device) if parallel.world > 1 else None
-        if decoded_bytes and parallel.device.type != "cpu":
-            raise ValueError("decoded images are kept on a CPU only: leave --decoded-cache out")
-        kept = Decoded(decoded_bytes) if decoded_bytes else None
+        kept = Decoded(decoded_bytes, parallel.device) if decoded_bytes else None
         source = _Source(manifest, quarantine, lambda step, samples: _boxes(plan, step, samples), kept)
         steps = range(start_step, stop_step)
         decoding = Decoding(hw_decoder_load, recipe.fancy_upsampling)

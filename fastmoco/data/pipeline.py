@@ -1,7 +1,8 @@
 """Encoded bytes and boxes in, uint8 crops out: each image is decoded once by DALI and cut as often as there are boxes.
 
-On a GPU, DALI decodes ("mixed") and resizes. On a CPU, DALI decodes and torch resizes: its uint8 kernel computes what
-Pillow does at a fifth of the cost of DALI's resampler. Nothing is drawn here; the boxes come from the plan.
+On a GPU, DALI decodes ("mixed") and resizes: in one pipeline, or in two where decoded images are kept, so that these
+come in between. On a CPU, DALI decodes and torch resizes: its uint8 kernel computes what Pillow does at a fifth of the
+cost of DALI's resampler. Nothing is drawn here; the boxes come from the plan.
 """
 
 from __future__ import annotations
@@ -105,8 +106,8 @@ class Pipeline:
     Requests are drawn while earlier ones are being decoded; `batch_size` bounds their n, `views` is their V. What
     cannot be decoded is given to `repair`, and only the requests under way are decoded again; without one it raises
     DecodeError once all before it are handed out, and ends the iterator; so does an error from `requests`. On a GPU
-    the crops are ordered on the stream current in the calling thread. On a CPU `kept` has the pixels of the images that
-    are not to be decoded, and takes those of the others.
+    the crops are ordered on the stream current in the calling thread. `kept`, on `device`, has the pixels of the images
+    that are not to be decoded, and takes those of the others.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class Pipeline:
         checked, threads = _checked(requests, repair), threads or share_of_cores()
         if device.type == "cuda":
             options = decoding.options(threads, torch.cuda.get_device_name(device))
-            self._crops = _gpu_crops(checked, repair, batch_size, crop_size, views, device, threads, options)
+            self._crops = _dali_crops(checked, repair, batch_size, crop_size, views, device, threads, options, kept)
         else:
             self._crops = _cpu_crops(checked, repair, batch_size, crop_size, views, threads, kept)
 
@@ -156,7 +157,7 @@ def _cpu_crops(
             request, first, total = part
             if first == 0:
                 crops = torch.empty(views, total, crop_size, crop_size, 3, dtype=torch.uint8)
-            decoded = [torch.from_dlpack(image) for image in images]
+            decoded = _tensors(images)
             if kept is not None:
                 decoded = kept.completed(request.samples, request.encoded, decoded)
             waiting = iter(range(len(decoded)))
@@ -180,7 +181,7 @@ def cut(crops: Tensor, first: int, boxes: np.ndarray, images: list[Tensor], wait
             torch.ops.aten._upsample_bilinear2d_aa.out(box, crops.shape[2:4], False, out=made)
 
 
-def _gpu_crops(
+def _dali_crops(
     requests: Iterator[Request],
     repair: Repair | None,
     batch_size: int,
@@ -189,17 +190,44 @@ def _gpu_crops(
     device: torch.device,
     threads: int,
     decoding: dict[str, object],
+    kept: Decoded | None,
 ) -> Iterator[Tensor]:
+    # Tests run it on a CPU too.
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    device_id, decoder = (None, "cpu") if stream is None else (device.index or 0, "mixed")
     parts = (_Part(request, 0, len(request.encoded)) for request in requests)
-    graph = partial(_crop_graph, crop_size=crop_size, batch_size=batch_size, decoding=decoding)
-    build = partial(_dali, batch_size, threads, device.index or 0, 1 + 2 * views, graph)
-    stream = torch.cuda.current_stream(device)
-    for part, resized in _outputs(build, _Feed(parts, _with_corners), repair, stream):
+    decode = partial(_decode_graph, device=decoder, **decoding)
+    resize = partial(_resize_graph, crop_size=crop_size, batch_size=batch_size)
+    build = partial(_dali, batch_size, threads, device_id)
+    if kept is None:
+        graph = partial(_crop_graph, decode=decode, resize=resize)
+        outputs = _outputs(partial(build, 1 + 2 * views, graph), _Feed(parts, _with_corners), repair, stream)
+    else:
+        decoded = _outputs(partial(build, 1, decode), _Feed(parts, _encoded), repair, stream)
+        outputs = _cut_kept(decoded, kept, _cutter(batch_size, device_id, 2 * views, resize), stream)
+    for part, resized in outputs:
         crops = torch.empty(views, part.total, crop_size, crop_size, 3, dtype=torch.uint8, device=device)
         # The one copy: from here on the memory is torch's, which knows when a later stream is done with it.
         for crop, made in zip(crops, resized, strict=True):
             crop.copy_(torch.from_dlpack(made.as_tensor()))
         yield crops
+
+
+def _cut_kept(
+    decoded: Iterator[tuple[_Part, tuple]], kept: Decoded, cutter: DaliPipeline, stream: torch.cuda.Stream | None
+) -> Iterator[tuple[_Part, tuple]]:
+    if stream is not None:
+        kept.lend(stream)
+    for part, (images,) in decoded:
+        pixels = kept.completed(part.request.samples, part.request.encoded, _tensors(images))
+        # Copied, on `stream`: the decoder may have its memory back, ordered on the same stream, when this resumes it.
+        # 0 where there is none: for None DALI would ask torch, also where torch has no CUDA.
+        cutter.feed_input("images", pixels, layout="HWC", cuda_stream=0 if stream is None else stream)
+        for number, corner in enumerate(_with_corners(part)[1:]):
+            cutter.feed_input(f"corner{number}", corner)
+        cutter.schedule_run()
+        yield part, cutter.share_outputs(stream)
+        cutter.release_outputs()
 
 
 class _Part(NamedTuple):
@@ -218,7 +246,12 @@ def _parts(requests: Iterable[Request]) -> Iterator[_Part]:
 
 
 def _encoded(part: _Part) -> tuple:
-    return (part.request.encoded,)
+    # Never nothing at all, which DALI does not take.
+    return ([data for data in part.request.encoded if data is not PIXEL] or [PIXEL],)
+
+
+def _tensors(images: Sequence) -> list[Tensor]:
+    return [torch.from_dlpack(images[i]) for i in range(len(images))]
 
 
 def _with_corners(part: _Part) -> tuple:
@@ -236,6 +269,11 @@ class _Feed:
         self.pending: deque[_Part] = deque()
         self.error: Exception | None = None
 
+    def forget(self) -> None:
+        # DALI's graph holds itself and with it this until Python looks for cycles, and the parts hold decoded images.
+        self.parts = iter(())
+        self.pending.clear()
+
     def __call__(self) -> tuple:
         try:
             self.pending.append(next(self.parts))
@@ -252,20 +290,23 @@ def _outputs(
     build: Callable[[_Feed], DaliPipeline], feed: _Feed, repair: Repair | None, stream: object = None
 ) -> Iterator[tuple[_Part, tuple]]:
     pipe = build(feed)
-    while True:
-        pipe.schedule_run()  # the first time DEPTH runs, as far as there are requests
-        try:
-            outputs = pipe.share_outputs(stream)
-        except StopIteration:
-            break
-        except RuntimeError as error:
-            feed = _repaired(feed, repair, error)
-            pipe = build(feed)  # a failure ends a DALI pipeline
-            continue
-        yield feed.pending.popleft(), outputs
-        pipe.release_outputs()
-    if feed.error:
-        raise feed.error
+    try:
+        while True:
+            pipe.schedule_run()  # the first time DEPTH runs, as far as there are requests
+            try:
+                outputs = pipe.share_outputs(stream)
+            except StopIteration:
+                break
+            except RuntimeError as error:
+                feed = _repaired(feed, repair, error)
+                pipe = build(feed)  # a failure ends a DALI pipeline
+                continue
+            yield feed.pending.popleft(), outputs
+            pipe.release_outputs()
+        if feed.error:
+            raise feed.error
+    finally:
+        feed.forget()
 
 
 def _repaired(feed: _Feed, repair: Repair | None, error: RuntimeError) -> _Feed:
@@ -277,8 +318,9 @@ def _repaired(feed: _Feed, repair: Repair | None, error: RuntimeError) -> _Feed:
     if repair is None:
         raise DecodeError.of(part.request.names, faults, part.first) from error
     feed.pending[0] = part._replace(request=repair(part.request, faults))
-    again = _Feed(itertools.chain(feed.pending, feed.parts), feed.inputs)
+    again = _Feed(itertools.chain([*feed.pending], feed.parts), feed.inputs)
     again.error = feed.error
+    feed.forget()
     return again
 
 
@@ -301,8 +343,11 @@ def _decode_graph(encoded: object, *, device: str = "cpu", **options: object) ->
     return (fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=False, **options),)
 
 
-def _crop_graph(encoded: object, *corners: object, crop_size: int, batch_size: int, decoding: dict) -> tuple:
-    (image,) = _decode_graph(encoded, device="mixed", **decoding)
+def _crop_graph(encoded: object, *corners: object, decode: Callable, resize: Callable) -> tuple:
+    return resize(*decode(encoded), *corners)
+
+
+def _resize_graph(image: object, *corners: object, crop_size: int, batch_size: int) -> tuple:
     resize = partial(
         fn.resize,
         image,
@@ -313,6 +358,18 @@ def _crop_graph(encoded: object, *corners: object, crop_size: int, batch_size: i
     )
     boxes = zip(corners[::2], corners[1::2], strict=True)
     return tuple(resize(roi_start=start, roi_end=end) for start, end in boxes)
+
+
+def _cutter(batch_size: int, device_id: int | None, corners: int, graph: Callable) -> DaliPipeline:
+    # One batch at a time: its input is there when it is run, and decoding goes on meanwhile.
+    pipe = DaliPipeline(batch_size, 1, device_id, prefetch_queue_depth=1)
+    device = "cpu" if device_id is None else "gpu"
+    with pipe:
+        images = fn.external_source(name="images", device=device, dtype=types.UINT8, ndim=3, layout="HWC")
+        names = [f"corner{number}" for number in range(corners)]
+        pipe.set_outputs(*graph(images, *(fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in names)))
+    pipe.build()
+    return pipe
 
 
 def _checked(requests: Iterable[Request], repair: Repair | None) -> Iterator[Request]:

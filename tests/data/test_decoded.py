@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,11 @@ import torch
 from PIL import Image
 
 from fastmoco.data import loader as loader_module
+from fastmoco.data import pipeline as pipeline_module
 from fastmoco.data.decoded import PIXEL, Decoded
 from fastmoco.data.loader import Batch, Loader
 from fastmoco.data.manifest import Manifest, scan
+from fastmoco.data.pipeline import DecodeError, Pipeline, Request
 from fastmoco.data.plan import Plan
 from fastmoco.data.quarantine import Quarantine
 from fastmoco.options import Options, UsageError
@@ -32,15 +35,37 @@ ALONE = SimpleNamespace(rank=0, world=1, device=CPU)
 MIB = 2**20
 
 
-def batches(manifest: Manifest, budget: int, steps: int = 15, **options: object) -> list[Batch]:
+def dali_crops(requests: object, repair: object, batch: int, size: int, views: int, *rest: object) -> object:
+    """As on a GPU, but by DALI's operators for a CPU: without a cache in one pipeline, with one in two."""
+    threads, kept = rest
+    return pipeline_module._dali_crops(requests, repair, batch, size, views, CPU, threads, {}, kept)
+
+
+@pytest.fixture(params=["torch", "dali"])
+def cutter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Cut as on a CPU, or as on a GPU: by torch or DALI."""
+    if request.param == "dali":
+        monkeypatch.setattr(pipeline_module, "_cpu_crops", dali_crops)
+    return request.param
+
+
+@pytest.fixture
+def caches(monkeypatch: pytest.MonkeyPatch) -> list[Decoded]:
+    """All that loaders make from now on."""
+    made = []
+    monkeypatch.setattr(loader_module, "Decoded", lambda *options: made.append(Decoded(*options)) or made[-1])
+    return made
+
+
+def batches(manifest: Manifest, budget: int, parallel: object = ALONE, **options: object) -> list[Batch]:
     plan = Plan(RECIPE, manifest.sizes)
-    with Loader(manifest, plan, RECIPE, ALONE, stop_step=steps, decoded_bytes=budget, **options) as loader:
+    with Loader(manifest, plan, RECIPE, parallel, stop_step=15, decoded_bytes=budget, **options) as loader:
         return list(loader)
 
 
 def all_equal(a: list[Batch], b: list[Batch]) -> bool:
     columns = ((vars(x).values(), vars(y).values()) for x, y in zip(a, b, strict=True))
-    return all(np.array_equal(np.asarray(x), np.asarray(y)) for one in columns for x, y in zip(*one, strict=True))
+    return all(torch.equal(*map(torch.as_tensor, pair)) for one in columns for pair in zip(*one, strict=True))
 
 
 def pixels(manifest: Manifest) -> int:
@@ -58,7 +83,7 @@ def test_who_comes_first_stays_and_the_budget_holds() -> None:
     assert [sample in kept for sample in range(4)] == [True, True, False, True]
     assert kept.used == 96 and len(kept) == 3
     kept.put(0, image(2, 5, 99))  # another time changes nothing
-    made = kept.completed(np.array([3, 7, 0]), [PIXEL, b"any", PIXEL], [image(1, 1, 0), image(9, 9, 7), image(1, 1, 0)])
+    made = kept.completed(np.array([3, 7, 0]), [PIXEL, b"any", PIXEL], [image(9, 9, 7)])
     for expected, found in zip([image(2, 1, 3), image(9, 9, 7), image(2, 5, 0)], made, strict=True):
         assert torch.equal(found, expected)
     assert kept.used == 96 and 7 not in kept
@@ -73,31 +98,27 @@ def test_what_is_kept_is_a_copy() -> None:
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_batches_are_the_same_and_what_fits_is_read_once(
-    photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch, share: float
+    photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch, caches: list[Decoded], cutter: str, share: float
 ) -> None:
-    expected, made = batches(photo_manifest, 0), []
-
-    class Seen(Decoded):
-        def __init__(self, budget: int) -> None:
-            super().__init__(budget)
-            made.append(self)
-
+    expected = batches(photo_manifest, 0)
     reads: Counter[int] = Counter()
     original = Manifest.read
-    monkeypatch.setattr(loader_module, "Decoded", Seen)
     monkeypatch.setattr(Manifest, "read", lambda self, i: (reads.update([i]), original(self, i))[1])
     budget = int(share * pixels(photo_manifest))
     for options in ({"threads": 1}, {"threads": 3, "prefetch": 5}):
         assert all_equal(batches(photo_manifest, budget, **options), expected)
     once = sum(count == 2 for count in reads.values())  # in each of the two runs
-    # An epoch leaves a rest of 24 out; and one that is used again at once is read before it is kept.
-    assert all(0.8 * budget < kept.used <= budget for kept in made)
-    assert once > (0.6 if share == 1.0 else 0.15) * len(photo_manifest)
+    # An epoch leaves a rest of 24 out; and one that is used again at once is read before it is kept, as more are where
+    # DALI has whole batches under way.
+    assert all(0.8 * budget < kept.used <= budget for kept in caches)
+    least = 0.15 if share < 1 else {"torch": 0.6, "dali": 0.3}[cutter]
+    assert once > least * len(photo_manifest)
     reads.clear()
     batches(photo_manifest, 0)
     assert min(reads.values()) > 1  # the control
 
 
+@pytest.mark.usefixtures("cutter")
 def test_another_images_pixels_would_be_noticed(photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the test above."""
     put = Decoded.put
@@ -105,17 +126,73 @@ def test_another_images_pixels_would_be_noticed(photo_manifest: Manifest, monkey
     assert not all_equal(batches(photo_manifest, pixels(photo_manifest)), batches(photo_manifest, 0))
 
 
-def test_bad_images_are_never_kept(tmp_path: Path, write_set: Callable[[Path, int], dict[str, str]]) -> None:
+def test_what_is_kept_is_never_decoded_again(
+    photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch, cutter: str
+) -> None:
+    given, original = [], pipeline_module._encoded
+    monkeypatch.setattr(pipeline_module, "_encoded", lambda part: given.append(original(part)[0]) or (given[-1],))
+    batches(photo_manifest, pixels(photo_manifest))
+    assert all(given)  # DALI is given no batch without an image
+    assert sum(data is not PIXEL for batch in given for data in batch) < 2 * len(photo_manifest)
+    assert given[-1] == [PIXEL]
+    given.clear()
+    batches(photo_manifest, 0)
+    # The control; DALI's one pipeline gets images and boxes together.
+    assert sum(map(len, given)) == (15 * RECIPE.batch_size if cutter == "torch" else 0)
+
+
+def test_dalis_cutter_is_not_the_one_of_torch(photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the fixture `cutter`."""
+    expected = batches(photo_manifest, 0)
+    monkeypatch.setattr(pipeline_module, "_cpu_crops", dali_crops)
+    made = batches(photo_manifest, 0)
+    for a, b in zip(made, expected, strict=True):
+        assert 0 < (a.query_crops.int() - b.query_crops.int()).abs().float().mean() < 0.5
+
+
+@pytest.mark.usefixtures("cutter")
+def test_a_damaged_image_among_kept_ones_is_named(photo_manifest: Manifest) -> None:
+    """And none of its batch is kept."""
+    indices = np.arange(20)
+    sizes, kept = photo_manifest.sizes[indices], Decoded(pixels(photo_manifest))
+    boxes = np.stack([np.concatenate([np.zeros_like(sizes), sizes], 1)])
+    first = Request([*map(str, indices)], [photo_manifest.read(i) for i in indices], sizes, boxes, 0, indices)
+    good = first._replace(encoded=[PIXEL if i % 3 else data for i, data in enumerate(first.encoded)])
+    bad = good._replace(encoded=[*good.encoded], samples=indices + 20)
+    bad.encoded[6] = bad.encoded[6][: len(bad.encoded[6]) // 2].copy()
+    for i in indices[indices % 3 > 0]:
+        kept.put(i + 20, image(*sizes[i], i))
+    options = {"batch_size": 25, "crop_size": 32, "views": 1, "device": CPU, "threads": 1, "kept": kept}
+    (expected,) = Pipeline(iter([first]), **options)
+    made = Pipeline(iter([good, good, bad, good]), **options)
+    assert torch.equal(next(made), expected) and torch.equal(next(made), expected)
+    with pytest.raises(DecodeError) as caught:
+        next(made)
+    assert caught.value.positions == [6] and 26 not in kept and 20 not in kept
+    with pytest.raises(StopIteration):
+        next(made)
+
+
+@pytest.mark.usefixtures("cutter")
+def test_bad_images_are_never_kept(
+    tmp_path: Path, write_set: Callable[[Path, int], dict[str, str]], caches: list[Decoded]
+) -> None:
     write_set(tmp_path / "dirty", 200)
     manifest = scan(tmp_path / "dirty", cache=False)
     found, expected = [], []
     for budget, records in ((0, expected), (pixels(manifest), found)):
         quarantine = Quarantine(manifest, None, 0.1)
         records += [batches(manifest, budget, quarantine=quarantine), list(quarantine.news)]
-    assert len({record.file for record in found[1]}) == 4 and found[1] == expected[1]
+    bad = {manifest.find(record.file) for record in found[1]}
+    assert len(bad) == 4 and found[1] == expected[1]
     assert all_equal(found[0], expected[0])
+    (kept,) = caches
+    assert [sample in kept for sample in bad] == [False] * 4
+    substitutes = {manifest.find(record.substitute) for record in found[1]} - bad
+    assert substitutes and all(sample in kept for sample in substitutes)
 
 
+@pytest.mark.usefixtures("cutter")
 def test_a_kept_image_outlives_its_file(tmp_path: Path, write_set: Callable[[Path, int], dict[str, str]]) -> None:
     for name in write_set(tmp_path / "data", 200).values():
         (tmp_path / "data" / name).unlink()
@@ -142,10 +219,18 @@ def test_memory_rises_by_the_budget_at_most(photo_manifest: Manifest, growth: Ca
     assert kept.used <= budget and grown() < budget + 2 * MIB
 
 
-def test_wrong_uses(photo_manifest: Manifest) -> None:
-    gpu = SimpleNamespace(rank=0, world=1, device=torch.device("cuda"))
-    with pytest.raises(ValueError, match="on a CPU only: leave --decoded-cache out"):
-        Loader(photo_manifest, Plan(RECIPE, photo_manifest.sizes), RECIPE, gpu, stop_step=1, decoded_bytes=1)
+@pytest.mark.usefixtures("cutter")
+def test_a_closed_loader_gives_its_memory_back(photo_manifest: Manifest, caches: list[Decoded]) -> None:
+    """At once: a run that goes back to a checkpoint has one loader after another, and a GPU no room for two blocks."""
+    loader = Loader(photo_manifest, Plan(RECIPE, photo_manifest.sizes), RECIPE, ALONE, stop_step=9, decoded_bytes=10**7)
+    next(loader)
+    kept = weakref.ref(caches.pop())
+    assert kept() is not None
+    loader.close()
+    assert kept() is None
+
+
+def test_wrong_uses() -> None:
     with pytest.raises(ValueError, match="no room for 1.15292e"):
         Decoded(1 << 60)
     with pytest.raises(UsageError, match="--decoded-cache is -1"):
@@ -162,6 +247,18 @@ def test_a_run_is_bit_equal_to_one_without(photo_folder: Path, tmp_path: Path) -
         pretrain(recipe, Options(data=photo_folder, out=out, device="cpu", threads=1, knn=False, decoded_cache=cache))
         states.append(checkpoint.load(checkpoint.latest(out)).state)
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_on_a_gpu_batches_are_the_same(photo_manifest: Manifest, share: float) -> None:
+    gpu = SimpleNamespace(rank=0, world=1, device=torch.device("cuda", 0))
+    # One decoder for all: which images the decoding engine gets depends on the batch.
+    expected = batches(photo_manifest, 0, gpu, hw_decoder_load=0.0)
+    for options in ({"threads": 1}, {"threads": 3, "prefetch": 5}):
+        made = batches(photo_manifest, int(share * pixels(photo_manifest)), gpu, hw_decoder_load=0.0, **options)
+        assert all_equal(made, expected)
 
 
 @pytest.mark.parametrize("cache", [0, 10**8], ids=["without", "with"])
