@@ -173,12 +173,15 @@ def cut(crops: Tensor, first: int, boxes: np.ndarray, images: list[Tensor], wait
     `waiting` gives the images to take; threads share one, so that each takes the next when it is done.
     """
     for i in waiting:
-        image = images[i].permute(2, 0, 1)[None]
+        image = images[i].numpy()
         for view, (top, left, height, width) in enumerate(boxes[:, i].tolist()):
-            box = image[..., top : top + height, left : left + width]
-            # What F.interpolate calls, with the place for the result given: no copy, and so no OpenMP threads for one.
+            # Copied by NumPy, and resized by what F.interpolate calls, straight to its place. Were a copy left to torch,
+            # each of these threads would start OpenMP threads, more than there are cores, and those of the training
+            # step would go to sleep at every operation.
+            box = np.ascontiguousarray(image[top : top + height, left : left + width])
             made = crops[view, first + i].permute(2, 0, 1)[None]
-            torch.ops.aten._upsample_bilinear2d_aa.out(box, crops.shape[2:4], False, out=made)
+            planes = torch.from_numpy(box).permute(2, 0, 1)[None]
+            torch.ops.aten._upsample_bilinear2d_aa.out(planes, crops.shape[2:4], False, out=made)
 
 
 def _dali_crops(

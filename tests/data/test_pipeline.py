@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import os
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from fastmoco.data import pipeline as pipeline_module
 from fastmoco.data.manifest import Manifest
-from fastmoco.data.pipeline import CPU_BATCH, Decoding, DecodeError, Pipeline, Request
+from fastmoco.data.pipeline import CPU_BATCH, Decoding, DecodeError, Pipeline, Request, cut
 from fastmoco.environment import share_of_cores
 
 CPU = torch.device("cpu")
@@ -211,3 +214,32 @@ def test_a_gpu_with_fancy_upsampling_makes_the_crops_of_a_cpu(photo_manifest: Ma
     fancy, plain = (next(Pipeline([asked], decoding=choice, **options)).cpu() for choice in choices)
     error, control = ((made.int() - exact.int()).abs().float().mean() for made in (fancy, plain))
     assert error < 2 and error < control
+
+
+def _threads_started_by(work: Callable[[], object]) -> int:
+    started = []
+
+    def count() -> None:
+        before = len(os.listdir("/proc/self/task"))
+        torch.set_num_threads(2)
+        work()
+        started.append(len(os.listdir("/proc/self/task")) - before)
+        torch.set_num_threads(1)
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    thread.join()
+    return started[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads where Linux lists them")
+def test_cutting_starts_no_openmp_threads() -> None:
+    """They would put those of the training step to sleep (bench/NOTES.md). The control cuts as torch itself does."""
+    image = torch.randint(0, 256, (400, 500, 3), dtype=torch.uint8)
+    boxes = np.array([[[10, 20, 300, 400]], [[0, 0, 400, 500]]], np.int32)
+    crops = torch.zeros(2, 1, 224, 224, 3, dtype=torch.uint8)
+    planes = image[10:310, 20:420].permute(2, 0, 1)[None]
+    assert _threads_started_by(lambda: cut(crops, 0, boxes, [image], iter([0]))) == 0
+    assert _threads_started_by(lambda: F.interpolate(planes, (224, 224), mode="bilinear", antialias=True)) == 1
+    expected = F.interpolate(planes, (224, 224), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+    assert torch.equal(crops[0, 0], expected)
