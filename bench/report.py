@@ -116,6 +116,8 @@ def load(path: str | Path) -> list[Record]:
     """Read `save`'s JSON; ValueError that names the file where it is none of ours."""
     try:
         items = json.loads(Path(path).read_text())
+        if not isinstance(items, list) or not items:
+            raise TypeError("it holds no list of records")
         return [_record(item) for item in items]
     except (OSError, json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not a benchmark record: {error}") from None

@@ -55,9 +55,10 @@ def test_json_round_trip_and_its_refusals(tmp_path):
         (tmp_path / "b.json").write_text(json.dumps(spoiled))
         with pytest.raises(ValueError, match="b.json is not a benchmark record"):
             load(tmp_path / "b.json")
-    (tmp_path / "c.json").write_text("{")
-    with pytest.raises(ValueError, match="c.json"):
-        load(tmp_path / "c.json")
+    for text in ("{", "{}", "[]", "3"):
+        (tmp_path / "c.json").write_text(text)
+        with pytest.raises(ValueError, match="c.json is not a benchmark record"):
+            load(tmp_path / "c.json")
 
 
 def test_csv_has_a_line_for_each_row(tmp_path):
