@@ -41,7 +41,7 @@ def _panels(records: Sequence[Record]) -> list[tuple[str, list[Row]]]:
 
 def _panel(axis: object, rows: list[Row]) -> None:
     places = np.arange(len(rows))[::-1]
-    low, middle, high = np.array([np.quantile(row.samples, (0.2, 0.5, 0.8)) for row in rows]).T
+    low, middle, high = np.array([(row.spread[0], row.median, row.spread[1]) for row in rows]).T
     colours = [OURS if row.provider.startswith("fastmoco") else OTHERS for row in rows]
     axis.barh(places, middle, color=colours, xerr=(middle - low, high - middle), ecolor="#444", height=0.7)
     for place, row, value in zip(places, rows, middle, strict=True):

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from fastmoco.bench import report, traffic
+from fastmoco.bench import comparison, report, traffic
 from fastmoco.bench.report import Record, Row
 from fastmoco.contrast.update import PRECISIONS, resolve_precision
 from fastmoco.options import Bench, BenchCompare, BenchReport
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS, Recipe
 
-# What a CPU does in about a minute; flags override it. Much smaller views would time layers of 2 x 2 pixels, whose
-# weights outweigh their activations: nothing that anyone trains.
+# What a CPU does in minutes; flags override it. Much smaller views would time layers of 2 x 2 pixels, whose weights
+# outweigh their activations: nothing that anyone trains.
 SMALL = {"arch": "resnet18", "batch_size": 32, "crop_size": 112, "queue_size": 4096}
 ROUNDS = {"cpu": 5, "cuda": 20}
 WARMUP = {"cpu": 1, "cuda": 3}
-SHORT_ROUNDS = {"loader": 3, "train": 3, "scaling": 3}  # of samples that last seconds
+# Of samples that last seconds, no more than bench compare needs for a verdict.
+SHORT_ROUNDS = dict.fromkeys(("loader", "train", "scaling"), comparison.FEWEST)
 
 
 def run(options: Bench) -> None:
@@ -30,20 +32,22 @@ def run(options: Bench) -> None:
         return print(traffic.table(dataclasses.replace(PRESETS[options.preset][1], **_given(options))))
     device = Parallel.start(options.device).device
     recipe = recipe_of(options, device)
-    subjects = options.subjects or tuple(SUBJECTS)
+    # Once and first: later, the load of the machine would be our own.
+    circumstances = report.environment(device.type)
     records = []
-    for subject in subjects:
-        records.append(measure(subject, options, recipe, device))
+    for subject in options.subjects or tuple(SUBJECTS):
+        print(f"measuring {subject} ...", file=sys.stderr, flush=True)
+        records.append(measure(subject, options, recipe, device, circumstances))
         print(report.table(records[-1:]) + "\n", flush=True)
     write(options, records)
 
 
-def measure(subject: str, options: Bench, recipe: Recipe, device: torch.device) -> Record:
-    """One record of `subject`."""
+def measure(subject: str, options: Bench, recipe: Recipe, device: torch.device, circumstances: dict) -> Record:
+    """One record of `subject`; `circumstances` are those of before the measurement."""
     rounds = options.rounds or SHORT_ROUNDS.get(subject, ROUNDS[device.type])
     rows = SUBJECTS[subject](options, recipe, device, rounds)
     timing = f"warm-up {WARMUP[device.type]}, {rounds} interleaved rounds" if subject in ("step", "kernels") else ""
-    return report.record(subject, rows, device.type, timing)
+    return report.record(subject, rows, circumstances, timing)
 
 
 def recipe_of(options: Bench, device: torch.device) -> Recipe:
@@ -69,8 +73,9 @@ def write(options: Bench, records: list[Record]) -> None:
 
 
 def compare(options: BenchCompare) -> None:
-    """`bench compare A B`: print how each row that both files have moved."""
-    print(report.compare_table(report.compare(report.load(options.a), report.load(options.b))))
+    """`bench compare A B`: print how each row that both files have moved; ValueError where there is none."""
+    before, after = report.load(options.a), report.load(options.b)
+    print(comparison.report(str(options.a), before, str(options.b), after))
 
 
 def rewrite_readme(options: BenchReport) -> None:

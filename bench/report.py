@@ -1,8 +1,7 @@
-"""Records of measurements: written with their circumstances, compared with bootstrap intervals, made into tables.
+"""Records of measurements: written with their circumstances, read again, made into tables.
 
-A record is one JSON file: the subject, the environment it was measured in, the command that measured it, and rows.
-`compare` says of each row that two records share whether B is slower or faster than A; `readme` replaces what stands
-between two markers in a text with the tables of the committed records.
+A record is the subject, the environment it was measured in, the command that measured it, and rows; a JSON file holds
+a list of them. `readme` replaces what stands between two markers in a text with the tables of the committed records.
 """
 
 from __future__ import annotations
@@ -20,16 +19,22 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmoco.environment import commit, cores, processor, versions
+from fastmoco.environment import commit, cores, moment, processor, versions
 
 SCHEMA = 1
 SHOWN = ("fastmoco", "torch", "triton", "nvidia-dali-cuda130")
-RECORD_SCHEMA = {"subject": (str,), "rows": (list,), "environment": (dict,), "command": (str,), "date": (str,)}
+RECORD_SCHEMA = {
+    "schema": (int,), "subject": (str,), "rows": (list,), "environment": (dict,), "command": (str,), "date": (str,),
+}  # fmt: skip
 ROW_SCHEMA = {
     "name": (str,), "provider": (str,), "unit": (str,), "samples": (list,), "config": (dict,), "extra": (dict,),
     "baseline": (str, type(None)), "bound": (int, float, type(None)),
 }  # fmt: skip
-TOLERANCE = 0.03  # a change smaller than this is not worth a verdict, however certain
+UNSTEADY = 0.25  # of the median: a row whose middle samples lie further apart says more about the machine
+MARKED = (
+    "Rows marked unsteady (20 % to 80 % span more than a quarter of the median) or over their bound (it was measured "
+    "at another moment) should be measured again on a quiet machine."
+)
 
 
 @dataclass(frozen=True)
@@ -55,13 +60,33 @@ class Row:
         return self.unit.endswith("/s")
 
     @property
+    def counted(self) -> bool:
+        """Whether the value is a count of bytes, which does not vary from sample to sample."""
+        return self.unit == "MB"
+
+    @property
     def median(self) -> float:
         """Median of the samples."""
         return statistics.median(self.samples)
 
     @property
+    def spread(self) -> tuple[float, float]:
+        """The 20 % and the 80 % quantile of the samples, interpolated."""
+        low, high = np.quantile(self.samples, (0.2, 0.8))
+        return float(low), float(high)
+
+    @property
+    def unsteady(self) -> bool:
+        """Whether the spread is more than a quarter of the median."""
+        low, high = self.spread
+        return high - low > UNSTEADY * self.median
+
+    @property
     def share(self) -> float | None:
-        """Share of the physical bound that was reached, from 0 to 1; None where the row has no bound."""
+        """Share of the physical bound that was reached; None where the row has no bound.
+
+        Above 1 only where bound and row were measured at moments when the machine was not equally fast.
+        """
         if self.bound is None:
             return None
         return self.median / self.bound if self.higher_is_better else self.bound / self.median
@@ -85,22 +110,25 @@ class Record:
 
 
 def environment(device: str = "cpu") -> dict:
-    """Device, clocks, versions and commit of this measurement."""
+    """Device, clocks, versions, commit, threads, time and load of the machine, now: ask before measuring."""
     return {
         "device": _device_name(device),
         "cores": cores(),
         "versions": versions(),
         "commit": commit(),
         "clocks": _clocks() if device.startswith("cuda") else {},
+        **moment(),
     }
 
 
-def record(subject: str, rows: Sequence[Row], device: str = "cpu", timing: str = "") -> Record:
-    """A record of `rows` measured by this process, now; `timing` says how: warm-up and rounds."""
+def record(subject: str, rows: Sequence[Row], circumstances: dict, timing: str = "") -> Record:
+    """A record of `rows` measured by this process today, under what `environment` said before it began.
+
+    `timing` says how: warm-up and rounds.
+    """
     words = [word for word in sys.argv[1:] if word != "bench"]
     command = shlex.join(["fastmoco", "bench", *words])
-    facts = {**environment(device), "timing": timing}
-    return Record(subject, tuple(rows), facts, command, date.today().isoformat())
+    return Record(subject, tuple(rows), {**circumstances, "timing": timing}, command, date.today().isoformat())
 
 
 def save(path: str | Path, records: Sequence[Record]) -> None:
@@ -113,14 +141,14 @@ def save(path: str | Path, records: Sequence[Record]) -> None:
 
 
 def load(path: str | Path) -> list[Record]:
-    """Read `save`'s JSON; ValueError that names the file where it is none of ours."""
+    """Read `save`'s JSON; ValueError that names the file and what is wrong where it is none of ours."""
+    items = _json(path)
+    if not isinstance(items, list) or not items:
+        raise ValueError(f"{path}: holds no benchmark record")
     try:
-        items = json.loads(Path(path).read_text())
-        if not isinstance(items, list) or not items:
-            raise TypeError("it holds no list of records")
         return [_record(item) for item in items]
-    except (OSError, json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not a benchmark record: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: holds no benchmark record ({error})") from None
 
 
 def table(records: Sequence[Record]) -> str:
@@ -136,56 +164,6 @@ def readme(text: str, records: Sequence[Record]) -> str:
     return pattern.sub(lambda found: found.group(1) + table(records) + "\n" + found.group(2), text)
 
 
-@dataclass(frozen=True)
-class Change:
-    """How one row moved: the ratio of costs B/A with its 95 % interval, and what that means."""
-
-    row: Row
-    ratio: float
-    low: float
-    high: float
-
-    @property
-    def verdict(self) -> str:
-        """slower or faster where the whole interval lies beyond the tolerance, else same."""
-        if self.low > 1 + TOLERANCE:
-            return "slower"
-        return "faster" if self.high < 1 - TOLERANCE else "same"
-
-
-def compare(before: Sequence[Record], after: Sequence[Record], draws: int = 2000) -> list[Change]:
-    """Every row that stands in both, with the bootstrapped ratio of its cost (time, or one over a rate)."""
-    old = {row.key: row for item in before for row in item.rows}
-    both = [(old[row.key], row) for item in after for row in item.rows if row.key in old]
-    return [_change(a, b, draws) for a, b in both]
-
-
-def compare_table(changes: Sequence[Change]) -> str:
-    """`compare`'s result as a Markdown table; a line that says so where the records share no row."""
-    if not changes:
-        return "The two records have no row in common."
-    lines = ["| what | provider | cost B / A | 95 % interval | verdict |", "|---|---|---:|---:|---|"]
-    for item in changes:
-        interval = f"{item.low:.3f} to {item.high:.3f}"
-        lines.append(f"| {label(item.row)} | {item.row.provider} | {item.ratio:.3f} | {interval} | {item.verdict} |")
-    return "\n".join(lines)
-
-
-def _change(a: Row, b: Row, draws: int) -> Change:
-    rng = np.random.default_rng(0)
-    ratios = _medians(_costs(b), draws, rng) / _medians(_costs(a), draws, rng)
-    low, high = np.quantile(ratios, (0.025, 0.975))
-    return Change(b, float(np.median(_costs(b)) / np.median(_costs(a))), float(low), float(high))
-
-
-def _medians(samples: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
-    return np.median(rng.choice(samples, (draws, len(samples))), axis=1)
-
-
-def _costs(row: Row) -> np.ndarray:
-    return 1 / np.array(row.samples) if row.higher_is_better else np.array(row.samples)
-
-
 def _rows(item: Record) -> str:
     lines = ["| what | provider | median | 20 % to 80 % | n | against baseline | share of bound |"]
     lines.append("|---|---|---:|---:|---:|---:|---:|")
@@ -193,9 +171,11 @@ def _rows(item: Record) -> str:
     for row in item.rows:
         base = medians.get((row.name, json.dumps(row.config), row.baseline))
         lines.append(
-            f"| {label(row)} | {row.provider} | {_number(row.median)} {row.unit} | {_spread(row)} | "
+            f"| {label(row)} | {row.provider} | {quantity(row)} | {_spread(row)} | "
             f"{len(row.samples)} | {_against(row, base)} | {_percent(row.share)} |"
         )
+    if any(row.unsteady or _over(row.share) for row in item.rows):
+        lines += ["", MARKED]
     return "\n".join(lines)
 
 
@@ -206,9 +186,8 @@ def _against(row: Row, base: float | None) -> str:
 
 
 def _spread(row: Row) -> str:
-    ordered = sorted(row.samples)
-    last = len(ordered) - 1
-    return f"{_number(ordered[round(0.2 * last)])} to {_number(ordered[round(0.8 * last)])}"
+    low, high = row.spread
+    return f"{_number(low)} to {_number(high)}" + (", unsteady" if row.unsteady else "")
 
 
 def label(row: Row) -> str:
@@ -217,12 +196,25 @@ def label(row: Row) -> str:
     return f"{row.name} ({config})" if config else row.name
 
 
+def quantity(row: Row) -> str:
+    """The median with its unit."""
+    return f"{_number(row.median)} {row.unit}"
+
+
 def _caption(item: Record) -> str:
     env = item.environment
     shown = ", ".join(f"{name} {env['versions'][name]}" for name in SHOWN)
-    where = f"{env['device']} ({env['cores']} cores)"
     how = f" ({env['timing']})" if env.get("timing") else ""
-    return f"**{item.subject}** on {where}, {item.date}, {shown}, commit {env['commit']}: `{item.command}`{how}"
+    return f"**{item.subject}** on {_where(env)}, {item.date}, {shown}, commit {env['commit']}: `{item.command}`{how}"
+
+
+def _where(env: dict) -> str:
+    facts = [f"{env['cores']} cores"]
+    if "threads" in env:  # records of before know neither
+        facts.append(f"{env['threads']} thread{'s' if env['threads'] != 1 else ''}")
+    if env.get("load") is not None:
+        facts.append(f"load {env['load']:.2f} a core at the start")
+    return f"{env['device']} ({', '.join(facts)})"
 
 
 def _number(value: float) -> str:
@@ -230,7 +222,11 @@ def _number(value: float) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.0f} %"
+    return "" if share is None else f"{100 * share:.0f} %" + (", over" if _over(share) else "")
+
+
+def _over(share: float | None) -> bool:
+    return share is not None and round(100 * share) > 100
 
 
 def _save_csv(path: Path, records: Sequence[Record]) -> None:
@@ -243,22 +239,37 @@ def _save_csv(path: Path, records: Sequence[Record]) -> None:
                 writer.writerow([*left, json.dumps(row.config), row.unit, len(row.samples), row.median, row.bound])
 
 
-def _record(item: dict) -> Record:
-    if item["schema"] != SCHEMA:
-        raise KeyError(f"schema {item['schema']}, this version reads {SCHEMA}")
+def _json(path: str | Path) -> object:
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError:  # of the JSON, or of the text's encoding
+        raise ValueError(f"{path}: not JSON") from None
+
+
+def _record(item: object) -> Record:
     _check("record", item, RECORD_SCHEMA)
+    if item["schema"] != SCHEMA:
+        raise ValueError(f"its schema is {item['schema']}, and this version reads {SCHEMA}")
     for row in item["rows"]:
         _check("row", row, ROW_SCHEMA)
+        if not all(isinstance(sample, (int, float)) for sample in row["samples"]):
+            raise ValueError(f"samples of {row['name']} are not all numbers")
     rows = tuple(Row(**{**row, "samples": tuple(row["samples"])}) for row in item["rows"])
     return Record(**{**item, "rows": rows})
 
 
-def _check(what: str, item: dict, schema: dict[str, tuple[type, ...]]) -> None:
+def _check(what: str, item: object, schema: dict[str, tuple[type, ...]]) -> None:
+    if not isinstance(item, dict):
+        raise ValueError(f"a {what} is no object")
+    if set(item) != set(schema):
+        raise ValueError(f"a {what} has {', '.join(sorted(set(item) ^ set(schema)))} too few or too many")
     for name, types in schema.items():
         if not isinstance(item[name], types):
-            raise TypeError(f"{name} of a {what} is {item[name]!r}")
-    if what == "row" and not all(isinstance(sample, (int, float)) for sample in item["samples"]):
-        raise TypeError(f"samples of {item['name']} are not all numbers")
+            raise ValueError(f"{name} of a {what} is {item[name]!r}")
 
 
 def _device_name(device: str) -> str:

@@ -1,4 +1,4 @@
-"""How long things take: interleaved rounds, medians with quantiles, and the machine's own ceilings.
+"""How long things take: interleaved rounds, their medians, and the machine's own ceilings.
 
 Providers are timed in turn, round after round, each round in another order, because clocks drift: two blocks timed one
 after the other can differ by more than the effect looked for. On a GPU the whole round is queued before it is awaited,
@@ -23,7 +23,7 @@ FLUSH_BYTES = 256 << 20  # larger than the last cache of any machine we know
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call of one provider: every sample, and the quantiles that are quoted."""
+    """Seconds per call of one provider: every sample, and their median."""
 
     samples: tuple[float, ...]
 
@@ -31,14 +31,6 @@ class Timing:
     def median(self) -> float:
         """Median seconds per call."""
         return statistics.median(self.samples)
-
-    def quantile(self, share: float) -> float:
-        """Seconds below which `share` of the samples lie, interpolated."""
-        ordered = sorted(self.samples)
-        position = share * (len(ordered) - 1)
-        low = int(position)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
 
 def interleave(

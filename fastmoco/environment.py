@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
@@ -27,6 +28,22 @@ def commit() -> str:
         return "none"
     head = _git(root, "rev-parse", "--short=12", "HEAD")
     return f"{head}+changes" if head != "none" and _git(root, "status", "--porcelain", "-uno") else head
+
+
+def moment() -> dict[str, object]:
+    """What differs from run to run on one machine.
+
+    torch's threads, OMP_NUM_THREADS (None where it is not set), time of day, and the load average of the last minute
+    divided by the cores (None where the system keeps none).
+    """
+    import torch
+
+    return {
+        "threads": torch.get_num_threads(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "load": round(os.getloadavg()[0] / cores(), 2) if hasattr(os, "getloadavg") else None,
+        "time": f"{datetime.now(timezone.utc):%H:%M} UTC",
+    }
 
 
 def command() -> str:

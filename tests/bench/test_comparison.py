@@ -1,0 +1,104 @@
+"""Comparisons have the error rates they claim, say "unclear" where they cannot tell, and name what else differed."""
+
+import dataclasses
+import random
+from pathlib import Path
+
+import pytest
+
+from fastmoco.bench import report
+from fastmoco.bench.comparison import FEWEST, compare, differences
+from fastmoco.bench.comparison import report as compared
+from fastmoco.bench.report import Record, Row, load
+
+ENVIRONMENT = report.environment()
+
+
+def made(scale: float = 1.0, noise: float = 0.01, unit: str = "ms", seed: int = 0, n: int = 20) -> list[Record]:
+    rng = random.Random(seed)
+    return given([scale * rng.gauss(1, noise) for _ in range(n)], unit)
+
+
+def given(samples: list[float], unit: str = "ms", **environment: object) -> list[Record]:
+    row = Row("step", "ours", unit, tuple(samples), {"batch": 32})
+    return [Record("step", (row,), ENVIRONMENT | environment, "fastmoco bench step", "2026-01-01")]
+
+
+def verdicts(scale: float, noise: float, draws: int, unit: str = "ms", n: int = 20) -> list[str]:
+    return [
+        compare(made(1, noise, unit, 2 * i, n), made(scale, noise, unit, 2 * i + 1, n), draws=300)[0].verdict
+        for i in range(draws)
+    ]
+
+
+def test_a_ten_percent_slow_down_is_found_in_over_95_of_100_draws():
+    found = verdicts(1.10, noise=0.03, draws=200)
+    assert found.count("slower") > 190
+    assert verdicts(0.90, noise=0.03, draws=20, unit="pairs/s").count("slower") > 18  # of a rate, less is slower
+
+
+def test_one_percent_of_noise_or_drift_is_not_called_a_change():
+    assert verdicts(1.00, noise=0.01, draws=200).count("same") > 190
+    assert verdicts(1.01, noise=0.01, draws=200).count("same") > 190
+
+
+@pytest.mark.parametrize("noise", [0.03, 0.10])
+def test_the_fewest_samples_that_get_a_verdict_call_noise_a_change_in_under_5_of_100_draws(noise):
+    found = verdicts(1.00, noise, draws=200, n=FEWEST)
+    assert found.count("slower") + found.count("faster") < 10
+
+
+def test_three_samples_never_tell_slower_from_faster():
+    assert set(verdicts(2.0, noise=0.01, draws=20, n=3)) == {"unclear: n < 5"}
+    assert set(verdicts(1.0, noise=0.001, draws=20, n=3)) == {"unclear: n < 5"}
+    assert compare(made(n=3), made(2.0))[0].verdict == compare(made(), made(2.0, n=4))[0].verdict == "unclear: n < 5"
+    assert verdicts(2.0, noise=0.01, draws=1, n=5) == ["slower"]
+
+
+def test_a_wide_interval_is_not_called_the_same():
+    wide = [0.7, 0.8, 1.0, 1.2, 1.3]
+    assert compare(given(wide), given(wide))[0].verdict == "unclear"
+    assert compare(given([1.0] * 5), given([1.02] * 5))[0].verdict == "same"  # certain, and too small to matter
+    assert compare(given([1.0] * 5), given([1.06] * 5))[0].verdict == "slower"
+
+
+def test_bytes_are_counted_so_that_one_sample_tells():
+    found = [compare(given([100.0], "MB"), given([mb], "MB"))[0].verdict for mb in (100.0, 120.0, 80.0)]
+    assert found == ["same", "more", "less"]
+
+
+def test_only_the_same_measurement_is_paired_and_files_without_one_are_refused():
+    other = dataclasses.replace(made()[0].rows[0], config={"batch": 64})
+    stranger = [dataclasses.replace(made()[0], rows=(other,))]
+    assert compare(made(), stranger) == []
+    with pytest.raises(ValueError, match=r"A, a, holds step \(batch 32\) by ours. B, b, holds step \(batch 64\) by"):
+        compared("a", made(), "b", stranger)
+
+
+def test_the_report_names_files_circumstances_and_medians():
+    a = given([1.0] * 5, load=0.1, threads=1, commit="abc", time="10:00 UTC", omp_num_threads=None)
+    b = given([2.0] * 6, load=0.9, threads=2, commit="def", time="11:00 UTC", omp_num_threads="2")
+    lines = compared("a.json", a, "b.json", b).splitlines()
+    assert lines[0] == "A: a.json, commit abc, 2026-01-01 10:00 UTC; B: b.json, commit def, 2026-01-01 11:00 UTC"
+    assert lines[1:4] == [
+        "threads: 1 in A, 2 in B",
+        "OMP_NUM_THREADS: not set in A, 2 in B",
+        "load a core at the start: 0.1 in A, 0.9 in B",
+    ]
+    assert "above 1, B is slower" in lines[4]
+    assert "| 1 ms (n = 5) | 2 ms (n = 6) | 2.000 | 2.000 to 2.000 | slower |" in lines[-1]
+
+
+def test_differences_name_versions_and_are_silent_where_nothing_differs():
+    newer = {"versions": {**ENVIRONMENT["versions"], "torch": "9.9"}}
+    before = ENVIRONMENT["versions"]["torch"]
+    assert differences(made(), given([1.0], **newer)) == [f"torch: {before} in A, 9.9 in B"]
+    assert differences(made(), made()) == []
+
+
+def test_a_record_of_before_threads_were_recorded_is_compared_too():
+    (path,) = (Path(__file__).parents[2] / "bench/records").glob("*cpu-step-loader.json")
+    old = load(path)
+    new = [dataclasses.replace(item, environment=ENVIRONMENT) for item in old]
+    assert f"threads: not recorded in A, {ENVIRONMENT['threads']} in B" in differences(old, new)
+    assert len(compare(old, new)) == sum(len(item.rows) for item in old)
