@@ -17,8 +17,8 @@ from fastmoco.options import Bench, BenchCompare, BenchReport
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS, Recipe
 
-# What a CPU does in minutes; flags override it. Much smaller views would time layers of 2 x 2 pixels, whose weights
-# outweigh their activations: nothing that anyone trains.
+# What a CPU does in a minute a subject; flags override it. Much smaller views would time layers of 2 x 2 pixels, whose
+# weights outweigh their activations: nothing that anyone trains.
 SMALL = {"arch": "resnet18", "batch_size": 32, "crop_size": 112, "queue_size": 4096}
 ROUNDS = {"cpu": 5, "cuda": 20}
 WARMUP = {"cpu": 1, "cuda": 3}

@@ -33,7 +33,7 @@ ROW_SCHEMA = {
 UNSTEADY = 0.25  # of the median: a row whose middle samples lie further apart says more about the machine
 MARKED = (
     "Rows marked unsteady (20 % to 80 % span more than a quarter of the median) or over their bound (it was measured "
-    "at another moment) should be measured again on a quiet machine."
+    "at another moment, or a cache held the data) should be measured again on a quiet machine."
 )
 
 
@@ -85,7 +85,7 @@ class Row:
     def share(self) -> float | None:
         """Share of the physical bound that was reached; None where the row has no bound.
 
-        Above 1 only where bound and row were measured at moments when the machine was not equally fast.
+        Above 1 where the machine was slower when its bound was measured, or where a cache held the data.
         """
         if self.bound is None:
             return None

@@ -315,7 +315,8 @@ class DataSynth:
 class Bench:
     """Measure subjects, each beside its baselines and its physical bound. Without one, all of them.
 
-    A GPU is measured at the published size, a CPU at a smaller one that takes about a minute.
+    A GPU is measured at the published size, a CPU at a smaller one. On two free cores kernels and memory then take a
+    quarter of a minute each, the other subjects a minute each, all of them five; on busy cores several times as much.
     """
 
     subjects: tuple[Literal["kernels", "step", "loader", "train", "scaling", "memory"], ...]
@@ -330,7 +331,7 @@ class Bench:
     device: Device = "auto"
     """Where to measure; auto is the GPU where there is one."""
     rounds: int = 0
-    """Samples of each provider, taken in turn; 0 is 20 on a GPU and 5 or 3 on a CPU."""
+    """Samples of each provider, taken in turn; 0 is 5 on a CPU and of loader, train and scaling, else 20."""
     only: str = ""
     """Measure only providers (of kernels: kernels) whose name contains this."""
     skip: str = ""
