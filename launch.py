@@ -11,7 +11,7 @@ the command runs in this process; and so it does under torchrun, where RANK is s
 import os
 import sys
 
-from fastmoco import interrupt
+from fastmoco import environment, interrupt
 
 if __name__ == "__main__":
     interrupt.end_silently()
@@ -53,6 +53,7 @@ def launch(nproc: int, flags: list[str], command: list[str], patience: float) ->
 
 def start(argv: list[str]) -> int:
     """Check the command here, where a mistake is reported once, then run it."""
+    environment.spin_briefly()
     try:
         nproc, flags, command = split(argv)
         row, chosen = parse(command) if "RANK" not in os.environ else (None, None)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastmoco import interrupt
+from fastmoco import environment, interrupt
 from fastmoco.options import Pretrain, PretrainFlags, UsageError, check_places, restarted
 from fastmoco.recipe import PRESETS, Recipe, RecipeError
 
@@ -100,6 +100,7 @@ COMMANDS: dict[str, Command] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 wrong use, 3 bad data or checkpoint, 143 asked to stop."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    environment.spin_briefly()
     try:
         command, options = parse(argv)
         work = load(command.run)

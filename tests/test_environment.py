@@ -1,6 +1,9 @@
 """What a record says of the moment it was measured in is what was so."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,3 +20,29 @@ def test_the_moment_is_the_threads_load_and_time_of_now(monkeypatch: pytest.Monk
     assert re.fullmatch(r"\d\d:\d\d UTC", now["time"])
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert environment.moment()["omp_num_threads"] is None
+
+
+def test_openmp_spins_briefly_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch):
+    for given in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(given, "")  # put back afterwards, set or not
+        monkeypatch.delenv(given)
+    environment.spin_briefly()
+    assert os.environ["GOMP_SPINCOUNT"] == environment.SPIN
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    environment.spin_briefly()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    environment.spin_briefly()
+    assert "GOMP_SPINCOUNT" not in os.environ
+
+
+def test_the_launcher_says_so_before_torch_is_loaded():
+    """The control: loaded first, torch's OpenMP has read its environment already."""
+    code = "import os, sys, launch; launch.start(['env']); print('GOMP_SPINCOUNT' in os.environ)"
+    watch = "import sys; sys.addaudithook(lambda name, args: name == 'import' and args[0] == 'torch' and " \
+            "print('loaded with', __import__('os').environ.get('GOMP_SPINCOUNT')))\n"  # fmt: skip
+    environ = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    for first, found in (("", environment.SPIN), ("import torch\n", "None")):
+        said = subprocess.run([sys.executable, "-c", watch + first + code], env=environ, capture_output=True, text=True)
+        assert f"loaded with {found}\n" in said.stdout, said.stderr
