@@ -1,9 +1,9 @@
 """`profile PRESET`: which kernels take the time of a step, which part of it they belong to, and how fast they are.
 
-torch.profiler traces a few steps; the trace opens in Perfetto (ui.perfetto.dev) and is read here for the table. On a
-GPU Triton's proton can take its place: it keeps sums by part and kernel instead of single events. For Nsight the exact
-command is printed, and run where the tool is installed: it runs this module's steps with NVTX ranges and the profiler
-switched on after the warm-up.
+torch.profiler traces a few steps; the trace opens in Perfetto (ui.perfetto.dev), and `trace.py` reads it for the
+tables. On a GPU Triton's proton can take its place: it keeps sums by part and kernel instead of single events. For
+Nsight the exact command is printed, and run where the tool is installed: it runs this module's steps with NVTX ranges
+and the profiler switched on after the warm-up.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ import json
 import os
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastmoco.bench.roofline import ACTIVATION_BYTES, KEY_LEVEL, backward_work, convolutions, forward_work
-from fastmoco.bench.timing import measure_machine
+from fastmoco.bench.timing import Machine, measure_machine
 from fastmoco.contrast.graph import runner
 from fastmoco.contrast.parts import PARTS, named
 from fastmoco.contrast.step import Step
@@ -42,22 +45,21 @@ from fastmoco.kernels.tensor_table import TensorTable
 from fastmoco.options import Profile, UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.trace import STEP, Row, kernels, leaves, seconds_of_parts
 
 WARMUP = 3  # steps before the recorded ones: kernels are compiled and memory is reserved
 SIZES = ("arch", "batch_size", "crop_size", "queue_size")
 TRACE, TREE, PICTURE = "trace.json.gz", "step.hatchet", "step.svg"
+NOTHING = "without a GPU there is nothing for Nsight to record here"
 OPENED_BY = {"torch": (TRACE, "open it at ui.perfetto.dev"), "proton": (TREE, "see proton-viewer --metrics time/ms")}
-LAUNCHES = ("cuda_runtime", "cuda_driver")  # Triton launches through the driver
+UNSTEADY = 1.5  # slowest step over the fastest, from where a mean says little
 
 
-class Row(NamedTuple):
-    """One kernel (on a CPU: one operator without what it calls) over all recorded steps."""
+class Recording(NamedTuple):
+    """Kernels of the recorded steps, the slowest first, and the wall time of each step in seconds."""
 
-    name: str
-    part: str
-    """Part of the step that launched it, one of `parts.PARTS`, or "other"."""
-    calls: int
-    seconds: float
+    rows: list[Row]
+    seconds: list[float]
 
 
 class Cost(NamedTuple):
@@ -95,17 +97,24 @@ def run(preset: str, options: Profile) -> None:
     if options.tool in ("nsys", "ncu"):
         return _nsight(preset, options)
     parallel = Parallel.start(options.device)
+    if _under_nsight() and parallel.device.type != "cuda":
+        raise UsageError(f"FASTMOCO_NSIGHT is set, but {NOTHING}: unset it")
     record = partial(traced, path=options.out / TRACE)
     if options.tool == "proton":
         record = partial(counted, _proton(parallel), path=options.out / TREE)
     options.out.mkdir(parents=True, exist_ok=True)
     with prepared(recipe, options, parallel) as (advance, step):
         if _under_nsight():
-            return _marked(advance, options.steps)
-        rows = record(advance, options.steps)
-        costs = costs_of_parts(step)
-    draw(rows, options.steps, options.out / PICTURE)
-    print(report(rows, costs, options, step.precision, parallel))
+            return _marked(advance, options.steps, parallel.device)
+        recording = record(advance, options.steps, parallel.device)
+        machine = measure_machine(parallel.device, PRECISIONS[step.precision].work, tf32=step.precision == "tf32")
+        costs = costs_of_parts(step, machine)
+        title = describe(preset, step, options)
+    draw(recording, title, options.out / PICTURE)
+    tables = [*table_of_parts(recording, costs, machine), "", *table_of_kernels(recording, options.rows)]
+    print("\n".join([title, *pace(recording, recipe.batch_size), "", *tables, ""]))
+    name, how = OPENED_BY[options.tool]
+    print(f"trace: {options.out / name} ({how}); picture: {options.out / PICTURE}")
 
 
 @contextlib.contextmanager
@@ -125,80 +134,57 @@ def prepared(recipe: Recipe, options: Profile, parallel: Parallel) -> Iterator[t
         yield lambda: advance(draw(), 1e-3), step
 
 
-def traced(advance: Callable[[], object], steps: int, path: Path) -> list[Row]:
-    """Record `steps` steps under torch.profiler, write the trace to `path` (.json.gz), and give its kernels."""
+def stepped(
+    advance: Callable[[], object], steps: int, device: torch.device, mark: Callable[[str], Any] = record_function
+) -> list[float]:
+    """Train `steps` steps, each in a range called "step N", and give the wall time of each in seconds.
+
+    On a GPU it is the device's, from one step's end to the next: waiting for each step would leave gaps in the trace.
+    """
+    on_gpu = device.type == "cuda"
+    moment = _event if on_gpu else time.perf_counter
+    moments = [moment()]
+    for number in range(1, steps + 1):
+        with mark(f"{STEP}{number}"):
+            advance()
+        moments.append(moment())
+    if on_gpu:
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in pairwise(moments)]
+    return [end - start for start, end in pairwise(moments)]
+
+
+def traced(advance: Callable[[], object], steps: int, device: torch.device, path: Path) -> Recording:
+    """Record `steps` steps under torch.profiler, and write the trace to `path` (.json.gz)."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     with named(), profile(activities=activities, record_shapes=True) as recorded:
-        for _ in range(steps):
-            advance()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        seconds = stepped(advance, steps, device)
     recorded.export_chrome_trace(str(path))
     with gzip.open(path, "rt") as file:
-        return kernels(json.load(file)["traceEvents"])
+        return Recording(kernels(json.load(file)["traceEvents"]), seconds)
 
 
-def counted(proton: Any, advance: Callable[[], object], steps: int, path: Path) -> list[Row]:
-    """Record `steps` steps under `proton`, the module, write its tree to `path` (.hatchet), and give its kernels."""
+def counted(proton: Any, advance: Callable[[], object], steps: int, device: torch.device, path: Path) -> Recording:
+    """Record `steps` steps under `proton`, the module, and write its tree to `path` (.hatchet)."""
     if proton.start(str(path.with_suffix("")), context="shadow") is None:
         raise UsageError("proton is switched off here: unset PROTON_DISABLE, or use --tool torch")
     try:
-        # A thread that first launches inside a range inherits it: so autograd's are in `backward`.
+        # A thread that first launches inside a range inherits it: so autograd's are in `backward`. A range of
+        # proton's around each step would keep them in the first step for ever.
         with named(proton.scope):
-            for _ in range(steps):
-                advance()
-            torch.cuda.synchronize()
+            seconds = stepped(advance, steps, device)
     finally:
         proton.finalize()
-    return leaves(json.loads(path.read_text())[0])
+    return Recording(leaves(json.loads(path.read_text())[0]), seconds)
 
 
-def leaves(tree: dict[str, Any]) -> list[Row]:
-    """Rows of a tree of proton's, the slowest first: its kernels, in the part above them."""
-    sums: dict[tuple[str, str], list[float]] = {}
-    nodes = [(tree, "other")]
-    while nodes:
-        node, part = nodes.pop()
-        name, measured = node["frame"]["name"], node["metrics"]
-        nodes += [(child, name if name in PARTS else part) for child in node["children"]]
-        if not node["children"] and "time (ns)" in measured:
-            total = sums.setdefault((name, part), [0, 0.0])
-            total[0] += measured["count"]
-            total[1] += measured["time (ns)"] / 1e9
-    return _slowest_first(sums)
-
-
-def kernels(events: list[dict[str, Any]]) -> list[Row]:
-    """Rows of a Chrome trace, the slowest first: the GPU's kernels, or without any, the CPU's operators."""
-    spans = [event for event in events if event.get("ph") == "X" and "dur" in event]
-    ranges = [event for event in spans if event.get("cat") == "user_annotation" and event["name"] in PARTS]
-    launches = {_correlation(event): event["ts"] for event in spans if event.get("cat") in LAUNCHES}
-    on_gpu = [event for event in spans if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    if on_gpu:
-        times = [(event["name"], launches.get(_correlation(event), event["ts"]), event["dur"]) for event in on_gpu]
-    else:
-        times = _own_times([event for event in spans if event.get("cat") == "cpu_op"])
-    sums: dict[tuple[str, str], list[float]] = {}
-    for name, start, duration in times:
-        total = sums.setdefault((name, _part(start, ranges)), [0, 0.0])
-        total[0] += 1
-        total[1] += duration / 1e6
-    return _slowest_first(sums)
-
-
-def _slowest_first(sums: dict[tuple[str, str], list[float]]) -> list[Row]:
-    found = [Row(name, part, int(count), seconds) for (name, part), (count, seconds) in sums.items()]
-    return sorted(found, key=lambda row: -row.seconds)
-
-
-def costs_of_parts(step: Step) -> dict[str, Cost]:
-    """What each part of a step must cost, from the kernels' own formulas and the encoder's convolutions.
+def costs_of_parts(step: Step, machine: Machine) -> dict[str, Cost]:
+    """What each part of a step must cost on `machine`, from the kernels' own formulas and the encoder's convolutions.
 
     The bound of the encoders is that of our fusion, layer by layer: `bench/roofline.py`, level bnrelu, or key.
     """
-    recipe, update, size = step.recipe, step.update, PRECISIONS[step.precision].work.itemsize
-    rows, work = recipe.views * recipe.batch_size, PRECISIONS[step.precision].work
-    machine = measure_machine(step.parallel.device, work, tf32=step.precision == "tf32")
+    recipe, update, work = step.recipe, step.update, PRECISIONS[step.precision].work
+    rows, size = recipe.views * recipe.batch_size, work.itemsize
     convs = convolutions(build_encoder(recipe), recipe.crop_size)
     copies = [list(encoder.parameters()) for encoder in (step.encoder_q, step.encoder_k)]
     table = TensorTable(*(list(group.values()) for group in (update.q, update.velocity, update.k)), *copies)
@@ -221,55 +207,84 @@ def costs_of_parts(step: Step) -> dict[str, Cost]:
     return found
 
 
-def report(rows: list[Row], costs: dict[str, Cost], options: Profile, precision: str, parallel: Parallel) -> str:
-    """What `profile` prints: the parts with their speed and share of the bound, then the kernels that take most."""
-    total = sum(row.seconds for row in rows)
-    where = torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else "CPU"
-    count = f"{options.steps} step{'s' * (options.steps > 1)}"
-    lines = [f"{count} on {where}, {precision}: {1e3 * total / options.steps:.1f} ms of kernels a step", ""]
-    lines += ["| part | ms a step | share | GB/s | TFLOP/s | share of bound |", "|---|---:|---:|---:|---:|---:|"]
-    for name, seconds in _seconds_of_parts(rows).items():
-        seconds /= options.steps
-        speed = " | | "
-        if name in costs and seconds:
+def describe(preset: str, step: Step, options: Profile) -> str:
+    """Two lines: what was trained, and in which precision and on what."""
+    recipe, device, threads = step.recipe, step.parallel.device, torch.get_num_threads()
+    where = f"CPU, {threads} torch thread{'s' * (threads > 1)}"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    how = f"encoder {options.encoder}, update {options.update}, graph {options.graph}"
+    return (
+        f"{preset}: {recipe.arch}, {recipe.batch_size:,} pairs of {recipe.crop_size} px, {recipe.queue_size:,} keys\n"
+        f"{step.precision} on {where}; {how}{', key stream' * options.key_stream}"
+    )
+
+
+def pace(recording: Recording, pairs: int) -> list[str]:
+    """Lines on the recorded steps, of `pairs` pairs each: time in kernels, wall time, and whether it was steady."""
+    walls, total = recording.seconds, sum(row.seconds for row in recording.rows)
+    median, fastest, slowest = statistics.median(walls), min(walls), max(walls)
+    lines = [
+        f"{len(walls)} step{'s' * (len(walls) > 1)}: {_ms(total / len(walls))} ms of kernels a step",
+        f"wall time a step, under the profiler: median {_ms(median)} ms ({_ms(fastest)} to {_ms(slowest)}), "
+        f"{pairs / median:,.1f} pairs/s at the median",
+    ]
+    if slowest > UNSTEADY * fastest:
+        ratio = f"the slowest step took {slowest / fastest:.1f} times the fastest"
+        lines.append(f"unsteady: {ratio}; measure again on a quiet machine")
+    return lines
+
+
+def table_of_parts(recording: Recording, costs: dict[str, Cost], machine: Machine) -> list[str]:
+    """Lines of the table of parts: mean and range over the steps, speed, and share of the bound."""
+    steps, total = len(recording.seconds), sum(row.seconds for row in recording.rows)
+    lines = ["| part | ms a step | min to max | share | memory | arithmetic | share of bound |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|")
+    for name, (seconds, by_step) in seconds_of_parts(recording.rows).items():
+        mean = seconds / steps
+        spread = f"{_ms(min(by_step))} to {_ms(max(by_step))}" if by_step else "-"
+        speed = "- | - | -"
+        if name in costs and mean:
             nbytes, flops, bound = costs[name]
-            speed = f"{nbytes / seconds / 1e9:,.3g} | {flops / seconds / 1e12:.3g} | {bound / seconds:.0%}"
-        lines.append(f"| {name} | {1e3 * seconds:.2f} | {seconds * options.steps / total:.1%} | {speed} |")
-    lines += ["", "| kernel | part | calls a step | ms a step | share |", "|---|---|---:|---:|---:|"]
-    for row in rows[: options.rows]:
-        lines.append(
-            f"| {row.name[:60].replace('|', ' ')} | {row.part} | {row.calls / options.steps:g} | "
-            f"{1e3 * row.seconds / options.steps:.3f} | {row.seconds / total:.1%} |"
-        )
-    name, how = OPENED_BY[options.tool]
-    lines += ["", f"trace: {options.out / name} ({how}); picture: {options.out / PICTURE}"]
-    return "\n".join(lines)
+            speed = f"{_rate(nbytes / mean, 'B/s')} | {_rate(flops / mean, 'FLOP/s')} | {bound / mean:.1%}"
+        lines.append(f"| {name} | {_ms(mean)} | {spread} | {seconds / total:.1%} | {speed} |")
+    rates = f"{_rate(machine.bandwidth, 'B/s')} and {_rate(machine.flops, 'FLOP/s')}"
+    least = "the least time this machine needs for the part's bytes and flops over the time it took"
+    return [*lines, "", f"share of bound: {least}; the machine's rates, measured right after the steps: {rates}"]
 
 
-def draw(rows: list[Row], steps: int, path: Path) -> None:
-    """One step as a stacked bar, part after part, in milliseconds of kernels."""
+def table_of_kernels(recording: Recording, count: int) -> list[str]:
+    """Lines of the table of the `count` slowest kernels."""
+    steps, total = len(recording.seconds), sum(row.seconds for row in recording.rows)
+    lines = ["| kernel | part | calls a step | ms a step | share |", "|---|---|---:|---:|---:|"]
+    for row in recording.rows[:count]:
+        name, calls = row.name[:60].replace("|", " "), row.calls / steps
+        lines.append(f"| {name} | {row.part} | {calls:g} | {_ms(row.seconds / steps)} | {row.seconds / total:.1%} |")
+    return lines
+
+
+def draw(recording: Recording, title: str, path: Path) -> None:
+    """One step as a stacked bar, part after part, in milliseconds of kernels, under `title`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 2), layout="constrained")
-    axis, start = figure.add_subplot(), 0.0
-    parts = {name: 1e3 * seconds / steps for name, seconds in _seconds_of_parts(rows).items()}
-    for name, width in parts.items():
-        axis.barh(0, width, left=start, edgecolor="white", label=f"{name} {width:.3g} ms")
-        start += width
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    axis, start, steps = figure.add_subplot(), 0.0, len(recording.seconds)
+    parts = {name: seconds / steps for name, (seconds, _) in seconds_of_parts(recording.rows).items()}
+    for name, seconds in parts.items():
+        label = f"{name} {_ms(seconds)} ms ({seconds / sum(parts.values()):.1%})"
+        axis.barh(0, 1e3 * seconds, left=start, edgecolor="white", label=label)
+        start += 1e3 * seconds
     axis.set_yticks([])
-    axis.set_xlabel("milliseconds of kernels in one step")
+    axis.set_xlabel(f"milliseconds of kernels a step, mean of {steps}")
     axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=8, frameon=False)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=9)
     figure.savefig(path)
 
 
-def _seconds_of_parts(rows: list[Row]) -> dict[str, float]:
-    return {name: sum(row.seconds for row in rows if row.part == name) for name in (*PARTS, "other")}
-
-
-def nsight_command(preset: str, options: Profile) -> list[str]:
-    """The command line that profiles the same steps under nsys or ncu."""
-    ours = [sys.executable, "-m", "fastmoco", "profile", preset, "--tool", "torch"]
+def nsight_command(preset: str, options: Profile, python: str = "python") -> list[str]:
+    """The command line that profiles the same steps under nsys or ncu, run by the interpreter `python`."""
+    ours = [python, "-m", "fastmoco", "profile", preset, "--tool", "torch"]
     for field in dataclasses.fields(Profile):
         value = getattr(options, field.name)
         # ncu replays every kernel many times over: one step is plenty.
@@ -286,12 +301,19 @@ def nsight_command(preset: str, options: Profile) -> list[str]:
 
 
 def _nsight(preset: str, options: Profile) -> None:
-    command = nsight_command(preset, options)
-    print("FASTMOCO_NSIGHT=1 " + shlex.join(command), flush=True)
-    if shutil.which(command[0]) is None:
-        print(f"{command[0]} is not installed here: run this line where it is")
-        return
-    options.out.mkdir(parents=True, exist_ok=True)
+    print("FASTMOCO_NSIGHT=1 " + shlex.join(nsight_command(preset, options)))
+    print("FASTMOCO_NSIGHT=1: the steps after the warm-up run for Nsight to record, and this program records none")
+    if not torch.cuda.is_available() or options.device == "cpu":
+        print(f"{NOTHING}: run the first line where there is one")
+    elif shutil.which(options.tool) is None:
+        print(f"{options.tool} is not installed here: run the first line where it is")
+    else:
+        _run_nsight(nsight_command(preset, options, sys.executable), options.out)
+
+
+def _run_nsight(command: list[str], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
     done = subprocess.run(["env", "FASTMOCO_NSIGHT=1", *command])
     if done.returncode:
         raise UsageError(f"{command[0]} ended with exit code {done.returncode}: see its message above")
@@ -310,37 +332,25 @@ def _under_nsight() -> bool:
     return bool(os.environ.get("FASTMOCO_NSIGHT"))
 
 
-def _marked(advance: Callable[[], object], steps: int) -> None:
+def _marked(advance: Callable[[], object], steps: int, device: torch.device) -> None:
     torch.cuda.cudart().cudaProfilerStart()
     with named():
-        for _ in range(steps):
-            advance()
-    torch.cuda.synchronize()
+        stepped(advance, steps, device, torch.cuda.nvtx.range)
     torch.cuda.cudart().cudaProfilerStop()
 
 
-def _correlation(event: dict[str, Any]) -> object:
-    return event.get("args", {}).get("correlation")
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
-def _part(moment: float, ranges: list[dict[str, Any]]) -> str:
-    for event in ranges:
-        if event["ts"] <= moment <= event["ts"] + event["dur"]:
-            return event["name"]
-    return "other"
+def _ms(seconds: float) -> str:
+    milliseconds = 1e3 * seconds
+    return f"{milliseconds:,.1f}" if milliseconds >= 10 else f"{milliseconds:.3f}"
 
 
-def _own_times(events: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
-    """Name, start and duration of each operator, less the operators that it called, in microseconds."""
-    found: list[list[Any]] = []
-    open_by_thread: dict[object, list[list[Any]]] = {}
-    for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
-        stack = open_by_thread.setdefault(event["tid"], [])
-        while stack and stack[-1][3] <= event["ts"]:
-            stack.pop()
-        if stack:
-            stack[-1][2] -= event["dur"]
-        entry = [event["name"], event["ts"], event["dur"], event["ts"] + event["dur"]]
-        stack.append(entry)
-        found.append(entry)
-    return [(name, start, max(0.0, own)) for name, start, own, _ in found]
+def _rate(value: float, unit: str) -> str:
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(unit, places=1)(value) if value else "-"

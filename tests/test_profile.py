@@ -1,12 +1,14 @@
-"""Profiles: kernels are found in their part of the step, own times add up, Nsight's command lines can be run."""
+"""Profiles: every step is marked and timed, tables say what was recorded, Nsight's command lines can be run."""
 
 import gzip
 import json
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastmoco import profile
 from fastmoco.bench.timing import Machine
@@ -16,84 +18,95 @@ from fastmoco.contrast.step import Step
 from fastmoco.options import Profile, UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
+from fastmoco.trace import Row, leaves
 
 TINY = dict(arch="resnet18", width=0.125, batch_size=32, crop_size=32, queue_size=64, dim=16)
 SIZE = "--arch resnet18 --batch-size 32 --crop-size 16 --queue-size 64 --device cpu --steps 1".split()
-
-
-def span(name: str, start: float, length: float, **more) -> dict:
-    return {"ph": "X", "name": name, "ts": start, "dur": length, "cat": "cpu_op", "tid": 1, **more}
-
-
-def test_an_operator_keeps_what_its_callees_leave_it():
-    events = [
-        span("outer", 0, 100), span("inner", 10, 30), span("innermost", 15, 5), span("inner", 50, 40),
-        span("elsewhere", 20, 7, tid=2), span("loss", 0, 60, cat="user_annotation"),
-    ]  # fmt: skip
-    rows = {(row.name, row.part): row for row in profile.kernels(events)}
-    assert rows[("outer", "loss")].seconds == pytest.approx(30e-6)
-    assert rows[("inner", "loss")].seconds == pytest.approx(65e-6) and rows[("inner", "loss")].calls == 2
-    assert rows[("innermost", "loss")].seconds == pytest.approx(5e-6)
-    assert rows[("elsewhere", "loss")].seconds == pytest.approx(7e-6)
-    assert sum(row.seconds for row in rows.values()) == pytest.approx(107e-6)
-
-
-def test_a_kernel_belongs_to_the_part_that_launched_it_however_late_it_runs():
-    events = [
-        span("update", 0, 10, cat="user_annotation"), span("enqueue", 20, 10, cat="user_annotation"),
-        span("cuLaunchKernel", 5, 1, cat="cuda_driver", args={"correlation": 1}),
-        span("cudaLaunchKernel", 25, 1, cat="cuda_runtime", args={"correlation": 2}),
-        span("_update_kernel", 22, 6, cat="kernel", args={"correlation": 1}, tid=7),
-        span("_enqueue_kernel", 90, 3, cat="kernel", args={"correlation": 2}, tid=7),
-        span("cast", 95, 1, cat="kernel", args={"correlation": 3}, tid=7),
-        span("aten::add", 2, 2),
-    ]  # fmt: skip
-    found = [(row.name, row.part, row.calls) for row in profile.kernels(events)]
-    assert found == [("_update_kernel", "update", 1), ("_enqueue_kernel", "enqueue", 1), ("cast", "other", 1)]
+TOY = Machine("toy", 1e9, 1e10)
+CPU = torch.device("cpu")
 
 
 def test_the_torch_profile_writes_a_trace_a_picture_and_a_table(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(profile, "measure_machine", lambda *_, **__: Machine("toy", 1e9, 1e10))
+    monkeypatch.setattr(profile, "measure_machine", lambda *_, **__: TOY)
     assert main(["profile", "v2", *SIZE, "--out", str(tmp_path), "--rows", "5"]) == 0
     shown = capsys.readouterr().out
     parts, kernels = shown.split("| kernel |")
     assert all(f"| {part} |" in parts for part in PARTS) and kernels.count("\n|") == 1 + 5
-    assert "share of bound" in shown and "1 step on CPU, fp32" in shown
+    assert "v2: resnet18, 32 pairs of 16 px, 64 keys\nfp32 on CPU, 1 torch thread;" in shown
+    assert "the machine's rates, measured right after the steps: 1.0 GB/s and 10.0 GFLOP/s" in shown
     with gzip.open(tmp_path / profile.TRACE, "rt") as file:
         events = json.load(file)["traceEvents"]
-    assert {event["name"] for event in events if event.get("cat") == "user_annotation"} >= set(PARTS)
-    assert "backward" in (tmp_path / profile.PICTURE).read_text()
+    assert {event["name"] for event in events if event.get("cat") == "user_annotation"} == {
+        *PARTS, "step 1",
+    }  # fmt: skip
+    picture = (tmp_path / profile.PICTURE).read_text()
+    assert "backward" in picture and "fp32 on CPU, 1 torch thread" in picture
 
 
-def test_every_part_has_a_cost(monkeypatch):
-    monkeypatch.setattr(profile, "measure_machine", lambda *_, **__: Machine("toy", 1e9, 1e10))
-    costs = profile.costs_of_parts(Step(Recipe(**TINY), Parallel()))
+def test_every_step_is_marked_and_timed_on_its_own(monkeypatch):
+    clock, marks = iter([5.0, 6.0, 8.0, 8.5]), []
+    monkeypatch.setattr(profile.time, "perf_counter", lambda: next(clock))
+    mark = lambda name: marks.append(name) or nullcontext()  # noqa: E731
+    assert profile.stepped(lambda: marks.append("trained"), 3, CPU, mark) == [1.0, 2.0, 0.5]
+    assert marks == ["step 1", "trained", "step 2", "trained", "step 3", "trained"]
+
+
+def test_a_trace_tells_the_steps_apart(tmp_path):
+    x, repeats = torch.zeros(8), iter([1, 5, 2])
+    recording = profile.traced(lambda: [x.add(1) for _ in range(next(repeats))], 3, CPU, tmp_path / "trace.json.gz")
+    (row,) = [row for row in recording.rows if row.name == "aten::add"]
+    assert (row.part, row.calls) == ("other", 8) and len(row.by_step) == len(recording.seconds) == 3
+    assert all(0 < inside < wall for inside, wall in zip(row.by_step, recording.seconds, strict=True))
+    assert sum(row.by_step) == pytest.approx(row.seconds)
+
+
+def test_the_pace_is_the_median_and_says_so_where_steps_differ():
+    steady = profile.Recording([Row("gemm", "loss", 3, 0.6)], [0.2, 0.3, 0.25])
+    assert profile.pace(steady, 32) == [
+        "3 steps: 200.0 ms of kernels a step",
+        "wall time a step, under the profiler: median 250.0 ms (200.0 to 300.0), 128.0 pairs/s at the median",
+    ]
+    *_, warning = profile.pace(steady._replace(seconds=[0.2, 1.24, 0.25]), 32)
+    assert warning == "unsteady: the slowest step took 6.2 times the fastest; measure again on a quiet machine"
+
+
+def test_parts_have_their_range_over_the_steps_and_speeds_in_units_that_fit():
+    rows = [
+        Row("gemm", "backward", 4, 3.0, (1.0, 2.0)), Row("add", "backward", 2, 0.5, (0.25, 0.25)),
+        Row("_enqueue_kernel", "enqueue", 2, 5e-4),
+    ]  # fmt: skip
+    costs = {"backward": profile.Cost(3.5e5, 6.8e7, 0.35), "enqueue": profile.Cost(1e6, 0, 1e-4)}
+    lines = profile.table_of_parts(profile.Recording(rows[:2], [1.5, 2.5]), costs, TOY)
+    assert "| backward | 1,750.0 | 1,250.0 to 2,250.0 | 100.0% | 200.0 kB/s | 38.9 MFLOP/s | 20.0% |" in lines
+    assert "| enqueue | 0.000 | - | 0.0% | - | - | - |" in lines
+    lines = profile.table_of_parts(profile.Recording(rows[2:], [1.0, 1.0]), costs, TOY)
+    assert "| enqueue | 0.250 | - | 100.0% | 4.0 GB/s | - | 40.0% |" in lines
+
+
+def test_the_picture_says_what_it_shows_and_has_no_exponents(tmp_path):
+    recording = profile.Recording([Row("gemm", "backward", 1, 1.16), Row("add", "loss", 1, 0.29)], [1.5])
+    profile.draw(recording, "v2: resnet18\nfp32 on CPU", tmp_path / "step.svg")
+    picture = (tmp_path / "step.svg").read_text()
+    for text in ("v2: resnet18", "fp32 on CPU", "backward 1,160.0 ms (80.0%)", "loss 290.0 ms (20.0%)"):
+        assert f"<!-- {text} -->" in picture
+
+
+def test_every_part_has_a_cost():
+    costs = profile.costs_of_parts(Step(Recipe(**TINY), Parallel()), TOY)
     assert costs.keys() == set(PARTS)
     assert costs["backward"].flops > costs["query encoder"].flops == costs["key encoder"].flops > costs["loss"].flops
     assert all(cost.seconds >= max(cost.nbytes / 1e9, cost.flops / 1e10) * (1 - 1e-9) for cost in costs.values())
     encoders = [Step(Recipe(**{**TINY, "arch": "resnet50"}), Parallel(), encoder=how) for how in ("fused", "fused-key")]
-    plain, fused = map(profile.costs_of_parts, encoders)
+    plain, fused = (profile.costs_of_parts(step, TOY) for step in encoders)
     assert [part for part in PARTS if plain[part] != fused[part]] == ["key encoder"]
     assert plain["key encoder"].nbytes > fused["key encoder"].nbytes
 
 
-def node(name: str, *children: dict, **metrics: float) -> dict:
-    return {"frame": {"name": name, "type": "function"}, "children": list(children), "metrics": metrics}
-
-
-def timed(name: str, count: int, nanoseconds: int) -> dict:
-    return node(name, **{"count": count, "time (ns)": nanoseconds})
-
-
-TREE = node(
-    "ROOT", node("backward", timed("dgrad", 4, 3000), node("inside", timed("dgrad", 2, 500))),
-    node("enqueue", timed("_enqueue_kernel", 2, 40)), timed("memset", 1, 10), node("update"), count=0,
-)  # fmt: skip
-
-
-def test_protons_kernels_belong_to_the_part_above_them():
-    rows = [(row.name, row.part, row.calls, round(1e9 * row.seconds)) for row in profile.leaves(TREE)]
-    assert rows == [("dgrad", "backward", 6, 3500), ("_enqueue_kernel", "enqueue", 2, 40), ("memset", "other", 1, 10)]
+TREE = {
+    "frame": {"name": "ROOT"},
+    "metrics": {},
+    "children": [{"frame": {"name": "gemm"}, "metrics": {"count": 2, "time (ns)": 40}, "children": []}],
+}
 
 
 class Proton:
@@ -117,20 +130,19 @@ class Proton:
         self.path.write_text(json.dumps([TREE, {"CUDA": {}}]))
 
 
-def test_proton_is_told_the_parts_and_finished_also_where_a_step_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(profile.torch.cuda, "synchronize", lambda: None)
+def test_proton_is_told_the_parts_and_finished_also_where_a_step_fails(tmp_path):
     step, proton = Step(Recipe(**TINY), Parallel()), Proton()
     batch = profile.noise_batch(step.recipe, step.parallel)
-    rows = profile.counted(proton, lambda: step.step(batch, 1e-3), 1, tmp_path / "step.hatchet")
-    assert rows == profile.leaves(TREE)
+    recording = profile.counted(proton, lambda: step.step(batch, 1e-3), 1, CPU, tmp_path / "step.hatchet")
+    assert recording.rows == leaves(TREE) and len(recording.seconds) == 1
     assert proton.calls[0] == "start shadow" and proton.calls[-1] == "finalize"
     assert set(proton.calls[1:-1]) == set(PARTS)
     proton = Proton()
     with pytest.raises(ZeroDivisionError):
-        profile.counted(proton, lambda: 1 / 0, 1, tmp_path / "step.hatchet")
+        profile.counted(proton, lambda: 1 / 0, 1, CPU, tmp_path / "step.hatchet")
     assert proton.calls == ["start shadow", "finalize"]
     with pytest.raises(UsageError, match="switched off"):
-        profile.counted(Proton(None), lambda: None, 1, tmp_path / "step.hatchet")
+        profile.counted(Proton(None), lambda: None, 1, CPU, tmp_path / "step.hatchet")
 
 
 def test_proton_without_a_gpu_is_one_line(tmp_path, capsys):
@@ -139,7 +151,7 @@ def test_proton_without_a_gpu_is_one_line(tmp_path, capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not profile.torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_proton_tells_the_parts_of_a_step_apart_on_a_gpu(tmp_path, capsys):
     on_gpu = [word if word != "cpu" else "cuda" for word in SIZE]
     assert main(["profile", "v2", "--tool", "proton", *on_gpu, "--out", str(tmp_path)]) == 0
@@ -151,9 +163,12 @@ def test_proton_tells_the_parts_of_a_step_apart_on_a_gpu(tmp_path, capsys):
 @pytest.mark.parametrize("tool", ["nsys", "ncu"])
 def test_nsights_command_is_printed_and_runs_the_same_steps(tool, capsys, monkeypatch):
     monkeypatch.setattr(profile.shutil, "which", lambda name: None)
-    assert main(["profile", "v2", "--tool", tool, "--arch", "resnet18", "--key-stream"]) == 0
-    line, note = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"FASTMOCO_NSIGHT=1 {tool} ") and f"{tool} is not installed here" in note
+    for has_gpu, why in ((False, "nothing for Nsight to record here"), (True, f"{tool} is not installed here")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        assert main(["profile", "v2", "--tool", tool, "--arch", "resnet18", "--key-stream"]) == 0
+        line, meaning, note = capsys.readouterr().out.splitlines()
+        assert line.startswith(f"FASTMOCO_NSIGHT=1 {tool} ") and " python -m fastmoco profile v2 " in line
+        assert meaning.startswith("FASTMOCO_NSIGHT=1: ") and why in note
     options = Profile(tool=tool, arch="resnet18", key_stream=True, steps=2)
     command = profile.nsight_command("v2", options)
     words = command[command.index("fastmoco") + 1 :]
@@ -161,10 +176,30 @@ def test_nsights_command_is_printed_and_runs_the_same_steps(tool, capsys, monkey
     assert {"--key-stream", "--arch"} <= set(words) and words.count("--steps") == 1
 
 
+def test_nsight_runs_this_python(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    tool = tmp_path / "nsys"
+    tool.write_text('#!/bin/sh\necho "$FASTMOCO_NSIGHT" "$@"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    profile.run("v2", Profile(tool="nsys", out=tmp_path / "out"))
+    *_, ran = capfd.readouterr().out.splitlines()
+    assert ran.startswith("1 profile ") and f" {sys.executable} -m fastmoco profile v2 " in ran
+    tool.write_text("#!/bin/sh\nexit 3\n")
+    with pytest.raises(UsageError, match="nsys ended with exit code 3"):
+        profile.run("v2", Profile(tool="nsys", out=tmp_path / "out"))
+
+
+def test_steps_for_nsight_without_a_gpu_are_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FASTMOCO_NSIGHT", "1")
+    assert main(["profile", "v2", *SIZE, "--out", str(tmp_path / "out")]) == 2
+    assert "nothing for Nsight to record here" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_real_images_can_be_profiled(tmp_path, capsys, monkeypatch):
     from fastmoco.bench.loader import photographs
 
-    monkeypatch.setattr(profile, "measure_machine", lambda *_, **__: Machine("toy", 1e9, 1e10))
+    monkeypatch.setattr(profile, "measure_machine", lambda *_, **__: TOY)
     (tmp_path / "images").mkdir()
     images = photographs(tmp_path / "images", 40)
     assert main(["profile", "demo", "--data", str(images), *SIZE, "--out", str(tmp_path / "out")]) == 0

@@ -1,0 +1,106 @@
+"""Reads what a profiler wrote: torch's Chrome trace, or the tree of Triton's proton, as one row a kernel and part."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+from fastmoco.contrast.parts import PARTS
+
+STEP = "step "  # a recorded step is a range called "step 1", "step 2", ...
+LAUNCHES = ("cuda_runtime", "cuda_driver")  # Triton launches through the driver
+
+
+class Row(NamedTuple):
+    """One kernel (on a CPU: one operator without what it calls) over all recorded steps."""
+
+    name: str
+    part: str
+    """Part of the step that launched it, one of `parts.PARTS`, or "other"."""
+    calls: int
+    seconds: float
+    by_step: tuple[float, ...] = ()
+    """Seconds in each step; empty where the tool keeps sums over all steps."""
+
+
+def leaves(tree: dict[str, Any]) -> list[Row]:
+    """Rows of a tree of proton's, the slowest first: its kernels, in the part above them."""
+    sums: dict[tuple[str, str], list[float]] = {}
+    nodes = [(tree, "other")]
+    while nodes:
+        node, part = nodes.pop()
+        name, measured = node["frame"]["name"], node["metrics"]
+        nodes += [(child, name if name in PARTS else part) for child in node["children"]]
+        if not node["children"] and "time (ns)" in measured:
+            total = sums.setdefault((name, part), [0, 0.0])
+            total[0] += measured["count"]
+            total[1] += measured["time (ns)"] / 1e9
+    return _slowest_first([Row(*key, int(count), seconds) for key, (count, seconds) in sums.items()])
+
+
+def kernels(events: list[dict[str, Any]]) -> list[Row]:
+    """Rows of a Chrome trace, the slowest first: the GPU's kernels, or without any, the CPU's operators."""
+    spans = [event for event in events if event.get("ph") == "X" and "dur" in event]
+    ranges = [event for event in spans if event.get("cat") == "user_annotation"]
+    parts = [event for event in ranges if event["name"] in PARTS]
+    steps = sorted((event for event in ranges if event["name"].startswith(STEP)), key=lambda event: event["ts"])
+    launches = {_correlation(event): event["ts"] for event in spans if event.get("cat") in LAUNCHES}
+    on_gpu = [event for event in spans if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    if on_gpu:
+        times = [(event["name"], launches.get(_correlation(event), event["ts"]), event["dur"]) for event in on_gpu]
+    else:
+        times = _own_times([event for event in spans if event.get("cat") == "cpu_op"])
+    calls: dict[tuple[str, str], list[tuple[str, float]]] = defaultdict(list)
+    for name, start, duration in times:
+        calls[name, _around(start, parts)].append((_around(start, steps), duration / 1e6))
+    numbers = [event["name"] for event in steps]
+    return _slowest_first([_row(*key, found, numbers) for key, found in calls.items()])
+
+
+def seconds_of_parts(rows: list[Row]) -> dict[str, tuple[float, list[float]]]:
+    """Seconds of every part in all steps together, and in each of them where the rows tell them apart."""
+    found = {}
+    for name in (*PARTS, "other"):
+        inside = [row for row in rows if row.part == name]
+        by_step = [sum(column) for column in zip(*(row.by_step for row in inside), strict=True)]
+        found[name] = (sum(row.seconds for row in inside), by_step)
+    return found
+
+
+def _row(name: str, part: str, calls: list[tuple[str, float]], steps: list[str]) -> Row:
+    by_step = dict.fromkeys(steps, 0.0)
+    for step, seconds in calls:
+        if step in by_step:
+            by_step[step] += seconds
+    return Row(name, part, len(calls), sum(seconds for _, seconds in calls), tuple(by_step.values()))
+
+
+def _slowest_first(rows: list[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: -row.seconds)
+
+
+def _correlation(event: dict[str, Any]) -> object:
+    return event.get("args", {}).get("correlation")
+
+
+def _around(moment: float, ranges: list[dict[str, Any]]) -> str:
+    for event in ranges:
+        if event["ts"] <= moment <= event["ts"] + event["dur"]:
+            return event["name"]
+    return "other"
+
+
+def _own_times(events: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
+    """Name, start and duration of each operator, less the operators that it called, in microseconds."""
+    found: list[list[Any]] = []
+    open_by_thread: dict[object, list[list[Any]]] = {}
+    for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
+        stack = open_by_thread.setdefault(event["tid"], [])
+        while stack and stack[-1][3] <= event["ts"]:
+            stack.pop()
+        if stack:
+            stack[-1][2] -= event["dur"]
+        entry = [event["name"], event["ts"], event["dur"], event["ts"] + event["dur"]]
+        stack.append(entry)
+        found.append(entry)
+    return [(name, start, max(0.0, own)) for name, start, own, _ in found]
