@@ -50,10 +50,8 @@ def test_a_queue_that_follows_data_needs_data():
 @pytest.mark.parametrize(("preset", "expected"), [("v1", 0.087), ("v2", 6.190), ("cifar", 0.243)])
 def test_first_loss_against_the_random_queue(preset: str, expected: float, make_batch: Callable) -> None:
     """Equal views give cosine 1, so the loss is log(1 + K exp(1 / (2 D T^2)) exp(-1 / T)) for random unit negatives."""
-    published = PRESETS[preset][1]
-    recipe = tiny(
-        dim=published.dim, queue_size=published.queue_size, temperature=published.temperature, shuffle_bn=False
-    )
+    like = PRESETS[preset][1]
+    recipe = tiny(dim=like.dim, queue_size=like.queue_size, temperature=like.temperature, shuffle_bn=False)
     batch = make_batch(recipe, 0)
     batch.key_crops, batch.key_parameters = batch.query_crops, batch.query_parameters
     metrics = Step(recipe, Parallel()).step(batch, LR)
@@ -482,9 +480,7 @@ def test_ranks_change_nothing_but_rounding(world: int, fields: dict, run_ranks: 
 
 
 @pytest.mark.parametrize("change", ["shuffle", "groups"])
-def test_ranks_matter_without_the_shuffle_or_with_groups_by_rank(
-    change: str, run_ranks: Callable, make_batch: Callable
-) -> None:
+def test_ranks_matter_unshuffled_or_grouped_by_rank(change: str, run_ranks: Callable, make_batch: Callable) -> None:
     """Controls of the test above, with the same bound."""
     alone = train(Parallel(), tiny(), make_batch, 4)["losses"]
     other = tiny(shuffle_bn=False) if change == "shuffle" else tiny(bn_group=8)
