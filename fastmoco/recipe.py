@@ -291,7 +291,7 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
         ),
     ),
     "demo": (
-        "Three minutes on a laptop: an embedded set of textures, a slim ResNet-18",
+        "Two minutes on a laptop: an embedded set of textures, a slim ResNet-18",
         Recipe(
             arch="resnet18",
             width=0.25,  # a step at width 0.5 costs three times as much, and the same time ends at a lower kNN
