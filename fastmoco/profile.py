@@ -275,7 +275,7 @@ def draw(recording: Recording, title: str, path: Path) -> None:
         axis.barh(0, 1e3 * seconds, left=start, edgecolor="white", label=label)
         start += 1e3 * seconds
     axis.set_yticks([])
-    axis.set_xlabel(f"milliseconds of kernels a step, mean of {steps}")
+    axis.set_xlabel(f"milliseconds of kernels a step, mean of {steps} step{'s' * (steps > 1)}")
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=9)

@@ -51,6 +51,29 @@ def test_every_step_is_marked_and_timed_on_its_own(monkeypatch):
     assert marks == ["step 1", "trained", "step 2", "trained", "step 3", "trained"]
 
 
+class Event:
+    """Stands for torch.cuda.Event on a device that needs ten seconds more for every event."""
+
+    moments = iter([10.0, 20.0, 30.0])
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.moment = next(self.moments)
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1e3 * (end.moment - self.moment)
+
+
+def test_on_a_gpu_the_device_is_the_clock_and_is_awaited_once(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("awaited"))
+    assert profile.stepped(lambda: done.append("trained"), 2, torch.device("cuda")) == [10.0, 10.0]
+    assert done == ["trained", "trained", "awaited"]
+
+
 def test_a_trace_tells_the_steps_apart(tmp_path):
     x, repeats = torch.zeros(8), iter([1, 5, 2])
     recording = profile.traced(lambda: [x.add(1) for _ in range(next(repeats))], 3, CPU, tmp_path / "trace.json.gz")
@@ -156,8 +179,9 @@ def test_proton_tells_the_parts_of_a_step_apart_on_a_gpu(tmp_path, capsys):
     on_gpu = [word if word != "cpu" else "cuda" for word in SIZE]
     assert main(["profile", "v2", "--tool", "proton", *on_gpu, "--out", str(tmp_path)]) == 0
     assert (tmp_path / profile.TREE).exists()
-    lines = {line.split(" | ")[0][2:]: line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")}
-    assert all(" 0.00 |" not in lines[part] for part in ("query encoder", "backward"))
+    shown = capsys.readouterr().out
+    lines = {line.split(" | ")[0][2:]: line for line in shown.splitlines() if line.startswith("| ")}
+    assert "wall time a step" in shown and all(" 0.000 |" not in lines[part] for part in ("query encoder", "backward"))
 
 
 @pytest.mark.parametrize("tool", ["nsys", "ncu"])
