@@ -88,7 +88,10 @@ class _TrainBatchNormAct(torch.autograd.Function):
 
 
 def _moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    pairs = [torch.batch_norm_update_stats(part, None, None, 0.0) for part in x.chunk(groups)]
+    # Torch gives the statistics of 16-bit numbers in the type of the running ones, so it gets some to overwrite.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    unused = torch.zeros(2, x.shape[1], dtype=wide, device=x.device)
+    pairs = [torch.batch_norm_update_stats(part, *unused, 1.0) for part in x.chunk(groups)]
     mean, variance = (torch.stack(rows) for rows in zip(*pairs))
     return mean, variance  # [groups, C], the variance without Bessel's correction
 
@@ -103,18 +106,24 @@ def _affine_act(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None
     result = torch.empty_like(x)
     y, x, residual = (t if t is None else t.movedim(1, -1) for t in (result, x, residual))
     per_group = x.shape[0] // scale.shape[0]
-    step = max(1, _CACHE_BYTES * x.shape[0] // (x.numel() * x.element_size()))
+    step = max(1, _CACHE_BYTES * x.shape[0] // (x.numel() * scale.element_size()))
+    widened = None if x.dtype == scale.dtype else scale.new_empty(step, *x.shape[1:])
     for first in range(0, x.shape[0], per_group):
         group = first // per_group
         for start in range(first, first + per_group, step):
             block = slice(start, min(start + step, first + per_group))
-            out = torch.addcmul(shift[group], x[block], scale[group], out=y[block])
+            given, out = x[block], y[block]
+            if widened is not None:
+                given = out = widened[: len(given)].copy_(given)
+            torch.addcmul(shift[group], given, scale[group], out=out)
             if residual_scale is not None:
                 out.addcmul_(residual[block], residual_scale[group])
             elif residual is not None:
                 out.add_(residual[block])
             if relu:
                 out.relu_()
+            if widened is not None:
+                y[block] = out
     return result
 
 
@@ -136,12 +145,12 @@ def batch_norm_act(x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tenso
                    momentum: float = 0.1, eps: float = 1e-5, training: bool = True) -> Tensor:
     """ReLU(batch norm(x) + residual or batch norm(residual)), statistics over groups of consecutive samples."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    inputs = [(x.to(wide), weight.to(wide), bias.to(wide), running)]
-    plain = None if residual is None or residual_norm is not None else residual.to(wide)
+    inputs = [(x, weight.to(wide), bias.to(wide), running)]
+    plain = residual if residual_norm is None else None
     if residual_norm is not None:
-        inputs.append((residual.to(wide), residual_norm[0].to(wide), residual_norm[1].to(wide), residual_norm[2]))
+        inputs.append((residual, residual_norm[0].to(wide), residual_norm[1].to(wide), residual_norm[2]))
     if not training:
-        y = sum(_eval_batch_norm(*tensors, eps) for tensors in inputs)
+        y = sum(_eval_batch_norm(t.to(wide), *tensors, eps) for t, *tensors in inputs)
         y = y if plain is None else y + plain
         return (y.relu() if relu else y).to(x.dtype)
     side = inputs[1][:3] if residual_norm is not None else (plain, None, None)
@@ -149,13 +158,13 @@ def batch_norm_act(x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tenso
     for (t, _, _, buffers), mean, variance in zip(inputs, moments[::2], moments[1::2]):
         if buffers is not None:
             _update_running(buffers, mean, variance, t.numel() // mean.numel(), momentum)
-    return y.to(x.dtype)
+    return y
 
 
 def measure(x: Tensor, running: tuple[Tensor, Tensor] | None, groups: int = 1, *, momentum: float = 0.1,
             eps: float = 1e-5) -> Tensor:
     """Mean and 1 / sqrt(variance + eps) of each group of samples, [2, groups, C]; moves the running statistics."""
-    mean, variance = _moments(x.to(torch.promote_types(x.dtype, torch.float32)), groups)
+    mean, variance = _moments(x, groups)
     if running is not None:
         _update_running(running, mean, variance, x.numel() // mean.numel(), momentum)
     return torch.stack([mean, torch.rsqrt(variance + eps)])
@@ -170,8 +179,7 @@ def normalise(x: Tensor, norm: tuple[Tensor, Tensor, Tensor], *, residual: Tenso
     if residual_norm is not None:
         residual_scale, residual_shift = _by_moments(*residual_norm, wide)
         shift = shift + residual_shift
-    residual = None if residual is None else residual.to(wide)
-    return _affine_act(x.to(wide), scale, shift, residual, residual_scale, relu).to(x.dtype)
+    return _affine_act(x, scale, shift, residual, residual_scale, relu)
 
 
 def _by_moments(weight: Tensor, bias: Tensor, moments: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:

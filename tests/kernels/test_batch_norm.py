@@ -256,9 +256,10 @@ def test_twin_gradients_by_differences(form: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("form", FORMS)
-def test_what_is_saved(form: str, impl: str, device: torch.device) -> None:
-    """The key encoder keeps nothing; a plain residual is not kept, as the output tells its mask."""
-    case = make_case((4, 8, 6, 6), form, torch.float32, device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_what_is_saved(dtype: torch.dtype, form: str, impl: str, device: torch.device) -> None:
+    """The key encoder keeps nothing; a plain residual is not kept, as the output tells its mask; nothing is widened."""
+    case = make_case((4, 8, 6, 6), form, dtype, device)
     weight = case.main.weight.clone().requires_grad_()
     saved: list[Tensor] = []
 
@@ -274,6 +275,7 @@ def test_what_is_saved(form: str, impl: str, device: torch.device) -> None:
         with torch.no_grad():
             assert call().grad_fn is None and not saved
         call()
+    assert {t.dtype for t in saved if t.numel() == case.x.numel()} == {dtype}
     activations = {t.data_ptr() for t in saved if t.numel() == case.x.numel()}
     assert case.x.data_ptr() in activations
     assert (case.residual is not None and case.residual.data_ptr() in activations) == (form == "dual")
