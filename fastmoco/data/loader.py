@@ -119,8 +119,12 @@ class Loader:
         if self._parallel.world > 1:
             # Here and not in the background thread: ranks that stop at the same step have exchanged as often.
             with _on(self._exchange_stream, event):
-                counts = routed.send_counts, routed.receive_counts
-                batch.key_crops = self._parallel.exchange(batch.key_crops, *counts)
+                sent = batch.key_crops
+                batch.key_crops = self._parallel.exchange(sent, routed.send_counts, routed.receive_counts)
+                if sent.is_cuda:
+                    # Its memory is the background thread's stream's, and no one else holds it: a collective that waits
+                    # neither keeps nor records what it reads, so the next batch could be written where this is read.
+                    sent.record_stream(self._exchange_stream)
                 event = _event(self._parallel.device)
         tensors = [value for value in vars(batch).values() if isinstance(value, Tensor)]
         batch = _hand_over(batch, tensors, event)

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from fastmoco.bench.loader import pillow
+from fastmoco.data import loader as loader_module
 from fastmoco.data.loader import Background, Batch, EvaluationLoader, Loader
 from fastmoco.data.manifest import Manifest, scan
 from fastmoco.data.pipeline import DecodeError
@@ -140,6 +141,44 @@ def placed(batch: Batch, name: str) -> torch.Tensor:
     """Key rows where the photometric kernel writes them."""
     rows = getattr(batch, name)
     return torch.empty_like(rows).index_copy_(0, batch.key_rows, rows)
+
+
+class OnGpu(torch.Tensor):
+    """A CPU tensor that says it is on a GPU and notes the streams its memory waits for."""
+
+    is_cuda = True
+
+    def record_stream(self, stream: object) -> None:
+        RECORDED.append((self.data_ptr(), stream))
+
+
+RECORDED: list[tuple[int, object]] = []
+
+
+@pytest.mark.parametrize("kind", [OnGpu, torch.Tensor])
+def test_what_is_sent_is_not_reused_before_the_exchange_has_read_it(
+    photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch, kind: type
+) -> None:
+    """Recorded on the stream that reads it, once it is sent; the control: what arrives and a CPU's crops are not."""
+    plan = Plan(RECIPE, photo_manifest.sizes, 2, 0)
+    entered, sent, original = [], [], loader_module._on
+    monkeypatch.setattr(loader_module, "_on", lambda stream, *after: entered.append(stream) or original(None))
+
+    def exchange(rows: torch.Tensor, _: list[int], receive_counts: list[int]) -> torch.Tensor:
+        assert entered[-1] == "exchange" and not RECORDED
+        sent.append(rows.data_ptr())
+        return rows.as_subclass(torch.Tensor).new_zeros(sum(receive_counts), *rows.shape[1:]).as_subclass(kind)
+
+    place = SimpleNamespace(rank=0, world=2, device=CPU, exchange=exchange)
+    with Loader(photo_manifest, plan, RECIPE, place, stop_step=1) as ours:
+        ((batch, *rest),) = ours._background
+    batch.key_crops = batch.key_crops.as_subclass(kind)
+    RECORDED.clear()
+    stand_in = SimpleNamespace(
+        _background=iter([(batch, *rest)]), _parallel=place, _exchange_stream="exchange", _views=None
+    )
+    assert Loader.__next__(stand_in).key_crops.data_ptr() not in sent
+    assert RECORDED == ([(sent[0], "exchange")] if kind is OnGpu else [])
 
 
 def loader(manifest: Manifest, stop: int = 1000, **options: int) -> Loader:
