@@ -8,6 +8,7 @@ cost of DALI's resampler. Nothing is drawn here; the boxes come from the plan.
 from __future__ import annotations
 
 import itertools
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,8 +39,7 @@ HW_DECODER_LOADS = {
     "H200": ((12, 0.65), (6, 0.99), (0, 1.0)),
     "": ((12, 0.65), (6, 0.8), (3, 0.9), (0, 1.0)),
 }
-
-
+SAMPLE = re.compile(r"sample #(\d+)")  # what DALI's error says of an image it cannot decode
 NO_SAMPLES, NO_BOXES = np.empty(0, np.int64), np.empty((0, 0, 4), np.int32)
 
 
@@ -301,7 +301,7 @@ def _outputs(
             except StopIteration:
                 break
             except RuntimeError as error:
-                feed = _repaired(feed, repair, error)
+                feed = _repaired(feed, repair, _faults(build, feed, error, stream))
                 pipe = build(feed)  # a failure ends a DALI pipeline
                 continue
             yield feed.pending.popleft(), outputs
@@ -312,19 +312,47 @@ def _outputs(
         feed.forget()
 
 
-def _repaired(feed: _Feed, repair: Repair | None, error: RuntimeError) -> _Feed:
+def _repaired(feed: _Feed, repair: Repair | None, faults: dict[int, str]) -> _Feed:
     part = feed.pending[0]
-    bad = _undecodable(part, range(len(part.request.encoded)))
-    if not bad:
-        raise error
-    faults = dict.fromkeys(bad, "damaged: cannot be decoded")
     if repair is None:
-        raise DecodeError.of(part.request.names, faults, part.first) from error
+        raise DecodeError.of(part.request.names, faults, part.first)
     feed.pending[0] = part._replace(request=repair(part.request, faults))
     again = _Feed(itertools.chain([*feed.pending], feed.parts), feed.inputs)
     again.error = feed.error
     feed.forget()
     return again
+
+
+def _faults(build: Callable[[_Feed], DaliPipeline], feed: _Feed, error: RuntimeError, stream: object) -> dict[int, str]:
+    # DALI names the first image that failed, by its place among those it was given, but never says why: a GPU without
+    # memory, or one that has failed for good, reads the same. So an image that a CPU decodes is to blame only where the
+    # GPU still works and fails with that image alone, too.
+    part, named = feed.pending[0], SAMPLE.search(str(error))
+    given = [i for i, data in enumerate(part.request.encoded) if data is not PIXEL]
+    if not named or not given:
+        raise error
+    position = given[int(named[1])]
+    alone = part._replace(request=part.request.rows(slice(position, position + 1)))
+    if _failure(partial(_dali, 1, 1, None, 1, _decode_graph), _Feed(iter([alone]), _encoded)):
+        return {position: "damaged: cannot be decoded"}
+    if stream is not None:
+        stream.synchronize()  # raises what has ended the GPU
+    if not SAMPLE.search(_failure(build, _Feed(iter([alone]), feed.inputs))):
+        name = part.request.names[position]
+        raise RuntimeError(f"{name}: decoded alone, but not in its batch; is the GPU short of memory?") from error
+    return {position: "cannot be decoded on the GPU"}
+
+
+def _failure(build: Callable[[_Feed], DaliPipeline], feed: _Feed) -> str:
+    pipe = build(feed)
+    try:
+        pipe.schedule_run()
+        pipe.share_outputs()
+        return ""
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        feed.forget()
 
 
 def _dali(
@@ -430,16 +458,3 @@ def read(manifest: Manifest, index: int) -> np.ndarray | OSError:
         return manifest.read(index)
     except OSError as error:
         return error
-
-
-def _undecodable(part: _Part, rows: range) -> list[int]:
-    # A failure ends a DALI pipeline, so each half gets a new one.
-    feed = _Feed(iter([part]), lambda part: ([part.request.encoded[i] for i in rows],))
-    pipe = _dali(len(rows), 1, None, 1, _decode_graph, feed)
-    try:
-        pipe.schedule_run()
-        pipe.share_outputs()
-        return []
-    except RuntimeError:
-        half = len(rows) // 2
-        return [*rows] if not half else _undecodable(part, rows[:half]) + _undecodable(part, rows[half:])

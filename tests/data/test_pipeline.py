@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from fastmoco.data import pipeline as pipeline_module
+from fastmoco.data.decoded import PIXEL, Decoded
 from fastmoco.data.manifest import Manifest
-from fastmoco.data.pipeline import CPU_BATCH, Decoding, DecodeError, Pipeline, Request, cut
+from fastmoco.data.pipeline import CPU_BATCH, Decoding, DecodeError, Pipeline, Request, cut, fault
 from fastmoco.environment import share_of_cores
 
 CPU = torch.device("cpu")
@@ -119,7 +121,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("positions", [[0], [5, 70], [33, 34, 58]])
+@pytest.mark.parametrize("positions", [[0], [3, 4, 70], [33, 34, 58]])
 @pytest.mark.parametrize("damage", BROKEN)
 def test_undecodable_images_are_named_and_nothing_else(
     photo_manifest: Manifest, positions: list[int], damage: str
@@ -132,14 +134,116 @@ def test_undecodable_images_are_named_and_nothing_else(
     assert torch.equal(next(made), crops(good[0])[0]) and next(made).shape[1] == 80
     with pytest.raises(DecodeError) as caught:
         next(made)
-    # Of headers all that are bad; of contents those of the first part that failed.
-    found = [p for p in positions if damage != "content" or p // CPU_BATCH == positions[0] // CPU_BATCH]
+    # Of headers all that are bad, before any content is seen; of contents the first.
+    found = [p for p in positions if fault(bad.encoded[p], bad.sizes[p].tolist())] or positions[:1]
     assert caught.value.positions == found and len(caught.value.reasons) == len(found)
     assert caught.value.names == [bad.names[position] for position in found]
     assert str(caught.value).startswith(f"{bad.names[positions[0]]}: ") and "be decoded" in str(caught.value)
     assert "\n" not in str(caught.value) and caught.value.exit_code == 3
     with pytest.raises(StopIteration):
         next(made)
+
+
+class Gpu:
+    """DALI's pipeline for a CPU, that fails at the images of VICTIMS in the way of one for a GPU.
+
+    Their values are the least batch in which they fail. What looks for damage on a CPU, by plain decoding, never fails.
+    """
+
+    def __init__(self, pipe: object, feed: object) -> None:
+        self.pipe, self.feed = pipe, feed
+        self.schedule_run, self.release_outputs = pipe.schedule_run, pipe.release_outputs
+
+    def share_outputs(self, stream: object = None) -> object:
+        given = self.feed.inputs(self.feed.pending[0])[0] if self.feed.pending else []
+        for number, data in enumerate(given):
+            if VICTIMS.get(data.tobytes(), 1 << 30) <= len(given):
+                raise RuntimeError(MESSAGE.format(number))
+        return self.pipe.share_outputs(stream)
+
+
+VICTIMS: dict[bytes, int] = {}
+MESSAGE = "Error in MIXED operator `nvidia.dali.fn.decoders.image`\n\nFailed to decode sample #{} : \nCurrent pipeline"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Decode as on a GPU; the sizes of the batches that were decoded to look for damage on a CPU."""
+    searched, original = [], pipeline_module._dali
+
+    def build(batch_size: int, *options: object) -> object:
+        graph, feed = options[-2:]
+        if graph is pipeline_module._decode_graph:
+            searched.append(batch_size)
+            return original(batch_size, *options)
+        return Gpu(original(batch_size, *options), feed)
+
+    def as_on_gpu(requests: object, repair: object, batch: int, size: int, views: int, *rest: object) -> object:
+        return pipeline_module._dali_crops(requests, repair, batch, size, views, CPU, rest[0], {}, rest[1])
+
+    monkeypatch.setattr(pipeline_module, "_dali", build)
+    monkeypatch.setattr(pipeline_module, "_cpu_crops", as_on_gpu)
+    VICTIMS.clear()
+    return searched
+
+
+def kept_at(manifest: Manifest, asked: Request, positions: list[int]) -> tuple[Request, Decoded]:
+    """`asked` with some of its images already decoded."""
+    kept = Decoded(10**8)
+    for i in positions:
+        kept.put(i, torch.from_numpy(np.array(Image.open(manifest.path(i)).convert("RGB"))))
+    return asked._replace(encoded=[PIXEL if i in positions else data for i, data in enumerate(asked.encoded)]), kept
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_only_a_gpu_cannot_decode_is_named_or_repaired(
+    photo_manifest: Manifest, gpu: list[int], cached: bool, damaged: bool
+) -> None:
+    asked = request(photo_manifest, np.arange(40))._replace(samples=np.arange(40))
+    data, kept = [*asked.encoded], None
+    data[26] = data[26][: len(data[26]) // 2].copy() if damaged else data[26]
+    bad = asked._replace(encoded=data)
+    VICTIMS[data[26].tobytes()] = 1
+    if cached:
+        bad, kept = kept_at(photo_manifest, bad, [0, 7, 8, 30])
+    options = {"batch_size": 40, "crop_size": 32, "views": 2, "device": CPU, "threads": 1, "kept": kept}
+    reason = "damaged: cannot be decoded" if damaged else "cannot be decoded on the GPU"
+    with pytest.raises(DecodeError) as caught:
+        list(Pipeline([bad], **options))
+    assert caught.value.names == [asked.names[26]] and caught.value.positions == [26]
+    assert caught.value.reasons == [reason]
+    told = []
+
+    def repair(request: Request, faults: dict[int, str]) -> Request:
+        told.append(faults)
+        return request._replace(encoded=[d if i != 26 else asked.encoded[13] for i, d in enumerate(request.encoded)])
+
+    (made,) = Pipeline([bad], repair=repair, **options)
+    assert made.shape[1] == 40 and told == [{26: reason}]
+    assert gpu == [1, 1]  # no other image was decoded to look for the damage
+
+
+def test_where_the_gpu_is_to_blame_no_image_is(photo_manifest: Manifest, gpu: list[int]) -> None:
+    """An image that is decoded alone, an error that names none, and a GPU that has failed for good."""
+    asked = request(photo_manifest, np.arange(40))
+    options = {"batch_size": 40, "crop_size": 32, "views": 2, "device": CPU, "threads": 1, "repair": pytest.fail}
+    VICTIMS[asked.encoded[26].tobytes()] = 2
+    with pytest.raises(RuntimeError, match=r"026 jpeg.img: decoded alone, but not in its batch.*memory"):
+        list(Pipeline([asked], **options))
+    part = pipeline_module._Part(asked, 0, 40)
+    feed = pipeline_module._Feed(iter(()), pipeline_module._with_corners)
+    feed.pending.append(part)
+    for message in ("CUDA allocation failed", "CUDA runtime API error cudaErrorIllegalAddress (700)"):
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            pipeline_module._faults(pytest.fail, feed, RuntimeError(message), None)
+
+    class Failed:
+        def synchronize(self) -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        pipeline_module._faults(pytest.fail, feed, RuntimeError(MESSAGE.format(3)), Failed())
 
 
 def test_an_image_that_changed_its_size_is_named(photo_manifest: Manifest) -> None:
