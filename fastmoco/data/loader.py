@@ -159,6 +159,7 @@ class EvaluationLoader:
         batch_size: int = EVALUATION_BATCH,
         threads: int | None = None,
         prefetch: int = 2,
+        decoding: Decoding = Decoding(),
         max_bad_share: float = Recipe.max_bad_share,
     ) -> None:
         chosen = np.arange(len(manifest)) if indices is None else np.asarray(indices, np.int64)
@@ -166,7 +167,8 @@ class EvaluationLoader:
         self._length, self._given = len(batches), 0
         self._quarantine = Quarantine(manifest, max_share=max_bad_share)
         source = _Source(manifest, self._quarantine, lambda _, samples: _centre(manifest, crop_size, samples))
-        self._background = Background(partial(_evaluation, source, crop_size, batches, device, threads), prefetch)
+        make = partial(_evaluation, source, crop_size, batches, device, threads, decoding)
+        self._background = Background(make, prefetch)
 
     def __len__(self) -> int:
         return self._length
@@ -289,14 +291,20 @@ def _training(
 
 
 def _evaluation(
-    source: _Source, crop_size: int, batches: list[np.ndarray], device: torch.device, threads: int | None
+    source: _Source,
+    crop_size: int,
+    batches: list[np.ndarray],
+    device: torch.device,
+    threads: int | None,
+    decoding: Decoding,
 ) -> Generator:
     if not batches:
         return
     with _on(_side_stream(device)), ThreadPoolExecutor(READERS) as readers:
         requests = source.requests(readers, enumerate(batches))
         options = {"batch_size": len(batches[0]), "crop_size": crop_size, "device": device, "threads": threads}
-        with closing(Pipeline(requests, views=1, repair=source.repair, **options)) as pipeline:
+        options |= {"repair": source.repair, "decoding": decoding}
+        with closing(Pipeline(requests, views=1, **options)) as pipeline:
             for index, crops in zip(batches, pipeline, strict=True):
                 yield crops[0], index, _event(device)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastmoco.data.loader import EvaluationLoader
 from fastmoco.data.manifest import Manifest
+from fastmoco.data.pipeline import Decoding
 from fastmoco.encoder import Encoder
 from fastmoco.kernels.photometric import photometric
 from fastmoco.kernels.reference import BRIGHTNESS, HUE, NO_JITTER, ORDER
@@ -21,24 +22,14 @@ from fastmoco.recipe import Recipe
 
 
 def extract(
-    encoder: Encoder,
-    manifest: Manifest,
-    recipe: Recipe,
-    parallel: Parallel,
-    *,
-    threads: int | None = None,
-    batch_size: int = 256,
-    normalise: bool = True,
-    progress: Callable[[int], Any] | None = None,
+    encoder: Encoder, manifest: Manifest, recipe: Recipe, parallel: Parallel, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Features float32 [n, F] of every image, and labels int64 [n] (-1 where there are none), on the device.
 
-    An image that turns out to be bad has features and label of the next good one. The rest is as `encode` says.
+    An image that turns out to be bad has features and label of the next good one. The rest, `options` too, is as
+    `encode` says.
     """
-    features, shown = encode(
-        encoder, manifest, recipe, parallel, threads=threads, batch_size=batch_size, normalise=normalise,
-        progress=progress,
-    )  # fmt: skip
+    features, shown = encode(encoder, manifest, recipe, parallel, **options)
     labels = np.full(len(manifest), -1, np.int64) if manifest.labels is None else manifest.labels
     return features, torch.from_numpy(labels).to(parallel.device)[shown]
 
@@ -50,6 +41,7 @@ def encode(
     parallel: Parallel,
     *,
     threads: int | None = None,
+    hw_decoder_load: float | None = None,
     batch_size: int = 256,
     normalise: bool = True,
     progress: Callable[[int], Any] | None = None,
@@ -68,7 +60,7 @@ def encode(
     indices = (np.arange(share) + parallel.rank * share).clip(max=len(manifest) - 1)
     loader = EvaluationLoader(
         manifest, recipe.crop_size, parallel.device, indices=indices, batch_size=batch_size, threads=threads,
-        max_bad_share=recipe.max_bad_share,
+        decoding=Decoding(hw_decoder_load, recipe.fancy_upsampling), max_bad_share=recipe.max_bad_share,
     )  # fmt: skip
     forward = encoder.features if recipe.knn_features == "backbone" else encoder
     features, done, shown = None, 0, np.empty(share, np.int64)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +68,15 @@ def knn_votes(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int, temper
 
 
 def evaluate(
-    encoder: Encoder,
-    train: Manifest,
-    val: Manifest,
-    recipe: Recipe,
-    parallel: Parallel,
-    threads: int | None = None,
-    progress: Callable[[int], Any] | None = None,
+    encoder: Encoder, train: Manifest, val: Manifest, recipe: Recipe, parallel: Parallel, **options: Any
 ) -> dict[str, Any]:
     """kNN of `encoder` with the labelled images of `train` voting on those of `val`; all ranks call this.
 
+    `options` are those of `features.encode`.
     Returns top1 and top5 in percent, k, temperature, the number of classes and of images on either side.
     """
-    bank, bank_labels = extract(encoder, train, recipe, parallel, threads=threads, progress=progress)
-    queries, labels = extract(encoder, val, recipe, parallel, threads=threads, progress=progress)
+    bank, bank_labels = extract(encoder, train, recipe, parallel, **options)
+    queries, labels = extract(encoder, val, recipe, parallel, **options)
     classes = len(train.classes)
     top1, top5 = knn_accuracy(bank, bank_labels, queries, labels, recipe.knn_k, recipe.knn_temperature, classes)
     facts = {"k": min(recipe.knn_k, len(bank)), "temperature": recipe.knn_temperature, "classes": classes}

@@ -338,7 +338,8 @@ class Run:
         if self.parallel.world > 1:
             self.step.state()  # makes the ranks' running statistics one, so that they evaluate one encoder
         figures = knn.evaluate(self.step.encoder_q, self.train_set, self.val_set, self.recipe, self.parallel,
-                               threads=self.threads, progress=self._stop_between)  # fmt: skip
+                               threads=self.threads, hw_decoder_load=self.options.hw_decoder_load,
+                               progress=self._stop_between)  # fmt: skip
         if self.monitor is not None:
             self.monitor.knn({"step": self.done, "epoch": self.done / self.plan.steps_per_epoch, **figures})
 

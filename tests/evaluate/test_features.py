@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fastmoco.data import manifest
+from fastmoco.data import loader, manifest
+from fastmoco.data.pipeline import Decoding
 from fastmoco.encoder import build_encoder
+from fastmoco.evaluate import knn
 from fastmoco.evaluate.features import encode, extract
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS
@@ -105,6 +107,15 @@ def test_a_bad_image_has_features_and_label_of_the_next_good_one(images, encoder
     with pytest.warns(UserWarning):
         labels = extract(encoder, copy, RECIPE, Parallel(), threads=1, batch_size=batch_size)[1]
     assert labels[bad] == labels[bad + 1] != copy.labels[bad]
+
+
+def test_images_are_decoded_as_the_recipe_and_the_run_say(images, encoder, monkeypatch):
+    used, original = [], loader.Pipeline
+    monkeypatch.setattr(loader, "Pipeline", lambda *args, **options: used.append(options) or original(*args, **options))
+    fancy = replace(RECIPE, fancy_upsampling=True, knn_k=3)
+    knn.evaluate(encoder, images, images, fancy, Parallel(), threads=1, hw_decoder_load=0.25)
+    encode(encoder, images, RECIPE, Parallel(), threads=1)  # the control
+    assert [options["decoding"] for options in used] == [Decoding(0.25, True)] * 2 + [Decoding(None, False)]
 
 
 def test_images_without_labels(images, encoder):
