@@ -35,7 +35,7 @@ BENCHES = (
     ("step", ("step", "--skip", "compiled"), 120, True),
     ("step-32", ("step", "--skip", "compiled", "--batch-size", "32"), 90, False),
     ("memory", ("memory",), 45, True),
-    ("loader", ("loader",), 60, False),
+    ("loader", ("loader",), 120, False),
     ("train", ("train",), 45, False),
     ("step-compiled", ("step", "--only", "compiled"), 300, False),
 )

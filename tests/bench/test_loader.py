@@ -1,6 +1,9 @@
 """The loaders that are compared do the same work; and all of them, timed by pytest-benchmark (--benchmark-enable)."""
 
 import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,7 @@ import torch
 
 from fastmoco.bench import loader
 from fastmoco.data.manifest import Manifest, scan
-from fastmoco.data.pipeline import cut
+from fastmoco.data.pipeline import Decoding, cut
 from fastmoco.recipe import PRESETS
 
 CPU = torch.device("cpu")
@@ -55,6 +58,33 @@ def test_finished_views_are_the_same_from_both_chains(images: Manifest) -> None:
     assert (query - batch.query_crops).abs().mean() < 0.05
     assert (key - batch.key_crops).abs().mean() < 0.05
     assert (query - batch.key_crops).abs().mean() > 0.3
+
+
+@pytest.mark.parametrize(("device", "seconds"), [("cpu", 0.0), ("cuda", 0.3)])
+def test_a_gpu_is_warm_and_timed_for_long(monkeypatch: pytest.MonkeyPatch, device: str, seconds: float) -> None:
+    """The control is the CPU, where a sample of a committed record is eight batches of 32 after three."""
+    monkeypatch.setitem(loader.SECONDS, "cuda", seconds)
+    monkeypatch.setattr(loader, "_wait", lambda _: drawn.append(0.0))
+    drawn: list[float] = []
+
+    @contextmanager
+    def source() -> Iterator[Callable[[], None]]:
+        yield lambda: drawn.append(time.sleep(0.005) or time.perf_counter())
+
+    sample = loader._sample(source, 32, torch.device(device))
+    warm, timed = drawn.index(0.0), drawn[drawn.index(0.0) + 1 : -1]
+    assert (warm, len(timed)) == (3, 8) if device == "cpu" else warm == 10 and timed[-1] - timed[0] > 0.25
+    assert 0 < sample.pairs_per_second < 32 / 0.005
+
+
+def test_dali_alone_decodes_as_ours_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(loader, "cores", lambda: 8)
+    fancy, gpu = dataclasses.replace(RECIPE, fancy_upsampling=True), torch.device("cuda", 0)
+    for recipe in (RECIPE, fancy):
+        ours = Decoding(None, recipe.fancy_upsampling).options(8, "NVIDIA H100 80GB HBM3")
+        assert loader._decoding(recipe, gpu) == {"device": "mixed", **ours}
+    assert loader._decoding(fancy, CPU) == {"device": "cpu"}
 
 
 def test_the_bound_of_processor_time_is_decoding_and_resizing(images: Manifest) -> None:
