@@ -74,7 +74,7 @@ class Plan:
                 f"batch_size {recipe.batch_size} is more than the {len(self.sizes)} images there are: {remedy}"
             )
         self.steps_per_epoch = len(self.sizes) // recipe.batch_size
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._orders: dict[int, np.ndarray] = {}
 
     @property
     def key_views(self) -> tuple[int, ...]:
@@ -92,11 +92,12 @@ class Plan:
 
     def order(self, epoch: int) -> np.ndarray:
         """Permutation of all samples in `epoch`, int64 [n]."""
-        known, order = self._order
-        if known != epoch:
+        order = self._orders.get(epoch)
+        if order is None:
             keys = hash_words(self.recipe.seed, ORDER_STREAM, epoch, np.arange(len(self.sizes)))
             order = np.argsort(keys, kind="stable")
-            self._order = (epoch, order)
+            # Two are kept: files of the next epoch are read while the last batches of this one are being assembled.
+            self._orders = {**dict([*self._orders.items()][-1:]), epoch: order}
         return order
 
     def samples(self, step: int) -> np.ndarray:

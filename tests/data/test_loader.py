@@ -23,6 +23,7 @@ from PIL import Image
 
 from fastmoco.bench.loader import pillow
 from fastmoco.data import loader as loader_module
+from fastmoco.data import plan as plan_module
 from fastmoco.data.loader import Background, Batch, EvaluationLoader, Loader
 from fastmoco.data.manifest import Manifest, scan
 from fastmoco.data.pipeline import DecodeError
@@ -91,6 +92,28 @@ def test_starting_later_is_skipping(photo_manifest: Manifest, start: int) -> Non
     whole, rest = batches(photo_manifest, stop=6), batches(photo_manifest, start=start, stop=6)
     assert len(rest) == 6 - start and all(equal(a, b) for a, b in zip(whole[start:], rest, strict=True))
     assert not equal(whole[start - 1], rest[0])  # negative control: a step count that is off by one
+
+
+def test_an_epochs_order_is_computed_once(photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although the reader is ahead of what is assembled; the control: a plan that remembers one epoch computes more."""
+    computed, original = [], plan_module.hash_words
+
+    def count(*words: object) -> np.ndarray:
+        computed.extend([words[2]] if words[1] == plan_module.ORDER_STREAM and len(words) == 4 else [])
+        return original(*words)
+
+    recipe = dataclasses.replace(RECIPE, batch_size=16)
+    monkeypatch.setattr(plan_module, "hash_words", count)
+    batches(photo_manifest, recipe, stop=18)
+    assert computed == [0, 1, 2]
+
+    def forget(self: Plan, epoch: int, order: object = Plan.order) -> np.ndarray:
+        self._orders = {known: rows for known, rows in self._orders.items() if known == epoch}
+        return order(self, epoch)
+
+    monkeypatch.setattr(Plan, "order", forget)
+    batches(photo_manifest, recipe, stop=18)
+    assert len(computed) > 6
 
 
 class FakeRanks:
