@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from fastmoco.bench.report import Row
-from fastmoco.contrast.graph import runner
+from fastmoco.contrast.graph import closed_at_the_end, runner
 from fastmoco.contrast.step import Step
 from fastmoco.data.placeholder import noise_batch
 from fastmoco.environment import cores
@@ -48,8 +48,7 @@ def run(
 
 def work(task: dict) -> list[float]:
     """Measure on this rank among the others: pairs a second of all, `rounds` samples."""
-    parallel = Parallel.start(task["device"])
-    try:
+    with Parallel.start(task["device"]) as parallel, closed_at_the_end():
         if parallel.device.type == "cpu":
             torch.set_num_threads(task["threads"])
         recipe = Recipe.from_dict(task["recipe"])
@@ -59,8 +58,6 @@ def work(task: dict) -> list[float]:
         for _ in range(WARMUP):
             advance(batch, 1e-3)
         return [_sample(parallel, recipe, lambda: advance(batch, 1e-3)) for _ in range(task["rounds"])]
-    finally:
-        parallel.close()
 
 
 def _sample(parallel: Parallel, recipe: Recipe, advance: object) -> float:

@@ -113,10 +113,23 @@ class Parallel:
             self.barrier()
             dist.distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)
 
-    def close(self) -> None:
-        """Leave the run; harmless when called twice or by a single process."""
-        if self.world > 1 and dist.is_initialized():
+    def close(self, failed: bool = False) -> None:
+        """Leave the run; harmless when called twice or by a single process.
+
+        `failed`: without waiting for what other ranks have not joined, which a rank that failed will never see done.
+        """
+        if self.world == 1 or not dist.is_initialized():
+            return
+        if failed and self.device.type == "cuda":
+            dist.distributed_c10d._abort_process_group()
+        else:
             dist.destroy_process_group()
+
+    def __enter__(self) -> Parallel:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
 
 
 def _meeting_point(rank: int, world: int, timeout: timedelta) -> dist.Store:

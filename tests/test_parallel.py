@@ -2,10 +2,12 @@
 
 import os
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fastmoco.parallel import Parallel
 
@@ -28,6 +30,24 @@ def test_a_single_process_needs_no_launcher(lonely: Parallel) -> None:
     lonely.set_timeout(timedelta(seconds=1))
     lonely.close()
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(("device", "failing", "end"), [
+    ("cuda", True, "abort"), ("cuda", False, "destroy"), ("cpu", True, "destroy"), ("cpu", False, "destroy"),
+])  # fmt: skip
+def test_a_rank_that_failed_waits_for_nobody(
+    device: str, failing: bool, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL's orderly end waits for collectives that the other ranks may never see done."""
+    ends: list[str] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: not ends)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ends.append("destroy"))
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", lambda: ends.append("abort"))
+    with pytest.raises(KeyError) if failing else nullcontext(), Parallel(0, 0, 2, torch.device(device, 0)) as parallel:
+        if failing:
+            raise KeyError
+    parallel.close()
+    assert ends == [end]
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "mps", ""])

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 GraphMode = Literal["auto", "on", "off"]
 Runner = Callable[["Batch", float], Metrics]
 
+_open: weakref.WeakSet[GraphStep] = weakref.WeakSet()
+
 WARMUP = 3  # steps before the capture: kernels are compiled and cuDNN has chosen its algorithms
 WARMUP_RANKS = 11  # with several ranks torch asks for so many, until DDP has settled its buckets
 
@@ -33,11 +37,13 @@ class GraphStep:
     """`step.step` as a CUDA graph. `batch` gives the shapes; the state of `step` is afterwards what it was.
 
     On a CPU it does everything but the capture. Batches must have the shapes of the first one. `pool` is the memory
-    of another graph that is never replayed at the same time (torch.cuda.graph_pool_handle).
+    of another graph that is never replayed at the same time (torch.cuda.graph_pool_handle). Over several ranks it must
+    be closed before they part, as `closed_at_the_end` sees to: NCCL's end waits for all graphs that hold a collective.
     """
 
     def __init__(self, step: Step, batch: Batch, pool: tuple[int, int] | None = None) -> None:
         self._step, self._pool = step, pool
+        _open.add(self)
         self._batch = dataclasses.replace(batch, **{name: value.clone() for name, value in _tensors(batch).items()})
         self._inputs = list(_tensors(self._batch).values())
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -64,6 +70,12 @@ class GraphStep:
         self._graph.replay()
         return self._metrics
 
+    def close(self) -> None:
+        """Free the graph and its memory; no step after that. Harmless when called twice."""
+        self._metrics = None
+        if self._graph is not None:
+            self._graph.reset()
+
     def _capture(self, stream: torch.cuda.Stream) -> None:
         graph = torch.cuda.CUDAGraph()
         # Other threads (NCCL's watchdog, the progress bar) may call CUDA meanwhile.
@@ -81,8 +93,9 @@ def runner(
 ) -> Runner:
     """The call that trains one step: a CUDA graph's, captured with `make_batch()`, or `step.step` itself.
 
-    "auto" captures on a GPU, and goes on without a graph, with a warning, where that fails. UsageError where "on"
-    cannot be: on a CPU, and with apex's update, which takes its learning rate from the host.
+    "auto" captures on a GPU, and goes on without a graph, with a warning, where that fails; over several ranks that is
+    a UsageError, since a collective must be in a graph on all ranks or on none. UsageError also where "on" cannot be: on
+    a CPU, and with apex's update, which takes its learning rate from the host.
     """
     on_gpu, fixed = step.capture_stream is not None, update == "apex"
     if mode == "on" and not on_gpu:
@@ -96,8 +109,20 @@ def runner(
     except RuntimeError as error:
         if mode == "on":
             raise
+        if step.parallel.world > 1:
+            raise UsageError(f"the step could not be captured as a CUDA graph ({error}): use --graph off") from error
         warnings.warn(f"going on without a CUDA graph, since it could not be captured: {error}", stacklevel=2)
         return step.step
+
+
+@contextmanager
+def closed_at_the_end() -> Iterator[None]:
+    """Close every graph when the block ends, however it ends."""
+    try:
+        yield
+    finally:
+        for each in list(_open):
+            each.close()
 
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -98,13 +99,12 @@ class Step:
         for flag, wanted in (("--key-stream", key_stream), ("--update apex", update == "apex")):
             if wanted and not on_gpu:
                 raise UsageError(f"{flag} needs a GPU: leave it out")
-        self.capture_stream = torch.cuda.Stream(parallel.device) if on_gpu else None
-        self._key_stream = torch.cuda.Stream(parallel.device) if on_gpu and key_stream else None
+        self.capture_stream = _stream(parallel.device, "capture") if on_gpu else None
+        self._key_stream = _stream(parallel.device, "keys") if on_gpu and key_stream else None
         # Shapes never change, so cuDNN may time its algorithms once. A process-wide switch, as the published code sets.
         torch.backends.cudnn.benchmark = on_gpu or torch.backends.cudnn.benchmark
         _choose_backend(self.encoder_q, self.encoder_k, encoder)
         self._statistics = _join_statistics(self.encoder_q, self.encoder_k)
-        self._query = self._over_ranks(self.encoder_q)
 
     def step(self, batch: Batch, lr: float) -> Metrics:
         """Train on `batch` with learning rate `lr`."""
@@ -172,18 +172,18 @@ class Step:
             live[name].copy_(state[name])
         self.update.refresh()
 
-    def _over_ranks(self, encoder: Encoder) -> nn.Module:
+    @cached_property
+    def _query(self) -> nn.Module:
+        # Made in the first step and so on its stream, a graph's or none: there DDP sums the gradients from then on.
         if self.parallel.world == 1:
-            return encoder
-        # Capturing DDP's backward asks for its construction on a side stream; its gradients are summed there.
-        with nullcontext() if self.capture_stream is None else torch.cuda.stream(self.capture_stream):
-            return DistributedDataParallel(
-                encoder,
-                device_ids=None if self.capture_stream is None else [self.parallel.device],
-                **{BUFFERS: False},
-                gradient_as_bucket_view=True,
-                static_graph=True,
-            )
+            return self.encoder_q
+        return DistributedDataParallel(
+            self.encoder_q,
+            device_ids=None if self.capture_stream is None else [self.parallel.device],
+            **{BUFFERS: False},
+            gradient_as_bucket_view=True,
+            static_graph=True,
+        )
 
     def _start_keys(self, batch: Batch) -> Callable[[], Tensor]:
         if self._key_stream is None:
@@ -237,6 +237,12 @@ class Step:
         if update.scale is not None:
             tensors |= {"loss_scale": update.scale.value, "loss_scale_good_steps": update.scale.good_steps}
         return tensors
+
+
+@cache
+def _stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
+    # One for all steps of a process: memory never passes from one stream to another, not even in a shared pool.
+    return torch.cuda.Stream(device)
 
 
 def _choose_backend(encoder_q: Encoder, encoder_k: Encoder, backend: EncoderBackend) -> None:

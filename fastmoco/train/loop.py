@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco.contrast import agreement
-from fastmoco.contrast.graph import runner
+from fastmoco.contrast.graph import closed_at_the_end, runner
 from fastmoco.contrast.step import Step
 from fastmoco.data import manifest, quarantine, synthetic
 from fastmoco.data.loader import Loader
@@ -34,8 +34,8 @@ from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 from fastmoco.train import checkpoint, faults, record
 from fastmoco.train.health import ROLLBACKS, Health, NonFiniteError
-from fastmoco.train.monitor import KNN, Fault, Meter, Monitor, Reading, Stopwatch, draw_curves, fill_steps, memory
-from fastmoco.train.monitor import read_lines
+from fastmoco.train.monitor import KNN, Fault, Meter, Monitor, Pace, Reading, Stopwatch, draw_curves, fill_steps
+from fastmoco.train.monitor import memory, read_lines
 from fastmoco.train.preempt import STOPPED, Stopped, StopRequest, Vote, stop_on_signal
 from fastmoco.train.saver import SaveError, Saver
 from fastmoco.train.watchdog import Watchdog
@@ -58,13 +58,10 @@ def pretrain(recipe: Recipe, options: Options, preset: str = "custom") -> dict[s
     be resumed, NonFiniteError where training diverged, SaveError where the last state found no place. Where the process
     is asked to stop, it saves and returns with `stopped` true.
     """
-    parallel = Parallel.start(options.device)
-    try:
+    with Parallel.start(options.device) as parallel, closed_at_the_end():
         options = _places(options, preset, parallel)
         with stop_on_signal() as asked:
             return Run(recipe, options, preset, parallel).train(asked)
-    finally:
-        parallel.close()
 
 
 class Run:
@@ -153,7 +150,7 @@ class Run:
         return False
 
     def _steps(self) -> bool:
-        vote = Vote(self.parallel)
+        vote, pace = Vote(self.parallel), Pace(self.parallel.device)
         loader = Loader(self.train_set, self.plan, self.recipe, self.parallel, start_step=self.done,
                         stop_step=self.last, threads=self.threads, prefetch=self.options.prefetch,
                         hw_decoder_load=self.options.hw_decoder_load, quarantine=self.quarantine,
@@ -166,6 +163,7 @@ class Run:
                 faults.reach("before step")
                 rate = self.recipe.learning_rate(self.done, self.plan.steps_per_epoch)
                 self.meter.add(self.advance(batch, rate))
+                pace.step()
                 self.done += 1
                 faults.reach("after step")
                 self.watchdog.beat()

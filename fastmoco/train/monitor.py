@@ -170,6 +170,29 @@ class Stopwatch:
         self._start, self._waited = time.perf_counter(), 0.0
 
 
+class Pace:
+    """Keeps the host at most AHEAD steps before the device.
+
+    Launching takes a fraction of a step: without this, batches would pile up in the device's memory, and the host would
+    wait for the loader all the time, however fast it is.
+    """
+
+    AHEAD = 2
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._ends: deque[torch.cuda.Event] = deque()
+
+    def step(self) -> None:
+        """A step was launched. Waits for the one AHEAD before it, leaving the core to others."""
+        if not self._on_gpu:
+            return
+        self._ends.append(torch.cuda.Event(blocking=True))
+        self._ends[-1].record()
+        if len(self._ends) > self.AHEAD:
+            self._ends.popleft().synchronize()
+
+
 def memory(device: torch.device) -> float:
     """Peak memory in GiB: of the GPU's allocations, or of the process on a CPU."""
     if device.type == "cuda":

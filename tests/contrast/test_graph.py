@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastmoco.contrast import graph
-from fastmoco.contrast.graph import GraphStep, runner
+from fastmoco.contrast import step as step_module
+from fastmoco.contrast.graph import GraphStep, closed_at_the_end, runner
 from fastmoco.contrast.step import Metrics, Step
 from fastmoco.data.loader import Batch
 from fastmoco.data.placeholder import noise_batch
@@ -155,11 +156,43 @@ def test_a_failed_capture_falls_back_or_is_raised(monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("operation not permitted")
 
     step, batch = SimpleNamespace(capture_stream=object(), step=lambda *_: Metrics), SimpleNamespace
+    step.parallel = Parallel()
     monkeypatch.setattr(graph, "GraphStep", fails)
     with pytest.warns(UserWarning, match="not permitted"):
         assert runner(step, batch, "auto") == step.step
     with pytest.raises(RuntimeError, match="not permitted"):
         runner(step, batch, "on")
+    step.parallel = Parallel(world=2)  # the other rank may have captured: its collectives would never meet ours
+    with pytest.raises(UsageError, match="not permitted.*--graph off"):
+        runner(step, batch, "auto")
+
+
+class OneGraph:
+    """Stands for a CUDA graph that was captured, and counts how often it is freed."""
+
+    def __init__(self) -> None:
+        self.freed = 0
+
+    def reset(self) -> None:
+        self.freed += 1
+
+
+def test_every_graph_is_freed_when_the_block_ends(make_batch: Callable) -> None:
+    """However it ends: NCCL would wait for ever for a graph that lives on, here in the frame that failed."""
+    captured = OneGraph()
+    with pytest.raises(KeyError), closed_at_the_end():
+        held = GraphStep(Step(RECIPE, Parallel()), noise_batch(RECIPE, Parallel()))
+        held._graph = captured
+        assert captured.freed == 0
+        raise KeyError
+    assert captured.freed == 1 and held._metrics is None
+
+
+def test_all_steps_of_a_device_capture_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory freed on one stream is never used by another, so graphs of several streams share no pool."""
+    monkeypatch.setattr("torch.cuda.Stream", lambda device: object())
+    first, second, keys = (step_module._stream(torch.device("cuda", 7), use) for use in ("capture", "capture", "keys"))
+    assert first is second and first is not keys
 
 
 @pytest.mark.parametrize("fields", [{}, {"symmetric": True}], ids=["plain", "symmetric"])

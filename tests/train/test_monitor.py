@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS
-from fastmoco.train.monitor import Fault, Lines, Meter, Monitor, Stopwatch, truncate
+from fastmoco.train.monitor import Fault, Lines, Meter, Monitor, Pace, Stopwatch, truncate
 from fastmoco.train.monitor import chance_level, draw_curves, expectation, read_lines
 
 V1, CIFAR, DEMO = (PRESETS[name][1] for name in ("v1", "cifar", "demo"))
@@ -120,6 +120,28 @@ def test_the_share_of_data_wait(monkeypatch):
     watch.skip()  # six seconds of evaluation are no training
     now[0] = 112.0
     assert watch.lap(pairs=200) == {"pairs_per_s": 100.0, "data_wait": 0.0}
+
+
+def test_the_host_is_at_most_two_steps_ahead_of_a_gpu(monkeypatch):
+    waited, made = [], []
+
+    class Event:
+        def __init__(self, blocking: bool) -> None:
+            assert blocking  # a waiting host spins otherwise, on a core that decodes images
+            made.append(self)
+
+        def record(self) -> None: ...
+
+        def synchronize(self) -> None:
+            waited.append(made.index(self) + 1)
+
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    pace, on_cpu = Pace(torch.device("cuda", 0)), Pace(torch.device("cpu"))
+    for step in range(1, 6):
+        pace.step()
+        on_cpu.step()
+        assert waited == list(range(1, step - Pace.AHEAD + 1))
+    assert len(made) == 5
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path):
