@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 Views = Callable[[Tensor, Tensor], Tensor]
 READERS = 16  # threads that read files; they wait for the disk, not for a core
+# They bound the rate: so many files in the time that one takes to come. A GPU decodes thousands a second, and 16 would
+# fetch so many only where a file comes within a few milliseconds.
+GPU_READERS = 64
 READ_AHEAD = 1  # batches whose files are being read while another is decoded
 EVALUATION_BATCH = 256
 
@@ -100,7 +103,7 @@ class Loader:
         self._views = _dali_views(plan, recipe, parallel, threads) if photometric == "dali" else None
         self._exchange_stream = _side_stream(parallel.device) if parallel.world > 1 else None
         kept = Decoded(decoded_bytes, parallel.device) if decoded_bytes else None
-        source = _Source(manifest, quarantine, lambda step, samples: _boxes(plan, step, samples), kept)
+        source = _Source(manifest, quarantine, partial(_boxes, plan), parallel.device, kept)
         steps = range(start_step, stop_step)
         decoding = Decoding(hw_decoder_load, recipe.fancy_upsampling)
         make = partial(_training, source, plan, recipe.crop_size, steps, parallel.device, threads, decoding)
@@ -166,7 +169,7 @@ class EvaluationLoader:
         batches = [chosen[at : at + batch_size] for at in range(0, len(chosen), batch_size)]
         self._length, self._given = len(batches), 0
         self._quarantine = Quarantine(manifest, max_share=max_bad_share)
-        source = _Source(manifest, self._quarantine, lambda _, samples: _centre(manifest, crop_size, samples))
+        source = _Source(manifest, self._quarantine, partial(_centre, manifest, crop_size), device)
         make = partial(_evaluation, source, crop_size, batches, device, threads, decoding)
         self._background = Background(make, prefetch)
 
@@ -282,7 +285,7 @@ def _training(
 ) -> Generator:
     mine = slice(plan.rank * plan.per_rank, (plan.rank + 1) * plan.per_rank)
     wanted = ((step, plan.samples(step)[mine]) for step in steps)
-    with _on(_side_stream(device)), ThreadPoolExecutor(READERS) as readers:
+    with _on(_side_stream(device)), ThreadPoolExecutor(source.readers) as readers:
         options = {"batch_size": plan.per_rank, "crop_size": crop_size, "device": device, "threads": threads}
         options |= {"repair": source.repair, "decoding": decoding, "kept": source.kept}
         with closing(Pipeline(source.requests(readers, wanted), views=2, **options)) as pipeline:
@@ -300,7 +303,7 @@ def _evaluation(
 ) -> Generator:
     if not batches:
         return
-    with _on(_side_stream(device)), ThreadPoolExecutor(READERS) as readers:
+    with _on(_side_stream(device)), ThreadPoolExecutor(source.readers) as readers:
         requests = source.requests(readers, enumerate(batches))
         options = {"batch_size": len(batches[0]), "crop_size": crop_size, "device": device, "threads": threads}
         options |= {"repair": source.repair, "decoding": decoding}
@@ -328,7 +331,7 @@ def _boxes(plan: Plan, step: int, samples: np.ndarray) -> np.ndarray:
     return np.stack([plan.boxes(plan.epoch(step), samples, view) for view in (0, 1)])
 
 
-def _centre(manifest: Manifest, crop_size: int, samples: np.ndarray) -> np.ndarray:
+def _centre(manifest: Manifest, crop_size: int, _: int, samples: np.ndarray) -> np.ndarray:
     return centre_boxes(manifest.sizes[samples], crop_size)[None]
 
 
@@ -367,9 +370,11 @@ class _Source:
         manifest: Manifest,
         quarantine: Quarantine | None,
         boxes: Callable[[int, np.ndarray], np.ndarray],
+        device: torch.device,
         kept: Decoded | None = None,
     ) -> None:
         self.manifest, self.quarantine, self.boxes, self.kept = manifest, quarantine, boxes, kept
+        self.readers = GPU_READERS if device.type == "cuda" else READERS
 
     @property
     def repair(self) -> Repair | None:
@@ -381,7 +386,7 @@ class _Source:
         reading: deque = deque()
         for step, samples in wanted:
             used = samples if self.quarantine is None else self.quarantine.replaced(step, samples)
-            chunks = np.array_split(used, min(READERS, len(used)))
+            chunks = np.array_split(used, min(self.readers, len(used)))
             reading.append((step, used, readers.map(self._read, chunks)))
             if len(reading) > READ_AHEAD:
                 yield self._request(*reading.popleft())

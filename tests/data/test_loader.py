@@ -116,6 +116,25 @@ def test_an_epochs_order_is_computed_once(photo_manifest: Manifest, monkeypatch:
     assert len(computed) > 6
 
 
+@pytest.mark.parametrize(("kind", "least", "most"), [("cpu", 2, 16), ("cuda", 17, 64)])
+def test_more_files_are_read_at_once_for_a_gpu(
+    photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch, kind: str, least: int, most: int
+) -> None:
+    reading, seen = [], []
+
+    def read(*_: object) -> np.ndarray:
+        reading.append(1)
+        seen.append(len(reading))
+        time.sleep(0.02)
+        return np.zeros(reading.pop(), np.uint8)
+
+    monkeypatch.setattr(Manifest, "read", read)
+    source = loader_module._Source(photo_manifest, None, lambda *_: np.empty(0), torch.device(kind))
+    with ThreadPoolExecutor(source.readers) as readers:
+        assert len(next(source.requests(readers, [(0, np.arange(100))])).encoded) == 100
+    assert least <= max(seen) <= most
+
+
 class FakeRanks:
     """Ranks as threads: exchange by a table and a barrier, as all_to_all_single would."""
 
