@@ -28,6 +28,7 @@ from fastmoco.data.probe import is_cut_bmp
 from fastmoco.environment import share_of_cores
 
 DEPTH = 2  # batches that DALI works on at once
+RESIZED_AT_ONCE = 64  # images a GPU resizes in one launch; bounds the memory of what stands between the two passes
 CPU_BATCH = 32  # images decoded at once on a CPU; bounds the memory that decoded images take
 # Share of JPEGs for the GPU's decoding engines, by its name and the least number of decoding threads: the rest goes to
 # the multiprocessors, where each image needs a thread for its entropy coding. GPUs without an engine ignore it. Not
@@ -200,7 +201,7 @@ def _dali_crops(
     device_id, decoder = (None, "cpu") if stream is None else (device.index or 0, "mixed")
     parts = (_Part(request, 0, len(request.encoded)) for request in requests)
     decode = partial(_decode_graph, device=decoder, **decoding)
-    resize = partial(_resize_graph, crop_size=crop_size, batch_size=batch_size)
+    resize = partial(_resize_graph, crop_size=crop_size, at_once=min(batch_size, RESIZED_AT_ONCE))
     build = partial(_dali, batch_size, threads, device_id)
     if kept is None:
         graph = partial(_crop_graph, decode=decode, resize=resize)
@@ -378,14 +379,14 @@ def _crop_graph(encoded: object, *corners: object, decode: Callable, resize: Cal
     return resize(*decode(encoded), *corners)
 
 
-def _resize_graph(image: object, *corners: object, crop_size: int, batch_size: int) -> tuple:
+def _resize_graph(image: object, *corners: object, crop_size: int, at_once: int) -> tuple:
     resize = partial(
         fn.resize,
         image,
         size=(crop_size, crop_size),
         interp_type=types.INTERP_LINEAR,
         antialias=True,
-        minibatch_size=batch_size,
+        minibatch_size=at_once,
     )
     boxes = zip(corners[::2], corners[1::2], strict=True)
     return tuple(resize(roi_start=start, roi_end=end) for start, end in boxes)

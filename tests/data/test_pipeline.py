@@ -246,6 +246,23 @@ def test_where_the_gpu_is_to_blame_no_image_is(photo_manifest: Manifest, gpu: li
         pipeline_module._faults(pytest.fail, feed, RuntimeError(MESSAGE.format(3)), Failed())
 
 
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(("batch_size", "expected"), [(40, 40), (200, 64)])
+def test_a_gpu_resizes_so_many_images_at_once(
+    photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch, batch_size: int, expected: int
+) -> None:
+    asked, original = [], pipeline_module.fn.resize
+
+    def resize(*images: object, **options: object) -> object:
+        asked.append(options["minibatch_size"])
+        return original(*images, **options)
+
+    monkeypatch.setattr(pipeline_module.fn, "resize", resize)
+    options = {"batch_size": batch_size, "crop_size": 32, "views": 2, "device": CPU, "threads": 1}
+    list(Pipeline([request(photo_manifest, np.arange(5))], **options))
+    assert asked == [expected] * 2
+
+
 def test_an_image_that_changed_its_size_is_named(photo_manifest: Manifest) -> None:
     asked = request(photo_manifest, np.arange(50))
     asked.sizes[40] += 1
