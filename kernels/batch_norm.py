@@ -17,7 +17,6 @@ Every program keeps a partial result and a second, ordered stage adds them: no a
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any, Literal, NamedTuple
 
@@ -241,7 +240,7 @@ def statistics(x: Tensor, running_mean: Tensor | None, running_var: Tensor | Non
     rows, channels = x.numel() // x.shape[1] // groups, x.shape[1]
     launch = _Launch("statistics", x, groups)
     partial = x.new_empty((2, groups, launch.splits, channels), dtype=torch.float32)
-    with launch.device:
+    with torch.cuda.device_of(x):
         kernels.statistics[launch.split_grid](x, partial, rows, channels, launch.split_rows, **launch.options)
         return finish(partial, running_mean, running_var, rows, launch.split_rows, momentum, eps)
 
@@ -282,7 +281,7 @@ def _(x, weight, bias, moments, residual, residual_weight, residual_bias, residu
 def _apply(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, *rest: Any) -> None:
     *side, relu = rest
     launch = _Launch("apply", x, moments.shape[1])
-    with launch.device:
+    with torch.cuda.device_of(x):
         kernels.apply[launch.grid](x, y, weight, bias, moments, *side, launch.rows, x.shape[1], RELU=relu,
                                    **launch.options)
 
@@ -305,7 +304,7 @@ def gradients(grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: T
     grad_residual = torch.empty_like(x) if residual is not None or y is not None else x.new_empty(0)
     masked = None if y is None else grad_residual
     vectors = (weight, bias, moments, residual, residual_weight, residual_bias, residual_moments)
-    with launch.device:
+    with torch.cuda.device_of(x):
         kernels.sums[launch.split_grid](grad, x, y, masked, partial, *vectors, launch.rows, channels,
                                         launch.split_rows, RELU=relu, **launch.options)
         kernels.finish_sums[(triton.cdiv(channels, FINISH_CHANNELS), arrays)](
@@ -388,7 +387,6 @@ class _Launch:
 
     def __init__(self, kernel: str, x: Tensor, groups: int) -> None:
         capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
-        self.device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
         self.rows = x.numel() // x.shape[1] // groups
         self.options = _options(kernel, x.shape[1], capability)
         block_rows, block_channels = self.options["BLOCK_ROWS"], self.options["BLOCK_CHANNELS"]

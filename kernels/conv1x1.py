@@ -20,7 +20,6 @@ be stored. Products accumulate in fp32: of bf16 or fp16 as they are, of fp32 by 
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, Literal
 
 import torch
@@ -166,7 +165,7 @@ def _conv1x1(x: Tensor, kernel: Tensor, weight: Tensor | None, bias: Tensor | No
     split_rows, splits = _split(rows, columns * groups, options["BLOCK_ROWS"], resident * _processors(x.device))
     y = _empty_like(x, outputs)
     partial = x.new_empty((2, groups, splits, outputs), dtype=torch.float32)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with torch.cuda.device_of(x):
         convolve[(columns * splits, groups)](x, kernel, y, partial, weight, bias, moments, rows, inputs, outputs,
                                              split_rows, **options)
         return y, finish(partial, running_mean, running_var, rows, split_rows, momentum, eps)

@@ -37,7 +37,7 @@ def _enqueue_kernel(
     column = tl.arange(0, padded)
     mask = (row < rows)[:, None] & (column < dim)[None, :]
     target = (position + row) % size
-    values = tl.load(keys + row.to(tl.int64)[:, None] * dim + column[None, :], mask=mask)
+    values = tl.load(keys + row.to(tl.int64)[:, None] * dim + column[None, :], mask=mask, other=0.0)
     tl.store(queue + target[:, None] * dim + column[None, :], values.to(queue.dtype.element_ty), mask=mask)
 
 
@@ -47,10 +47,11 @@ def _enqueue(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
     capability = torch.cuda.get_device_capability(queue.device) if queue.is_cuda else None
     tile = tiles("enqueue", capability)
     skipped = max(0, rows - size)
-    _enqueue_kernel[(triton.cdiv(rows - skipped, tile.block[0]),)](
-        queue, pointer, keys, size, rows, skipped, dim, triton.next_power_of_2(dim), tile.block[0],
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(queue):
+        _enqueue_kernel[(triton.cdiv(rows - skipped, tile.block[0]),)](
+            queue, pointer, keys, size, rows, skipped, dim, triton.next_power_of_2(dim), tile.block[0],
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
 
 
 @_enqueue.register_fake
@@ -97,14 +98,14 @@ def cost(size: int, dim: int, rows: int, queue_dtype: torch.dtype, keys_dtype: t
 
 
 def variants(arch: int) -> list[Variant]:
-    """What the compile gate compiles: the usual D = 128, in each dtype of the queue."""
+    """What the compile gate compiles: the usual D = 128, in each dtype of the queue, from keys in fp32 and in that."""
     tile = tiles("enqueue", arch)
     constants = {"dim": 128, "padded": 128, "block": tile.block[0]}
     integers = dict.fromkeys(("size", "rows", "skipped"), "i32")
     found = []
-    for name in _TYPE_NAMES.values():
-        pointers = {"queue": f"*{name}", "pointer": "*i64", "keys": f"*{name}"}
+    for name, keys in dict.fromkeys((name, keys) for name in _TYPE_NAMES.values() for keys in (name, "fp32")):
+        pointers = {"queue": f"*{name}", "pointer": "*i64", "keys": f"*{keys}"}
         signature = pointers | integers | dict.fromkeys(constants, "constexpr")
-        label = f"enqueue {name}"
+        label = f"enqueue {name} keys={keys}"
         found.append(Variant(label, _enqueue_kernel, signature, constants, tile.num_warps, 1, streaming=True))
     return found

@@ -279,15 +279,16 @@ def _info_nce(
     constants = _sweep_constants(
         plan.tile, dim, queue.dtype, whole=size % plan.tile.block[1] == 0, on_device=on_device, running=running
     )
-    _sweep_kernel[(plan.row_tiles, plan.pieces, plan.chunks)](
-        z_q, k, queue, heat, z_part, a_part, rank_part, shift_part, positive, n, size, plan.tiles_per_piece,
-        **constants, num_warps=plan.tile.num_warps, num_stages=plan.tile.num_stages,
-    )  # fmt: skip
-    _combine_kernel[(n,)](
-        z_q, k, heat, z_part, a_part, rank_part, shift_part, positive, loss, rank, gradient, n, plan.pieces,
-        **_combine_constants(plan.combine, constants),
-        num_warps=plan.combine.num_warps, num_stages=plan.combine.num_stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(z_q):
+        _sweep_kernel[(plan.row_tiles, plan.pieces, plan.chunks)](
+            z_q, k, queue, heat, z_part, a_part, rank_part, shift_part, positive, n, size, plan.tiles_per_piece,
+            **constants, num_warps=plan.tile.num_warps, num_stages=plan.tile.num_stages,
+        )  # fmt: skip
+        _combine_kernel[(n,)](
+            z_q, k, heat, z_part, a_part, rank_part, shift_part, positive, loss, rank, gradient, n, plan.pieces,
+            **_combine_constants(plan.combine, constants),
+            num_warps=plan.combine.num_warps, num_stages=plan.combine.num_stages,
+        )  # fmt: skip
     return loss, rank, gradient
 
 
@@ -388,32 +389,38 @@ def cost(n: int, size: int, dim: int, z_dtype: torch.dtype, queue_dtype: torch.d
 
 
 def variants(arch: int) -> list[Variant]:
-    """What the compile gate compiles: every row of tiles, with the fixed shift and with a running maximum."""
+    """What the compile gate compiles: every row of tiles, with the fixed shift and with a running maximum.
+
+    Projections and positives are of the queue's dtype, and once as the training step gives them: fp32 positives.
+    """
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     widths = (64, 128, 256, 512)
     found = [_sweep_variant(arch, dim, dtype) for dtype in (bf16, fp32) for dim in widths]
     found += [_sweep_variant(arch, dim, fp16, running=True, whole=False) for dim in widths]
     found += [_sweep_variant(arch, dim, fp32, running=True, whole=False) for dim in (128, 512)]
     found.append(_sweep_variant(arch, 128, bf16, running=True, on_device=True))
-    return found + [_combine_variant(arch, 128, False), _combine_variant(arch, 512, True)]
+    found += [_sweep_variant(arch, 128, bf16, k="fp32"), _sweep_variant(arch, 128, fp16, running=True, k="fp32")]
+    return found + [_combine_variant(arch, 128, False), _combine_variant(arch, 512, True, k="fp32")]
 
 
 def _sweep_variant(
-    arch: int, dim: int, dtype: torch.dtype, *, running: bool = False, on_device: bool = False, whole: bool = True
-) -> Variant:
+    arch: int, dim: int, dtype: torch.dtype, *, running: bool = False, on_device: bool = False, whole: bool = True,
+    k: str = "",
+) -> Variant:  # fmt: skip
     tile = _sweep_tiles(dim, dtype, arch)
     constants = _sweep_constants(tile, dim, dtype, whole=whole, on_device=on_device, running=running)
     name = _TYPE_NAMES[dtype]
-    types = [f"*{name}"] * 3 + ["*fp32" if on_device else "fp32"] + ["*fp32", "*fp32", "*i32", "*fp32", "*fp32"]
-    label = f"info_nce.sweep {name} D={dim}" + " running" * running + " ragged" * (not whole)
+    types = [f"*{name}", f"*{k or name}", f"*{name}", "*fp32" if on_device else "fp32"]
+    types += ["*fp32", "*fp32", "*i32", "*fp32", "*fp32"]
+    label = f"info_nce.sweep {name} D={dim}" + " running" * running + " ragged" * (not whole) + f" k={k}" * bool(k)
     low = dtype is not torch.float32
     return _variant(label, _sweep_kernel, types + ["i32"] * 3, constants, tile, native_mma=low)
 
 
-def _combine_variant(arch: int, dim: int, running: bool) -> Variant:
+def _combine_variant(arch: int, dim: int, running: bool, k: str = "bf16") -> Variant:
     tile = tiles("info_nce.combine", arch)
     sweep = {"dim": dim, "padded": _padded(dim), "on_device": False, "running": running, "headroom": 0}
-    types = ["*bf16", "*bf16", "fp32", "*fp32", "*fp32", "*i32", "*fp32", "*fp32", "*fp32", "*i32", "*fp32"]
+    types = ["*bf16", f"*{k}", "fp32", "*fp32", "*fp32", "*i32", "*fp32", "*fp32", "*fp32", "*i32", "*fp32"]
     label = f"info_nce.combine D={dim}" + " running" * running
     return _variant(label, _combine_kernel, types + ["i32"] * 2, _combine_constants(tile, sweep), tile)
 

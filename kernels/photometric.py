@@ -88,9 +88,9 @@ def _jitters(r, g, b, drawn, order, center, count):
 
 @triton.jit
 def _pixels(crop, offset, mask, drawn):
-    r = tl.load(crop + offset, mask=mask).to(tl.float32) * (1.0 / 255.0)
-    g = tl.load(crop + offset + 1, mask=mask).to(tl.float32) * (1.0 / 255.0)
-    b = tl.load(crop + offset + 2, mask=mask).to(tl.float32) * (1.0 / 255.0)
+    r = tl.load(crop + offset, mask=mask, other=0).to(tl.float32) * (1.0 / 255.0)
+    g = tl.load(crop + offset + 1, mask=mask, other=0).to(tl.float32) * (1.0 / 255.0)
+    b = tl.load(crop + offset + 2, mask=mask, other=0).to(tl.float32) * (1.0 / 255.0)
     if tl.load(drawn + GRAY) == GRAY_BEFORE_JITTER:
         gray = _luma(r, g, b)
         r, g, b = gray, gray, gray
@@ -278,9 +278,10 @@ def _photometric(
     sums = crops.new_empty((n, gray.constants["blocks"]), dtype=torch.float32)
     scratch = crops.new_empty((n, 3, size, size), dtype=_scratch_dtype(dtype))
     affine = [1 / value for value in std] + [-center / value for center, value in zip(mean, std)]
-    gray.launch(n, crops, parameters, sums)
-    color.launch(n, crops, parameters, sums, rows, views, scratch, *affine)
-    blur.launch(n, parameters, rows, views, scratch, *affine)
+    with torch.cuda.device_of(crops):
+        gray.launch(n, crops, parameters, sums)
+        color.launch(n, crops, parameters, sums, rows, views, scratch, *affine)
+        blur.launch(n, parameters, rows, views, scratch, *affine)
     return views
 
 

@@ -345,12 +345,13 @@ def _pointer(address, start, mask, dtype: tl.constexpr):
 
 @triton.jit
 def _load(address, start, offsets, kind, mask):
+    other: tl.constexpr = None if mask is None else 0.0  # or the check might find a NaN where nothing was read
     if kind == _FP32:
-        x = tl.load(_pointer(address, start, mask, tl.float32) + offsets, mask=mask)
+        x = tl.load(_pointer(address, start, mask, tl.float32) + offsets, mask=mask, other=other)
     elif kind == _BF16:
-        x = tl.load(_pointer(address, start, mask, tl.bfloat16) + offsets, mask=mask).to(tl.float32)
+        x = tl.load(_pointer(address, start, mask, tl.bfloat16) + offsets, mask=mask, other=other).to(tl.float32)
     else:
-        x = tl.load(_pointer(address, start, mask, tl.float16) + offsets, mask=mask).to(tl.float32)
+        x = tl.load(_pointer(address, start, mask, tl.float16) + offsets, mask=mask, other=other).to(tl.float32)
     return x
 
 

@@ -120,6 +120,8 @@ class DeviceTable:
         addresses = self._own_addresses if tensors is self._own else _addresses(tensors)
         moving = self._grads if grads is None else [[g.data_ptr() for g in grads], [KINDS[g.dtype] for g in grads]]
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self._spare is None and self.device.type == "cuda" and not capturing:
+            self._spare = self._pinned()  # torch before 2.12 cannot pin memory while it captures
         sent = self._sent
         if sent is None or addresses != self._addresses or moving != self._grads:
             kinds = [fixed | grad for fixed, grad in zip(self.kinds, moving[1], strict=True)]
@@ -140,8 +142,6 @@ class DeviceTable:
         if capturing:
             self._captured.append(pinned)
             self._spare = None
-        elif self._spare is None:
-            self._spare = self._pinned()  # torch before 2.12 cannot pin memory while it captures
         return pinned.to(self.device, non_blocking=True)
 
     def _pinned(self) -> Tensor:
