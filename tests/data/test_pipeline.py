@@ -337,6 +337,28 @@ def test_a_gpu_with_fancy_upsampling_makes_the_crops_of_a_cpu(photo_manifest: Ma
     assert error < 2 and error < control
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("kind", "allowed"), [(" jpeg444.", 1.0), (" jpeg.", 2.0)])
+def test_the_engine_and_the_multiprocessors_decode_one_image_alike(
+    photo_manifest: Manifest, kind: str, allowed: float
+) -> None:
+    """Each gives the same bits every time; between the two a mean of so many of 255 levels is allowed, more where
+    colours are stored at half the size. The control is another image."""
+    images = [i for i, path in enumerate(photo_manifest.paths) if kind in path][:2]
+    one, other = (request(photo_manifest, np.array([i]), views=1) for i in images)
+    options = {"batch_size": 1, "crop_size": 64, "views": 1, "device": torch.device("cuda", 0), "threads": 4}
+
+    def made(asked: Request, load: float) -> torch.Tensor:
+        (crops,) = Pipeline([asked], decoding=Decoding(load), **options)
+        return crops.cpu().int()
+
+    for load in (0.0, 1.0):
+        assert torch.equal(made(one, load), made(one, load))
+    difference, control = ((made(one, 0.0) - made(asked, 1.0)).abs().float().mean() for asked in (one, other))
+    assert difference <= allowed < 10 < control
+
+
 def _threads_started_by(work: Callable[[], object]) -> int:
     started = []
 

@@ -35,10 +35,12 @@ INSIDE = {"no tables", "no scan", "harmed png", "cut tiff"}  # what a scan of he
 BROKEN = INSIDE | {"empty", "page", "gif", "huge", "cut jpeg", "cut bmp"}
 
 
-def batches(manifest: Manifest, quarantine: Quarantine | None, steps: range, **options: int) -> list[Batch]:
+def batches(
+    manifest: Manifest, quarantine: Quarantine | None, steps: range, place: object = ALONE, **options: float
+) -> list[Batch]:
     plan = Plan(RECIPE, manifest.sizes)
     with Loader(
-        manifest, plan, RECIPE, ALONE, start_step=steps.start, stop_step=steps.stop, quarantine=quarantine, **options
+        manifest, plan, RECIPE, place, start_step=steps.start, stop_step=steps.stop, quarantine=quarantine, **options
     ) as loader:
         return list(loader)
 
@@ -101,6 +103,29 @@ def _crops_of(manifest: Manifest, plan: Plan, sample: int, epoch: int) -> torch.
     request = Request(["x"], [manifest.read(sample)], manifest.sizes[[sample]], boxes)
     (crops,) = Pipeline([request], batch_size=1, crop_size=24, views=2, device=CPU, threads=1)
     return crops[:, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("load", [0.0, 1.0])
+def test_a_truncated_jpeg_on_a_gpu_harms_no_other_image(photo_folder: Path, tmp_path: Path, load: float) -> None:
+    """A decoder may find it bad, or show what is there of it; but the run goes on, and no other file is blamed."""
+    manifest = scan(shutil.copytree(photo_folder, tmp_path / "copy"), cache=False)
+    gpu = SimpleNamespace(rank=0, world=1, device=torch.device("cuda", 0))
+    plan, steps, options = Plan(RECIPE, manifest.sizes), range(2), {"place": gpu, "hw_decoder_load": load}
+    clean = batches(manifest, Quarantine(manifest, None, 0.1), steps, **options)
+    victim = next(sample for sample in plan.samples(1).tolist() if " jpeg." in manifest.paths[sample])
+    path = Path(manifest.path(victim))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    quarantine = Quarantine(manifest, None, 0.1)
+    made = batches(manifest, quarantine, steps, **options)
+    blamed = {record.file for record in quarantine.news}
+    assert blamed <= {manifest.paths[victim]}
+    for before, after in zip(clean, made, strict=True):
+        for name in ("query_crops", "key_crops"):  # both in the order of the slots
+            same = (getattr(before, name) == getattr(after, name)).flatten(1).all(1).cpu().numpy()
+            assert same[before.sample != victim].all()
+            assert not (blamed and same[before.sample == victim].any())
 
 
 def test_ranks_agree_without_a_word(dirty: Manifest, tmp_path: Path) -> None:
