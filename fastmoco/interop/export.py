@@ -95,6 +95,9 @@ def command(options: Export) -> None:
     if not is_standard(recipe) and options.format in ("torchvision", "detectron2"):
         print(f"note: names are {options.format}'s, but it has no {recipe.arch} of width {recipe.width} with the "
               f"{recipe.stem} stem: load them into a network of your own")  # fmt: skip
+    if recipe.optimizer != "sgd" and options.format == "moco":
+        print(f"note: trained with {recipe.optimizer.upper()}, which upstream's scripts do not have: resumed there, it "
+              "goes on with SGD at a learning rate that was not chosen for it")  # fmt: skip
 
 
 def _moco(_: Path, saved: Saved) -> Callable[[Path], None]:

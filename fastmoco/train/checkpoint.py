@@ -36,7 +36,7 @@ from fastmoco.train import faults
 FORMAT = 1
 MODEL, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
 LATEST, PREFIX = "latest", "step_"
-TEMPORARY, DAMAGED, OLD = ".writing", ".damaged", ".old"
+TEMPORARY, DAMAGED, OLD, COPY = ".writing", ".damaged", ".old", ".copy"
 READ_BYTES = 1 << 22
 
 
@@ -252,10 +252,16 @@ def _sync(path: Path) -> None:
 
 
 def _point(root: Path, name: str) -> None:
+    shown = root / LATEST
+    if shown.is_dir() and not shown.is_symlink():  # what copying a run makes of the link
+        _set_aside(shown, COPY)
     link = root / f"{LATEST}{TEMPORARY}"
     link.unlink(missing_ok=True)
-    link.symlink_to(name)
-    os.replace(link, root / LATEST)
+    try:
+        link.symlink_to(name)
+    except PermissionError:  # a file system without links; nothing but people reads this one
+        return
+    os.replace(link, shown)
 
 
 def _prune(root: Path, keep: int, keep_every: int) -> None:

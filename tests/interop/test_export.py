@@ -119,3 +119,10 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
     (folder / "checkpoints/step_00000007/model.safetensors").write_bytes(b"x")
     assert main(["export", str(folder), "--out", str(tmp_path / "b.pth")]) == 3
     assert "no good checkpoint" in capsys.readouterr().err
+
+
+def test_upstreams_file_of_a_lars_run_says_what_it_cannot_hold(make_run, make_recipe, tmp_path, capsys):
+    for optimizer in ("sgd", "lars"):
+        make_run(tmp_path / optimizer, make_recipe(optimizer=optimizer))
+        main(["export", str(tmp_path / optimizer), "--format", "moco", "--out", str(tmp_path / f"{optimizer}.pth.tar")])
+        assert ("trained with LARS" in capsys.readouterr().out) == (optimizer == "lars")

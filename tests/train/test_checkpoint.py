@@ -1,10 +1,12 @@
 """Checkpoints: what is saved comes back, every damage is noticed, the one before is used."""
 
+import errno
 import json
 import multiprocessing
 import os
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +46,30 @@ def test_what_is_saved_comes_back(tmp_path):
     assert (tmp_path / "checkpoints/latest/model.safetensors").stat().st_size > 0
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["step"] == 7 and manifest["versions"]["torch"] == torch.__version__
+
+
+def test_a_run_that_was_copied_saves_on(tmp_path):
+    """Many ways of copying make a folder of the link; it is set aside, and so is the next one."""
+    for step in (1, 2):
+        checkpoint.save(tmp_path / "run", step, state(step), META)
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "copy").rename(tmp_path / "run")
+        assert not (tmp_path / "run/checkpoints/latest").is_symlink()
+    checkpoint.save(tmp_path / "run", 3, state(3), META)
+    root = tmp_path / "run/checkpoints"
+    assert os.readlink(root / "latest") == "step_00000003"
+    assert sorted(path.name for path in root.glob("latest*")) == ["latest", "latest.copy", "latest.copy1"]
+    assert checkpoint.load(checkpoint.latest(tmp_path / "run")).step == 3
+
+
+def test_a_file_system_without_links(tmp_path, monkeypatch):
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refused)
+    assert checkpoint.save(tmp_path, 5, state(5), META) == checkpoint.latest(tmp_path)
+    assert not (tmp_path / "checkpoints/latest").exists()
 
 
 def test_the_newest_are_kept_and_nothing_else(tmp_path):
