@@ -66,7 +66,7 @@ class Step:
     """Encoders, queue and optimiser of a run, and the step that advances them.
 
     `precision` overrides the recipe's. TF32 is a process-wide switch in torch, which this sets. With several ranks,
-    construction, `step` and `state` are collective: every rank calls them.
+    `step` and `state` are collective: every rank calls them.
 
     The rest is how, and changes rounding at most. `encoder`: batch norm by our kernels ("fused-key": on a GPU the keys'
     bottlenecks by `encoder/forward_only.py`), in plain torch, or plain torch through torch.compile. `update`: see
@@ -83,6 +83,7 @@ class Step:
         encoder: EncoderBackend = "fused",
         update: Backend = "fused",
         key_stream: bool = False,
+        channels: Literal[3, 4] | None = None,
     ) -> None:
         recipe.check_ranks(parallel.world)
         self.recipe, self.parallel = recipe, parallel
@@ -96,6 +97,7 @@ class Step:
         dtype = numbers.work if recipe.queue_dtype == "auto" else getattr(torch, recipe.queue_dtype)
         self.queue = Queue(recipe.check_queue(), recipe.dim, dtype, generator).to(parallel.device)
         on_gpu = parallel.device.type == "cuda"
+        self.channels = channels or (4 if on_gpu else 3)
         for flag, wanted in (("--key-stream", key_stream), ("--update apex", update == "apex")):
             if wanted and not on_gpu:
                 raise UsageError(f"{flag} needs a GPU: leave it out")
@@ -202,8 +204,8 @@ class Step:
     def _views(self, crops: Tensor, parameters: Tensor, rows: Tensor | None = None) -> Tensor:
         if crops.is_floating_point():  # DALI has made the views, in their rows
             return crops.to(self._numbers.work)
-        colours = self.recipe.augmentation
-        return photometric(crops, parameters, colours.mean, colours.std, dtype=self._numbers.work, rows=rows)
+        colours, made = self.recipe.augmentation, {"dtype": self._numbers.work, "channels": self.channels}
+        return photometric(crops, parameters, colours.mean, colours.std, **made, rows=rows)
 
     @torch.no_grad()
     def _encode_keys(self, batch: Batch) -> Tensor:

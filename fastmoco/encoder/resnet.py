@@ -93,7 +93,9 @@ class Bottleneck(Block):
 class Encoder(nn.Module):
     """Residual network with a projection head `fc`; `features` are what is kept after pretraining.
 
-    Input [N, 3, S, S] in any float type, best channels-last. `state_dict` has torchvision's keys, and the head's.
+    Input [N, 3, S, S] in any float type, best channels-last; or [N, 4, S, S], whose last channel is zero: pixels of
+    whole 8 bytes are what cuDNN's tensor-core kernels for a first layer take. `state_dict` has torchvision's keys, and
+    the head's.
     """
 
     def __init__(
@@ -134,17 +136,23 @@ class Encoder(nn.Module):
             elif isinstance(module, BatchNormAct):
                 module.reset()
 
+    def _stem(self, x: Tensor) -> Tensor:
+        if x.shape[1] == self.conv1.in_channels:
+            return self.conv1(x)
+        weight = F.pad(self.conv1.weight, (0, 0, 0, 0, 0, x.shape[1] - self.conv1.in_channels))
+        return F.conv2d(x, weight, stride=self.conv1.stride, padding=self.conv1.padding)
+
     def features(self, x: Tensor) -> Tensor:
-        """[N, 3, S, S] -> [N, feature_dim]: the pooled output of the last stage."""
+        """[N, 3 or 4, S, S] -> [N, feature_dim]: the pooled output of the last stage."""
         if self.training:
             torch._foreach_add_([norm.num_batches_tracked for norm in self._norms], 1)
         x = x.to(self.conv1.weight.dtype, memory_format=torch.channels_last)
-        x = self.maxpool(self.bn1(self.conv1(x)))
+        x = self.maxpool(self.bn1(self._stem(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, 3, S, S] -> [N, dim]: the projection, not normalised."""
+        """[N, 3 or 4, S, S] -> [N, dim]: the projection, not normalised."""
         return self.fc(self.features(x))
 
 

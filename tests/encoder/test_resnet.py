@@ -218,3 +218,24 @@ def test_modules_other_than_nn_are_few() -> None:
     encoder = build_encoder(Recipe(**TINY))
     plain = nn.BatchNorm2d(8)
     plain.load_state_dict(encoder.bn1.state_dict())
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+def test_a_fourth_channel_changes_nothing(stem: str) -> None:
+    """Output and gradients in float64; the control exchanges two channels."""
+    encoder = build_encoder(Recipe(**TINY, stem=stem)).double()
+    x = torch.randn(8, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=torch.channels_last)
+
+    def results(given: torch.Tensor) -> list[torch.Tensor]:
+        encoder.zero_grad()
+        z = encoder(given)
+        z.square().sum().backward()
+        return [z.detach(), *(p.grad.clone() for p in encoder.parameters())]
+
+    def close(given: torch.Tensor) -> list[bool]:
+        pairs = zip(results(x), results(given), strict=True)
+        return [torch.allclose(a, b, rtol=1e-9, atol=1e-9 * float(a.abs().max())) for a, b in pairs]
+
+    assert all(close(torch.cat([x, torch.zeros_like(x[:, :1])], 1)))
+    assert not any(close(x[:, [1, 0, 2]])[:2])
