@@ -338,9 +338,10 @@ def _faults(build: Callable[[_Feed], DaliPipeline], feed: _Feed, error: RuntimeE
         return {position: "damaged: cannot be decoded"}
     if stream is not None:
         stream.synchronize()  # raises what has ended the GPU
-    if not SAMPLE.search(_failure(build, _Feed(iter([alone]), feed.inputs))):
-        name = part.request.names[position]
-        raise RuntimeError(f"{name}: decoded alone, but not in its batch; is the GPU short of memory?") from error
+    failure = _failure(build, _Feed(iter([alone]), feed.inputs))
+    if not SAMPLE.search(failure):
+        reason = failure or "decoded alone, but not in its batch; is the GPU short of memory?"
+        raise RuntimeError(f"{part.request.names[position]}: {reason}") from error
     return {position: "cannot be decoded on the GPU"}
 
 

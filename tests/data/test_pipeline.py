@@ -144,11 +144,17 @@ def test_undecodable_images_are_named_and_nothing_else(
         next(made)
 
 
+VICTIMS: dict[bytes, int] = {}
+MESSAGE = "Error in MIXED operator `nvidia.dali.fn.decoders.image`\n\nFailed to decode sample #{} : \nCurrent pipeline"
+
+
 class Gpu:
     """DALI's pipeline for a CPU, that fails at the images of VICTIMS in the way of one for a GPU.
 
     Their values are the least batch in which they fail. What looks for damage on a CPU, by plain decoding, never fails.
     """
+
+    message = MESSAGE
 
     def __init__(self, pipe: object, feed: object) -> None:
         self.pipe, self.feed = pipe, feed
@@ -158,12 +164,9 @@ class Gpu:
         given = self.feed.inputs(self.feed.pending[0])[0] if self.feed.pending else []
         for number, data in enumerate(given):
             if VICTIMS.get(data.tobytes(), 1 << 30) <= len(given):
-                raise RuntimeError(MESSAGE.format(number))
+                # What it says of an image that is alone is another message where a test wants it.
+                raise RuntimeError((MESSAGE if len(given) > 1 else self.message).format(number))
         return self.pipe.share_outputs(stream)
-
-
-VICTIMS: dict[bytes, int] = {}
-MESSAGE = "Error in MIXED operator `nvidia.dali.fn.decoders.image`\n\nFailed to decode sample #{} : \nCurrent pipeline"
 
 
 @pytest.fixture
@@ -224,12 +227,17 @@ def test_what_only_a_gpu_cannot_decode_is_named_or_repaired(
     assert gpu == [1, 1]  # no other image was decoded to look for the damage
 
 
-def test_where_the_gpu_is_to_blame_no_image_is(photo_manifest: Manifest, gpu: list[int]) -> None:
+@pytest.mark.usefixtures("gpu")
+def test_where_the_gpu_is_to_blame_no_image_is(photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     """An image that is decoded alone, an error that names none, and a GPU that has failed for good."""
     asked = request(photo_manifest, np.arange(40))
     options = {"batch_size": 40, "crop_size": 32, "views": 2, "device": CPU, "threads": 1, "repair": pytest.fail}
     VICTIMS[asked.encoded[26].tobytes()] = 2
     with pytest.raises(RuntimeError, match=r"026 jpeg.img: decoded alone, but not in its batch.*memory"):
+        list(Pipeline([asked], **options))
+    VICTIMS[asked.encoded[26].tobytes()] = 1
+    monkeypatch.setattr(Gpu, "message", "CUDA allocation failed")
+    with pytest.raises(RuntimeError, match="CUDA allocation failed"):
         list(Pipeline([asked], **options))
     part = pipeline_module._Part(asked, 0, 40)
     feed = pipeline_module._Feed(iter(()), pipeline_module._with_corners)
