@@ -26,12 +26,13 @@ from torch import Tensor
 
 from fastmoco.kernels import batch_norm_kernels as kernels
 from fastmoco.kernels import reference
-from fastmoco.kernels.tiles import Variant, tiles
+from fastmoco.kernels.tiles import Tiles, Variant, tiles
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FINISH_CHANNELS = 8  # one 32-byte sector of fp32 a row: the most programs without wasting the partials' traffic
+FINISH_CHANNELS = 4  # one 16-byte load of fp32 a row: few partials are left for a program, which is all latency
 PROGRAMS_PER_MULTIPROCESSOR = 4  # of the reductions: all resident at once, so that none is a tail
-MAX_SPLITS = 512  # a program of the second stage holds one channel block's partials of a group in registers
+MAX_SPLITS = 512  # a program of the second stage holds this many partials of a channel in registers, of one group
+# or of several at once: one by one, groups would wait for memory one after the other.
 
 
 class Norm(NamedTuple):
@@ -226,7 +227,7 @@ def finish(partial: Tensor, running_mean: Tensor | None, running_var: Tensor | N
     moments = partial.new_empty((2, groups, channels))
     kernels.finish_statistics[(triton.cdiv(channels, FINISH_CHANNELS),)](
         partial, moments, running_mean, running_var, rows, channels, split_rows, splits, groups, momentum, eps,
-        **_finish_options(splits))
+        **_finish_options(groups, splits))
     return moments
 
 
@@ -237,12 +238,11 @@ def finish(partial: Tensor, running_mean: Tensor | None, running_var: Tensor | N
 def statistics(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, groups: int, momentum: float,
                eps: float) -> Tensor:
     """Moments of each group of samples of x, and the running statistics moved by them in place. Not differentiable."""
-    rows, channels = x.numel() // x.shape[1] // groups, x.shape[1]
-    launch = _Launch("statistics", x, groups)
-    partial = x.new_empty((2, groups, launch.splits, channels), dtype=torch.float32)
+    plan = _plan("statistics", x, groups)
+    partial = x.new_empty((2, groups, plan.splits, x.shape[1]), dtype=torch.float32)
     with torch.cuda.device_of(x):
-        kernels.statistics[launch.split_grid](x, partial, rows, channels, launch.split_rows, **launch.options)
-        return finish(partial, running_mean, running_var, rows, launch.split_rows, momentum, eps)
+        kernels.statistics[plan.split_grid](x, partial, plan.rows, x.shape[1], plan.split_rows, **plan.options)
+        return finish(partial, running_mean, running_var, plan.rows, plan.split_rows, momentum, eps)
 
 
 @statistics.register_fake
@@ -280,10 +280,9 @@ def _(x, weight, bias, moments, residual, residual_weight, residual_bias, residu
 
 def _apply(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, *rest: Any) -> None:
     *side, relu = rest
-    launch = _Launch("apply", x, moments.shape[1])
+    plan = _plan("apply", x, moments.shape[1])
     with torch.cuda.device_of(x):
-        kernels.apply[launch.grid](x, y, weight, bias, moments, *side, launch.rows, x.shape[1], RELU=relu,
-                                   **launch.options)
+        kernels.apply[plan.grid](x, y, weight, bias, moments, *side, plan.rows, x.shape[1], RELU=relu, **plan.options)
 
 
 @torch.library.custom_op("fastmoco::batch_norm_backward", mutates_args=())
@@ -295,9 +294,9 @@ def gradients(grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: T
     y is given where the ReLU's mask is to be read from it (plain residual), residual only in the dual form.
     """
     groups, channels = moments.shape[1], x.shape[1]
-    launch = _Launch(_sums_tiles(residual is not None), x, groups)
+    plan, second = _plan(_sums_tiles(residual is not None), x, groups), _plan("gradient", x, groups)
     arrays = 2 if residual is None else 3
-    partial = x.new_empty((arrays, groups, launch.splits, channels), dtype=torch.float32)
+    partial = x.new_empty((arrays, groups, plan.splits, channels), dtype=torch.float32)
     sums = x.new_empty((arrays, groups, channels), dtype=torch.float32)
     totals = x.new_empty((arrays, channels), dtype=torch.float32)
     grad_x = torch.empty_like(x)
@@ -305,14 +304,13 @@ def gradients(grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: T
     masked = None if y is None else grad_residual
     vectors = (weight, bias, moments, residual, residual_weight, residual_bias, residual_moments)
     with torch.cuda.device_of(x):
-        kernels.sums[launch.split_grid](grad, x, y, masked, partial, *vectors, launch.rows, channels,
-                                        launch.split_rows, RELU=relu, **launch.options)
+        kernels.sums[plan.split_grid](grad, x, y, masked, partial, *vectors, plan.rows, channels, plan.split_rows,
+                                      RELU=relu, **plan.options)
         kernels.finish_sums[(triton.cdiv(channels, FINISH_CHANNELS), arrays)](
-            partial, sums, totals, channels, launch.splits, groups, **launch.finish_options)
-        launch = _Launch("gradient", x, groups)
+            partial, sums, totals, channels, plan.splits, groups, **_finish_options(groups, plan.splits))
         incoming, grad_side = grad if y is None else masked, None if residual is None else grad_residual
-        kernels.gradient[launch.grid](incoming, x, grad_x, grad_side, sums, *vectors, launch.rows, channels,
-                                      RELU=relu and y is None, TRAINING=training, **launch.options)
+        kernels.gradient[second.grid](incoming, x, grad_x, grad_side, sums, *vectors, second.rows, channels,
+                                      RELU=relu and y is None, TRAINING=training, **second.options)
     return grad_x, grad_residual, totals
 
 
@@ -357,7 +355,9 @@ def variants(arch: int) -> list[Variant]:
             found.append(_variant(sums_tiles, kernels.sums, channels, arch, {"RELU": True}, form, sums_absent))
             found.append(_variant("gradient", kernels.gradient, channels, arch, flags, form, absent))
     for fn in (kernels.finish_statistics, kernels.finish_sums):
-        found.append(_variant("finish", fn, 256, arch, _finish_options(MAX_SPLITS)))
+        for groups in (1, 8):
+            options = _finish_options(groups, MAX_SPLITS // groups)
+            found.append(_variant("finish", fn, 256, arch, options, f"G={groups}"))
     return found
 
 
@@ -373,7 +373,8 @@ def _variant(kernel: str, fn: Any, channels: int, arch: int, constants: dict[str
         absent += ("residual",)  # the backward of a plain residual reads y or the masked gradient instead
     if form != "dual":
         absent += ("grad_residual",)
-    options = dict(constants) if kernel == "finish" else constants | _options(kernel, channels, arch)
+    row = {} if kernel == "finish" else _options(tiles(f"batch_norm.{kernel}", arch), channels)
+    options = constants | row
     warps, stages = options.pop("num_warps"), options.pop("num_stages", 1)
     options |= dict.fromkeys(name for name in fn.arg_names if name in absent)
     types = dict.fromkeys(_ACTIVATIONS, "*bf16") | dict.fromkeys(_INTEGERS, "i32") | {"momentum": "fp32", "eps": "fp32"}
@@ -382,25 +383,35 @@ def _variant(kernel: str, fn: Any, channels: int, arch: int, constants: dict[str
     return Variant(label, fn, signature, options, warps, stages, divisible=("channels",), streaming=kernel != "finish")
 
 
-class _Launch:
-    """Tiles, grids and pieces of one kernel over x: each group's rows in `splits` pieces of `split_rows`."""
-
-    def __init__(self, kernel: str, x: Tensor, groups: int) -> None:
-        capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
-        self.rows = x.numel() // x.shape[1] // groups
-        self.options = _options(kernel, x.shape[1], capability)
-        block_rows, block_channels = self.options["BLOCK_ROWS"], self.options["BLOCK_CHANNELS"]
-        columns = triton.cdiv(x.shape[1], block_channels)
-        self.grid = (columns * triton.cdiv(self.rows, block_rows), groups)
-        wanted = min(MAX_SPLITS, max(1, _resident_programs(x.device) // (columns * groups)))
-        self.split_rows = triton.cdiv(triton.cdiv(self.rows, wanted), block_rows) * block_rows
-        self.splits = triton.cdiv(self.rows, self.split_rows)
-        self.split_grid = (self.splits, columns, groups)
-        self.finish_options = _finish_options(self.splits)
+class _Plan(NamedTuple):
+    options: dict[str, int]
+    rows: int
+    grid: tuple[int, int]
+    split_rows: int  # reductions take a group's rows in `splits` pieces of so many
+    splits: int
+    split_grid: tuple[int, int, int]
 
 
-def _options(kernel: str, channels: int, capability: tuple[int, int] | int | None) -> dict[str, int]:
+def _plan(kernel: str, x: Tensor, groups: int) -> _Plan:
+    capability, resident = _device(x.device)
+    # The row is looked up on every call, as `bench tune` changes the table; what follows from it is kept.
     row = tiles(f"batch_norm.{kernel}", capability)
+    return _cut(row, x.numel() // x.shape[1] // groups, x.shape[1], groups, resident)
+
+
+@functools.cache
+def _cut(row: Tiles, rows: int, channels: int, groups: int, resident: int) -> _Plan:
+    options = _options(row, channels)
+    block_rows = options["BLOCK_ROWS"]
+    columns = triton.cdiv(channels, options["BLOCK_CHANNELS"])
+    wanted = min(MAX_SPLITS, max(1, resident // (columns * groups)))
+    split_rows = triton.cdiv(triton.cdiv(rows, wanted), block_rows) * block_rows
+    splits = triton.cdiv(rows, split_rows)
+    grid = (columns * triton.cdiv(rows, block_rows), groups)
+    return _Plan(options, rows, grid, split_rows, splits, (splits, columns, groups))
+
+
+def _options(row: Tiles, channels: int) -> dict[str, int]:
     block_channels = min(row.block[1], triton.next_power_of_2(channels))
     block_rows = row.block[0] * row.block[1] // block_channels
     return {"BLOCK_ROWS": block_rows, "BLOCK_CHANNELS": block_channels, "num_warps": row.num_warps,
@@ -411,12 +422,17 @@ def _sums_tiles(dual: bool) -> str:
     return "sums_dual" if dual else "sums"
 
 
-def _finish_options(splits: int) -> dict[str, int]:
-    return {"BLOCK_SPLITS": triton.next_power_of_2(splits), "BLOCK_CHANNELS": FINISH_CHANNELS, "num_warps": 4}
+@functools.cache
+def _finish_options(groups: int, splits: int) -> dict[str, int]:
+    block_splits = triton.next_power_of_2(splits)
+    block_groups = min(triton.next_power_of_2(groups), max(1, MAX_SPLITS // block_splits))
+    return {"BLOCK_GROUPS": block_groups, "BLOCK_SPLITS": block_splits, "BLOCK_CHANNELS": FINISH_CHANNELS,
+            "num_warps": 8}
 
 
 @functools.cache
-def _resident_programs(device: torch.device) -> int:
+def _device(device: torch.device) -> tuple[tuple[int, int] | None, int]:
     if device.type != "cuda":
-        return 4 * PROGRAMS_PER_MULTIPROCESSOR  # the interpreter: enough to have something to split
-    return PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+        return None, 4 * PROGRAMS_PER_MULTIPROCESSOR  # the interpreter: enough to have something to split
+    found = torch.cuda.get_device_properties(device)
+    return (found.major, found.minor), PROGRAMS_PER_MULTIPROCESSOR * found.multi_processor_count

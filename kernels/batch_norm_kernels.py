@@ -45,29 +45,39 @@ def statistics(x, partial, rows, channels, split_rows, BLOCK_ROWS: tl.constexpr,
 
 
 @triton.jit
+def _cube(splits, channels, group, column, BLOCK_SPLITS: tl.constexpr):
+    # Where the partials of some groups lie, [groups, splits, channels], and which splits there are.
+    split = tl.arange(0, BLOCK_SPLITS)[None, :, None]
+    return (group[:, None, None] * splits + split) * channels + column[None, None, :], split
+
+
+@triton.jit(do_not_specialize=["rows", "split_rows", "splits", "groups"])
 def finish_statistics(partial, moments, running_mean, running_var, rows, channels, split_rows, splits, groups,
-                              momentum, eps, BLOCK_SPLITS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+                      momentum, eps, BLOCK_GROUPS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+                      BLOCK_CHANNELS: tl.constexpr):
     column = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    split = tl.arange(0, BLOCK_SPLITS)[:, None]
     inside = column < channels
-    mask = (split < splits) & inside[None, :]
-    count = tl.minimum(split_rows, rows - split * split_rows).to(tl.float32)
     mean_sum = tl.zeros([BLOCK_CHANNELS], tl.float32)
     var_sum = tl.zeros([BLOCK_CHANNELS], tl.float32)
-    for group in range(0, groups):
-        at = partial + group * splits * channels
-        means = tl.load(at + split * channels + column[None, :], mask=mask, other=0.0)
-        squares = tl.load(at + groups * splits * channels + split * channels + column[None, :], mask=mask, other=0.0)
-        origin = tl.load(at + column, mask=inside, other=0.0)
+    for first in range(0, groups, BLOCK_GROUPS):
+        group = first + tl.arange(0, BLOCK_GROUPS)
+        held = (group < groups)[:, None] & inside[None, :]
+        cube, split = _cube(splits, channels, group, column, BLOCK_SPLITS)
+        mask = (split < splits) & held[:, None, :]
+        means = tl.load(partial + cube, mask=mask, other=0.0)
+        squares = tl.load(partial + groups * splits * channels + cube, mask=mask, other=0.0)
+        origin = tl.load(partial + group[:, None] * splits * channels + column[None, :], mask=held, other=0.0)
         # Chan, Golub and LeVeque's merge of (count, mean, squares), about the first partial's mean.
-        offset = tl.where(mask, means - origin[None, :], 0.0)
-        delta = tl.sum(offset * count, 0) / rows
-        total = tl.sum(squares, 0) + tl.sum(offset * offset * count, 0) - delta * delta * rows
+        count = tl.minimum(split_rows, rows - split * split_rows).to(tl.float32)
+        offset = tl.where(mask, means - origin[:, None, :], 0.0)
+        delta = tl.sum(offset * count, 1) / rows
+        total = tl.sum(squares, 1) + tl.sum(offset * offset * count, 1) - delta * delta * rows
         var = tl.maximum(total, 0.0) / rows
-        tl.store(moments + group * channels + column, origin + delta, mask=inside)
-        tl.store(moments + (groups + group) * channels + column, 1.0 / tl.sqrt(var + eps), mask=inside)
-        mean_sum += origin + delta
-        var_sum += var
+        place = moments + group[:, None] * channels + column[None, :]
+        tl.store(place, origin + delta, mask=held)
+        tl.store(place + groups * channels, 1.0 / tl.sqrt(var + eps), mask=held)
+        mean_sum += tl.sum(origin + delta, 0)
+        var_sum += tl.sum(var, 0)
     if running_mean is not None:
         old_mean = tl.load(running_mean + column, mask=inside, other=0.0)
         old_var = tl.load(running_var + column, mask=inside, other=0.0)
@@ -88,7 +98,7 @@ def vectors(weight, bias, moments, group, groups, channels, column):
 
 @triton.jit
 def apply(x, y, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, rows,
-                  channels, RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+          channels, RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
     columns = tl.cdiv(channels, BLOCK_CHANNELS)
     column = tl.program_id(0) % columns * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     first = tl.program_id(0) // columns * BLOCK_ROWS
@@ -114,8 +124,8 @@ def apply(x, y, weight, bias, moments, residual, residual_weight, residual_bias,
 
 @triton.jit
 def sums(grad, x, y, masked, partial, weight, bias, moments, residual, residual_weight, residual_bias,
-                 residual_moments, rows, channels, split_rows, RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-                 BLOCK_CHANNELS: tl.constexpr):
+         residual_moments, rows, channels, split_rows, RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+         BLOCK_CHANNELS: tl.constexpr):
     split, group = tl.program_id(0), tl.program_id(2)
     splits, groups = tl.num_programs(0), tl.num_programs(2)
     column = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -158,27 +168,29 @@ def sums(grad, x, y, masked, partial, weight, bias, moments, residual, residual_
         tl.store(out_column + 2 * array, tl.sum(total_2 * invstd_2, 0), mask=column < channels)
 
 
-@triton.jit
-def finish_sums(partial, sums, totals, channels, splits, groups, BLOCK_SPLITS: tl.constexpr,
-                        BLOCK_CHANNELS: tl.constexpr):
+@triton.jit(do_not_specialize=["splits", "groups"])
+def finish_sums(partial, sums, totals, channels, splits, groups, BLOCK_GROUPS: tl.constexpr,
+                BLOCK_SPLITS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
     column = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     array = tl.program_id(1)
-    split = tl.arange(0, BLOCK_SPLITS)[:, None]
     inside = column < channels
+    partial += array * groups * splits * channels
+    sums += array * groups * channels
     total = tl.zeros([BLOCK_CHANNELS], tl.float32)
-    for group in range(0, groups):
-        at = (array * groups + group) * channels
-        tile = partial + at * splits + split * channels + column[None, :]
-        group_sum = tl.sum(tl.load(tile, mask=(split < splits) & inside[None, :], other=0.0), 0)
-        tl.store(sums + at + column, group_sum, mask=inside)
-        total += group_sum
+    for first in range(0, groups, BLOCK_GROUPS):
+        group = first + tl.arange(0, BLOCK_GROUPS)
+        held = (group < groups)[:, None] & inside[None, :]
+        cube, split = _cube(splits, channels, group, column, BLOCK_SPLITS)
+        group_sums = tl.sum(tl.load(partial + cube, mask=(split < splits) & held[:, None, :], other=0.0), 1)
+        tl.store(sums + group[:, None] * channels + column[None, :], group_sums, mask=held)
+        total += tl.sum(group_sums, 0)
     tl.store(totals + array * channels + column, total, mask=inside)
 
 
 @triton.jit
 def gradient(grad, x, grad_x, grad_residual, sums, weight, bias, moments, residual, residual_weight,
-                     residual_bias, residual_moments, rows, channels, RELU: tl.constexpr, TRAINING: tl.constexpr,
-                     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+             residual_bias, residual_moments, rows, channels, RELU: tl.constexpr, TRAINING: tl.constexpr,
+             BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
     columns = tl.cdiv(channels, BLOCK_CHANNELS)
     column = tl.program_id(0) % columns * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     first = tl.program_id(0) // columns * BLOCK_ROWS

@@ -1,5 +1,7 @@
 """Batch norm + ReLU against torch's own batch norm, group by group, in float64."""
 
+import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmoco.kernels import batch_norm, batch_norm_kernels, reference
 from fastmoco.kernels.batch_norm import Measured, Norm, batch_norm_act, cost, measure, normalise
+from fastmoco.kernels.tiles import TABLE
 
 FORMS = ("none", "plain", "dual")
 IMPLS = ("triton", "reference")
@@ -144,6 +147,28 @@ def test_error_budget(form: str, relu: bool, dtype: torch.dtype, impl: str, devi
 ])  # fmt: skip
 def test_odd_shapes(shape: tuple[int, ...], groups: int, impl: str, device: torch.device) -> None:
     check(make_case(shape, "dual", torch.float32, device), groups, impl)
+
+
+@pytest.mark.parametrize("held", [1, 2, 8])
+def test_the_second_stage_takes_groups_together(held: int, device: torch.device, monkeypatch) -> None:
+    """Five groups, of which a program of the second stage holds one, two or all at once."""
+    whole = batch_norm._finish_options
+    monkeypatch.setattr(batch_norm, "_finish_options", lambda *given: whole(*given) | {"BLOCK_GROUPS": held})
+    assert [whole(5, splits)["BLOCK_GROUPS"] for splits in (8, 200, batch_norm.MAX_SPLITS)] == [8, 2, 1]
+    check(make_case((10, 12, 5, 5), "dual", torch.float32, device), 5, "triton")
+
+
+def test_a_plan_is_kept_for_all_that_decides_it_and_for_no_tensor(device: torch.device, monkeypatch) -> None:
+    x = make_case((4, 24, 5, 5), "none", torch.bfloat16, device).x
+    kept = batch_norm._plan("apply", x, 2)
+    assert batch_norm._plan("apply", x.clone(), 2) is kept
+    row = TABLE["batch_norm.apply"][80]
+    monkeypatch.setitem(TABLE, "batch_norm.apply", {80: dataclasses.replace(row, num_warps=2)})
+    others = [batch_norm._plan("apply", t, groups) for t, groups in ((x, 2), (x[:2], 2), (x[:, :8], 2), (x, 4))]
+    assert len({id(plan) for plan in [kept, *others]}) == 5 and others[0].options["num_warps"] == 2
+    alive = weakref.ref(x)
+    del x
+    assert alive() is None
 
 
 @pytest.mark.parametrize("wrong", [{"groups": 2}, {"eps": 1e-3}, {"momentum": 0.11}, {"relu": False}])
