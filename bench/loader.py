@@ -23,7 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from fastmoco.bench.report import Row
-from fastmoco.data.loader import Batch, Loader
+from fastmoco.data.batch import Batch
+from fastmoco.data.loader import Loader
 from fastmoco.data.manifest import Manifest, scan, split
 from fastmoco.data.pipeline import Decoding, cut
 from fastmoco.data.plan import Plan

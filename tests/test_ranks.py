@@ -24,7 +24,8 @@ import fastmoco.contrast.step as step_module
 import fastmoco.parallel as parallel_module
 from fastmoco.bench.traffic import WAYS, traffic
 from fastmoco.contrast.step import Step
-from fastmoco.data.loader import Batch, Loader
+from fastmoco.data.batch import Batch
+from fastmoco.data.loader import Loader
 from fastmoco.data.manifest import scan
 from fastmoco.data.plan import Plan
 from fastmoco.kernels import reference

@@ -22,7 +22,7 @@ from fastmoco.contrast.step import Metrics, Step
 from fastmoco.options import UsageError
 
 if TYPE_CHECKING:
-    from fastmoco.data.loader import Batch
+    from fastmoco.data.batch import Batch
 
 GraphMode = Literal["auto", "on", "off"]
 Runner = Callable[["Batch", float], Metrics]

@@ -34,7 +34,7 @@ from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 
 if TYPE_CHECKING:
-    from fastmoco.data.loader import Batch
+    from fastmoco.data.batch import Batch
 
 EncoderBackend = Literal["fused", "fused-key", "eager", "compile"]
 

@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmoco.data.batch import Batch
 from fastmoco.data.decoded import PIXEL, Decoded
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.pipeline import Decoding, Pipeline, Repair, Request, fault, read
@@ -43,32 +43,6 @@ READERS = 16  # threads that read files; they wait for the disk, not for a core
 GPU_READERS = 64
 READ_AHEAD = 1  # batches whose files are being read while another is decoded
 EVALUATION_BATCH = 256
-
-
-@dataclass
-class Batch:
-    """One rank's part of a training step: N samples, M = N rows of crops, or 2N when symmetric, view by view.
-
-    A loader with `photometric="dali"` has finished views in the place of crops, float32 [M, 3, S, S] channels-last, and
-    those of the keys stand in the rows of the key batch.
-    """
-
-    step: int
-    epoch: int
-    sample: np.ndarray
-    """int64 [N]: samples of this rank's query slots, as planned: a bad one's crops are of its substitute."""
-    query_crops: Tensor
-    """uint8 [M, S, S, 3]."""
-    query_parameters: Tensor
-    """float32 [M, 8]: photometric parameters of the query crops."""
-    key_crops: Tensor
-    """uint8 [M, S, S, 3]: crops that this rank's key encoder sees, in order of arrival."""
-    key_parameters: Tensor
-    """float32 [M, 8]: photometric parameters of the key crops."""
-    key_rows: Tensor
-    """int64 [M]: row of the key batch that each key crop is written to."""
-    unshuffle: Tensor
-    """int64 [views * B]: row of the keys gathered from all ranks, for each key view and slot of the global batch."""
 
 
 class Loader:

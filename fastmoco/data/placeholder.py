@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fastmoco.data.loader import Batch
+from fastmoco.data.batch import Batch
 from fastmoco.data.plan import Plan, route
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe

@@ -13,7 +13,7 @@ from fastmoco.contrast import graph
 from fastmoco.contrast import step as step_module
 from fastmoco.contrast.graph import GraphStep, closed_at_the_end, runner
 from fastmoco.contrast.step import Metrics, Step
-from fastmoco.data.loader import Batch
+from fastmoco.data.batch import Batch
 from fastmoco.data.placeholder import noise_batch
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel

@@ -24,7 +24,8 @@ from PIL import Image
 from fastmoco.bench.loader import pillow
 from fastmoco.data import loader as loader_module
 from fastmoco.data import plan as plan_module
-from fastmoco.data.loader import Background, Batch, EvaluationLoader, Loader
+from fastmoco.data.batch import Batch
+from fastmoco.data.loader import Background, EvaluationLoader, Loader
 from fastmoco.data.manifest import Manifest, scan
 from fastmoco.data.pipeline import DecodeError
 from fastmoco.data.plan import Plan, centre_boxes

@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmoco.data.loader import Batch, EvaluationLoader, Loader
+from fastmoco.data.batch import Batch
+from fastmoco.data.loader import EvaluationLoader, Loader
 from fastmoco.data.manifest import DataError, Manifest, scan
 from fastmoco.data.pipeline import DecodeError
 from fastmoco.data.plan import Plan

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from fastmoco.data import tars
-from fastmoco.data.loader import Batch, Loader
+from fastmoco.data.batch import Batch
+from fastmoco.data.loader import Loader
 from fastmoco.data.manifest import DataError, Manifest, scan
 from fastmoco.data.plan import Plan
 from fastmoco.data.quarantine import Quarantine
