@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from fastmoco.bench import comparison, report, traffic
+from fastmoco.bench.clocks import Clocks
+from fastmoco.bench.journal import Journal
 from fastmoco.bench.report import Record, Row
 from fastmoco.contrast.update import PRECISIONS, resolve_precision
 from fastmoco.options import Bench, BenchCompare, BenchReport
@@ -26,28 +29,49 @@ WARMUP = {"cpu": 1, "cuda": 3}
 SHORT_ROUNDS = dict.fromkeys(("loader", "train", "scaling"), comparison.FEWEST)
 
 
-def run(options: Bench) -> None:
-    """`bench`: measure the subjects, print their tables, write the files asked for."""
+def run(options: Bench) -> int:
+    """`bench`: measure the subjects, print their tables, write the files asked for; 1 where something failed."""
     if options.model:
-        return print(traffic.table(dataclasses.replace(PRESETS[options.preset][1], **_given(options))))
+        print(traffic.table(dataclasses.replace(PRESETS[options.preset][1], **_given(options))))
+        return 0
     device = Parallel.start(options.device).device
     recipe = recipe_of(options, device)
     # Once and first: later, the load of the machine would be our own.
     circumstances = report.environment(device.type)
-    records = []
-    for subject in options.subjects or tuple(SUBJECTS):
+    records: list[Record] = []
+    for subject in options.subjects or MEASURED:
         print(f"measuring {subject} ...", file=sys.stderr, flush=True)
-        records.append(measure(subject, options, recipe, device, circumstances))
+        keep = functools.partial(_save_json, options, tuple(records))
+        records.append(measure(subject, options, recipe, device, circumstances, keep))
+        keep(records[-1])
         print(report.table(records[-1:]) + "\n", flush=True)
     write(options, records)
+    return int(any("failed" in item.environment for item in records))
 
 
-def measure(subject: str, options: Bench, recipe: Recipe, device: torch.device, circumstances: dict) -> Record:
-    """One record of `subject`; `circumstances` are those of before the measurement."""
+def measure(
+    subject: str,
+    options: Bench,
+    recipe: Recipe,
+    device: torch.device,
+    circumstances: dict,
+    keep: Callable[[Record], None] = lambda unfinished: None,
+) -> Record:
+    """One record of `subject`; `circumstances` are those of before the measurement.
+
+    `keep` gets what was measured so far, as a record marked unfinished, after each set of rows.
+    """
     rounds = options.rounds or SHORT_ROUNDS.get(subject, ROUNDS[device.type])
-    rows = SUBJECTS[subject](options, recipe, device, rounds)
     timing = f"warm-up {WARMUP[device.type]}, {rounds} interleaved rounds" if subject in ("step", "kernels") else ""
-    return report.record(subject, rows, circumstances, timing)
+
+    def made(rows: Sequence[Row], journal: Journal, **more: object) -> Record:
+        return report.record(subject, rows, {**circumstances, **journal.facts(), **more}, timing)
+
+    clocks = Clocks() if device.type == "cuda" else None
+    journal = Journal(lambda so_far: keep(made(so_far.rows, so_far, unfinished=True)), clocks)
+    rows = SUBJECTS[subject](options, recipe, device, rounds, journal)
+    journal.keep(rows)  # subjects that keep no journal of their own have their clocks read at least once
+    return made(rows, journal)
 
 
 def recipe_of(options: Bench, device: torch.device) -> Recipe:
@@ -62,10 +86,9 @@ def recipe_of(options: Bench, device: torch.device) -> Recipe:
 
 
 def write(options: Bench, records: list[Record]) -> None:
-    """The JSON, CSV and SVG files that were asked for."""
-    for path in (options.json, options.csv):
-        if path is not None:
-            report.save(path, records)
+    """The CSV and SVG files that were asked for; the JSON has been written as the records came."""
+    if options.csv is not None:
+        report.save(options.csv, records)
     if options.svg is not None:
         from fastmoco.bench import chart
 
@@ -92,16 +115,23 @@ def _given(options: Bench) -> dict:
     return {name: getattr(options, name) for name in SMALL if getattr(options, name) is not None}
 
 
-def _subject(module: str, *names: str) -> Callable[[Bench, Recipe, torch.device, int], list[Row]]:
-    def call(options: Bench, recipe: Recipe, device: torch.device, rounds: int) -> list[Row]:
+def _save_json(options: Bench, before: tuple[Record, ...], record: Record) -> None:
+    if options.json is not None:
+        report.save(options.json, [*before, record])
+
+
+def _subject(module: str, *names: str) -> Callable[[Bench, Recipe, torch.device, int, Journal], list[Row]]:
+    def call(options: Bench, recipe: Recipe, device: torch.device, rounds: int, journal: Journal) -> list[Row]:
         offered = {
             "rounds": rounds,
             "warmup": WARMUP[device.type],
             "precision": options.precision or "",
             "dtype": PRECISIONS[resolve_precision(options.precision or "auto", device)].work,
             "data": options.data,
+            "group": options.providers,
             "only": options.only,
             "skip": options.skip,
+            "journal": journal,
         }
         return importlib.import_module(f"fastmoco.bench.{module}").run(
             recipe, device, **{name: offered[name] for name in names}
@@ -111,10 +141,12 @@ def _subject(module: str, *names: str) -> Callable[[Bench, Recipe, torch.device,
 
 
 SUBJECTS = {
-    "kernels": _subject("kernels", "rounds", "warmup", "dtype", "only"),
-    "step": _subject("step", "rounds", "warmup", "precision", "only", "skip"),
+    "kernels": _subject("kernels", "rounds", "warmup", "dtype", "only", "journal"),
+    "step": _subject("step", "rounds", "warmup", "precision", "group", "only", "skip", "journal"),
     "loader": _subject("loader", "rounds", "data", "only"),
-    "train": _subject("train", "rounds", "precision", "data"),
+    "train": _subject("train", "rounds", "precision", "data", "journal"),
     "scaling": _subject("scaling", "rounds", "precision"),
-    "memory": _subject("memory", "dtype", "only"),
+    "memory": _subject("memory", "dtype", "only", "journal"),
+    "proof": _subject("proof", "rounds", "precision", "journal"),
 }
+MEASURED = tuple(name for name in SUBJECTS if name != "proof")  # which tests, and measures nothing

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmoco.bench.report import Row
+from fastmoco.bench.journal import Journal
+from fastmoco.bench.report import BY_HOST, Row, named
 from fastmoco.bench.roofline import convolutions
 from fastmoco.bench.timing import Machine, interleave, measure_machine
 from fastmoco.data.plan import Plan
@@ -27,6 +29,7 @@ from fastmoco.kernels import batch_norm, conv1x1, enqueue, info_nce, photometric
 from fastmoco.recipe import Recipe
 
 OURS = "fastmoco"
+CAPTURE_WARMUP = 3
 
 
 class Size(NamedTuple):
@@ -43,7 +46,11 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: `providers` do the same work, whose least cost is `nbytes` and `flops`."""
+    """One comparison: `providers` do the same work, whose least cost is `nbytes` and `flops`.
+
+    `launches` says that the work is many short kernels, which a host cannot launch as fast as a GPU runs them: there
+    each provider is timed as a CUDA graph, as a training step runs it.
+    """
 
     name: str
     config: dict
@@ -51,23 +58,54 @@ class Case:
     baseline: str
     nbytes: float
     flops: float = 0.0
+    launches: bool = False
 
 
 def run(
-    recipe: Recipe, device: torch.device, *, rounds: int = 20, warmup: int = 3, dtype: torch.dtype, only: str = ""
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    rounds: int = 20,
+    warmup: int = 3,
+    dtype: torch.dtype,
+    only: str = "",
+    journal: Journal | None = None,
 ) -> list[Row]:
-    """Time every case on `device`, at the shapes of `recipe`; `only` keeps the kernels whose name it stands in."""
-    names = [name for name in PROVIDED if only in name]
+    """Time every case on `device`, at the shapes of `recipe`; `only` keeps the kernels whose name it stands in.
+
+    The journal has the rows after every case. What fails is noted there and costs its own rows.
+    """
+    names = [name for name in PROVIDED if named(name, only)]
     if not names:
         raise ValueError(f"there is no kernel {only}: use one of {', '.join(PROVIDED)}")
+    journal = journal or Journal()
+    # As the step sets it: cuDNN times its algorithms once, for the baselines, too.
+    torch.backends.cudnn.benchmark = device.type == "cuda" or torch.backends.cudnn.benchmark
     size, machine = Size(recipe, dtype), measure_machine(device, dtype)
-    cases = [case for name in names for case in PROVIDED[name](size, device)]
-    return [row for case in cases for row in rows(case, machine, device, rounds, warmup)]
+    for name in names:
+        with journal.attempt(name):
+            for case in PROVIDED[name](size, device):
+                journal.keep(rows(case, machine, device, rounds, warmup, journal))
+    return journal.rows
 
 
-def rows(case: Case, machine: Machine, device: torch.device, rounds: int, warmup: int = 3) -> list[Row]:
-    """One row per provider of `case`, in milliseconds, with bytes moved per second beside it."""
-    times = interleave(case.providers, rounds=rounds, warmup=warmup, device=device, cold=True)
+def rows(
+    case: Case,
+    machine: Machine,
+    device: torch.device,
+    rounds: int,
+    warmup: int = 3,
+    journal: Journal | None = None,
+) -> list[Row]:
+    """One row per provider of `case`, in milliseconds, with bytes moved per second beside it.
+
+    Without a journal a provider that fails ends it all.
+    """
+    calls, how = case.providers, {}
+    if case.launches and device.type == "cuda":
+        calls, how = _replayed(case.providers)
+    failed = None if journal is None else lambda name, error: journal.fail(f"{case.name}, {name}", error)
+    times = interleave(calls, rounds=rounds, warmup=warmup, device=device, cold=True, failed=failed)
     bound = 1e3 * machine.bound(case.nbytes, case.flops)
     return [
         Row(
@@ -78,10 +116,38 @@ def rows(case: Case, machine: Machine, device: torch.device, rounds: int, warmup
             case.config,
             case.baseline,
             bound,
-            {"GB/s": case.nbytes / timing.median / 1e9},
+            {"GB/s": case.nbytes / timing.median / 1e9, **({"launched by": how[provider]} if how else {})},
         )
         for provider, timing in times.items()
     ]
+
+
+def captured(call: Callable[[], object], stream: torch.cuda.Stream, pool: tuple[int, int]) -> Callable[[], object]:
+    """`call` as a CUDA graph, captured on `stream` after a warm-up there; RuntimeError where it cannot be.
+
+    Graphs of one stream and one `pool` that never run at the same time share their memory.
+    """
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(CAPTURE_WARMUP):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        call()
+    return graph.replay
+
+
+def _replayed(providers: dict[str, Callable]) -> tuple[dict[str, Callable], dict[str, str]]:
+    calls, how = {}, {}
+    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    for name, call in providers.items():
+        try:
+            calls[name], how[name] = captured(call, stream, pool), "a CUDA graph"
+        except RuntimeError as error:
+            print(f"{name} is timed without a CUDA graph: {error}", file=sys.stderr)
+            calls[name], how[name] = call, BY_HOST
+    return calls, how
 
 
 def info_nce_cases(size: Size, device: torch.device) -> list[Case]:
@@ -179,7 +245,8 @@ def batch_norm_cases(size: Size, device: torch.device) -> list[Case]:
     costs = [layer.cost(groups) for layer in layers]
     config = {"encoder": size.recipe.arch, "N": size.batch, "layers": sum(shapes.values())}
     config["dtype"] = short_name(size.dtype)
-    return [Case("batch_norm", config, providers, "native", sum(c[0] for c in costs), sum(c[1] for c in costs))]
+    nbytes, flops = (sum(column) for column in zip(*costs, strict=True))
+    return [Case("batch_norm", config, providers, "native", nbytes, flops, launches=True)]
 
 
 def conv1x1_cases(size: Size, device: torch.device) -> list[Case]:
@@ -201,7 +268,8 @@ def conv1x1_cases(size: Size, device: torch.device) -> list[Case]:
         providers = {key: functools.partial(_each, layers, method) for key, method in methods.items()}
         costs = [layer.cost() for layer in layers]
         given = {**config, "layers": sum(shapes.values())}
-        cases.append(Case(name, given, providers, "separate", sum(c[0] for c in costs), sum(c[1] for c in costs)))
+        nbytes, flops = (sum(column) for column in zip(*costs, strict=True))
+        cases.append(Case(name, given, providers, "separate", nbytes, flops, launches=True))
     return cases
 
 
@@ -252,8 +320,13 @@ class _NormLayer:
         self._torch(self.x, self.residual, self.dy)
 
     def native_fp16(self) -> None:
-        half = [t if t is None else t.detach().half() for t in (self.x, self.residual, self.dy)]
-        self._torch(*[t if t is None or i == 2 else t.requires_grad_() for i, t in enumerate(half)])
+        self._torch(*self._halves)
+
+    @functools.cached_property
+    def _halves(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        # Made by the first call, which is not timed: the conversion is no part of the work.
+        x, residual = (t if t is None else t.detach().half().requires_grad_() for t in (self.x, self.residual))
+        return x, residual, self.dy.half()
 
     def _torch(self, x: Tensor, residual: Tensor | None, dy: Tensor) -> None:
         for _ in range(self.repeats):

@@ -6,8 +6,10 @@ out what an operator allocates and frees inside.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +17,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastmoco.bench.baseline import PublishedStep
+from fastmoco.bench.journal import Journal
 from fastmoco.bench.kernels import OURS, published_loss, short_name
-from fastmoco.bench.report import Row
-from fastmoco.contrast.step import Step
-from fastmoco.data.placeholder import noise_batch
+from fastmoco.bench.report import Row, named
+from fastmoco.bench.step import ours, published
 from fastmoco.kernels.info_nce import info_nce
-from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
+
+Names = tuple[str, str]  # of a row, and of its provider
 
 
 class LiveBytes(TorchDispatchMode):
@@ -53,30 +55,49 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-def run(recipe: Recipe, device: torch.device, *, dtype: torch.dtype, only: str = "") -> list[Row]:
-    """Peak megabytes of every case whose name contains `only`; one sample each, because it does not vary."""
-    rows = [*_loss_rows(recipe, device, dtype), *_step_rows(recipe, device)]
-    chosen = [row for row in rows if only in row.name or only in row.provider]
+def run(
+    recipe: Recipe, device: torch.device, *, dtype: torch.dtype, only: str = "", journal: Journal | None = None
+) -> list[Row]:
+    """Peak megabytes of every case of which a word of `only` stands in the name; one sample each: it does not vary.
+
+    The journal has each row as it comes. What fails is noted there and costs its own row.
+    """
+    cases = {**_loss_cases(recipe, device, dtype), **_step_cases(recipe, device)}
+    chosen = {names: measured for names, measured in cases.items() if any(named(name, only) for name in names)}
     if not chosen:
         raise ValueError(f"nothing to measure has {only} in its name: leave --only out")
-    return chosen
+    journal = journal or Journal()
+    for names, measured in chosen.items():
+        with journal.attempt(" ".join(names)):
+            journal.keep([measured()])
+    return journal.rows
 
 
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that `call` holds beyond what was held before it."""
+def peak_bytes(
+    call: Callable[[], object], device: torch.device, prepare: Callable[[], object] = lambda: None
+) -> int:
+    """Most bytes that `call` holds beyond what was held before `prepare`.
+
+    What `prepare` leaves behind counts. What it holds meanwhile does not on a GPU, where cuDNN tries its algorithms the
+    first time, with more workspace than it needs later; on a CPU it does.
+    """
     if device.type != "cuda":
         with LiveBytes() as counted:
+            prepare()
             call()
         return counted.peak
+    gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated(device)
+    prepare()
+    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats(device)
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _loss_rows(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> list[Row]:
+def _loss_cases(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> dict[Names, Callable[[], Row]]:
     n, k, d, t = recipe.batch_size, recipe.queue_size, recipe.dim, recipe.temperature
     z = torch.randn(n, d, device=device, dtype=dtype).requires_grad_()
     keys, queue = (F.normalize(torch.randn(rows, d, device=device), dim=1).to(dtype) for rows in (n, k))
@@ -86,40 +107,33 @@ def _loss_rows(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> list
     }
     config = {"N": n, "K": k, "D": d, "dtype": short_name(dtype)}
     least = n * (8 + d * dtype.itemsize) / 1e6  # loss, rank and gradient
-    return [
-        Row("info_nce", name, "MB", (_warm_peak(call, device) / 1e6,), config, "eager", least)
-        for name, call in calls.items()
-    ]
+
+    def measured(name: str) -> Row:
+        calls[name]()
+        return Row("info_nce", name, "MB", (peak_bytes(calls[name], device) / 1e6,), config, "eager", least)
+
+    return {("info_nce", name): partial(measured, name) for name in calls}
 
 
-def _step_rows(recipe: Recipe, device: torch.device) -> list[Row]:
-    precisions = ("fp32", "bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16")
+def _step_cases(recipe: Recipe, device: torch.device) -> dict[Names, Callable[[], Row]]:
+    on_gpu = device.type == "cuda"
+    plain = "published tf32" if on_gpu else "published fp32"  # as in bench/step.py
     config = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size, "queue": recipe.queue_size}
-    calls = {"published fp32": lambda: _published(recipe, device)}
-    calls |= {f"fastmoco {name}": lambda name=name: _ours(recipe, device, name) for name in precisions}
-    return [
-        Row("step", name, "MB", (peak_bytes(call, device) / 1e6,), config, "published fp32")
-        for name, call in calls.items()
-    ]
+    starts = {plain: partial(published, recipe, device)}
+    precisions = ("fp32", "bf16", "fp16") if on_gpu else ("fp32", "bf16")
+    starts |= {f"fastmoco {name}": partial(ours, recipe, device, name) for name in precisions}
 
+    def measured(name: str) -> Row:
+        steps: list[Callable[[], object]] = []
 
-def _warm_peak(call: Callable[[], object], device: torch.device) -> int:
-    call()
-    return peak_bytes(call, device)
+        def first() -> None:
+            steps.append(starts[name]())
+            steps[0]()
 
+        peak = peak_bytes(lambda: steps[0](), device, first)
+        return Row("step", name, "MB", (peak / 1e6,), config, plain)
 
-def _ours(recipe: Recipe, device: torch.device, precision: str) -> None:
-    parallel = Parallel(device=device)
-    step, batch = Step(recipe, parallel, precision), noise_batch(recipe, parallel)
-    for _ in range(2):
-        step.step(batch, 1e-3)
-
-
-def _published(recipe: Recipe, device: torch.device) -> None:
-    step = PublishedStep(recipe, device)
-    views = torch.randn(2, recipe.batch_size, 3, recipe.crop_size, recipe.crop_size, device=device)
-    for _ in range(2):
-        step(*views)
+    return {("step", name): partial(measured, name) for name in starts}
 
 
 def _storage(value: Tensor) -> int:

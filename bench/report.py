@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shlex
 import statistics
@@ -30,6 +31,7 @@ ROW_SCHEMA = {
     "name": (str,), "provider": (str,), "unit": (str,), "samples": (list,), "config": (dict,), "extra": (dict,),
     "baseline": (str, type(None)), "bound": (int, float, type(None)),
 }  # fmt: skip
+BY_HOST = "the host"  # "launched by", of a row whose neighbours are CUDA graphs: its time may be that of the launches
 UNSTEADY = 0.25  # of the median: a row whose middle samples lie further apart says more about the machine
 MARKED = (
     "Rows marked unsteady (20 % to 80 % span more than a quarter of the median) or over their bound (it was measured "
@@ -110,13 +112,16 @@ class Record:
 
 
 def environment(device: str = "cpu") -> dict:
-    """Device, clocks, versions, commit, threads, time and load of the machine, now: ask before measuring."""
+    """Device, versions, commit, threads, time and load of the machine, now: ask before measuring.
+
+    Clocks are left to those who measure: an idle card's say nothing.
+    """
     return {
         "device": _device_name(device),
         "cores": cores(),
         "versions": versions(),
         "commit": commit(),
-        "clocks": _clocks() if device.startswith("cuda") else {},
+        "clocks": {},
         **moment(),
     }
 
@@ -124,7 +129,8 @@ def environment(device: str = "cpu") -> dict:
 def record(subject: str, rows: Sequence[Row], circumstances: dict, timing: str = "") -> Record:
     """A record of `rows` measured by this process today, under what `environment` said before it began.
 
-    `timing` says how: warm-up and rounds.
+    `timing` says how: warm-up and rounds. Beside what `environment` says, `circumstances` may hold "failed" (reasons,
+    by what failed), "unfinished", and in "clocks" what `clocks.Clocks` summarises.
     """
     words = [word for word in sys.argv[1:] if word != "bench"]
     command = shlex.join(["fastmoco", "bench", *words])
@@ -132,12 +138,15 @@ def record(subject: str, rows: Sequence[Row], circumstances: dict, timing: str =
 
 
 def save(path: str | Path, records: Sequence[Record]) -> None:
-    """Write `records` as JSON, or one line a row where the name ends in .csv."""
+    """Write `records` as JSON, or one line a row where the name ends in .csv; a file is replaced whole or not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     if path.suffix == ".csv":
-        return _save_csv(path, records)
-    path.write_text(json.dumps([asdict(item) for item in records], indent=1) + "\n")
+        _save_csv(unfinished, records)
+    else:
+        unfinished.write_text(json.dumps([asdict(item) for item in records], indent=1) + "\n")
+    unfinished.replace(path)
 
 
 def load(path: str | Path) -> list[Record]:
@@ -171,12 +180,16 @@ def _rows(item: Record) -> str:
     for row in item.rows:
         base = medians.get((row.name, json.dumps(row.config), row.baseline))
         lines.append(
-            f"| {label(row)} | {row.provider} | {quantity(row)} | {_spread(row)} | "
+            f"| {label(row)} | {_provider(row)} | {quantity(row)} | {_spread(row)} | "
             f"{len(row.samples)} | {_against(row, base)} | {_percent(row.share)} |"
         )
     if any(row.unsteady or _over(row.share) for row in item.rows):
         lines += ["", MARKED]
     return "\n".join(lines)
+
+
+def _provider(row: Row) -> str:
+    return row.provider + " (launched by the host)" * (row.extra.get("launched by") == BY_HOST)
 
 
 def _against(row: Row, base: float | None) -> str:
@@ -188,6 +201,12 @@ def _against(row: Row, base: float | None) -> str:
 def _spread(row: Row) -> str:
     low, high = row.spread
     return f"{_number(low)} to {_number(high)}" + (", unsteady" if row.unsteady else "")
+
+
+def named(name: str, words: str) -> bool:
+    """Whether one of `words`, separated by commas, stands in `name`; true where there are none."""
+    wanted = [word.strip() for word in words.split(",") if word.strip()]
+    return not wanted or any(word in name for word in wanted)
 
 
 def label(row: Row) -> str:
@@ -205,7 +224,24 @@ def _caption(item: Record) -> str:
     env = item.environment
     shown = ", ".join(f"{name} {env['versions'][name]}" for name in SHOWN)
     how = f" ({env['timing']})" if env.get("timing") else ""
-    return f"**{item.subject}** on {_where(env)}, {item.date}, {shown}, commit {env['commit']}: `{item.command}`{how}"
+    line = f"**{item.subject}** on {_where(env)}, {item.date}, {shown}, commit {env['commit']}: `{item.command}`{how}"
+    return "\n".join([line, *_remarks(env)])
+
+
+def _remarks(env: dict) -> list[str]:
+    lines = []
+    clocks = env.get("clocks", {})
+    if clocks.get("samples"):
+        sm, memory, power = (clocks[name] for name in ("sm_mhz", "memory_mhz", "power_w"))
+        lines.append(
+            f"{clocks['samples']} samples between rounds: {sm['median']:,.0f} MHz (least {sm['minimum']:,.0f}), memory "
+            f"{memory['median']:,.0f} MHz, {power['median']:.0f} W (most {power['maximum']:.0f} of "
+            f"{clocks['power_limit_w']:.0f}), throttled by: {', '.join(clocks['throttled']) or 'nothing'}"
+        )
+    lines += [f"{what} failed: {why}" for what, why in env.get("failed", {}).items()]
+    if env.get("unfinished"):
+        lines.append("Stopped before its end: these are the rows that were finished.")
+    return [f"\n{line}" for line in lines]
 
 
 def _where(env: dict) -> str:
@@ -278,19 +314,3 @@ def _device_name(device: str) -> str:
     import torch
 
     return torch.cuda.get_device_name(device)
-
-
-def _clocks() -> dict:
-    try:
-        import pynvml
-    except ImportError:
-        return {}
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-    return {
-        "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-        "memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-        "power_w": pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
-        "power_limit_w": pynvml.nvmlDeviceGetPowerManagementLimit(handle) / 1e3,
-        "driver": pynvml.nvmlSystemGetDriverVersion(),
-    }

@@ -26,6 +26,7 @@ from torch import nn
 
 LEVELS = ("eager", "bnrelu", "stats", "main")
 KEY_LEVEL, KEY_LEVEL_OF_QUERIES = "key", "bnrelu"
+BY_FUSION = ("eager", "bnrelu", KEY_LEVEL, "stats", "main")  # what fuses more comes later
 ACTIVATION_BYTES = 2
 
 # Passes over a convolution's output, beside the convolution itself, by level and by the place of the convolution:

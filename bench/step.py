@@ -6,17 +6,19 @@ photometric augmentation. The published step is given finished float views, so t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 
 from fastmoco.bench.baseline import PublishedStep
-from fastmoco.bench.report import Row
-from fastmoco.bench.roofline import KEY_LEVEL, convolutions, flops_per_pair, seconds_per_pair
-from fastmoco.bench.timing import Machine, interleave, measure_machine
+from fastmoco.bench.journal import Journal
+from fastmoco.bench.report import Row, named
+from fastmoco.bench.roofline import BY_FUSION, KEY_LEVEL, convolutions, flops_per_pair, seconds_per_pair
+from fastmoco.bench.timing import Machine, Timing, interleave, measure_machine
 from fastmoco.contrast.graph import runner
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import resolve_precision
@@ -27,14 +29,21 @@ from fastmoco.recipe import Recipe
 
 LEVEL = "bnrelu"  # the level of fusion that our kernels reach, and so the bound that the shares refer to
 WORK = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The published step that the others are compared with, where it is timed: the first of these.
+BASELINES = ("published fp16 autocast", "published fp32", "published tf32", "published bf16 autocast")
 
 
 class Provider(NamedTuple):
-    """A step to time: `start` builds it and returns the call; `precision` and `level` of fusion decide its bound."""
+    """A step to time: `start` builds it and returns the call; `precision` and `level` of fusion decide its bound.
+
+    `group` is "core" for what the project's targets are computed from, "compiled" for what torch.compile takes minutes
+    to build, else "more".
+    """
 
     start: Callable[[], Callable[[], object]]
     precision: str
     level: str = LEVEL
+    group: str = "core"
 
 
 def run(
@@ -44,27 +53,58 @@ def run(
     rounds: int = 20,
     warmup: int = 3,
     precision: str = "",
+    group: str = "all",
     only: str = "",
     skip: str = "",
+    journal: Journal | None = None,
 ) -> list[Row]:
-    """Pairs a second of every provider on `device`, or of those of one precision, with `only` and without `skip` in
-    their names. ValueError where nothing is left."""
-    found = providers(recipe, device)
-    named = [name for name in found if only in name and not (skip and skip in name)]
-    chosen = {name: found[name] for name in named if precision in ("", found[name].precision)}
-    if not chosen:
-        raise ValueError(f"nothing to time on {device.type}: its providers are {', '.join(found)}")
-    calls = {name: provider.start() for name, provider in chosen.items()}
-    times = interleave(calls, rounds=rounds, warmup=warmup, device=device)
+    """Pairs a second of the providers that `choose` chooses. ValueError where nothing is left.
+
+    The journal has the rows after every round. A provider that fails is noted there and costs its own row.
+    """
+    journal = journal or Journal()
+    chosen = choose(providers(recipe, device), precision, group, only, skip)
+    # First, while the memory is free and the process can still go without it.
     machines = {p.precision: machine_at(device, p.precision) for p in chosen.values()}
-    config = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size, "queue": recipe.queue_size}
-    rows = []
-    for name, timing in times.items():
-        _, precision, level = chosen[name]
-        bound = pairs_bound(recipe, machines[precision], WORK[precision].itemsize, level)
-        rates = tuple(recipe.batch_size / sample for sample in timing.samples)
-        rows.append(Row("step", name, "pairs/s", rates, config, _baseline(chosen), bound, {"level": level}))
-    return rows
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    row = functools.partial(_row, recipe, chosen, machines)
+    calls: dict[str, Callable[[], object]] = {}
+    for name, provider in chosen.items():
+        with journal.attempt(name):
+            calls[name] = provider.start()
+
+    def failed(name: str, error: Exception) -> None:
+        calls.pop(name)  # and with it the memory
+        journal.fail(name, error)
+
+    def after_round(times: dict[str, Timing]) -> None:
+        journal.keep(row(name, timing) for name, timing in times.items())
+
+    if not calls:
+        return []
+    how = {"rounds": rounds, "warmup": warmup, "device": device}
+    times = interleave(calls, **how, after_round=after_round, failed=failed)
+    return [row(name, timing) for name, timing in times.items()]
+
+
+def choose(found: dict[str, Provider], precision: str, group: str, only: str, skip: str) -> dict[str, Provider]:
+    """The providers of `group` (the baseline is in each) and `precision`, with a word of `only` and none of `skip`.
+
+    ValueError, with the names that there are, where nothing is left.
+    """
+    baseline = _baseline(found)
+    chosen = {
+        name: provider
+        for name, provider in found.items()
+        if (group in ("all", provider.group) or name == baseline)
+        and precision in ("", provider.precision)
+        and named(name, only)
+        and not (skip and named(name, skip))
+    }
+    if not chosen:
+        raise ValueError(f"nothing to time is left: the providers are {'; '.join(found)}")
+    return chosen
 
 
 def machine_at(device: torch.device, precision: str) -> Machine:
@@ -85,46 +125,59 @@ def flops_bound(recipe: Recipe, machine: Machine) -> float:
 
 def providers(recipe: Recipe, device: torch.device) -> dict[str, Provider]:
     """Every way to run the step on `device`, the published one first."""
-    published = functools.partial(_published, recipe, device)
-    ours = functools.partial(_ours, recipe, device, functools.cache(torch.cuda.graph_pool_handle))
-    # Torch's own default for convolutions in fp32 is TF32, where there is any.
-    plain = "tf32" if device.type == "cuda" else "fp32"
+    published_step = functools.partial(published, recipe, device)
+    on_gpu = device.type == "cuda"
+    ours_step = functools.partial(
+        ours,
+        recipe,
+        device,
+        # Captured or failed: a step timed eagerly under the name of a captured one would be a lie.
+        graph="on" if on_gpu else "off",
+        pool=functools.cache(torch.cuda.graph_pool_handle) if on_gpu else None,
+    )
+    plain = "tf32" if on_gpu else "fp32"  # torch's own default for convolutions in fp32 is TF32, where there is any
+    group = "more" if on_gpu else "core"
     found = {
-        f"published {plain}": Provider(published, plain),
-        **_autocast(published, torch.bfloat16, "bf16"),
-        "fastmoco fp32": Provider(functools.partial(ours, "fp32"), "fp32"),
-        "fastmoco bf16": Provider(functools.partial(ours, "bf16"), "bf16"),
+        f"published {plain}": Provider(published_step, plain, group=group),
+        **_autocast(published_step, torch.bfloat16, "bf16"),
+        "fastmoco fp32": Provider(functools.partial(ours_step, "fp32"), "fp32", group=group),
+        "fastmoco bf16": Provider(functools.partial(ours_step, "bf16"), "bf16"),
     }
-    if device.type == "cuda":
-        low = functools.partial(ours, "bf16")
-        found |= {
-            **_autocast(published, torch.float16, "fp16"),
-            "fastmoco tf32": Provider(functools.partial(ours, "tf32"), "tf32"),
-            "fastmoco fp16": Provider(functools.partial(ours, "fp16"), "fp16"),
-            "fastmoco bf16, no graph": Provider(functools.partial(low, graph="off"), "bf16"),
-            "fastmoco bf16, key stream": Provider(functools.partial(low, key_stream=True), "bf16"),
-            "fastmoco bf16, fused key encoder": Provider(
-                functools.partial(low, encoder="fused-key"), "bf16", KEY_LEVEL
-            ),
-            "fastmoco bf16, eager encoder": Provider(functools.partial(low, encoder="eager"), "bf16"),
-            "fastmoco bf16, compiled encoder": Provider(functools.partial(low, encoder="compile"), "bf16"),
-            "fastmoco bf16, torch update": Provider(functools.partial(low, update="torch"), "bf16"),
-        }
-    return found
+    return found | (_gpu_providers(published_step, ours_step) if on_gpu else {})
 
 
-def _autocast(published: Callable, dtype: torch.dtype, name: str) -> dict[str, Provider]:
-    options = {"": {}, "channels-last ": {"channels_last": True}}
-    on_gpu = published.args[1].type == "cuda"
-    if on_gpu and name == "fp16":
-        options["compiled channels-last "] = {"channels_last": True, "compiled": True}
+def _gpu_providers(published_step: Callable, ours_step: Callable) -> dict[str, Provider]:
+    def low(group: str = "more", level: str = LEVEL, **options) -> Provider:
+        return Provider(functools.partial(ours_step, "bf16", **options), "bf16", level, group)
+
     return {
-        f"{how or 'published '}{name} autocast": Provider(functools.partial(published, autocast=dtype, **given), name)
+        **_autocast(published_step, torch.float16, "fp16"),
+        "compiled channels-last fp16 autocast": Provider(
+            functools.partial(published_step, autocast=torch.float16, channels_last=True, compiled=True),
+            "fp16",
+            group="compiled",
+        ),
+        "fastmoco tf32": Provider(functools.partial(ours_step, "tf32"), "tf32", group="more"),
+        "fastmoco fp16": Provider(functools.partial(ours_step, "fp16"), "fp16"),
+        "fastmoco bf16, no graph": low("core", graph="off"),
+        "fastmoco bf16, key stream": low(key_stream=True),
+        "fastmoco bf16, fused key encoder": low("core", KEY_LEVEL, encoder="fused-key"),
+        "fastmoco bf16, eager encoder": low(encoder="eager"),
+        "fastmoco bf16, compiled encoder": low("compiled", encoder="compile"),
+        "fastmoco bf16, torch update": low(update="torch"),
+    }
+
+
+def _autocast(published_step: Callable, dtype: torch.dtype, name: str) -> dict[str, Provider]:
+    options = {"published ": {}, "channels-last ": {"channels_last": True}}
+    return {
+        f"{how}{name} autocast": Provider(functools.partial(published_step, autocast=dtype, **given), name)
         for how, given in options.items()
     }
 
 
-def _published(recipe: Recipe, device: torch.device, **options) -> Callable[[], object]:
+def published(recipe: Recipe, device: torch.device, **options) -> Callable[[], object]:
+    """The call that trains one published step on random views; `options` are those of `PublishedStep`."""
     # Its queue must be a multiple of the batch.
     recipe = dataclasses.replace(recipe, queue_size=max(1, recipe.queue_size // recipe.batch_size) * recipe.batch_size)
     step = PublishedStep(recipe, device, **options)
@@ -132,27 +185,68 @@ def _published(recipe: Recipe, device: torch.device, **options) -> Callable[[], 
     views = [torch.randn(shape, device=device) for _ in range(2)]
 
     def call() -> float:
-        torch.backends.cudnn.allow_tf32 = True  # our own step in fp32 forbids it, for the whole process
-        return step(*views)
+        with tf32(convolutions=True, products=False):  # torch's defaults
+            return step(*views)
 
     return call
 
 
-def _ours(
-    recipe: Recipe, device: torch.device, pool: Callable, precision: str, graph: str = "auto", **options
+def ours(
+    recipe: Recipe,
+    device: torch.device,
+    precision: str,
+    *,
+    graph: str = "off",
+    pool: Callable | None = None,
+    **options,
 ) -> Callable[[], object]:
-    parallel = Parallel(device=device)
-    step = Step(recipe, parallel, resolve_precision(precision, device), **options)
-    batch = noise_batch(recipe, parallel)
-    # One pool of memory for all graphs, or a GPU would not hold them beside each other.
-    shared = pool() if device.type == "cuda" else None
-    advance = runner(step, lambda: batch, graph, pool=shared)
-    return lambda: advance(batch, 1e-3)
+    """The call that trains one step of ours on random crops; `options` are those of `Step`.
+
+    `pool` gives the one pool of memory for all graphs, or a GPU would not hold them beside each other.
+    """
+    allowed = precision == "tf32"
+    with tf32(convolutions=allowed, products=allowed):
+        parallel = Parallel(device=device)
+        step = Step(recipe, parallel, resolve_precision(precision, device), **options)
+        batch = noise_batch(recipe, parallel)
+        advance = runner(step, lambda: batch, graph, pool=None if pool is None else pool())
+
+    def call() -> object:
+        with tf32(convolutions=allowed, products=allowed):
+            return advance(batch, 1e-3)
+
+    return call
+
+
+@contextlib.contextmanager
+def tf32(*, convolutions: bool, products: bool) -> Iterator[None]:
+    """Whether convolutions and matrix products in fp32 may use TF32 inside: switches of the whole process.
+
+    Steps of several precisions take turns in one process, and each sets them for itself when it is built.
+    """
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = convolutions
+    torch.set_float32_matmul_precision("high" if products else "highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
+
+
+def _row(
+    recipe: Recipe, chosen: dict[str, Provider], machines: dict[str, Machine], name: str, timing: Timing
+) -> Row:
+    _, precision, level, _ = chosen[name]
+    bound = functools.partial(pairs_bound, recipe, machines[precision], WORK[precision].itemsize)
+    config = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size, "queue": recipe.queue_size}
+    rates = tuple(recipe.batch_size / sample for sample in timing.samples)
+    extra = {"level": level, "bounds": {each: bound(each) for each in BY_FUSION}}
+    return Row("step", name, "pairs/s", rates, config, _baseline(chosen), bound(level), extra)
 
 
 def _baseline(chosen: dict[str, Provider]) -> str:
-    preferred = ("published fp16 autocast", "published fp32", "published tf32", "published bf16 autocast")
-    return next((name for name in preferred if name in chosen), next(iter(chosen)))
+    return next((name for name in BASELINES if name in chosen), next(iter(chosen)))
 
 
 @functools.lru_cache

@@ -1,9 +1,9 @@
 """How long things take: interleaved rounds, their medians, and the machine's own ceilings.
 
 Providers are timed in turn, round after round, each round in another order, because clocks drift: two blocks timed one
-after the other can differ by more than the effect looked for. On a GPU the whole round is queued before it is awaited,
-so that a sample is the time of the work and not of its launch; on a CPU a sample repeats the work until it lasts long
-enough for the clock.
+after the other can differ by more than the effect looked for. On a GPU a sample is what the device itself measures
+between two events around the call, and it is awaited before the next one begins; the device is kept busy before the
+first event, so that launches run ahead. On a CPU a sample repeats the work until it lasts long enough for the clock.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 SHORTEST_SAMPLE = 0.005  # seconds: the clock and the loop around it stay under 0.1 % of a sample
 FLUSH_BYTES = 256 << 20  # larger than the last cache of any machine we know
+WAKE_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
@@ -40,51 +41,79 @@ def interleave(
     warmup: int = 3,
     device: torch.device | str = "cpu",
     cold: bool = False,
+    after_round: Callable[[dict[str, Timing]], None] | None = None,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Timing]:
     """Time every provider `rounds` times, in turn and in an order that changes each round.
 
     `warmup` calls of each come first and are not counted. `cold` empties the caches before each call on a GPU, which
-    is what a kernel meets inside a training step. ValueError where there is nothing to time.
+    is what a kernel meets inside a training step. `after_round` gets what was measured so far. Where `failed` is given,
+    a provider that raises is reported to it and takes no further part; its samples from before stay. ValueError where
+    there is nothing to time.
     """
     if not providers or rounds < 1:
         raise ValueError(f"nothing to time: {len(providers)} providers, {rounds} rounds")
-    device = torch.device(device)
-    for call in providers.values():
+    live, shuffle = dict(providers), random.Random(0)
+    timer = _GpuTimer(cold) if torch.device(device).type == "cuda" else _CpuTimer()
+    samples: dict[str, list[float]] = {name: [] for name in live}
+
+    def attempt(name: str, work: Callable[[str, Callable], object]) -> object:
+        try:
+            return work(name, live[name])
+        except Exception as error:  # whatever it is, the others are still to be timed
+            if failed is None:
+                raise
+            del live[name]
+            failed(name, error)
+
+    def warm(name: str, call: Callable) -> None:
         for _ in range(warmup):
             call()
-    order, shuffle = list(providers), random.Random(0)
-    samples: dict[str, list[float]] = {name: [] for name in providers}
-    timer = _gpu_timer(cold) if device.type == "cuda" else _cpu_timer(providers)
+        timer.prepare(name, call)
+
+    def measured() -> dict[str, Timing]:
+        return {name: Timing(tuple(values)) for name, values in samples.items() if values}
+
+    for name in list(live):
+        attempt(name, warm)
     for _ in range(rounds):
+        order = list(live)
         shuffle.shuffle(order)
         for name in order:
-            samples[name].append(timer(name, providers[name]))
-    return {name: Timing(tuple(values)) for name, values in samples.items()}
+            seconds = attempt(name, timer.seconds)
+            samples[name] += [] if seconds is None else [seconds]
+        if after_round is not None:
+            after_round(measured())
+    return measured()
 
 
-def _cpu_timer(providers: Mapping[str, Callable[[], object]]) -> Callable[[str, Callable], float]:
-    repeats = {}
-    for name, call in providers.items():
+class _CpuTimer:
+    def __init__(self) -> None:
+        self._repeats: dict[str, int] = {}
+
+    def prepare(self, name: str, call: Callable) -> None:
         started = time.perf_counter()
         call()
-        repeats[name] = max(1, int(SHORTEST_SAMPLE / max(time.perf_counter() - started, 1e-9)))
+        self._repeats[name] = max(1, int(SHORTEST_SAMPLE / max(time.perf_counter() - started, 1e-9)))
 
-    def timed(name: str, call: Callable) -> float:
+    def seconds(self, name: str, call: Callable) -> float:
         started = time.perf_counter()
-        for _ in range(repeats[name]):
+        for _ in range(self._repeats[name]):
             call()
-        return (time.perf_counter() - started) / repeats[name]
-
-    return timed
+        return (time.perf_counter() - started) / self._repeats[name]
 
 
-def _gpu_timer(cold: bool) -> Callable[[str, Callable], float]:
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda") if cold else None
+class _GpuTimer:
+    def __init__(self, cold: bool) -> None:
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda") if cold else None
 
-    def timed(name: str, call: Callable) -> float:
+    def prepare(self, name: str, call: Callable) -> None:
+        torch.cuda.synchronize()  # what failed in the warm-up is this provider's
+
+    def seconds(self, name: str, call: Callable) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        if flush is not None:
-            flush.zero_()
+        if self._flush is not None:
+            self._flush.zero_()
         # A starved stream would time the host's gaps: half a millisecond of work lets the launches run ahead.
         torch.cuda._sleep(1_000_000)
         start.record()
@@ -92,8 +121,6 @@ def _gpu_timer(cold: bool) -> Callable[[str, Callable], float]:
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1e3
-
-    return timed
 
 
 @dataclass(frozen=True)
@@ -114,7 +141,8 @@ def measure_machine(device: torch.device | str, dtype: torch.dtype, *, rounds: i
     """The ceilings of `device` for `dtype`, by passes over more memory than its caches hold and a square product.
 
     A copy and a sum in place: on most CPUs a copy also reads what it overwrites, and then the sum shows more.
-    Measured once in a process, so that all rows of a run refer to the same ceilings.
+    Measured once in a process, so that all rows of a run refer to the same ceilings; a GPU multiplies for a while
+    before, because an idle one has low clocks.
     """
     device = torch.device(device)
     on_gpu = device.type == "cuda"
@@ -126,6 +154,8 @@ def measure_machine(device: torch.device | str, dtype: torch.dtype, *, rounds: i
     product = torch.empty(side, side, dtype=dtype, device=device)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    if on_gpu:
+        _wake(lambda: torch.mm(left, right, out=product))
     times = interleave(
         {
             "copy": lambda: target.copy_(source),
@@ -141,3 +171,10 @@ def measure_machine(device: torch.device | str, dtype: torch.dtype, *, rounds: i
     # The best sample: a ceiling is what the machine can do, not what it did on average.
     best = {name: min(timing.samples) for name, timing in times.items()}
     return Machine(name, max(2 * size / best["copy"], 3 * size / best["sum"]), 2 * side**3 / best["product"])
+
+
+def _wake(work: Callable[[], object]) -> None:
+    end = time.perf_counter() + WAKE_SECONDS
+    while time.perf_counter() < end:
+        work()
+        torch.cuda.synchronize()

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import torch
 
-from fastmoco.bench.loader import PREFETCH, images
+from fastmoco.bench.journal import Journal
 from fastmoco.bench.report import Row
 from fastmoco.bench.step import WORK, machine_at, pairs_bound
 from fastmoco.contrast.graph import runner
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import resolve_precision
-from fastmoco.data.loader import Loader
-from fastmoco.data.manifest import Manifest
 from fastmoco.data.placeholder import noise_batch
 from fastmoco.data.plan import Plan
 from fastmoco.environment import cores
@@ -28,35 +26,49 @@ LOADED, ALONE = "fastmoco, loader and step", "fastmoco, step alone"
 
 
 def run(
-    recipe: Recipe, device: torch.device, *, rounds: int = 5, precision: str = "auto", data: Path | None = None
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    rounds: int = 5,
+    precision: str = "auto",
+    data: Path | None = None,
+    journal: Journal | None = None,
 ) -> list[Row]:
-    """Pairs a second with the loader and without, and how much of the time was waited for batches."""
-    parallel = Parallel(device=device)
+    """Pairs a second with the loader and without, and how much of the time was waited for batches.
+
+    The journal has the step alone before the loader is started.
+    """
+    journal, parallel = journal or Journal(), Parallel(device=device)
     chosen = resolve_precision(precision or "auto", device)
+    bound = pairs_bound(recipe, machine_at(device, chosen), WORK[chosen].itemsize)
+    config = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size, "precision": chosen}
     step, batch = Step(recipe, parallel, chosen), noise_batch(recipe, parallel)
     advance = runner(step, lambda: batch)
     alone = [_rate(recipe, device, lambda: advance(batch, 1e-3)) for _ in range(rounds + 1)][1:]
-    with images(data, max(64, recipe.batch_size)) as manifest:
-        loaded, wait = _with_loader(recipe, parallel, manifest, partial(advance, lr=1e-3), rounds)
-    config = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size, "precision": chosen}
-    bound = pairs_bound(recipe, machine_at(device, chosen), WORK[chosen].itemsize)
-    return [
-        Row("train", LOADED, "pairs/s", tuple(loaded), config, ALONE, bound, {"data wait": wait}),
-        Row("train", ALONE, "pairs/s", tuple(alone), config, ALONE, bound),
-    ]
+    rows = [Row("train", ALONE, "pairs/s", tuple(alone), config, ALONE, bound)]
+    journal.keep(rows)
+    with journal.attempt(LOADED):
+        loaded, wait = _with_loader(recipe, parallel, data, partial(advance, lr=1e-3), rounds)
+        rows.insert(0, Row("train", LOADED, "pairs/s", tuple(loaded), config, ALONE, bound, {"data wait": wait}))
+    return rows
 
 
 def _with_loader(
-    recipe: Recipe, parallel: Parallel, manifest: Manifest, advance: Callable, rounds: int
+    recipe: Recipe, parallel: Parallel, data: Path | None, advance: Callable, rounds: int
 ) -> tuple[list[float], float]:
-    plan = Plan(recipe, manifest.sizes)
+    # Here, because they need DALI, which a machine that only runs steps may lack.
+    from fastmoco.bench.loader import PREFETCH, images
+    from fastmoco.data.loader import Loader
+
     options = {"stop_step": 1 << 30, "threads": cores(), "prefetch": PREFETCH}
-    with Loader(manifest, plan, recipe, parallel, **options) as loader:
-        for _ in range(PREFETCH + 1):
-            advance(next(loader))
-        waited, started = loader.wait_seconds, time.perf_counter()
-        rates = [_rate(recipe, parallel.device, lambda: advance(next(loader))) for _ in range(rounds)]
-        return rates, (loader.wait_seconds - waited) / (time.perf_counter() - started)
+    with images(data, max(64, recipe.batch_size)) as manifest:
+        plan = Plan(recipe, manifest.sizes)
+        with Loader(manifest, plan, recipe, parallel, **options) as loader:
+            for _ in range(PREFETCH + 1):
+                advance(next(loader))
+            waited, started = loader.wait_seconds, time.perf_counter()
+            rates = [_rate(recipe, parallel.device, lambda: advance(next(loader))) for _ in range(rounds)]
+            return rates, (loader.wait_seconds - waited) / (time.perf_counter() - started)
 
 
 def _rate(recipe: Recipe, device: torch.device, advance: Callable[[], object]) -> float:

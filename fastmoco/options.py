@@ -319,8 +319,9 @@ class Bench:
     quarter of a minute each, the other subjects a minute each, all of them five; on busy cores several times as much.
     """
 
-    subjects: tuple[Literal["kernels", "step", "loader", "train", "scaling", "memory"], ...]
-    """What to measure: kernels, step, loader, train (loader and step together), scaling over ranks, memory."""
+    subjects: tuple[Literal["kernels", "step", "loader", "train", "scaling", "memory", "proof"], ...]
+    """What to measure: kernels, step, loader, train (loader and step together), scaling over ranks, memory; or, only
+    where asked for, proof: that a replayed step equals an eager one, and on a GPU that the host waits for nothing."""
 
     json: Path | None = None
     """Record to write, with every sample: what bench compare and bench report read."""
@@ -331,11 +332,16 @@ class Bench:
     device: Device = "auto"
     """Where to measure; auto is the GPU where there is one."""
     rounds: int = 0
-    """Samples of each provider, taken in turn; 0 is 5 on a CPU and of loader, train and scaling, else 20."""
+    """Samples of each provider, taken in turn; 0 is 5 on a CPU and of loader, train and scaling, else 20. Of proof:
+    steps that are compared; five times as many are watched for waits."""
+    providers: Literal["all", "core", "more", "compiled"] = "all"
+    """Providers of the step: core is what the targets are about, compiled what torch.compile takes minutes to build,
+    more the rest; the published baseline is in each. On a CPU all are core."""
     only: str = ""
-    """Measure only providers (of kernels: kernels) whose name contains this."""
+    """Measure only providers (of kernels: kernels) whose name contains this, or, but for the loader, one of these
+    words, separated by commas."""
     skip: str = ""
-    """Leave out providers of the step whose name contains this."""
+    """Leave out providers of the step whose name contains this, or one of these words, separated by commas."""
 
     preset: Literal["v1", "v2", "cifar", "demo"] = "v2"
     """Recipe to measure."""

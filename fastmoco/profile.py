@@ -36,7 +36,6 @@ from fastmoco.contrast.parts import PARTS, named
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import PRECISIONS
 from fastmoco.data import manifest
-from fastmoco.data.loader import Loader
 from fastmoco.data.placeholder import noise_batch
 from fastmoco.data.plan import Plan
 from fastmoco.encoder import build_encoder
@@ -50,6 +49,7 @@ from fastmoco.trace import STEP, Row, kernels, leaves, seconds_of_parts
 WARMUP = 3  # steps before the recorded ones: kernels are compiled and memory is reserved
 SIZES = ("arch", "batch_size", "crop_size", "queue_size")
 TRACE, TREE, PICTURE = "trace.json.gz", "step.hatchet", "step.svg"
+NCU_KERNELS = 100  # that it measures: it runs each of them dozens of times, and a step has a thousand
 NOTHING = "without a GPU there is nothing for Nsight to record here"
 OPENED_BY = {"torch": (TRACE, "open it at ui.perfetto.dev"), "proton": (TREE, "see proton-viewer --metrics time/ms")}
 UNSTEADY = 1.5  # slowest step over the fastest, from where a mean says little
@@ -126,6 +126,8 @@ def prepared(recipe: Recipe, options: Profile, parallel: Parallel) -> Iterator[t
     with contextlib.ExitStack() as stack:
         draw = lambda: noise  # noqa: E731
         if options.data != "synthetic":
+            from fastmoco.data.loader import Loader  # here, because it needs DALI, and noise does not
+
             images = manifest.scan(manifest.split(Path(options.data))[0], max_pixels=recipe.max_pixels)
             plan = Plan(recipe, images.sizes)
             draw = partial(next, stack.enter_context(Loader(images, plan, recipe, parallel, stop_step=1 << 30)))
@@ -156,12 +158,20 @@ def stepped(
 
 def traced(advance: Callable[[], object], steps: int, device: torch.device, path: Path) -> Recording:
     """Record `steps` steps under torch.profiler, and write the trace to `path` (.json.gz)."""
+    events, seconds = recorded(advance, steps, device, path)
+    return Recording(kernels(events), seconds)
+
+
+def recorded(
+    advance: Callable[[], object], steps: int, device: torch.device, path: Path
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """The events of `steps` steps under torch.profiler, which `path` (.json.gz) then holds, and each step's seconds."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    with named(), profile(activities=activities, record_shapes=True) as recorded:
+    with named(), profile(activities=activities) as profiler:
         seconds = stepped(advance, steps, device)
-    recorded.export_chrome_trace(str(path))
+    profiler.export_chrome_trace(str(path))
     with gzip.open(path, "rt") as file:
-        return Recording(kernels(json.load(file)["traceEvents"]), seconds)
+        return json.load(file)["traceEvents"], seconds
 
 
 def counted(proton: Any, advance: Callable[[], object], steps: int, device: torch.device, path: Path) -> Recording:
@@ -296,7 +306,9 @@ def nsight_command(preset: str, options: Profile, python: str = "python") -> lis
     if options.tool == "nsys":
         window = ["--capture-range=cudaProfilerApi", "--capture-range-end=stop"]
         return ["nsys", "profile", "--trace=cuda,nvtx,cudnn,cublas", "--sample=none", *window, "-o", out, *ours]
-    window = ["--profile-from-start=off", "--set=full", "--nvtx", "--import-source=yes"]
+    window = ["--profile-from-start=off", f"--launch-count={NCU_KERNELS}", "--set=full", "--nvtx"]
+    # Left to itself it lowers the card's clocks, for good where it is killed.
+    window += ["--import-source=yes", "--clock-control=none"]
     return ["ncu", *window, "-o", out, *ours, "--steps", "1"]
 
 

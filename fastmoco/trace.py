@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any, NamedTuple
 
 from fastmoco.contrast.parts import PARTS
 
 STEP = "step "  # a recorded step is a range called "step 1", "step 2", ...
 LAUNCHES = ("cuda_runtime", "cuda_driver")  # Triton launches through the driver
+WAITS = {
+    f"{api}{name}"
+    for api, names in (
+        ("cuda", ("DeviceSynchronize", "StreamSynchronize", "EventSynchronize")),
+        ("cu", ("CtxSynchronize", "StreamSynchronize", "EventSynchronize")),
+    )
+    for name in names
+}
+TO_HOST = "Memcpy DtoH"
 
 
 class Row(NamedTuple):
@@ -55,6 +64,28 @@ def kernels(events: list[dict[str, Any]]) -> list[Row]:
         calls[name, _around(start, parts)].append((_around(start, steps), duration / 1e6))
     numbers = [event["name"] for event in steps]
     return _slowest_first([_row(*key, found, numbers) for key, found in calls.items()])
+
+
+def waits(events: list[dict[str, Any]]) -> dict[str, int]:
+    """Calls in which the host waits for the GPU, and copies from the GPU to the host, how many by name.
+
+    Of a Chrome trace, what the host asked for between the begin of its first step and the end of its last; ValueError
+    where it has no steps.
+    """
+    spans = [event for event in events if event.get("ph") == "X" and "dur" in event]
+    steps = [event for event in spans if event.get("cat") == "user_annotation" and event["name"].startswith(STEP)]
+    if not steps:
+        raise ValueError("the trace has no steps in which to look for waits")
+    first, last = min(event["ts"] for event in steps), max(event["ts"] + event["dur"] for event in steps)
+    calls = [event for event in spans if event.get("cat") in LAUNCHES]
+    asked = {_correlation(event): event["ts"] for event in calls}
+    found = [(event["name"], event["ts"]) for event in calls if event["name"].partition("_v")[0] in WAITS]
+    found += [
+        (TO_HOST, asked.get(_correlation(event), event["ts"]))
+        for event in spans
+        if event.get("cat") == "gpu_memcpy" and event["name"].startswith(TO_HOST)
+    ]
+    return dict(Counter(name for name, moment in found if first <= moment <= last))
 
 
 def seconds_of_parts(rows: list[Row]) -> dict[str, tuple[float, list[float]]]:

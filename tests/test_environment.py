@@ -46,3 +46,10 @@ def test_the_launcher_says_so_before_torch_is_loaded():
     for first, found in (("", environment.SPIN), ("import torch\n", "None")):
         said = subprocess.run([sys.executable, "-c", watch + first + code], env=environ, capture_output=True, text=True)
         assert f"loaded with {found}\n" in said.stdout, said.stderr
+
+
+def test_a_copy_without_history_is_told_its_commit(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FASTMOCO_COMMIT", "")
+    assert environment.commit() != "abc123"
+    monkeypatch.setenv("FASTMOCO_COMMIT", "abc123")
+    assert environment.commit() == "abc123"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastmoco.trace import kernels, leaves, seconds_of_parts
+from fastmoco.trace import kernels, leaves, seconds_of_parts, waits
 
 
 def span(name: str, start: float, length: float, **more) -> dict:
@@ -66,3 +66,30 @@ TREE = node(
 def test_protons_kernels_belong_to_the_part_above_them():
     rows = [(row.name, row.part, row.calls, round(1e9 * row.seconds)) for row in leaves(TREE)]
     assert rows == [("dgrad", "backward", 6, 3500), ("_enqueue_kernel", "enqueue", 2, 40), ("memset", "other", 1, 10)]
+
+
+def runtime(name: str, start: float, number: int = 0, cat: str = "cuda_runtime") -> dict:
+    return span(name, start, 1, cat=cat, args={"correlation": number})
+
+
+def copy(name: str, start: float, number: int) -> dict:
+    return span(name, start, 1, cat="gpu_memcpy", tid=7, args={"correlation": number})
+
+
+def test_waits_are_those_asked_for_between_the_first_step_and_the_last():
+    steps = [span(f"step {i}", 10 * i, 9, cat="user_annotation") for i in (1, 2, 3)]
+    quiet = [
+        runtime("cudaStreamSynchronize", 5), runtime("cudaDeviceSynchronize", 41), runtime("cudaLaunchKernel", 12),
+        runtime("cudaGraphLaunch", 22), runtime("cudaMemcpyAsync", 13, 1), copy("Memcpy DtoD (Device -> Device)", 14, 1),
+        runtime("cudaMemcpyAsync", 8, 2), copy("Memcpy DtoH (Device -> Pageable)", 15, 2),
+    ]  # fmt: skip
+    assert waits([*steps, *quiet]) == {}
+    loud = [
+        runtime("cudaStreamSynchronize", 13), runtime("cudaStreamSynchronize", 19.5),
+        runtime("cuCtxSynchronize", 22, cat="cuda_driver"),
+        runtime("cudaMemcpyAsync", 38, 3), copy("Memcpy DtoH (Device -> Pinned)", 60, 3),
+    ]  # fmt: skip
+    expected = {"cudaStreamSynchronize": 2, "cuCtxSynchronize": 1, "Memcpy DtoH": 1}
+    assert waits([*steps, *quiet, *loud]) == expected
+    with pytest.raises(ValueError, match="no steps"):
+        waits(loud)

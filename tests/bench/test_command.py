@@ -69,7 +69,7 @@ def test_only_chooses_providers_and_names_them_where_none_is_left(capsys, tmp_pa
     assert [row.provider for row in report.load(file)[0].rows] == ["published fp32"]
     assert main(["bench", "step", *TINY, "--only", "fp32", "--skip", "fp32"]) == 2
     assert main(["bench", "step", *TINY, "--only", "nonsense"]) == 2
-    assert "published fp32, published bf16 autocast" in capsys.readouterr().err
+    assert "published fp32; published bf16 autocast" in capsys.readouterr().err
 
 
 def saved(path: Path, scale: float, batch: int = 32) -> str:

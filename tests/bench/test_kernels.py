@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmoco.kernels
-from fastmoco.bench import kernels
+from fastmoco.bench import kernels, report
+from fastmoco.bench.journal import Journal
 from fastmoco.bench.kernels import OURS, PROVIDED, Size
+from fastmoco.bench.report import Row
 from fastmoco.bench.timing import Machine
 from fastmoco.recipe import PRESETS
 
@@ -75,3 +78,53 @@ def test_rows_carry_bound_share_and_speed(cases):
 def test_an_unknown_kernel_is_named():
     with pytest.raises(ValueError, match="no kernel softmax: use one of info_nce"):
         kernels.run(SMALL, CPU, dtype=torch.float32, only="softmax")
+
+
+def test_the_halves_of_the_fp16_baseline_are_made_once(cases):
+    layer = kernels._NormLayer(Size(SMALL, torch.bfloat16), CPU, 8, 4, True, repeats=2)
+    layer.native_fp16()
+    made = [half.data_ptr() for half in layer._halves]
+    with CountedCasts() as counted:
+        layer.native_fp16()
+    assert counted.casts == 0 and [half.data_ptr() for half in layer._halves] == made
+    with CountedCasts() as control:
+        layer.x.half()
+    assert control.casts == 1
+
+
+class CountedCasts(TorchDispatchMode):
+    """How many tensors of bfloat16 were converted."""
+
+    casts = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.casts += "_to_copy" in str(func) and args[0].dtype == torch.bfloat16
+        return out
+
+
+def test_many_short_kernels_are_timed_as_a_graph_and_a_row_that_is_not_says_so(cases, monkeypatch):
+    def captured(call, stream, pool):
+        if call == "unruly":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return f"{call}, replayed"
+
+    for name in ("Stream", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(kernels, "captured", captured)
+    calls, how = kernels._replayed({OURS: "ours", "other": "unruly"})
+    assert calls == {OURS: "ours, replayed", "other": "unruly"}
+    assert how == {OURS: "a CUDA graph", "other": "the host"}
+    assert {name for name, case in cases.items() if case.launches} == {"batch_norm", "conv1x1", "batch norm + conv1x1"}
+    row = Row("batch_norm", "other", "ms", (1.0,), extra={"launched by": how["other"]})
+    assert "| other (launched by the host) |" in report.table([report.record("kernels", [row], report.environment())])
+
+
+def test_a_case_that_fails_costs_its_own_rows(monkeypatch):
+    def broken(size: Size, device: torch.device) -> list:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setitem(PROVIDED, "photometric", broken)
+    journal = Journal()
+    rows = kernels.run(SMALL, CPU, rounds=2, dtype=torch.float32, only="photometric, enqueue", journal=journal)
+    assert {row.name for row in rows} == {"enqueue"} and journal.failures == {"photometric": "OutOfMemoryError: no room"}

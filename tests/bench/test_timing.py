@@ -50,3 +50,24 @@ def test_the_ceilings_of_this_machine_bound_a_copy_and_a_product():
     assert machine.bandwidth > 1e8 and machine.flops > 1e8
     assert machine.bound(machine.bandwidth, 0) == pytest.approx(1) == machine.bound(0, machine.flops)
     assert machine.bound(machine.bandwidth, 3 * machine.flops) == pytest.approx(3)
+
+
+def test_a_provider_that_fails_is_told_and_the_others_are_timed_to_the_end(work):
+    calls, told, rounds = [], [], []
+
+    def breaks() -> None:
+        calls.append(0)
+        if len(calls) == 5:  # two calls that are not counted, then the third sample
+            raise RuntimeError("worn out")
+        work(0.006)
+
+    providers = {"good": lambda: work(0.006), "breaks": breaks, "never": lambda: 1 / 0}
+    how = {"rounds": 6, "warmup": 1}
+    times = interleave(
+        providers, **how, failed=lambda name, error: told.append((name, str(error))), after_round=rounds.append
+    )
+    assert told == [("never", "division by zero"), ("breaks", "worn out")]
+    assert {name: len(timing.samples) for name, timing in times.items()} == {"good": 6, "breaks": 2}
+    assert [len(so_far["good"].samples) for so_far in rounds] == [1, 2, 3, 4, 5, 6] and rounds[-1] == times
+    with pytest.raises(ZeroDivisionError):
+        interleave(providers, **how)

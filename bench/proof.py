@@ -1,0 +1,160 @@
+"""What is promised of the step, tried at full size: a replayed step is the eager one bit for bit, and nothing waits.
+
+Equal: the same state is loaded before each run, and afterwards every tensor of the state and every metric of every step
+are compared. Two eager runs come first. Where they differ between themselves (cuDNN may add up in another order), the
+graph is not what to look at; and a run in which one learning rate is another must differ, or the comparison is blind.
+
+Waits, on a GPU: calls in which the host waits, and copies to the host, between the first and the last step of a
+profile. Reading the loss after each step must be counted, or the count is blind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastmoco.bench.journal import Journal
+from fastmoco.bench.report import Row
+from fastmoco.contrast.graph import GraphStep, Runner
+from fastmoco.contrast.step import Step
+from fastmoco.contrast.update import resolve_precision
+from fastmoco.data.placeholder import noise_batch
+from fastmoco.parallel import Parallel
+from fastmoco.profile import recorded
+from fastmoco.recipe import Recipe
+from fastmoco.trace import waits
+
+EQUAL, WAITS = "graph equals eager", "waits of the host"
+EAGER, GRAPH, OTHER = "eager again", "graph", "control: another learning rate"
+REPLAYED, READ = "graph", "control: the loss is read"
+WATCHED = 5  # times as many steps are watched for waits as are compared
+READS = 3  # steps of the control
+RATE = 0.03
+
+Results = dict[str, Tensor]
+
+
+class ProofError(RuntimeError):
+    """What was promised is not so."""
+
+
+def run(
+    recipe: Recipe, device: torch.device, *, rounds: int = 20, precision: str = "", journal: Journal | None = None
+) -> list[Row]:
+    """Rows of EQUAL over `rounds` steps, in tensors that differ, and on a GPU of WAITS, in calls.
+
+    What is not as promised is a failure in the journal.
+    """
+    journal, parallel = journal or Journal(), Parallel(device=device)
+    step, batch = Step(recipe, parallel, resolve_precision(precision or "auto", device)), noise_batch(recipe, parallel)
+    config = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size, "precision": step.precision}
+    start = {name: value.clone() for name, value in step.state().items()}
+    with deterministic(), journal.attempt(EQUAL):
+        rows = equality(functools.partial(trained, step, start, batch, rounds), step, GraphStep(step, batch), config)
+        journal.keep(rows)
+        judge_equality(rows)
+    if device.type == "cuda":
+        with journal.attempt(WAITS):
+            step.load(start)
+            rows = watched(GraphStep(step, batch).step, batch, WATCHED * rounds, device, config)
+            journal.keep(rows)
+            judge_waits(rows)
+    return journal.rows
+
+
+def equality(run_steps: Callable[..., Results], step: Step, graph: GraphStep, config: dict) -> list[Row]:
+    """How far an eager run, a replayed one and one with another learning rate are from an eager run."""
+    first = run_steps(step.step)
+    others = {EAGER: run_steps(step.step), GRAPH: run_steps(graph.step), OTHER: run_steps(step.step, spoil=True)}
+    steps = sum(name.startswith("loss of step") for name in first)
+    rows = []
+    for name, other in others.items():
+        odd, largest = differences(first, other)
+        extra = {"compared": len(first), "largest": largest, "differ": odd[:10]}
+        rows.append(Row(EQUAL, name, "tensors differ", (float(len(odd)),), {**config, "steps": steps}, extra=extra))
+    return rows
+
+
+def trained(
+    step: Step, start: Results, batch: object, steps: int, advance: Runner, spoil: bool = False
+) -> Results:
+    """Metrics of `steps` steps from the state `start`, and the state after them; `spoil` changes the last rate."""
+    step.load(start)
+    found: Results = {}
+    for number in range(steps):
+        # Other crops and another rate each time, or a graph that never reads its inputs would pass.
+        given = dataclasses.replace(batch, query_crops=batch.query_crops.roll(number, 0))
+        lr = RATE / (number + 1) * (2 if spoil and number == steps - 1 else 1)
+        metrics = advance(given, lr)._asdict()
+        found |= {f"{name} of step {number + 1}": value.clone() for name, value in metrics.items()}
+    return found | {name: value.clone() for name, value in step.state().items()}
+
+
+def differences(a: Results, b: Results) -> tuple[list[str], float]:
+    """Names of tensors whose bits differ, and the largest difference between two of their elements."""
+    odd = [name for name in a if not torch.equal(_bits(a[name]), _bits(b[name]))]
+    return odd, max((float((a[name].double() - b[name].double()).abs().max()) for name in odd), default=0.0)
+
+
+def watched(advance: Runner, batch: object, steps: int, device: torch.device, config: dict) -> list[Row]:
+    """Waits in a profile of `steps` replayed steps, and in one of READS steps whose loss is read."""
+
+    def count(call: Callable[[], object], steps: int) -> dict[str, int]:
+        with tempfile.TemporaryDirectory() as folder:
+            events, _ = recorded(call, steps, device, Path(folder, "trace.json.gz"))
+        return waits(events)
+
+    found = {
+        REPLAYED: (steps, count(lambda: advance(batch, RATE), steps)),
+        READ: (READS, count(lambda: advance(batch, RATE).loss.item(), READS)),
+    }
+    return [
+        Row(WAITS, name, "calls", (float(sum(calls.values())),), {**config, "steps": taken}, extra={"calls": calls})
+        for name, (taken, calls) in found.items()
+    ]
+
+
+def judge_equality(rows: list[Row]) -> None:
+    """ProofError where the rows of EQUAL do not show what is promised; its text says what they show instead."""
+    again, graph, other = (next(row for row in rows if row.provider == name) for name in (EAGER, GRAPH, OTHER))
+    if not other.median:
+        raise ProofError("the comparison is blind: another learning rate made no difference")
+    if again.median:
+        raise ProofError(f"two eager runs differ, so the question is not about graphs: {_described(again)}")
+    if graph.median:
+        raise ProofError(f"replayed steps are not the eager ones: {_described(graph)}")
+
+
+def judge_waits(rows: list[Row]) -> None:
+    """ProofError where the rows of WAITS do not show what is promised; its text says what they show instead."""
+    replayed, read = (next(row for row in rows if row.provider == name) for name in (REPLAYED, READ))
+    if read.median < READS:
+        raise ProofError(f"the count is blind: the loss was read {READS} times, and {read.median:.0f} waits were seen")
+    if replayed.median:
+        raise ProofError(f"the host waits: {replayed.extra['calls']}")
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """cuDNN keeps to algorithms that always add up in the same order."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
+
+
+def _described(row: Row) -> str:
+    return f"{row.median:.0f} of {row.extra['compared']} tensors, by {row.extra['largest']:.3g} at most"
+
+
+def _bits(value: Tensor) -> Tensor:
+    return value.detach().reshape(-1).contiguous().view(torch.uint8)

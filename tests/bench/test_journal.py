@@ -1,0 +1,73 @@
+"""A journal keeps what is finished, says what failed, and lets go of what failed."""
+
+import weakref
+
+import pytest
+import torch
+
+from fastmoco.bench.clocks import Clocks
+from fastmoco.bench.journal import Journal
+from fastmoco.bench.report import Row
+
+
+def row(provider: str, *samples: float) -> Row:
+    return Row("step", provider, "ms", samples)
+
+
+def test_rows_are_saved_as_they_come_and_later_ones_replace_their_like():
+    saved = []
+    journal = Journal(lambda so_far: saved.append(so_far.rows))
+    journal.keep([row("a", 1.0), row("b", 2.0)])
+    journal.keep([row("a", 1.0, 1.5)])
+    assert saved == [[row("a", 1.0), row("b", 2.0)], [row("a", 1.0, 1.5), row("b", 2.0)]] and journal.rows == saved[-1]
+    assert journal.facts() == {}
+
+
+def test_what_fails_is_told_and_the_rest_goes_on(capsys):
+    journal = Journal()
+    with journal.attempt("a"):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+    with journal.attempt("b"):
+        raise KeyError("bug")
+    with journal.attempt("c"):
+        journal.keep([row("c", 1.0)])
+    reasons = {"a": "OutOfMemoryError: CUDA out of memory. Tried to allocate", "b": "KeyError: 'bug'"}
+    assert journal.failures == reasons and journal.facts() == {"failed": reasons} and len(journal.rows) == 1
+    said = capsys.readouterr().err
+    assert "a failed: OutOfMemoryError: CUDA" in said and said.count("Traceback") == 1  # of the bug alone
+
+
+def test_an_interruption_is_no_failure():
+    with pytest.raises(KeyboardInterrupt):
+        with Journal().attempt("a"):
+            raise KeyboardInterrupt
+
+
+def test_what_a_failure_held_is_freed():
+    held = []
+
+    def start() -> None:
+        big = torch.zeros(10)
+        held.append(weakref.ref(big))
+        raise torch.OutOfMemoryError("no")
+
+    journal = Journal()
+    with journal.attempt("a"):
+        start()
+    assert held[0]() is None
+
+
+def test_clocks_are_read_with_every_set_of_rows():
+    class Counted(Clocks):
+        taken = 0
+
+        def sample(self) -> None:
+            self.taken += 1
+
+        def summary(self) -> dict:
+            return {"samples": self.taken}
+
+    journal = Journal(clocks=Counted())
+    for _ in range(3):
+        journal.keep([])
+    assert journal.facts() == {"clocks": {"samples": 3}}
