@@ -157,6 +157,15 @@ def by_kernel(x: Tensor, impl: str) -> bool:
     return True
 
 
+@functools.cache
+def machine(device: torch.device) -> tuple[tuple[int, int] | None, int]:
+    """Compute capability and multiprocessors of a GPU; of a CPU None, and 4, so that there is something to split."""
+    if device.type != "cuda":
+        return None, 4
+    found = torch.cuda.get_device_properties(device)
+    return (found.major, found.minor), found.multi_processor_count
+
+
 def check_forward_only(name: str, *tensors: Tensor | None) -> None:
     """ValueError where gradients of `tensors` would be wanted."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
@@ -393,18 +402,18 @@ class _Plan(NamedTuple):
 
 
 def _plan(kernel: str, x: Tensor, groups: int) -> _Plan:
-    capability, resident = _device(x.device)
+    capability, processors = machine(x.device)
     # The row is looked up on every call, as `bench tune` changes the table; what follows from it is kept.
     row = tiles(f"batch_norm.{kernel}", capability)
-    return _cut(row, x.numel() // x.shape[1] // groups, x.shape[1], groups, resident)
+    return _cut(row, x.numel() // x.shape[1] // groups, x.shape[1], groups, processors)
 
 
 @functools.cache
-def _cut(row: Tiles, rows: int, channels: int, groups: int, resident: int) -> _Plan:
+def _cut(row: Tiles, rows: int, channels: int, groups: int, processors: int) -> _Plan:
     options = _options(row, channels)
     block_rows = options["BLOCK_ROWS"]
     columns = triton.cdiv(channels, options["BLOCK_CHANNELS"])
-    wanted = min(MAX_SPLITS, max(1, resident // (columns * groups)))
+    wanted = min(MAX_SPLITS, max(1, PROGRAMS_PER_MULTIPROCESSOR * processors // (columns * groups)))
     split_rows = triton.cdiv(triton.cdiv(rows, wanted), block_rows) * block_rows
     splits = triton.cdiv(rows, split_rows)
     grid = (columns * triton.cdiv(rows, block_rows), groups)
@@ -428,11 +437,3 @@ def _finish_options(groups: int, splits: int) -> dict[str, int]:
     block_groups = min(triton.next_power_of_2(groups), max(1, MAX_SPLITS // block_splits))
     return {"BLOCK_GROUPS": block_groups, "BLOCK_SPLITS": block_splits, "BLOCK_CHANNELS": FINISH_CHANNELS,
             "num_warps": 8}
-
-
-@functools.cache
-def _device(device: torch.device) -> tuple[tuple[int, int] | None, int]:
-    if device.type != "cuda":
-        return None, 4 * PROGRAMS_PER_MULTIPROCESSOR  # the interpreter: enough to have something to split
-    found = torch.cuda.get_device_properties(device)
-    return (found.major, found.minor), PROGRAMS_PER_MULTIPROCESSOR * found.multi_processor_count

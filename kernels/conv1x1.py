@@ -16,6 +16,23 @@ rows by channels would take them across all warps and 32 registers for each vect
 Mean and sum of squared deviations grow by Chan, Golub and LeVeque's merge, tile by tile; the second stage of batch norm
 adds the programs' in a fixed order: no atomics, so runs are bit-equal. The statistics are of y before it is rounded to
 be stored. Products accumulate in fp32: of bf16 or fp16 as they are, of fp32 by three-term tf32 (fp32 to rounding).
+
+Which tiles, and where it pays (`pays`). Every tile is read from L2, so R rows x O outputs earn R O / (R + O) flops a
+byte: 43 at 128 x 64, 64 at 128 x 128, which at 5.5 TB/s are 235 and 352 TFLOP/s. HBM asks 2 (inputs + outputs) bytes a
+row at 3 TB/s; cuDNN comes near that, or 790 TFLOP/s, and then 2 outputs are read for the statistics and, with `entry`,
+4 inputs to normalise. For ResNet-50, 224 px, 256 pairs, bf16 and an H100 that makes, in microseconds and with what is
+lost where programs get different numbers of tiles (layers that widen have an `entry`):
+
+    side, channels          separate   128 x 64   128 x 128      side, channels     separate   128 x 64   128 x 128
+    56    64 ->   64             103         69          69      28   512 ->  256        137        236         157
+    56   256 ->   64             206        171         171      14  1024 ->  256         51        132          88
+    56    64 ->  256             377        171         171      14   256 -> 1024         94        118          79
+    56   256 ->  128             274        231         206      14  1024 ->  512         84        245         164
+    28   512 ->  128             103        123          86       7  2048 ->  512         38        151         101
+    28   128 ->  512             188        116          86       7   512 -> 2048         59        123          82
+
+So up to 64 channels on the narrower side take 128 x 64 tiles, of which two blocks are resident, and more 128 x 128, of
+which one is; and beyond 128 it does not pay: what 256 -> 1024 seems to gain, L2 gives the separate passes as well.
 """
 
 from __future__ import annotations
@@ -37,11 +54,12 @@ from fastmoco.kernels.batch_norm import (
     check_measured,
     check_vector,
     finish,
+    machine,
 )
-from fastmoco.kernels.tiles import Variant, tiles
+from fastmoco.kernels.tiles import Tiles, Variant, tiles
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-INTERPRETER_PROCESSORS = 4  # what rows are cut for where there is no GPU
+NARROW, PAYING = 64, 128  # channels of the narrower side, at most, for small tiles, and for being worth it at all
 _TYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -122,6 +140,11 @@ def conv1x1(x: Tensor, kernel: Tensor, norm: Norm, groups: int = 1, *, entry: Me
     return y, Measured(norm.weight, norm.bias, moments)
 
 
+def pays(inputs: int, outputs: int) -> bool:
+    """Whether by the arithmetic above `conv1x1` beats cuDNN with the passes of batch norm around it, on an H100."""
+    return min(inputs, outputs) <= PAYING
+
+
 def cost(shape: tuple[int, int, int, int], outputs: int, element_size: int, groups: int = 1, *,
          normalised: bool = False) -> tuple[int, int]:
     """(bytes, flops) of convolving `shape` [N, Cin, H, W]: x and kernel read, y written, and the vectors (fp32).
@@ -158,16 +181,15 @@ def _check(x: Tensor, kernel: Tensor, norm: Norm, groups: int, entry: Measured |
 def _conv1x1(x: Tensor, kernel: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Tensor | None,
              running_mean: Tensor | None, running_var: Tensor | None, groups: int, momentum: float,
              eps: float) -> tuple[Tensor, Tensor]:
-    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
-    options, resident = _options(x.dtype, capability)
     (outputs, inputs), rows = kernel.shape[:2], x.numel() // x.shape[1] // groups
-    columns = triton.cdiv(outputs, options["BLOCK_OUT"])
-    split_rows, splits = _split(rows, columns * groups, options["BLOCK_ROWS"], resident * _processors(x.device))
+    capability, processors = machine(x.device)
+    row = tiles(_entry(x.dtype, inputs, outputs), capability)
+    columns, split_rows, splits = _split(row, rows, outputs, groups, processors)
     y = _empty_like(x, outputs)
     partial = x.new_empty((2, groups, splits, outputs), dtype=torch.float32)
     with torch.cuda.device_of(x):
         convolve[(columns * splits, groups)](x, kernel, y, partial, weight, bias, moments, rows, inputs, outputs,
-                                             split_rows, **options)
+                                             split_rows, **_options(row, x.dtype))
         return y, finish(partial, running_mean, running_var, rows, split_rows, momentum, eps)
 
 
@@ -182,34 +204,35 @@ def _empty_like(x: Tensor, channels: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _split(rows: int, others: int, block_rows: int, resident: int) -> tuple[int, int]:
-    # All programs are resident at once, so that none is a tail; each takes whole tiles.
-    wanted = min(MAX_SPLITS, max(1, resident // others))
+def _split(row: Tiles, rows: int, outputs: int, groups: int, processors: int) -> tuple[int, int, int]:
+    # Blocks of channels, rows of a piece, pieces. All programs are resident at once, so that none is a tail.
+    block_rows, block_out, _, resident = row.block
+    columns = triton.cdiv(outputs, block_out)
+    wanted = min(MAX_SPLITS, max(1, processors * resident // (columns * groups)))
     split_rows = triton.cdiv(triton.cdiv(rows, wanted), block_rows) * block_rows
-    return split_rows, triton.cdiv(rows, split_rows)
+    return columns, split_rows, triton.cdiv(rows, split_rows)
 
 
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return INTERPRETER_PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _entry(dtype: torch.dtype, inputs: int, outputs: int) -> str:
+    if dtype is torch.float32:
+        return "conv1x1.fp32"
+    return "conv1x1.wide" if min(inputs, outputs) > NARROW else "conv1x1"
 
 
-def _options(dtype: torch.dtype, capability: tuple[int, int] | int | None) -> tuple[dict[str, Any], int]:
-    wide = dtype is torch.float32
-    row = tiles("conv1x1.fp32" if wide else "conv1x1", capability)
-    rows, out, inputs, resident = row.block
-    return {"BLOCK_ROWS": rows, "BLOCK_OUT": out, "BLOCK_IN": inputs, "PRECISION": "tf32x3" if wide else "tf32",
-            "num_warps": row.num_warps, "num_stages": row.num_stages}, resident
+def _options(row: Tiles, dtype: torch.dtype) -> dict[str, Any]:
+    rows, out, inputs, _ = row.block
+    return {"BLOCK_ROWS": rows, "BLOCK_OUT": out, "BLOCK_IN": inputs, "num_warps": row.num_warps,
+            "num_stages": row.num_stages, "PRECISION": "tf32x3" if dtype is torch.float32 else "tf32"}
 
 
 def variants(arch: int) -> list[Variant]:
-    """What the compile gate compiles: plain and normalised, in each type."""
-    return [_variant(arch, dtype, normalised) for dtype in _TYPE_NAMES for normalised in (False, True)]
+    """What the compile gate compiles: plain and normalised, in each type, for narrow layers and for wide ones."""
+    entries = dict.fromkeys((dtype, _entry(dtype, side, side)) for dtype in _TYPE_NAMES for side in (NARROW, PAYING))
+    return [_variant(tiles(key[1], arch), *key, normalised) for key in entries for normalised in (False, True)]
 
 
-def _variant(arch: int, dtype: torch.dtype, normalised: bool) -> Variant:
-    options, _ = _options(dtype, arch)
+def _variant(row: Tiles, dtype: torch.dtype, entry: str, normalised: bool) -> Variant:
+    options = _options(row, dtype)
     warps, stages = options.pop("num_warps"), options.pop("num_stages")
     name = _TYPE_NAMES[dtype]
     types = dict.fromkeys(("x", "kernel", "y"), f"*{name}")
@@ -217,6 +240,7 @@ def _variant(arch: int, dtype: torch.dtype, normalised: bool) -> Variant:
     types |= dict.fromkeys(("rows", "inputs", "outputs", "split_rows"), "i32")
     options |= {} if normalised else dict.fromkeys(("weight", "bias", "moments"))
     signature = {argument: "constexpr" if argument in options else types[argument] for argument in convolve.arg_names}
-    label = f"conv1x1.{'normalised' if normalised else 'plain'} {name}"
-    return Variant(label, convolve, signature, options, warps, stages, divisible=("inputs", "outputs"), streaming=True,
-                   native_mma=dtype is not torch.float32)
+    wide = " wide" * entry.endswith("wide")
+    label = f"conv1x1.{'normalised' if normalised else 'plain'} {name}{wide}"
+    return Variant(label, convolve, signature, options, warps, stages, divisible=("inputs", "outputs"),
+                   streaming=row.block[3] > 1, native_mma=dtype is not torch.float32)

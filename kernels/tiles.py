@@ -100,7 +100,7 @@ TABLE: dict[str, dict[int, Tiles]] = {
         80: Tiles((32, 128), 4, 1, "four 16-byte loads a tensor and thread; 256-byte runs of a row"),
     },
     "batch_norm.sums": {
-        80: Tiles((16, 128), 4, 1, "two accumulators, up to three tensors: 16 values a thread keep four blocks resident"),
+        80: Tiles((16, 128), 4, 1, "two sums of up to three tensors: at 16 values a thread four blocks are resident"),
     },
     "batch_norm.sums_dual": {
         80: Tiles((8, 128), 4, 1, "three accumulators and three tensors; at 16 values a thread three blocks are left"),
@@ -110,7 +110,11 @@ TABLE: dict[str, dict[int, Tiles]] = {
     },
     # block: rows, output channels, input channels a step, programs per multiprocessor.
     "conv1x1": {
-        80: Tiles((128, 64, 64, 2), 4, 3, "64 sums a thread; 128 channels take twice that, or one block of two"),
+        80: Tiles((128, 64, 64, 2), 4, 3, "64 sums a thread; bound by memory, so two blocks are resident"),
+    },
+    "conv1x1.wide": {
+        80: Tiles((128, 64, 64, 2), 4, 3, "128 channels need 250 of 255 registers, and leave one block of two"),
+        90: Tiles((128, 128, 64, 1), 8, 3, "128 channels read x half as often, and L2 is what bounds wide layers"),
     },
     "conv1x1.fp32": {
         80: Tiles((64, 64, 32, 2), 4, 1, "three-term tf32 holds both terms of its operands in registers"),

@@ -2,8 +2,9 @@
 
 The 1x1 convolutions measure what they write, for the batch norm behind them; the last one also applies, as it reads,
 the batch norm and ReLU before it. So of the three inner tensors the first is rewritten in place, the second read once
-for its statistics and never stored normalised, and the third read once, for batch norm, shortcut and ReLU. Running
-statistics move as in the plain forward pass.
+for its statistics and never stored normalised, and the third read once, for batch norm, shortcut and ReLU. Where that
+does not pay (`conv1x1.pays`; in a ResNet-50, the third and fourth stage) torch convolves, and the statistics and the
+batch norm are passes of their own, in place. Running statistics move as in the plain forward pass.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from fastmoco.encoder.norm import BatchNormAct
 from fastmoco.kernels.batch_norm import Measured, measure, normalise
-from fastmoco.kernels.conv1x1 import conv1x1
+from fastmoco.kernels.conv1x1 import conv1x1, pays
 
 if TYPE_CHECKING:
     from fastmoco.encoder.resnet import Bottleneck
@@ -43,6 +44,9 @@ def _shortcut(downsample: nn.Sequential | None, x: Tensor) -> tuple[Tensor, Meas
 def _convolve(
     conv: nn.Conv2d, norm: BatchNormAct, x: Tensor, entry: Measured | None = None
 ) -> tuple[Tensor, Measured]:
+    if not pays(conv.in_channels, conv.out_channels):
+        y = conv(x if entry is None else normalise(x, entry, overwrite=True, impl=norm.impl))
+        return y, _measure(norm, y)
     given = {"momentum": norm.momentum, "eps": norm.eps, "impl": norm.impl}
     return conv1x1(x, conv.weight, norm.norm, norm.groups(x.shape[0]), entry=entry, **given)
 

@@ -8,9 +8,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from fastmoco.encoder import BatchNormAct, Bottleneck, Encoder, build_encoder, forward_only
+from fastmoco.kernels.conv1x1 import pays
 from fastmoco.recipe import Recipe
 
-# Names of blocks whose shortcut is the input, a 1x1 convolution, and one that strides.
+# Names of blocks whose shortcut is the input, a 1x1 convolution, and one that strides. In small blocks every 1x1
+# convolution is measured as it is computed; to see what becomes of those that are not, `large` lets none be.
 BLOCKS = {"identity": "layer1.1", "projection": "layer1.0", "strided": "layer2.0"}
 
 
@@ -40,11 +42,17 @@ def results(kind: str, impl: str, dtype: torch.dtype, device: torch.device, forw
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("dtype", "large"), [(torch.float32, False), (torch.float16, False), (torch.float16, True)])
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_it_is_the_plain_path_but_for_rounding(kind: str, dtype: torch.dtype, impl: str, device: torch.device) -> None:
+def test_it_is_the_plain_path_but_for_rounding(
+    kind: str, dtype: torch.dtype, large: bool, impl: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """error(ours) <= error(plain path of the same precision) + two roundings of the largest, against float64."""
+    calls, whole = [], forward_only.conv1x1
+    monkeypatch.setattr(forward_only, "pays", lambda inputs, outputs: not large)
+    monkeypatch.setattr(forward_only, "conv1x1", lambda *given, **rest: (calls.append(given), whole(*given, **rest))[1])
     ours, plain = (results(kind, impl, dtype, device, forward_only) for forward_only in (True, False))
+    assert len(calls) == (0 if large else 3 if kind == "projection" else 2)
     truth = results(kind, "reference", torch.float64, torch.device("cpu"), False)
     assert ours.keys() == plain.keys() == truth.keys() and len(truth) == (7 if kind == "identity" else 9)
     for name, exact in truth.items():
@@ -58,7 +66,15 @@ def test_the_budget_sees_a_batch_norm_left_out(device: torch.device, monkeypatch
     whole = forward_only.conv1x1
     monkeypatch.setattr(forward_only, "conv1x1", lambda *given, entry=None, **rest: whole(*given, **rest))
     with pytest.raises(AssertionError, match=" > "):
-        test_it_is_the_plain_path_but_for_rounding("identity", torch.float16, "reference", device)
+        test_it_is_the_plain_path_but_for_rounding("identity", torch.float16, False, "reference", device, monkeypatch)
+
+
+def test_the_first_two_stages_of_a_resnet50_are_worth_it() -> None:
+    convs = {name: m for name, m in build_encoder(Recipe()).named_modules() if getattr(m, "kernel_size", 0) == (1, 1)}
+    paying = {name for name, conv in convs.items() if pays(conv.in_channels, conv.out_channels)}
+    strided = "layer2.0.downsample.0"  # which is torch's in any case
+    assert paying == {name for name in convs if name.startswith(("layer1", "layer2"))} - {strided}
+    assert len(paying) == 15 and len(convs) == 36
 
 
 def test_two_runs_are_bit_equal(device: torch.device) -> None:

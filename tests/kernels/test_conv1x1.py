@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastmoco.kernels import conv1x1 as module
 from fastmoco.kernels.batch_norm import Measured, Norm, batch_norm_act, normalise
 from fastmoco.kernels.conv1x1 import conv1x1, cost
+from fastmoco.kernels.tiles import tiles
 
 IMPLS = ("triton", "reference")
 EPS, MOMENTUM = 1e-5, 0.1
@@ -92,6 +93,14 @@ def test_error_budget(normalised: bool, dtype: torch.dtype, impl: str, device: t
     assert_within_budget(case, case.results(impl=impl))
 
 
+@pytest.mark.parametrize("normalised", [False, True])
+def test_narrow_layers_have_tiles_of_their_own(normalised: bool, device: torch.device) -> None:
+    assert [module._entry(torch.bfloat16, *sides) for sides in ((64, 70), (70, 64), (70, 66))] == [
+        "conv1x1", "conv1x1", "conv1x1.wide"]  # fmt: skip
+    case = Case((4, 70, 9, 16), 60, GROUPS, torch.bfloat16, device, normalised)
+    assert_within_budget(case, case.results(impl="triton"))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("shape", "outputs", "groups"), [
     ((2, 1, 1, 1), 1, 1), ((4, 3, 1, 1), 5, 2), ((6, 17, 5, 3), 130, 3), ((2, 130, 3, 3), 16, 1),
@@ -160,13 +169,20 @@ def test_nan_stays_in_its_pixel_and_its_group(normalised: bool, impl: str, devic
     assert found["mean"][0].isnan().all() and not found["mean"][1].isnan().any()
 
 
+@pytest.mark.parametrize("entry", ["conv1x1", "conv1x1.wide"])
 @pytest.mark.parametrize(
-    ("rows", "others", "resident"), [(100352, 16, 264), (1568, 128, 264), (7, 1, 264), (10**6, 1, 9999)]
+    ("rows", "outputs", "groups", "processors"),
+    [(100352, 128, 8, 132), (1568, 2048, 4, 132), (7, 60, 1, 132), (10**6, 60, 1, 9999)],
 )
-def test_pieces_cover_every_row_in_whole_tiles(rows: int, others: int, resident: int) -> None:
-    split_rows, splits = module._split(rows, others, 128, resident)
+def test_pieces_cover_every_row_in_whole_tiles(
+    rows: int, outputs: int, groups: int, processors: int, entry: str
+) -> None:
+    row = tiles(entry, 90)
+    columns, split_rows, splits = module._split(row, rows, outputs, groups, processors)
     assert split_rows % 128 == 0 and (splits - 1) * split_rows < rows <= splits * split_rows
-    assert splits <= module.MAX_SPLITS and (splits * others <= resident or splits == 1)
+    assert columns * row.block[1] >= outputs > (columns - 1) * row.block[1]
+    programs, resident = columns * groups * splits, processors * row.block[3]
+    assert splits <= module.MAX_SPLITS and (programs <= resident or splits == 1)
 
 
 @pytest.mark.parametrize(("change", "text"), [
