@@ -32,7 +32,14 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-benchmark>=5", "hypothesis>=6.100", "scikit-learn>=1.5"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-benchmark>=5",
+            "pytest-xdist>=3.5",
+            "hypothesis>=6.100",
+            "scikit-learn>=1.5",
+        ],
         "tensorboard": ["tensorboard>=2.15"],
         "export": ["timm>=1.0"],
         "gpu": ["nvidia-ml-py>=12"],

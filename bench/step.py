@@ -139,7 +139,7 @@ def providers(recipe: Recipe, device: torch.device) -> dict[str, Provider]:
     group = "more" if on_gpu else "core"
     found = {
         f"published {plain}": Provider(published_step, plain, group=group),
-        **_autocast(published_step, torch.bfloat16, "bf16"),
+        **_autocast(published_step, torch.bfloat16, "bf16", group),
         "fastmoco fp32": Provider(functools.partial(ours_step, "fp32"), "fp32", group=group),
         "fastmoco bf16": Provider(functools.partial(ours_step, "bf16"), "bf16"),
     }
@@ -151,7 +151,7 @@ def _gpu_providers(published_step: Callable, ours_step: Callable) -> dict[str, P
         return Provider(functools.partial(ours_step, "bf16", **options), "bf16", level, group)
 
     return {
-        **_autocast(published_step, torch.float16, "fp16"),
+        **_autocast(published_step, torch.float16, "fp16", "core"),
         "compiled channels-last fp16 autocast": Provider(
             functools.partial(published_step, autocast=torch.float16, channels_last=True, compiled=True),
             "fp16",
@@ -168,11 +168,14 @@ def _gpu_providers(published_step: Callable, ours_step: Callable) -> dict[str, P
     }
 
 
-def _autocast(published_step: Callable, dtype: torch.dtype, name: str) -> dict[str, Provider]:
-    options = {"published ": {}, "channels-last ": {"channels_last": True}}
+def _autocast(published_step: Callable, dtype: torch.dtype, name: str, channels_last: str) -> dict[str, Provider]:
+    # The second in the group `channels_last`.
+    start = functools.partial(published_step, autocast=dtype)
     return {
-        f"{how}{name} autocast": Provider(functools.partial(published_step, autocast=dtype, **given), name)
-        for how, given in options.items()
+        f"published {name} autocast": Provider(start, name),
+        f"channels-last {name} autocast": Provider(
+            functools.partial(start, channels_last=True), name, group=channels_last
+        ),
     }
 
 

@@ -65,7 +65,8 @@ def levels(records: Sequence[Record]) -> list[str]:
     ]
     last = reached[-1]
     after = BY_FUSION[BY_FUSION.index(last.extra["level"]) + 1 :]
-    following = ", ".join(f"{name} at most {last.extra['bounds'][name]:,.0f} pairs/s" for name in after)
+    bounds = last.extra["bounds"]
+    following = ", ".join(f"{name} at most {bounds[name]:,.0f} pairs/s" for name in after if name in bounds)
     return [*lines, f"What more fusion could bring, by roofline.py on this machine: {following}."]
 
 

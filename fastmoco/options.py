@@ -399,12 +399,16 @@ class BenchTune:
 
 @dataclass(frozen=True)
 class BenchGpuCheck:
-    """Everything that needs a GPU, in one command: kernel and graph tests, a memory checker, all benchmarks."""
+    """Everything that needs a GPU, in one command: a gate of tests, what the project set out to reach, then the rest.
+
+    The rest are the kernels' tests and benchmarks, memory checkers, training and the other benchmarks, for as long as
+    there is time. It ends with tables of all records, of the targets and of how each part ended.
+    """
 
     quick: bool = False
-    """Two minutes instead of nine: fewer rounds, no memory checker."""
+    """Two minutes instead of nine: a few of the gate's tests, three steps in five rounds, a short proof."""
     records: Path = Path("bench/records")
-    """Folder for the records, DATE-GPU-SUBJECT.json."""
+    """Folder for the records, DATE-GPU-SUBJECT.json, and the picture of a step."""
 
 
 @dataclass(frozen=True)
@@ -485,4 +489,3 @@ def check_places(preset: str, options: Options, is_main: bool = True) -> None:
 def _require(ok: bool, name: str, value: object, remedy: str) -> None:
     if not ok:
         raise UsageError(f"--{name.replace('_', '-')} is {value!r}: {remedy}")
-

@@ -198,6 +198,8 @@ def test_nsights_command_is_printed_and_runs_the_same_steps(tool, capsys, monkey
     words = command[command.index("fastmoco") + 1 :]
     assert words[:4] == ["profile", "v2", "--tool", "torch"]
     assert {"--key-stream", "--arch"} <= set(words) and words.count("--steps") == 1
+    # ncu runs every kernel many times over, and must leave the card's clocks alone.
+    assert (tool == "ncu") is ("--clock-control=none" in command and "--launch-count=100" in command)
 
 
 def test_nsight_runs_this_python(tmp_path, capfd, monkeypatch):

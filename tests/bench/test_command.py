@@ -127,3 +127,44 @@ def test_scaling_model_counts_instead_of_measuring_and_goes_with_nothing_else(ca
     assert "resnet18, 224 px" in out and "| 512 | fastmoco | all |" in out
     assert main(["bench", "step", "--model"]) == 2
     assert "bench scaling --model" in capsys.readouterr().err
+
+
+def test_a_benchmark_that_is_stopped_keeps_what_it_has_and_one_that_fails_says_so(tmp_path, capsys, monkeypatch):
+    from fastmoco.bench import step
+
+    file, left = tmp_path / "a.json", iter(range(6))
+
+    def stopped() -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+
+    found = {"slow": step.Provider(lambda: stopped, "fp32"), "bad": step.Provider(lambda: 1 / 0, "fp32")}
+    monkeypatch.setattr(step, "providers", lambda *_: found)
+    monkeypatch.setattr("fastmoco.bench.timing.SHORTEST_SAMPLE", 0.0)
+    flags = ["bench", "step", *TINY, "--rounds", "9", "--json", str(file)]
+    assert main(flags) == 130
+    (item,) = report.load(file)
+    assert item.environment["unfinished"] and [len(row.samples) for row in item.rows] == [4]
+    assert "Stopped before its end" in report.table([item])
+    found["slow"] = step.Provider(lambda: lambda: None, "fp32")
+    assert main(flags) == 1
+    (item,) = report.load(file)
+    assert "unfinished" not in item.environment and [len(row.samples) for row in item.rows] == [9]
+    assert "bad failed: ZeroDivisionError: division by zero" in capsys.readouterr().out
+
+
+def test_the_record_of_a_finished_subject_stays_where_the_next_one_fails(tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+    row = Row("memory", "a", "MB", (1.0,))
+    monkeypatch.setitem(command.SUBJECTS, "memory", lambda *_: [row])
+    monkeypatch.setitem(command.SUBJECTS, "step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["bench", "memory", "step", *TINY, "--json", str(file)])
+    assert [item.rows for item in report.load(file)] == [(row,)]
+
+
+def test_proof_runs_only_where_asked_for_and_tells_what_it_compared(capsys):
+    assert "proof" not in command.MEASURED and set(command.MEASURED) < set(command.SUBJECTS)
+    assert main(["bench", "proof", *TINY]) == 0
+    out = capsys.readouterr().out
+    assert "batch 32, precision fp32, steps 2) | graph | 0 tensors differ |" in out

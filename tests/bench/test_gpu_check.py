@@ -1,42 +1,172 @@
-"""The check for a GPU: what it runs, within which time, and what it says of a part that fails."""
+"""The check for a GPU: what it runs, in which order and time, what it leaves behind, and what it says of each part."""
 
+import os
+import signal
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from fastmoco.bench.gpu_check import Part, _done, parts
-from fastmoco.options import BenchGpuCheck
+import torch
+
+from fastmoco.bench import gpu_check, report
+from fastmoco.bench.gpu_check import SECONDS, TO_REPORT, Outcome, Part, done, parts, summary
+from fastmoco.bench.report import Row
+from fastmoco.options import Bench, BenchGpuCheck
+
+H100 = "NVIDIA H100 80GB HBM3"
+# Starts a process of its own, says which, and outlives every limit.
+PARENT = (
+    "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)']); "
+    "open(sys.argv[1], 'w').write(f'{child.pid} '); time.sleep(100)"
+)
 
 
-def test_it_fits_its_time_and_tests_before_it_times(tmp_path):
-    full = parts(BenchGpuCheck(), "NVIDIA H100 80GB HBM3", tmp_path)
-    names = [part.name for part in full]
-    assert names.index("kernel tests") < names.index("memcheck") < names.index("training") < names.index("bench step")
-    assert {"bench step", "bench step-32", "bench kernels", "bench loader", "bench train", "bench memory"} <= set(names)
-    records = [part.record for part in full if part.record]
-    assert all(path.name.endswith(".json") and "-nvidia-h100-80gb-hbm3-" in path.name for path in records)
-    assert len(set(records)) == len(records) == 7
-    quick = parts(BenchGpuCheck(quick=True), "H100", tmp_path)
-    assert {part.name for part in quick} < set(names)
+def soon(seconds: float = 600) -> float:
+    return time.perf_counter() + seconds
 
 
-def test_a_part_that_fails_dawdles_or_is_missing_is_said(tmp_path):
-    def verdict(code: str, limit: int = 60) -> str:
-        return _done(Part("x", (sys.executable, "-c", code), limit), end).verdict
-
-    end = time.perf_counter() + 600
-
-    assert verdict("pass") == "passed"
-    assert verdict("raise SystemExit(3)") == "exit code 3"
-    assert verdict("import time; time.sleep(30)", 1) == "more than 1 s"
-    assert _done(Part("x", ("no-such-tool-anywhere",), 1), end).verdict == "not installed"
-    end = time.perf_counter() - 1
-    assert verdict("pass") == "no time left"
+def python(code: str, *words: str, limit: int = 60, **more: object) -> Part:
+    return Part("x", (sys.executable, "-c", code, *words), limit, **more)
 
 
-def test_its_commands_name_files_that_exist(tmp_path):
-    root = Path(__file__).parents[2]
-    for part in parts(BenchGpuCheck(), "H100", tmp_path):
+def full(tmp_path: Path) -> list[Part]:
+    return parts(BenchGpuCheck(records=tmp_path), H100, tmp_path)
+
+
+def test_a_gate_comes_first_then_the_targets_then_the_rest(tmp_path):
+    names = [part.name for part in full(tmp_path)]
+    worth = ["gate: graph and step tests", "bench step", "bench step-32", "bench proof", "step picture"]
+    assert names[:5] == worth and names[5:7] == ["kernel tests", "bench kernels"]
+    rest = {"bench memory", "memcheck", "racecheck", "training", "bench loader", "bench train", "bench step-more"}
+    assert rest | {"data, training and profile tests", "bench step-compiled"} == set(names[7:])
+
+
+def test_what_the_targets_need_fits_the_time_whatever_happens(tmp_path):
+    worst = sum(part.limit for part in full(tmp_path)[:5])
+    assert worst <= SECONDS[False] - TO_REPORT - 60
+    quick = parts(BenchGpuCheck(quick=True, records=tmp_path), H100, tmp_path)
+    assert sum(part.limit for part in quick) <= SECONDS[True] - TO_REPORT
+    assert [part.name for part in quick] == ["gate: graph and step tests", "bench step", "bench proof"]
+
+
+def test_each_part_has_a_record_of_its_own_and_a_quick_one_replaces_no_full_one(tmp_path):
+    quick = parts(BenchGpuCheck(quick=True, records=tmp_path), H100, tmp_path)
+    records = [part.record for part in [*full(tmp_path), *quick] if part.record]
+    assert len(set(records)) == len(records) == 11
+    assert all(path.parent == tmp_path and "-nvidia-h100-80gb-hbm3-" in path.name for path in records)
+    (picture,) = [part.picture[1] for part in full(tmp_path) if part.picture]
+    assert picture.parent == tmp_path and picture.name.endswith("-step.svg")
+
+
+def test_its_commands_name_files_flags_and_kernels_that_exist(tmp_path):
+    from fastmoco.cli import parse
+
+    quick = parts(BenchGpuCheck(quick=True, records=tmp_path), H100, tmp_path)
+    for part in [*full(tmp_path), *quick]:
         for word in part.command:
-            if word.startswith("tests/"):
-                assert (root / word).exists()
+            assert not word.startswith("tests/") or (gpu_check.ROOT / word).exists()
+        if part.command[1:3] == ("-m", "fastmoco"):
+            _, options = parse(part.command[3:])
+            assert not isinstance(options, Bench) or options.json == part.record
+    (memcheck,) = [part for part in full(tmp_path) if part.name == "memcheck"]
+    kernels = {word.removeprefix("kne=") for word in memcheck.command if word.startswith("kne=")}
+    assert {"_sweep_kernel", "_update_kernel", "apply", "convolve", "_color_kernel", "_enqueue_kernel"} <= kernels
+
+
+def test_tests_are_spread_over_processes_where_xdist_is_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: object())
+    assert ("-n", "8") == gpu_check._tests("x", 1, 8, "tests").command[4:6]
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
+    assert "-n" not in gpu_check._tests("x", 1, 8, "tests").command
+
+
+def test_a_part_that_fails_dawdles_or_is_missing_is_said():
+    assert done(python("pass"), soon()).verdict == "passed"
+    assert done(python("raise SystemExit(3)"), soon()).verdict == "exit code 3"
+    assert done(python("import time; time.sleep(30)", limit=1), soon()).verdict == "more than 1 s"
+    assert done(Part("x", ("no-such-tool-anywhere",), 1), soon()).verdict == "not installed"
+    assert done(python("pass"), soon(-1)).verdict == "no time left"
+    started = time.perf_counter()
+    assert done(python("import time; time.sleep(30)"), soon(1)).verdict == "more than 1 s"
+    assert time.perf_counter() - started < 10
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def within(seconds: float, happens: Callable[[], bool]) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not happens():
+        time.sleep(0.01)
+    return happens()
+
+
+def child(path: Path) -> int:
+    return int(path.read_text())
+
+
+def test_nothing_of_a_part_outlives_it(tmp_path):
+    assert done(python(PARENT, str(tmp_path / "a"), limit=3), soon()).verdict == "more than 3 s"
+    assert within(5, lambda: not alive(child(tmp_path / "a")))
+    # The control: ending the process alone leaves its child behind.
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path / "b")])
+    assert within(30, lambda: (tmp_path / "b").exists() and (tmp_path / "b").read_text().endswith(" "))
+    parent.kill()
+    parent.wait()
+    time.sleep(0.1)
+    assert alive(child(tmp_path / "b"))
+    os.kill(child(tmp_path / "b"), signal.SIGKILL)
+
+
+def saved(path: Path, rate: float) -> None:
+    config, extra = {"arch": "resnet50", "px": 224, "batch": 256}, {"level": "bnrelu", "bounds": {}}
+    row = Row("step", "fastmoco bf16", "pairs/s", (rate,), config, bound=6024.0, extra=extra)
+    report.save(path, [report.record("step", [row], {**report.environment(), "unfinished": True})])
+
+
+def test_a_part_that_is_stopped_keeps_the_rows_it_had(tmp_path):
+    record, source = tmp_path / "a.json", tmp_path / "b.json"
+    saved(source, 4000.0)
+    write = "import shutil, sys, time; shutil.copy(*sys.argv[1:]); time.sleep(100)"
+    stopped = done(python(write, str(source), str(record), limit=3, record=record), soon())
+    assert stopped.verdict == "more than 3 s"
+    assert [row.median for item in stopped.records for row in item.rows] == [4000.0]
+    text = summary([stopped])
+    assert "| fastmoco bf16 | 4,000 pairs/s |" in text and "Stopped before its end" in text
+
+
+def test_a_record_of_an_earlier_run_is_not_taken_for_this_ones(tmp_path):
+    record = tmp_path / "a.json"
+    saved(record, 4000.0)
+    assert done(python("pass", record=record), soon()).records == [] and record.exists()
+
+
+def test_the_picture_is_put_beside_the_records_once_it_is_there(tmp_path):
+    drawn, place = tmp_path / "step.svg", tmp_path / "records" / "a-step.svg"
+    draw = "import sys; open(sys.argv[1], 'w').write('<svg/>'); sys.exit(int(sys.argv[2]))"
+    for code, there in (("1", False), ("0", True)):
+        done(python(draw, str(drawn), code, picture=(drawn, place)), soon())
+        assert place.exists() is there
+
+
+def test_the_end_is_every_target_and_every_part():
+    outcomes = [Outcome(Part("bench step", (), 1), "exit code 1", 61.0, []), Outcome(Part("gate", (), 1), "passed", 9, [])]
+    text = summary(outcomes)
+    assert text.endswith("| bench step | exit code 1 | 61 |\n| gate | passed | 9 |")
+    assert text.count("not measured") > 8 and "| met |" not in text and "| missed |" not in text
+
+
+def test_the_exit_code_says_whether_all_passed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: H100)
+    monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
+    for code, expected in (("pass", 0), ("raise SystemExit(2)", 1)):
+        monkeypatch.setattr(gpu_check, "parts", lambda *_, code=code: [python(code)])
+        assert gpu_check.run(BenchGpuCheck(records=tmp_path)) == expected
+    assert "| x | passed |" in capsys.readouterr().out

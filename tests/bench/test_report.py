@@ -121,3 +121,25 @@ def test_readme_replaces_only_what_stands_between_the_markers():
 def test_a_row_without_samples_is_refused():
     with pytest.raises(ValueError, match="no samples"):
         Row("a", "p", "ms", ())
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    save(path, made())
+    monkeypatch.setattr(report.Path, "write_text", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save(path, made(2.0))
+    assert load(path) == made()
+
+
+def test_clocks_failures_and_an_early_end_stand_below_the_caption():
+    clocks = {
+        "samples": 3, "sm_mhz": {"median": 1800, "minimum": 1700}, "memory_mhz": {"median": 2619, "minimum": 2619},
+        "power_w": {"median": 620.0, "maximum": 630.0}, "throttled": ["power cap"], "power_limit_w": 700.0,
+    }  # fmt: skip
+    more = {"clocks": clocks, "failed": {"fastmoco fp32": "OutOfMemoryError: no room"}, "unfinished": True}
+    text = table([dataclasses.replace(made()[0], environment=ENVIRONMENT | more)])
+    said = "1,800 MHz (least 1,700), memory 2,619 MHz, 620 W (most 630 of 700), throttled by: power cap"
+    assert said in text and "fastmoco fp32 failed: OutOfMemoryError: no room" in text and "Stopped before" in text
+    plain = table(made())
+    assert "MHz" not in plain and "failed" not in plain and "Stopped" not in plain

@@ -1,11 +1,13 @@
 """The step's benchmark times the step that trains, against bounds in the right order."""
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from fastmoco.bench import step
+from fastmoco.bench.journal import Journal
 from fastmoco.bench.timing import Machine
 from fastmoco.recipe import PRESETS
 
@@ -34,3 +36,98 @@ def test_a_gpu_has_the_published_step_in_every_form_and_ours_by_backend():
     assert {"compiled channels-last fp16 autocast", "published bf16 autocast", "fastmoco bf16"} <= names
     encoders = ("eager encoder", "compiled encoder", "fused key encoder")
     assert {f"fastmoco bf16, {how}" for how in ("no graph", *encoders)} <= names
+
+
+GPU = torch.device("cuda", 0)
+
+
+def chosen(group: str, only: str = "", skip: str = "", device: torch.device = GPU) -> set[str]:
+    return set(step.choose(step.providers(SMALL, device), "", group, only, skip))
+
+
+def test_the_groups_share_the_baseline_alone_and_leave_nothing_out():
+    core, more, compiled = (chosen(group) for group in ("core", "more", "compiled"))
+    assert core == {
+        "published fp16 autocast", "published bf16 autocast", "channels-last fp16 autocast", "fastmoco bf16",
+        "fastmoco fp16", "fastmoco bf16, no graph", "fastmoco bf16, fused key encoder",
+    }  # fmt: skip
+    assert core & more == more & compiled == core & compiled == {"published fp16 autocast"}
+    assert core | more | compiled == chosen("all") and all("compiled" in name for name in compiled - core)
+    assert chosen("core", device=CPU) == chosen("all", device=CPU)
+    assert chosen("more", device=CPU) == {"published fp32"}
+
+
+def test_words_choose_and_leave_out():
+    assert chosen("core", "fp16 autocast, fastmoco bf16", "graph, key") == {
+        "published fp16 autocast", "channels-last fp16 autocast", "fastmoco bf16",
+    }  # fmt: skip
+    assert chosen("core", skip="autocast, no graph") == {
+        "fastmoco bf16", "fastmoco fp16", "fastmoco bf16, fused key encoder",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="nothing to time is left: the providers are published tf32; "):
+        chosen("core", "nonsense")
+
+
+def stand_ins(monkeypatch: pytest.MonkeyPatch, **starts: Callable) -> None:
+    found = {name: step.Provider(start, "fp32") for name, start in starts.items()}
+    monkeypatch.setattr(step, "providers", lambda recipe, device: found)
+    monkeypatch.setattr(step, "machine_at", lambda *_: Machine("toy", 1e9, 1e9))
+
+
+def test_a_provider_that_fails_costs_its_own_row_and_rows_are_kept_round_by_round(monkeypatch):
+    left, saved = iter(range(6)), []
+
+    def no_room() -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    stand_ins(monkeypatch, good=lambda: lambda: None, big=no_room, wears_out=lambda: lambda: next(left))
+    monkeypatch.setattr("fastmoco.bench.timing.SHORTEST_SAMPLE", 0.0)
+    journal = Journal(lambda so_far: saved.append({row.provider: len(row.samples) for row in so_far.rows}))
+    rows = step.run(SMALL, CPU, rounds=4, warmup=3, journal=journal)
+    assert {row.provider: len(row.samples) for row in rows} == {"good": 4, "wears_out": 2}
+    assert saved == [{"good": n, "wears_out": min(n, 2)} for n in (1, 2, 3, 4)]
+    assert set(journal.failures) == {"big", "wears_out"} and "no room" in journal.failures["big"]
+
+
+def test_where_all_fail_there_are_no_rows(monkeypatch):
+    stand_ins(monkeypatch, bad=lambda: 1 / 0)
+    journal = Journal()
+    assert step.run(SMALL, CPU, rounds=1, journal=journal) == [] and set(journal.failures) == {"bad"}
+
+
+def test_a_row_knows_the_bounds_of_all_levels(monkeypatch):
+    stand_ins(monkeypatch, good=lambda: lambda: None)
+    (row,) = step.run(SMALL, CPU, rounds=1)
+    assert row.extra["bounds"]["bnrelu"] == row.bound and list(row.extra["bounds"]) == list(step.BY_FUSION)
+    assert sorted(row.extra["bounds"].values()) == list(row.extra["bounds"].values())
+
+
+def test_a_step_that_must_be_captured_is_never_timed_eagerly(monkeypatch):
+    asked = []
+    monkeypatch.setattr(step, "runner", lambda made, batch, graph, pool: asked.append(graph))
+    monkeypatch.setattr(step, "Step", lambda *_, **__: None)
+    monkeypatch.setattr(step, "noise_batch", lambda *_: None)
+    monkeypatch.setattr(step, "Parallel", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    for name, provider in step.providers(SMALL, GPU).items():
+        if name.startswith("fastmoco"):
+            provider.start()
+            assert asked.pop() == ("off" if "no graph" in name else "on"), name
+
+
+def test_each_step_sets_tf32_for_itself_and_leaves_the_switch_as_it_was(monkeypatch):
+    seen = []
+    switch = lambda: (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())  # noqa: E731
+
+    class Published:
+        def __init__(self, *_: object) -> None: ...
+
+        def __call__(self, *_: object) -> None:
+            seen.append(switch())
+
+    monkeypatch.setattr(step, "PublishedStep", Published)
+    monkeypatch.setattr(step, "runner", lambda *_, **__: lambda *_: seen.append(switch()))
+    theirs, ours = step.published(SMALL, CPU), step.ours(SMALL, CPU, "fp32")
+    before = switch()
+    theirs(), ours(), theirs()
+    assert seen == [(True, "highest"), (False, "highest"), (True, "highest")] and switch() == before

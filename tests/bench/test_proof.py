@@ -1,0 +1,112 @@
+"""The proof sees what it is there to see: a graph that differs, runs that differ anyway, a host that waits."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fastmoco.bench import proof
+from fastmoco.bench.journal import Journal
+from fastmoco.bench.proof import EAGER, EQUAL, GRAPH, OTHER, READ, REPLAYED, ProofError
+from fastmoco.bench.report import Row
+from fastmoco.contrast.graph import GraphStep
+from fastmoco.recipe import Recipe
+
+CPU = torch.device("cpu")
+RECIPE = Recipe(
+    arch="resnet18", width=0.125, stem="cifar", dim=16, batch_size=16, bn_group=4, crop_size=12, queue_size=40,
+    temperature=0.2,
+)  # fmt: skip
+
+
+def proven() -> tuple[dict[str, float], dict[str, str]]:
+    journal = Journal()
+    rows = proof.run(RECIPE, CPU, rounds=3, journal=journal)
+    assert all(row.name == EQUAL and row.config["steps"] == 3 for row in rows)
+    return {row.provider: row.median for row in rows}, journal.failures
+
+
+def test_a_replayed_run_is_the_eager_one_and_another_learning_rate_is_seen():
+    found, failures = proven()
+    assert failures == {} and found[EAGER] == found[GRAPH] == 0 < found[OTHER]
+
+
+def test_a_graph_that_does_not_read_its_inputs_is_seen(monkeypatch):
+    plain = GraphStep.step
+    monkeypatch.setattr(GraphStep, "step", lambda graph, batch, lr: plain(graph, graph._batch, lr))
+    found, failures = proven()
+    assert found[EAGER] == 0 < found[GRAPH]
+    assert "replayed steps are not the eager ones" in failures[EQUAL]
+
+
+def test_runs_that_differ_anyway_are_not_blamed_on_the_graph(monkeypatch):
+    plain, runs = proof.trained, []
+
+    def unsteady(*args: object, **options: object) -> proof.Results:
+        runs.append(0)
+        return plain(*args, **options) | {"queue": torch.full((), float(len(runs)))}
+
+    monkeypatch.setattr(proof, "trained", unsteady)
+    found, failures = proven()
+    assert found[EAGER] == 1 and "two eager runs differ, so the question is not about graphs: 1 of" in failures[EQUAL]
+    assert "by 1 at most" in failures[EQUAL]
+
+
+def test_differences_are_of_bits():
+    a = {"zero": torch.tensor([0.0, 1.0]), "nan": torch.tensor(float("nan")), "count": torch.tensor([3])}
+    assert proof.differences(a, {name: value.clone() for name, value in a.items()}) == ([], 0.0)
+    other = a | {"zero": torch.tensor([-0.0, 1.5]), "count": torch.tensor([1])}
+    assert proof.differences(a, other) == (["zero", "count"], 2.0)
+    assert proof.differences(a, a | {"zero": torch.tensor([-0.0, 1.0])}) == (["zero"], 0.0)
+
+
+def rows(**values: float) -> list[Row]:
+    names = {"again": EAGER, "graph": GRAPH, "other": OTHER, "replayed": REPLAYED, "read": READ}
+    extra = {"compared": 7, "largest": 0.5, "calls": {"cudaStreamSynchronize": 1}}
+    return [Row("x", names[name], "calls", (value,), extra=extra) for name, value in values.items()]
+
+
+def test_a_blind_comparison_or_count_proves_nothing():
+    proof.judge_equality(rows(again=0, graph=0, other=1))
+    with pytest.raises(ProofError, match="the comparison is blind"):
+        proof.judge_equality(rows(again=0, graph=0, other=0))
+    proof.judge_waits(rows(replayed=0, read=6))
+    with pytest.raises(ProofError, match="the loss was read 3 times, and 2 waits were seen"):
+        proof.judge_waits(rows(replayed=0, read=2))
+    with pytest.raises(ProofError, match="the host waits: .*cudaStreamSynchronize"):
+        proof.judge_waits(rows(replayed=1, read=6))
+
+
+@dataclasses.dataclass
+class Metrics:
+    """Stands for a step's metrics on a GPU: reading the loss waits."""
+
+    calls: list[str]
+
+    @property
+    def loss(self) -> "Metrics":
+        return self
+
+    def item(self) -> None:
+        self.calls += ["cudaStreamSynchronize", "Memcpy DtoH"]
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_waits_are_counted_beside_a_control(monkeypatch, waiting):
+    calls: list[str] = []
+
+    def advance(batch: object, lr: float) -> Metrics:
+        calls.extend(["cudaDeviceSynchronize"] * waiting)
+        return Metrics(calls)
+
+    def recorded(call, steps, device, path) -> tuple[list[str], list[float]]:
+        calls.clear()
+        for _ in range(steps):
+            call()
+        return list(calls), []
+
+    monkeypatch.setattr(proof, "recorded", recorded)
+    monkeypatch.setattr(proof, "waits", lambda events: {name: events.count(name) for name in events})
+    replayed, read = proof.watched(advance, None, 10, CPU, {})
+    assert (replayed.median, replayed.config["steps"]) == (10 * waiting, 10)
+    assert (read.median, read.config["steps"]) == (6 + 3 * waiting, 3)
