@@ -21,7 +21,7 @@ FEWEST = 5
 MEANING = (
     "cost B / A: time per unit of work, or the value itself where lower is better; above 1, B is slower. "
     f"same: the interval within {100 * MARGIN:.0f} % of 1; slower, faster: all of it beyond {100 * TOLERANCE:.0f} %, "
-    f"from at least {FEWEST} samples in both (of bytes, which do not vary, more or less from one); else unclear."
+    f"from at least {FEWEST} samples in both (of counts, which do not vary, more or less from one); else unclear."
 )
 ABSENT = "not recorded"
 
@@ -38,7 +38,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """slower, faster (of bytes: more, less), same or unclear; "unclear: n < 5" where samples are too few."""
+        """slower, faster (of counts: more, less), same or unclear; "unclear: n < 5" where samples are too few."""
         if min(len(self.before.samples), len(self.after.samples)) < FEWEST and not self.after.counted:
             return f"unclear: n < {FEWEST}"
         if self.low > 1 + TOLERANCE:
@@ -85,6 +85,9 @@ def _lines(changes: Sequence[Change]) -> list[str]:
 
 
 def _change(a: Row, b: Row, draws: int) -> Change:
+    if a.counted and 0 in (a.median, b.median):
+        ratio = 1.0 if a.median == b.median else float("inf") if b.median else 0.0
+        return Change(a, b, ratio, ratio, ratio)
     rng = np.random.default_rng(0)
     ratios = _medians(_costs(b), draws, rng) / _medians(_costs(a), draws, rng)
     low, high = np.quantile(ratios, (0.025, 0.975))

@@ -101,8 +101,8 @@ def parts(options: BenchGpuCheck, gpu: str, scratch: Path) -> list[Part]:
     if options.quick:
         return [
             _tests("gate: graph and step tests", 30, 4, "-m", "gpu", "tests/contrast", "-k", QUICK_TESTS),
-            bench("step", 60, "step", "--providers", "core", *QUICK_STEPS),
-            bench("proof", 25, "proof", "--rounds", "5"),
+            bench("step", 65, "step", "--providers", "core", *QUICK_STEPS),
+            bench("proof", 60, "proof", "--rounds", "5"),
         ]
     demo = ("pretrain", "demo", "--no-knn", "--stop-after", "20", "--out", str(scratch / "run"))
     profile = scratch / "profile"

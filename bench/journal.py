@@ -39,12 +39,15 @@ class Journal:
             self._save(self)
 
     def fail(self, what: str, error: Exception) -> None:
-        """Note and print why `what` failed, and free the memory it held."""
+        """Note and print why `what` failed, and free the memory that it held."""
         self.failures[what] = f"{type(error).__name__}: {' '.join(str(error).split())}"
         print(f"{what} failed: {self.failures[what]}", file=sys.stderr, flush=True)
         if not isinstance(error, torch.OutOfMemoryError):
             traceback.print_exception(error)
-        traceback.clear_frames(error.__traceback__)
+        cause: BaseException | None = error
+        while cause is not None:
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__context__
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

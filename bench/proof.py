@@ -56,14 +56,16 @@ def run(
     step, batch = Step(recipe, parallel, resolve_precision(precision or "auto", device)), noise_batch(recipe, parallel)
     config = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size, "precision": step.precision}
     start = {name: value.clone() for name, value in step.state().items()}
-    with deterministic(), journal.attempt(EQUAL):
-        rows = equality(functools.partial(trained, step, start, batch, rounds), step, GraphStep(step, batch), config)
-        journal.keep(rows)
-        judge_equality(rows)
+    with deterministic():
+        graph = GraphStep(step, batch)
+        with journal.attempt(EQUAL):
+            rows = equality(functools.partial(trained, step, start, batch, rounds), step, graph, config)
+            journal.keep(rows)
+            judge_equality(rows)
     if device.type == "cuda":
         with journal.attempt(WAITS):
             step.load(start)
-            rows = watched(GraphStep(step, batch).step, batch, WATCHED * rounds, device, config)
+            rows = watched(graph.step, batch, WATCHED * rounds, device, config)
             journal.keep(rows)
             judge_waits(rows)
     return journal.rows

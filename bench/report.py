@@ -32,6 +32,7 @@ ROW_SCHEMA = {
     "baseline": (str, type(None)), "bound": (int, float, type(None)),
 }  # fmt: skip
 BY_HOST = "the host"  # "launched by", of a row whose neighbours are CUDA graphs: its time may be that of the launches
+COUNTS = ("MB", "calls", "tensors differ")  # units
 UNSTEADY = 0.25  # of the median: a row whose middle samples lie further apart says more about the machine
 MARKED = (
     "Rows marked unsteady (20 % to 80 % span more than a quarter of the median) or over their bound (it was measured "
@@ -63,8 +64,8 @@ class Row:
 
     @property
     def counted(self) -> bool:
-        """Whether the value is a count of bytes, which does not vary from sample to sample."""
-        return self.unit == "MB"
+        """Whether the value is a count, of bytes, say, which does not vary from sample to sample."""
+        return self.unit in COUNTS
 
     @property
     def median(self) -> float:

@@ -123,7 +123,7 @@ def _rows(records: Sequence[Record], name: str, provider: str, batch: int = LARG
     # By provider, of one record, the first with `provider`: only what was timed in turn may be compared.
     size = (ARCH, PIXELS, batch)
     for item in records:
-        rows = [row for row in item.rows if row.name == name and not row.counted]  # bytes of a step are no rates
+        rows = [row for row in item.rows if row.name == name and row.unit != "MB"]
         found = {row.provider: row for row in rows if tuple(row.config[key] for key in ("arch", "px", "batch")) == size}
         if provider in found:
             return found

@@ -104,3 +104,9 @@ def test_a_record_of_before_threads_were_recorded_is_compared_too(tmp_path: Path
     new = [dataclasses.replace(item, environment=ENVIRONMENT) for item in old]
     assert f"threads: not recorded in A, {ENVIRONMENT['threads']} in B" in differences(old, new)
     assert len(compare(old, new)) == sum(len(item.rows) for item in old)
+
+
+@pytest.mark.parametrize(("before", "after", "verdict"), [(0, 0, "same"), (0, 2, "more"), (2, 0, "less")])
+def test_counts_may_be_zero(before: float, after: float, verdict: str):
+    (change,) = compare(given([before], "calls"), given([after], "calls"))
+    assert change.verdict == verdict
