@@ -89,13 +89,15 @@ def summary(outcomes: list[Outcome]) -> str:
 
 def parts(options: BenchGpuCheck, gpu: str, scratch: Path) -> list[Part]:
     """What is run, in order: a gate of correctness, then the targets, then the rest by what it is worth."""
-    records = options.records.absolute()
+    records = options.records.resolve()
     slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     stem = f"{date.today().isoformat()}-{slug}"
 
     def bench(name: str, limit: int, *words: str) -> Part:
         path = records / f"{stem}-{name}{'-quick' * options.quick}.json"
-        flags = ("--device", "cuda", "--json", str(path))
+        # The record names its command, and is committed: no path of this machine, where it can be helped.
+        shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+        flags = ("--device", "cuda", "--json", str(shown))
         return Part(f"bench {name}", (*OURSELVES, "bench", *words, *flags), limit, path)
 
     if options.quick:

@@ -313,7 +313,7 @@ class DataSynth:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure subjects, each beside its baselines and its physical bound. Without one, all of them.
+    """Measure subjects, each beside its baselines and its physical bound. Without one, all of them but proof.
 
     A GPU is measured at the published size, a CPU at a smaller one. On two free cores kernels and memory then take a
     quarter of a minute each, the other subjects a minute each, all of them five; on busy cores several times as much.

@@ -61,6 +61,13 @@ def test_each_part_has_a_record_of_its_own_and_a_quick_one_replaces_no_full_one(
     assert picture.parent == tmp_path and picture.name.endswith("-step.svg")
 
 
+def test_a_command_that_is_recorded_names_no_path_of_this_machine():
+    records = gpu_check.ROOT / "bench/records"
+    inside = [part for part in parts(BenchGpuCheck(records=records), H100, Path("/scratch")) if part.record]
+    assert not any(Path(word).is_absolute() for part in inside for word in part.command[1:])
+    assert all(part.record.parent == records for part in inside)
+
+
 def test_its_commands_name_files_flags_and_kernels_that_exist(tmp_path):
     from fastmoco.cli import parse
 
