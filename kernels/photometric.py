@@ -7,7 +7,8 @@ Three launches, each over all views, each leaving at once where a view has nothi
 3. blur: two products of a square of pixels with a banded matrix, V X V' with V[o, i] = exp(-(i - o - r)^2 / 2 sigma^2)
    for |i - o - r| <= r = ceil(3 sigma), scaled to rows of sum 1; then flip, normalise, cast, store. The borders are
    reflected in the reads. A square of E pixels gives E - 2r. Operands are fp16 with fp32 accumulation: [0, 1] in fp16
-   is 1/16 of an 8-bit level off at most. For fp32 results they are fp32, by three-term tf32.
+   is 1/16 of an 8-bit level off at most. For fp32 results they are fp32, by three-term tf32. A program has one
+   channel: three would share V, but take 115 to 190 registers a thread in place of 75 to 110, and fewer blocks fit.
 
 Bytes a view of S x S pixels, C channels and e bytes an element: 3 S^2 read, 3 S^2 read again where jitter was drawn
 (from L2 while a launch's crops fit there), C S^2 e written, and 12 S^2 through scratch where blur was drawn (24 for
@@ -24,6 +25,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -41,7 +43,7 @@ FLIP, GRAY, ORDER = (tl.constexpr(column) for column in (reference.FLIP, referen
 FACTORS, SIGMA = tl.constexpr(reference.BRIGHTNESS), tl.constexpr(reference.SIGMA)
 GRAY_BEFORE_JITTER = tl.constexpr(reference.GRAY_BEFORE_JITTER)
 GRAY_AFTER_JITTER = tl.constexpr(reference.GRAY_AFTER_JITTER)
-MAX_SIGMA, MIN_SIGMA = tl.constexpr(reference.MAX_SIGMA), tl.constexpr(reference.MIN_SIGMA)
+MIN_SIGMA = tl.constexpr(reference.MIN_SIGMA)
 CONTRAST_CODE = tl.constexpr(1)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -197,31 +199,32 @@ def _pick(channel, first, second, third):
 @triton.jit
 def _blur_kernel(
     parameters, rows, views, scratch, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
-    size: tl.constexpr, channels: tl.constexpr, tiles: tl.constexpr, edge: tl.constexpr, precision: tl.constexpr,
+    size: tl.constexpr, channels: tl.constexpr, tiles: tl.constexpr, edge: tl.constexpr,
+    max_sigma: tl.constexpr, max_radius: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    plane = tl.program_id(0).to(tl.int64) // (tiles * tiles)
-    tile = tl.program_id(0) % (tiles * tiles)
-    view, channel = plane // 3, plane % 3
+    channel = tl.program_id(0) % 3  # neighbours share sectors of the views, which L2 joins
+    view = tl.program_id(0).to(tl.int64) // (3 * tiles * tiles)
+    tile = tl.program_id(0) // 3 % (tiles * tiles)
     drawn = parameters + view * COLUMNS
     drawn_sigma = tl.load(drawn + SIGMA)
-    sigma = tl.minimum(tl.maximum(drawn_sigma, MIN_SIGMA), MAX_SIGMA)
-    radius = tl.minimum(tl.ceil(3.0 * sigma).to(tl.int32), size - 1)
+    sigma = tl.minimum(tl.maximum(drawn_sigma, MIN_SIGMA), max_sigma)
+    radius = tl.minimum(tl.ceil(3.0 * sigma).to(tl.int32), max_radius)
     step = edge - 2 * radius
     top, left = tile // tiles * step, tile % tiles * step
     if (drawn_sigma > 0) & (tl.maximum(top, left) < size):
         operand: tl.constexpr = scratch.dtype.element_ty
-        i, j = tl.arange(0, edge)[:, None], tl.arange(0, edge)[None, :]
-        source = _reflected(top + i - radius, size) * size + _reflected(left + j - radius, size)
-        down = _band(j - i - radius, radius, sigma, operand)
-        scale = 1.0 / tl.sum(_band(tl.arange(0, edge) - edge // 2, radius, sigma, operand).to(tl.float32), 0)
-        x = tl.load(scratch + plane * (size * size) + source)
-        x = tl.dot(down, x, input_precision=precision) * scale
+        at = tl.arange(0, edge)
+        down = _band(at[None, :] - at[:, None] - radius, radius, sigma, operand)
+        scale = 1.0 / tl.sum(_band(at - edge // 2, radius, sigma, operand).to(tl.float32), 0)
+        # V is symmetric, so a view is as well flipped where it is read; and rows and columns make short addresses.
+        row, column = _reflected(top + at - radius, size), _flipped(drawn, _reflected(left + at - radius, size), size)
+        source = scratch + (view * 3 + channel) * (size * size) + row * size
+        x = tl.dot(down, tl.load(source[:, None] + column[None, :]), input_precision=precision) * scale
         x = tl.dot(x.to(operand), tl.trans(down), input_precision=precision) * scale
         x = x * _pick(channel, scale_r, scale_g, scale_b) + _pick(channel, shift_r, shift_g, shift_b)
-        place = _flipped(drawn, (top + i) * size + left + j, size) * channels + channel
-        mask = (tl.maximum(i, j) < step) & (top + i < size) & (left + j < size)
-        target = views + _destination(rows, view) * (size * size * channels)
-        tl.store(target + place, _cast(x, views.dtype.element_ty), mask=mask)
+        place = views + _destination(rows, view) * (size * size * channels) + channel + (top + at) * (size * channels)
+        mask = ((at < step) & (top + at < size))[:, None] & ((at < step) & (left + at < size))[None, :]
+        tl.store(place[:, None] + ((left + at) * channels)[None, :], _cast(x, views.dtype.element_ty), mask=mask)
 
 
 def photometric(
@@ -233,6 +236,7 @@ def photometric(
     dtype: torch.dtype = torch.float32,
     channels: int = 3,
     rows: Tensor | None = None,
+    max_sigma: float = reference.MAX_SIGMA,
     impl: Literal["auto", "triton", "reference"] = "auto",
 ) -> Tensor:
     """Augmented, normalised views [N, channels, S, S], channels-last, of uint8 crops [N, S, S, 3].
@@ -240,13 +244,14 @@ def photometric(
     Row i of `parameters` (float32 [N, 8], columns named in `kernels.reference`) says what happens to crop i: grey
     before the jitters, the jitters in the drawn order with torchvision's semantics (brightness x f; contrast about the
     mean grey of the crop at that moment; saturation about grey 0.299 R + 0.587 G + 0.114 B; HSV hue shift in turns;
-    each clamped to [0, 1]), grey after them, a Gaussian blur of deviation SIGMA pixels (none at 0, at most 4) over a
-    radius of ceil(3 SIGMA) pixels (at most S - 1) with reflected borders, horizontal flip, (x - mean) / std, cast.
+    each clamped to [0, 1]), grey after them, a Gaussian blur of deviation SIGMA pixels (none at 0) over a radius of
+    ceil(3 SIGMA) pixels (at most S - 1) with reflected borders, horizontal flip, (x - mean) / std, cast. A SIGMA above
+    `max_sigma` (at most 4) is taken for it: the largest that is drawn, given here, spares the kernel work.
     View i goes to row rows[i] (int64 [N], a permutation; on a GPU that is not checked), or i. With 4 channels the last
     is zero. impl="auto" is Triton on a GPU, the reference on a CPU; float64 is served by the reference alone.
     Raises ValueError for what does not fit.
     """
-    _check(crops, parameters, mean, std, dtype, channels, rows)
+    _check(crops, parameters, mean, std, dtype, channels, rows, max_sigma)
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f"impl must be auto, triton or reference, not {impl!r}")
     compiled = impl == "triton" or impl == "auto" and crops.is_cuda
@@ -255,7 +260,7 @@ def photometric(
     if compiled and not (crops.is_cuda or INTERPRETED.value):
         raise ValueError(f"impl='triton' needs crops on a GPU, not on {crops.device}")
     mean, std = [float(value) for value in mean], [float(value) for value in std]
-    return _photometric(crops, parameters, mean, std, dtype, channels, rows, compiled)
+    return _photometric(crops, parameters, mean, std, dtype, channels, rows, float(max_sigma), compiled)
 
 
 @torch.library.custom_op("fastmoco::photometric", mutates_args=())
@@ -267,14 +272,16 @@ def _photometric(
     dtype: torch.dtype,
     channels: int,
     rows: Tensor | None,
+    max_sigma: float,
     compiled: bool,
 ) -> Tensor:
     if not compiled:
-        return reference.photometric(crops, parameters, mean, std, dtype=dtype, channels=channels, rows=rows)
+        options = {"dtype": dtype, "channels": channels, "rows": rows, "max_sigma": max_sigma}
+        return reference.photometric(crops, parameters, mean, std, **options)
     n, size = crops.shape[:2]
     views = _empty_views(crops, dtype, channels)
     capability = torch.cuda.get_device_capability(crops.device) if crops.is_cuda else None
-    gray, color, blur = _plans(size, channels, dtype, capability)
+    gray, color, blur = _plans(size, channels, dtype, max_sigma, capability)
     sums = crops.new_empty((n, gray.constants["blocks"]), dtype=torch.float32)
     scratch = crops.new_empty((n, 3, size, size), dtype=_scratch_dtype(dtype))
     affine = [1 / value for value in std] + [-center / value for center, value in zip(mean, std)]
@@ -286,7 +293,7 @@ def _photometric(
 
 
 @_photometric.register_fake
-def _(crops, parameters, mean, std, dtype, channels, rows, compiled):
+def _(crops, parameters, mean, std, dtype, channels, rows, max_sigma, compiled):
     return _empty_views(crops, dtype, channels)
 
 
@@ -310,16 +317,20 @@ def _scratch_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype is torch.float32 else torch.float16
 
 
-def _plans(size: int, channels: int, dtype: torch.dtype, capability: tuple[int, int] | int | None) -> list[_Plan]:
+def _plans(
+    size: int, channels: int, dtype: torch.dtype, max_sigma: float, capability: tuple[int, int] | int | None
+) -> list[_Plan]:
     wide = dtype is torch.float32
     gray, color = (tiles(f"photometric.{phase}", capability) for phase in ("mean_gray", "color"))
     blur = tiles("photometric.blur.fp32" if wide else "photometric.blur", capability)
     pixels, edge = size * size, blur.block[0]
     blocks, strips = triton.cdiv(pixels, gray.block[0]), triton.cdiv(pixels, color.block[0])
-    squares = triton.cdiv(size, edge - 2 * min(math.ceil(3 * reference.MAX_SIGMA), size - 1))
+    max_radius = min(math.ceil(np.float32(3) * np.float32(max_sigma)), size - 1)  # as the kernel rounds
+    squares = triton.cdiv(size, edge - 2 * max_radius)
     view = {"size": size, "channels": channels}
     sums = {"blocks": blocks, "lanes": triton.next_power_of_2(blocks)}
-    square = {"tiles": squares, "edge": edge, "precision": "tf32x3" if wide else "tf32"}
+    square = {"tiles": squares, "edge": edge, "max_sigma": max_sigma, "max_radius": max_radius}
+    square["precision"] = "tf32x3" if wide else "tf32"
     return [
         _Plan(_mean_gray_kernel, blocks, gray, {"size": size, "blocks": blocks, "block": gray.block[0]}),
         _Plan(_color_kernel, strips, color, view | sums | {"tiles": strips, "block": color.block[0]}),
@@ -327,7 +338,7 @@ def _plans(size: int, channels: int, dtype: torch.dtype, capability: tuple[int, 
     ]
 
 
-def _check(crops, parameters, mean, std, dtype, channels, rows):
+def _check(crops, parameters, mean, std, dtype, channels, rows, max_sigma):
     n = crops.shape[0] if crops.dim() else 0
     if crops.dtype != torch.uint8 or crops.dim() != 4 or crops.shape[3] != 3 or crops.shape[1] != crops.shape[2]:
         raise ValueError(f"crops must be uint8 [N, S, S, 3], not {crops.dtype} {list(crops.shape)}")
@@ -342,6 +353,8 @@ def _check(crops, parameters, mean, std, dtype, channels, rows):
             raise ValueError(f"{name} on {tensor.device} must be where crops are: {crops.device}")
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(f"mean and std must have three values, std positive: {tuple(mean)}, {tuple(std)}")
+    if not 0 <= max_sigma <= reference.MAX_SIGMA:
+        raise ValueError(f"max_sigma must be from 0 to {reference.MAX_SIGMA:g}, not {max_sigma}")
     if channels not in (3, 4):
         raise ValueError(f"channels must be 3 or 4, not {channels}")
     if dtype not in DTYPES and dtype is not torch.float64:
@@ -367,12 +380,12 @@ def cost(
 
 def variants(arch: int) -> list[Variant]:
     """What the compile gate compiles: the launches at 224 px in bf16, with and without padding and destination rows,
-    and in fp32, whose blur is another."""
-    launches = ((torch.bfloat16, 3, True), (torch.bfloat16, 4, False), (torch.float32, 3, False))
+    and in fp32, whose blur is another; with MoCo v2's deviations and the largest."""
+    launches = ((torch.bfloat16, 3, True, 2.0), (torch.bfloat16, 4, False, 4.0), (torch.float32, 3, False, 2.0))
     return [
         _variant(plan, dtype, channels, permuted)
-        for dtype, channels, permuted in launches
-        for plan in _plans(224, channels, dtype, arch)
+        for dtype, channels, permuted, max_sigma in launches
+        for plan in _plans(224, channels, dtype, max_sigma, arch)
     ]
 
 

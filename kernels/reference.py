@@ -271,6 +271,7 @@ def photometric(
     dtype: torch.dtype = torch.float32,
     channels: int = 3,
     rows: Tensor | None = None,
+    max_sigma: float = MAX_SIGMA,
 ) -> Tensor:
     """Jitter, grey, blur, flip, normalise and cast of uint8 [N, S, S, 3] crops, in the widest of fp32 and `dtype`.
 
@@ -287,7 +288,7 @@ def photometric(
     for picked, written in zip(source.split(together), views[:, :3].split(together)):
         x = crops.index_select(0, picked).permute(0, 3, 1, 2).to(wide, memory_format=torch.contiguous_format).div_(255)
         drawn = parameters.index_select(0, picked)
-        x = _blur_and_flip(_jitter_and_gray(x, drawn), drawn)
+        x = _blur_and_flip(_jitter_and_gray(x, drawn), drawn, max_sigma)
         written.copy_(x.sub_(shift).div_(scale))
     return views
 
@@ -310,8 +311,9 @@ def _jitter_and_gray(x: Tensor, drawn: Tensor) -> Tensor:
     return _on([gray == GRAY_AFTER_JITTER for gray in when], x, _gray)
 
 
-def _blur_and_flip(x: Tensor, drawn: Tensor) -> Tensor:
-    x = _on((drawn[:, SIGMA] > 0).tolist(), x, _blur, drawn[:, SIGMA])
+def _blur_and_flip(x: Tensor, drawn: Tensor, max_sigma: float = MAX_SIGMA) -> Tensor:
+    sigma = drawn[:, SIGMA].clamp_max(max_sigma)
+    x = _on((sigma > 0).tolist(), x, _blur, sigma)
     return _on((drawn[:, FLIP] > 0).tolist(), x, lambda rows: rows.flip(3))
 
 
@@ -362,7 +364,7 @@ def _hue(x: Tensor, turns: Tensor) -> Tensor:
 
 def _blur(x: Tensor, sigma: Tensor) -> Tensor:
     # View by view, as each has its own number of taps; a scalar factor is also what torch's CPU loops are fastest with.
-    sigma = sigma.clamp(MIN_SIGMA, MAX_SIGMA)
+    sigma = sigma.clamp_min(MIN_SIGMA)
     radii = (3 * sigma).ceil().int().clamp_max(x.shape[-1] - 1).tolist()
     for view, deviation, radius in zip(x, sigma.tolist(), radii):
         weights = [math.exp(-0.5 * (tap / deviation) ** 2) for tap in range(radius + 1)]

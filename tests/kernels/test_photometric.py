@@ -348,6 +348,20 @@ def test_kernel_blurs(dtype, size, device):
     assert (ours[4].double() - truth[5].flip(2)).abs().max() > 0.1  # another sigma is noticed
 
 
+@pytest.mark.parametrize("largest", [2.0, 5 / 3, 0.4])
+def test_a_largest_sigma_bounds_what_is_drawn(largest, device):
+    """Squares meet however 3 sigma rounds (5 / 3 in fp32 is above five thirds), and the twin has the same bound."""
+    rows = identity(3)
+    rows[:, SIGMA] = torch.tensor([largest, 0.3, 4.0])
+    crops, rows = photos(1, 67).expand(3, -1, -1, -1).contiguous().to(device), rows.to(device)
+    unbounded = views(crops, rows, impl="reference")
+    truth = views(crops, rows, impl="reference", max_sigma=largest)
+    ours = views(crops, rows, torch.float16, impl="triton", max_sigma=largest)
+    assert (ours.double() - truth).abs().max() < 8e-3
+    assert (truth[2] - truth[0]).abs().max() < 1e-6 and (truth[2] - unbounded[2]).abs().max() > 0.1
+    assert (truth[:2] - unbounded[:2]).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_kernel_blurs_crops_smaller_than_the_radius(size, device):
     rows = identity(2)
@@ -405,6 +419,7 @@ def good():
         ({"mean": (0.5,)}, "three values"),
         ({"std": (0.5, 0.0, 0.5)}, "three values"),
         ({"channels": 5}, "channels must be 3 or 4"),
+        ({"max_sigma": 4.5}, "max_sigma must be"),
         ({"dtype": torch.int8}, "dtype must be"),
         ({"dtype": torch.float64, "impl": "triton"}, "impl='reference'"),
         ({"impl": "cuda"}, "impl must be"),
@@ -418,7 +433,7 @@ def test_misuse_is_refused(change, message):
 
 def test_operator_passes_opcheck_and_fake_tensors():
     operator = torch.ops.fastmoco.photometric.default
-    arguments = (photos(2, 6), draws(2, "v2"), list(MEAN), list(STD), torch.bfloat16, 4, torch.tensor([1, 0]), False)
+    arguments = (photos(2, 6), draws(2, "v2"), list(MEAN), list(STD), torch.bfloat16, 4, torch.tensor([1, 0]), 2.0, False)
     torch.library.opcheck(operator, arguments)
     with FakeTensorMode() as mode:
         crops, rows = (mode.from_tensor(tensor) for tensor in (photos(2, 6), identity(2)))
