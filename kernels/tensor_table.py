@@ -70,6 +70,7 @@ class TensorTable:
         self.tensors = Tensors(self.q, self.velocity, self.k, self.q_work, self.k_work)
         self.q_casts = [copy for copy, same in zip(self.q_work, self.q_is_work, strict=True) if not same]
         self.k_casts = [copy for copy, same in zip(self.k_work, self.k_is_work, strict=True) if not same]
+        self.layouts = [(q.shape, q.stride()) for q in self.q]
         self.device: torch.device = q[0].device
         self.handle: int = next(_handles)
         self._on_device: DeviceTable | None = None

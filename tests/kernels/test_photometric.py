@@ -433,7 +433,8 @@ def test_misuse_is_refused(change, message):
 
 def test_operator_passes_opcheck_and_fake_tensors():
     operator = torch.ops.fastmoco.photometric.default
-    arguments = (photos(2, 6), draws(2, "v2"), list(MEAN), list(STD), torch.bfloat16, 4, torch.tensor([1, 0]), 2.0, False)
+    given = (photos(2, 6), draws(2, "v2"), list(MEAN), list(STD))
+    arguments = (*given, torch.bfloat16, 4, torch.tensor([1, 0]), 2.0, False)
     torch.library.opcheck(operator, arguments)
     with FakeTensorMode() as mode:
         crops, rows = (mode.from_tensor(tensor) for tensor in (photos(2, 6), identity(2)))
