@@ -8,9 +8,10 @@ is fused with what:
   stats    and the statistics in the convolutions' epilogues, forward and backward
   main     and normalise + ReLU in the next convolution's prologue, so that inner activations are never written
 
-  key      bnrelu, and the key encoder's bottlenecks as `encoder/forward_only.py` runs them: stats and main for its 1x1
-           convolutions, where there is no backward to mind. It is counted as it is done, also where the levels above
-           are coarser: they normalise a shortcut in a pass of its own, which one with the block's last spares.
+  key      bnrelu, and the key encoder's bottlenecks as `encoder/forward_only.py` runs them: stats and main for those of
+           its 1x1 convolutions where that pays, as there is no backward to mind. It is counted as it is done, also where
+           the levels above are coarser: they normalise a shortcut in a pass of its own, which one with the block's last
+           spares.
 
 A kernel takes the larger of its arithmetic and its memory time. Assumed: activations of `ACTIVATION_BYTES` each,
 weights read once a batch, nothing stays in the cache from one kernel to the next, no gaps between launches. The key
@@ -24,10 +25,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fastmoco.kernels.conv1x1 import pays
+
 LEVELS = ("eager", "bnrelu", "stats", "main")
 KEY_LEVEL, KEY_LEVEL_OF_QUERIES = "key", "bnrelu"
 BY_FUSION = ("eager", "bnrelu", KEY_LEVEL, "stats", "main")  # what fuses more comes later
 ACTIVATION_BYTES = 2
+WIDENS = 4  # a bottleneck's last convolution, by so much
 
 # Passes over a convolution's output, beside the convolution itself, by level and by the place of the convolution:
 # stem, inner (followed by BN + ReLU), last (of a block: BN + add + ReLU), shortcut (BN alone).
@@ -121,11 +125,13 @@ def forward_work(convs: list[Conv], level: str, batch: int) -> list[Work]:
 def _forward_passes(conv: Conv, level: str) -> int:
     if level != KEY_LEVEL:
         return FORWARD_PASSES[level][conv.place]
+    entry = conv.weights // (conv.channels * conv.kernel**2)
+    fused = conv.kernel == 1 and conv.stride == 1 and pays(entry, conv.channels)
     if conv.place == "shortcut":
-        return int(conv.stride > 1)  # statistics, where cuDNN convolves; the block's last pass reads it as a residual
-    if conv.kernel == 1:
+        return int(not fused)  # statistics, where cuDNN convolves; the block's last pass reads it as a residual
+    if fused:
         return 2 if conv.place == "inner" else 3  # in place; or with the residual into the block's output
-    if conv.place == "inner" and conv.after_inner:
+    if conv.place == "inner" and conv.after_inner and pays(conv.channels, WIDENS * conv.channels):
         return 1  # statistics, of a bottleneck's 3x3
     return FORWARD_PASSES[KEY_LEVEL_OF_QUERIES][conv.place]
 
