@@ -279,9 +279,13 @@ def photometric_cases(size: Size, device: torch.device) -> list[Case]:
     crops = torch.randint(0, 256, (n, s, s, 3), dtype=torch.uint8, device=device)
     plan = Plan(size.recipe, torch.full((n * 10, 2), 400, dtype=torch.int32).numpy())
     parameters = torch.from_numpy(plan.photometric(0, plan.samples(0)[:n], 0)).to(device)
-    call = functools.partial(photometric.photometric, crops, parameters, augmentation.mean, augmentation.std)
-    providers = {OURS: lambda: call(dtype=size.dtype), "twin": lambda: call(dtype=size.dtype, impl="reference")}
-    nbytes, flops = photometric.cost(n, s, dtype=size.dtype, blurred=augmentation.blur_p)
+    channels = 4 if device.type == "cuda" else 3  # as the step asks for
+    call = functools.partial(
+        photometric.photometric, crops, parameters, augmentation.mean, augmentation.std, dtype=size.dtype,
+        channels=channels, max_sigma=augmentation.blur_sigma[1],
+    )  # fmt: skip
+    providers = {OURS: call, "twin": functools.partial(call, impl="reference")}
+    nbytes, flops = photometric.cost(n, s, dtype=size.dtype, channels=channels, blurred=augmentation.blur_p)
     return [Case("photometric", {"N": n, "S": s, "dtype": short_name(size.dtype)}, providers, "twin", nbytes, flops)]
 
 

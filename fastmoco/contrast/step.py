@@ -204,8 +204,11 @@ class Step:
     def _views(self, crops: Tensor, parameters: Tensor, rows: Tensor | None = None) -> Tensor:
         if crops.is_floating_point():  # DALI has made the views, in their rows
             return crops.to(self._numbers.work)
-        colours, made = self.recipe.augmentation, {"dtype": self._numbers.work, "channels": self.channels}
-        return photometric(crops, parameters, colours.mean, colours.std, **made, rows=rows)
+        drawn = self.recipe.augmentation
+        return photometric(
+            crops, parameters, drawn.mean, drawn.std, dtype=self._numbers.work, channels=self.channels, rows=rows,
+            max_sigma=drawn.blur_sigma[1],
+        )  # fmt: skip
 
     @torch.no_grad()
     def _encode_keys(self, batch: Batch) -> Tensor:
