@@ -250,7 +250,7 @@ def batch_norm_cases(size: Size, device: torch.device) -> list[Case]:
 
 
 def conv1x1_cases(size: Size, device: torch.device) -> list[Case]:
-    """1x1 convolutions with what stands before and behind them in a key encoder, over all its shapes, forward.
+    """1x1 convolutions with what stands before and behind them in a key encoder, over all shapes that it fuses, forward.
 
     Those that enter a block end in statistics; those that leave it begin with batch norm and ReLU, too. Resnet50 stands
     in for a recipe whose encoder has none.
@@ -258,12 +258,12 @@ def conv1x1_cases(size: Size, device: torch.device) -> list[Case]:
     recipe = size.recipe
     if ARCHITECTURES[recipe.arch].expansion == 1:
         recipe = dataclasses.replace(recipe, arch="resnet50")
-    convs = [c for c in convolutions(build_encoder(recipe), recipe.crop_size) if c.kernel == c.stride == 1]
+    convs = [c for c in convolutions(build_encoder(recipe), recipe.crop_size) if c.fused]
     config = {"encoder": recipe.arch, "N": size.batch, "dtype": short_name(size.dtype)}
     cases = []
-    for name, place in (("conv1x1", "inner"), ("batch norm + conv1x1", "last")):
-        shapes = Counter((c.inputs // c.side**2, c.channels, c.side) for c in convs if c.place == place)
-        layers = [_PointwiseLayer(size, device, *key, place == "last", repeats=n) for key, n in shapes.items()]
+    for name, leaving in (("conv1x1", False), ("batch norm + conv1x1", True)):
+        shapes = Counter((c.entry, c.channels, c.side) for c in convs if (c.place == "last") == leaving)
+        layers = [_PointwiseLayer(size, device, *key, leaving, repeats=n) for key, n in shapes.items()]
         methods = {OURS: "ours", "separate": "apart"}
         providers = {key: functools.partial(_each, layers, method) for key, method in methods.items()}
         costs = [layer.cost() for layer in layers]

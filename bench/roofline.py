@@ -72,6 +72,16 @@ class Conv:
         return self.channels * self.side**2
 
     @property
+    def entry(self) -> int:
+        """Input channels."""
+        return self.weights // (self.channels * self.kernel**2)
+
+    @property
+    def fused(self) -> bool:
+        """Whether a key encoder of `encoder/forward_only.py` has our kernel convolve."""
+        return self.kernel == self.stride == 1 and pays(self.entry, self.channels)
+
+    @property
     def sampled(self) -> float:
         """Input elements that are read: a strided 1x1 convolution skips pixels."""
         return self.inputs / self.stride**2 if self.kernel == 1 else self.inputs
@@ -125,11 +135,9 @@ def forward_work(convs: list[Conv], level: str, batch: int) -> list[Work]:
 def _forward_passes(conv: Conv, level: str) -> int:
     if level != KEY_LEVEL:
         return FORWARD_PASSES[level][conv.place]
-    entry = conv.weights // (conv.channels * conv.kernel**2)
-    fused = conv.kernel == 1 and conv.stride == 1 and pays(entry, conv.channels)
     if conv.place == "shortcut":
-        return int(not fused)  # statistics, where cuDNN convolves; the block's last pass reads it as a residual
-    if fused:
+        return int(not conv.fused)  # statistics, where cuDNN convolves; the block's last pass reads it as a residual
+    if conv.fused:
         return 2 if conv.place == "inner" else 3  # in place; or with the residual into the block's output
     if conv.place == "inner" and conv.after_inner and pays(conv.channels, WIDENS * conv.channels):
         return 1  # statistics, of a bottleneck's 3x3
