@@ -165,6 +165,7 @@ def _gpu_providers(published_step: Callable, ours_step: Callable) -> dict[str, P
         "fastmoco bf16, eager encoder": low(encoder="eager"),
         "fastmoco bf16, compiled encoder": low("compiled", encoder="compile"),
         "fastmoco bf16, torch update": low(update="torch"),
+        "fastmoco bf16, three channels": low(channels=3),
     }
 
 
