@@ -1,0 +1,54 @@
+"""Other ways through a step, keys forward only and views of four channels: the same training, in float64."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fastmoco.contrast.queue as queue_module
+import fastmoco.contrast.step as step_module
+from fastmoco.contrast.step import Step
+from fastmoco.encoder import BatchNormAct, forward_only
+from fastmoco.kernels import reference
+from fastmoco.parallel import Parallel
+from fastmoco.recipe import Recipe
+
+RECIPE = Recipe(
+    arch="resnet50", width=0.125, stem="cifar", dim=16, batch_size=16, bn_group=4, crop_size=12, queue_size=40,
+    temperature=0.2,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They do not refuse float64, where what is left of a rounding is far below any other difference."""
+    monkeypatch.setattr(BatchNormAct, "impl", "reference")
+    monkeypatch.setattr(step_module, "info_nce", reference.info_nce)
+    monkeypatch.setattr(queue_module, "enqueue", reference.enqueue)
+
+
+def assert_train_alike(plain: Step, other: Step, make_batch: Callable) -> None:
+    for i in range(2):
+        expected, found = (step.step(make_batch(plain.recipe, i), 0.03).loss for step in (plain, other))
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+    for name, value in plain.state().items():
+        torch.testing.assert_close(other.state()[name], value, rtol=1e-7, atol=1e-9, msg=name)
+
+
+def test_keys_forward_only_change_nothing_but_rounding(make_batch: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, path = [], forward_only.bottleneck
+    monkeypatch.setattr(forward_only, "bottleneck", lambda block, x: (taken.append(block), path(block, x))[1])
+    plain, ours = (Step(RECIPE, Parallel(), "fp64", encoder=encoder) for encoder in ("fused", "fused-key"))
+    assert_train_alike(plain, ours, make_batch)
+    assert len(taken) == 2 * 16 and set(taken) <= set(ours.encoder_k.modules())
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+def test_four_channels_change_nothing_but_rounding(stem: str, make_batch: Callable) -> None:
+    recipe = replace(RECIPE, arch="resnet18", stem=stem, crop_size=32)
+    three, four = (Step(recipe, Parallel(), "fp64", channels=channels) for channels in (3, 4))
+    shapes = []
+    four.encoder_q.register_forward_pre_hook(lambda _, views: shapes.append(views[0].shape[1]))
+    assert_train_alike(three, four, make_batch)
+    assert shapes == [4, 4]
