@@ -4,14 +4,13 @@ Every convolution is read off the encoder itself. Around it stand passes over it
 is fused with what:
 
   eager    convolution | statistics | normalise | ReLU | add, each a kernel of its own
-  bnrelu   normalise + ReLU (+ add) in one kernel, backward in two passes: what our batch norm does
+  bnrelu   normalise + ReLU (+ add, or + the shortcut's batch norm) in one kernel, backward in two passes: what our
+           batch norm does
   stats    and the statistics in the convolutions' epilogues, forward and backward
   main     and normalise + ReLU in the next convolution's prologue, so that inner activations are never written
 
   key      bnrelu, and the key encoder's bottlenecks as `encoder/forward_only.py` runs them: stats and main for those of
-           its 1x1 convolutions where that pays, as there is no backward to mind. It is counted as it is done, also where
-           the levels above are coarser: they normalise a shortcut in a pass of its own, which one with the block's last
-           spares.
+           its 1x1 convolutions where that pays, as there is no backward to mind
 
 A kernel takes the larger of its arithmetic and its memory time. Assumed: activations of `ACTIVATION_BYTES` each,
 weights read once a batch, nothing stays in the cache from one kernel to the next, no gaps between launches. The key
@@ -34,17 +33,17 @@ ACTIVATION_BYTES = 2
 WIDENS = 4  # a bottleneck's last convolution, by so much
 
 # Passes over a convolution's output, beside the convolution itself, by level and by the place of the convolution:
-# stem, inner (followed by BN + ReLU), last (of a block: BN + add + ReLU), shortcut (BN alone).
+# stem, inner (followed by BN + ReLU), last (of a block: BN + add + ReLU), shortcut (BN alone, or fused with the last).
 FORWARD_PASSES = {
     "eager": {"stem": 5, "inner": 5, "last": 8, "shortcut": 3},
-    "bnrelu": {"stem": 3, "inner": 3, "last": 4, "shortcut": 3},
-    "stats": {"stem": 2, "inner": 2, "last": 3, "shortcut": 2},
+    "bnrelu": {"stem": 3, "inner": 3, "last": 4, "shortcut": 1},
+    "stats": {"stem": 2, "inner": 2, "last": 3, "shortcut": 0},
     "main": {"stem": 2, "inner": 0, "last": 3, "shortcut": 0},
 }
 BACKWARD_PASSES = {
     "eager": {"stem": 8, "inner": 8, "last": 8, "shortcut": 5},
-    "bnrelu": {"stem": 5, "inner": 5, "last": 6, "shortcut": 5},
-    "stats": {"stem": 5, "inner": 3, "last": 6, "shortcut": 5},
+    "bnrelu": {"stem": 5, "inner": 5, "last": 6, "shortcut": 2},
+    "stats": {"stem": 5, "inner": 3, "last": 6, "shortcut": 2},
     "main": {"stem": 2, "inner": 0, "last": 3, "shortcut": 2},
 }
 

@@ -34,15 +34,13 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Commit of the checkout this package runs from, with "+changes" where files differ; "none" outside of one.
+    """Commit of the checkout this package runs from, with "+changes" where files differ.
 
-    What FASTMOCO_COMMIT says goes before: for a copy of the files without their history.
+    Outside of one, in a copy of the files without their history, what FASTMOCO_COMMIT says, or "none".
     """
-    if os.environ.get("FASTMOCO_COMMIT"):
-        return os.environ["FASTMOCO_COMMIT"]
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
-        return "none"
+        return os.environ.get("FASTMOCO_COMMIT") or "none"
     head = _git(root, "rev-parse", "--short=12", "HEAD")
     return f"{head}+changes" if head != "none" and _git(root, "status", "--porcelain", "-uno") else head
 

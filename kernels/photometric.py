@@ -207,7 +207,7 @@ def _blur_kernel(
     tile = tl.program_id(0) // 3 % (tiles * tiles)
     drawn = parameters + view * COLUMNS
     drawn_sigma = tl.load(drawn + SIGMA)
-    sigma = tl.minimum(tl.maximum(drawn_sigma, MIN_SIGMA), max_sigma)
+    sigma = tl.maximum(tl.minimum(drawn_sigma, max_sigma), MIN_SIGMA)
     radius = tl.minimum(tl.ceil(3.0 * sigma).to(tl.int32), max_radius)
     step = edge - 2 * radius
     top, left = tile // tiles * step, tile % tiles * step

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,8 +49,10 @@ def test_the_launcher_says_so_before_torch_is_loaded():
         assert f"loaded with {found}\n" in said.stdout, said.stderr
 
 
-def test_a_copy_without_history_is_told_its_commit(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("FASTMOCO_COMMIT", "")
-    assert environment.commit() != "abc123"
+def test_a_copy_without_history_is_told_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("FASTMOCO_COMMIT", "abc123")
+    assert environment.commit() != "abc123"  # a checkout knows better
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "fastmoco" / "environment.py"))
     assert environment.commit() == "abc123"
+    monkeypatch.delenv("FASTMOCO_COMMIT")
+    assert environment.commit() == "none"

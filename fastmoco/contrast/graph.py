@@ -43,11 +43,11 @@ class GraphStep:
 
     def __init__(self, step: Step, batch: Batch, pool: tuple[int, int] | None = None) -> None:
         self._step, self._pool = step, pool
-        _open.add(self)
         self._batch = dataclasses.replace(batch, **{name: value.clone() for name, value in _tensors(batch).items()})
         self._inputs = list(_tensors(self._batch).values())
         self._graph: torch.cuda.CUDAGraph | None = None
         self._metrics: Metrics | None = None
+        _open.add(self)
         stream = step.capture_stream
         if stream is not None:
             with step.rehearsal():
@@ -94,8 +94,8 @@ def runner(
     """The call that trains one step: a CUDA graph's, captured with `make_batch()`, or `step.step` itself.
 
     "auto" captures on a GPU, and goes on without a graph, with a warning, where that fails; over several ranks that is
-    a UsageError, since a collective must be in a graph on all ranks or on none. UsageError also where "on" cannot be: on
-    a CPU, and with apex's update, which takes its learning rate from the host.
+    a UsageError, since a collective must be in a graph on all ranks or on none. UsageError also where "on" cannot be:
+    on a CPU, and with apex's update, which takes its learning rate from the host.
     """
     on_gpu, fixed = step.capture_stream is not None, update == "apex"
     if mode == "on" and not on_gpu:

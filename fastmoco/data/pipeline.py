@@ -340,7 +340,8 @@ def _faults(build: Callable[[_Feed], DaliPipeline], feed: _Feed, error: RuntimeE
         stream.synchronize()  # raises what has ended the GPU
     failure = _failure(build, _Feed(iter([alone]), feed.inputs))
     if not SAMPLE.search(failure):
-        reason = failure or "decoded alone, but not in its batch; is the GPU short of memory?"
+        short = "memory" if stream is None else "memory on the GPU"
+        reason = failure or f"decoded alone, but not in its batch; is there too little {short}?"
         raise RuntimeError(f"{part.request.names[position]}: {reason}") from error
     return {position: "cannot be decoded on the GPU"}
 

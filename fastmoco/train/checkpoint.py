@@ -14,6 +14,7 @@ plain data (`weights_only`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -38,6 +39,7 @@ MODEL, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
 LATEST, PREFIX = "latest", "step_"
 TEMPORARY, DAMAGED, OLD, COPY = ".writing", ".damaged", ".old", ".copy"
 READ_BYTES = 1 << 22
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)  # what file systems without links answer
 
 
 class CheckpointError(ValueError):
@@ -259,8 +261,10 @@ def _point(root: Path, name: str) -> None:
     link.unlink(missing_ok=True)
     try:
         link.symlink_to(name)
-    except PermissionError:  # a file system without links; nothing but people reads this one
-        return
+    except OSError as error:  # nothing but people reads this one
+        if error.errno in NO_LINKS:
+            return
+        raise
     os.replace(link, shown)
 
 

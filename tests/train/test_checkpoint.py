@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -63,12 +64,14 @@ def test_a_run_that_was_copied_saves_on(tmp_path):
     assert checkpoint.load(checkpoint.latest(tmp_path / "run")).step == 3
 
 
-def test_a_file_system_without_links(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("answer", "saved"), [(errno.EPERM, True), (errno.EOPNOTSUPP, True), (errno.ENOSPC, False)])
+def test_a_file_system_without_links(answer, saved, tmp_path, monkeypatch):
     def refused(*_: object) -> None:
-        raise PermissionError(errno.EPERM, "Operation not permitted")
+        raise OSError(answer, os.strerror(answer))
 
     monkeypatch.setattr(Path, "symlink_to", refused)
-    assert checkpoint.save(tmp_path, 5, state(5), META) == checkpoint.latest(tmp_path)
+    with nullcontext() if saved else pytest.raises(OSError, match="No space"):
+        assert checkpoint.save(tmp_path, 5, state(5), META) == checkpoint.latest(tmp_path)
     assert not (tmp_path / "checkpoints/latest").exists()
 
 
