@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastmoco import environment
+
 # Renamed in torch 2.13; the older name warns there.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 START_TIMEOUT = timedelta(minutes=10)  # the first step compiles kernels and warms the file cache, unevenly over ranks
@@ -42,6 +44,8 @@ class Parallel:
         place = _device(device, local_rank)
         if place.type == "cuda":
             torch.cuda.set_device(place)
+        else:
+            environment.keep_memory()
         if world > 1:
             on_gpu = place.type == "cuda"
             dist.init_process_group(

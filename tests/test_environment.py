@@ -1,6 +1,7 @@
 """What a record says of the moment it was measured in is what was so."""
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -56,3 +57,35 @@ def test_a_copy_without_history_is_told_its_commit(tmp_path: Path, monkeypatch: 
     assert environment.commit() == "abc123"
     monkeypatch.delenv("FASTMOCO_COMMIT")
     assert environment.commit() == "none"
+
+
+FAULTS = """
+import ctypes, resource, sys
+from fastmoco import environment
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+if sys.argv[1] == "keep":
+    environment.keep_memory()
+for _ in range(2):  # the second time nothing is new
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        memory = libc.malloc(1 << 26)
+        ctypes.memset(memory, 1, 1 << 26)
+        libc.free(memory)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="tunes glibc")
+@pytest.mark.parametrize(
+    ("word", "variables", "kept"),
+    [("keep", {}, True), ("leave", {}, False), ("keep", {"MALLOC_ARENA_MAX": "8"}, False)],
+    ids=["kept", "control", "tuned by the environment"],
+)
+def test_freed_memory_is_kept(word: str, variables: dict[str, str], kept: bool):
+    """Ten times 64 MiB, one after the other: 16,384 pages of 4 KiB each, or none."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUN"))}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS, word], env={**clean, **variables}, capture_output=True, text=True, check=True
+    )
+    assert (int(done.stdout) < 1000) == kept
