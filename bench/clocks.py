@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+from collections.abc import Callable
 from types import ModuleType
+
+import torch
 
 # NVML's reasons for a clock below the highest, as far as they speak of the machine and not of what was asked for.
 THROTTLES = {
@@ -17,22 +20,27 @@ THROTTLES = {
 
 
 class Clocks:
-    """Samples of the first GPU's clocks and power by NVML, the module `nvml` or pynvml.
+    """Samples of the clocks and the power of `device`, a GPU, by NVML, the module `nvml` or pynvml.
 
     Where there is none (pip install nvidia-ml-py), or where it may not be asked, there are no samples.
     """
 
-    def __init__(self, nvml: ModuleType | None = None) -> None:
+    def __init__(self, device: torch.device, nvml: ModuleType | None = None) -> None:
         self._nvml = nvml = nvml or _nvml()
         self._samples: dict[str, list[float]] = {"sm_mhz": [], "memory_mhz": [], "power_w": []}
+        self._facts: dict[str, object] = {}
         self._reasons = 0
         if nvml is None:
             return
         try:
             nvml.nvmlInit()
-            self._gpu = nvml.nvmlDeviceGetHandleByIndex(0)
+            # Not by number: NVML counts all cards of the machine, whichever of them CUDA_VISIBLE_DEVICES shows.
+            self._gpu = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         except nvml.NVMLError:
             self._nvml = None
+            return
+        self._note("power_limit_w", lambda: nvml.nvmlDeviceGetPowerManagementLimit(self._gpu) / 1e3)
+        self._note("driver", nvml.nvmlSystemGetDriverVersion)
 
     def sample(self) -> None:
         """Read the clocks, the power and the reasons for low clocks, now."""
@@ -50,7 +58,7 @@ class Clocks:
                 self._samples[name].append(value)
 
     def summary(self) -> dict[str, object]:
-        """Median and minimum of each clock, median and maximum of the power, throttle reasons, limit, driver.
+        """Median and minimum of each clock, median and maximum of the power, throttle reasons; limit, driver if known.
 
         Empty before the first sample.
         """
@@ -62,9 +70,11 @@ class Clocks:
             other = ("maximum", max) if name == "power_w" else ("minimum", min)
             found[name] = {"median": statistics.median(values), other[0]: other[1](values)}
         found["throttled"] = [reason for bit, reason in THROTTLES.items() if self._reasons & bit]
-        found["power_limit_w"] = self._nvml.nvmlDeviceGetPowerManagementLimit(self._gpu) / 1e3
-        found["driver"] = self._nvml.nvmlSystemGetDriverVersion()
-        return found
+        return found | self._facts
+
+    def _note(self, name: str, ask: Callable[[], object]) -> None:
+        with contextlib.suppress(self._nvml.NVMLError):
+            self._facts[name] = ask()
 
 
 def _nvml() -> ModuleType | None:

@@ -37,11 +37,11 @@ def run(options: Bench) -> int:
     device = Parallel.start(options.device).device
     recipe = recipe_of(options, device)
     # Once and first: later, the load of the machine would be our own.
-    circumstances = report.environment(device.type)
+    circumstances = report.environment(str(device))
     records: list[Record] = []
     for subject in options.subjects or MEASURED:
         print(f"measuring {subject} ...", file=sys.stderr, flush=True)
-        keep = functools.partial(_save_json, options, tuple(records))
+        keep = functools.partial(_keep, options, tuple(records))
         records.append(measure(subject, options, recipe, device, circumstances, keep))
         keep(records[-1])
         print(report.table(records[-1:]) + "\n", flush=True)
@@ -67,7 +67,7 @@ def measure(
     def made(rows: Sequence[Row], journal: Journal, **more: object) -> Record:
         return report.record(subject, rows, {**circumstances, **journal.facts(), **more}, timing)
 
-    clocks = Clocks() if device.type == "cuda" else None
+    clocks = Clocks(device) if device.type == "cuda" else None
     journal = Journal(lambda so_far: keep(made(so_far.rows, so_far, unfinished=True)), clocks)
     rows = SUBJECTS[subject](options, recipe, device, rounds, journal)
     journal.keep(rows)  # subjects that keep no journal of their own have their clocks read at least once
@@ -86,7 +86,9 @@ def recipe_of(options: Bench, device: torch.device) -> Recipe:
 
 
 def write(options: Bench, records: list[Record]) -> None:
-    """The CSV and SVG files that were asked for; the JSON has been written as the records came."""
+    """The files that were asked for, in place of what there was of an earlier run."""
+    if options.json is not None:
+        report.finish(options.json, records)
     if options.csv is not None:
         report.save(options.csv, records)
     if options.svg is not None:
@@ -103,7 +105,7 @@ def compare(options: BenchCompare) -> None:
 
 def rewrite_readme(options: BenchReport) -> None:
     """`bench report`: put the tables of the committed records between the README's markers."""
-    paths = sorted(options.records.glob("*.json"))
+    paths = report.stored(options.records)
     if not paths:
         raise ValueError(f"{options.records} holds no records: write one with bench SUBJECT --json FILE")
     text = options.readme.read_text()
@@ -115,9 +117,9 @@ def _given(options: Bench) -> dict:
     return {name: getattr(options, name) for name in SMALL if getattr(options, name) is not None}
 
 
-def _save_json(options: Bench, before: tuple[Record, ...], record: Record) -> None:
+def _keep(options: Bench, before: tuple[Record, ...], record: Record) -> None:
     if options.json is not None:
-        report.save(options.json, [*before, record])
+        report.save(report.partial(options.json), [*before, record])
 
 
 def _subject(module: str, *names: str) -> Callable[[Bench, Recipe, torch.device, int, Journal], list[Row]]:

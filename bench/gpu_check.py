@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OURSELVES = (sys.executable, "-m", "fastmoco")
 SECONDS = {True: 120, False: 540}  # that the whole check may take, quick or not
 TO_REPORT = 5  # seconds of them that are kept for the tables
+GATE, NO_TIME = "gate: graph and step tests", "no time left"
 # One test of each kind in bf16, and the three providers that the targets compare at 256 pairs.
 QUICK_TESTS = "bf16-plain-sgd or forward_only or hundred_steps"
 QUICK_STEPS = ("--only", "fp16 autocast, fastmoco bf16", "--skip", "graph, key", "--rounds", "5")
@@ -65,7 +66,7 @@ class Outcome(NamedTuple):
 
 
 def run(options: BenchGpuCheck) -> int:
-    """`bench gpu-check`: exit code 0 where everything passed, 1 where something did not; UsageError without a GPU."""
+    """`bench gpu-check`: exit code 0 where all that there was time for passed, else 1; UsageError without a GPU."""
     if not torch.cuda.is_available():
         raise UsageError("bench gpu-check needs an NVIDIA GPU, and there is none here: run it where there is one")
     if not (ROOT / "tests").is_dir():
@@ -76,15 +77,23 @@ def run(options: BenchGpuCheck) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         outcomes = [done(part, end) for part in parts(options, torch.cuda.get_device_name(), Path(scratch))]
     print(summary(outcomes))
-    return int(any(item.verdict not in ("passed", "not installed") for item in outcomes))
+    return int(any(item.verdict not in ("passed", "not installed") and not unfinished(item) for item in outcomes))
 
 
 def summary(outcomes: list[Outcome]) -> str:
-    """The tables of all records, of the targets, and of how each part ended."""
+    """The tables of all records, of the targets as far as the gate lets them count, and of how each part ended."""
     records = [record for item in outcomes for record in item.records]
     verdicts = [f"| {item.part.name} | {item.verdict} | {item.seconds:.0f} |" for item in outcomes]
     ended = ["| part | verdict | seconds |", "|---|---|---:|", *verdicts]
-    return "\n\n".join([report.table(records), targets.table(records), "\n".join(ended)])
+    late = [item.part.name for item in outcomes if unfinished(item)]
+    ended += ["", f"No time was left for: {', '.join(late)}."] if late else []
+    gate = next((item.verdict for item in outcomes if item.part.name == GATE), "not run")
+    return "\n\n".join([report.table(records), targets.table(records, gate), "\n".join(ended)])
+
+
+def unfinished(outcome: Outcome) -> bool:
+    """Whether the check had no time left, for the part or for the rest of it."""
+    return outcome.verdict.startswith(NO_TIME)
 
 
 def parts(options: BenchGpuCheck, gpu: str, scratch: Path) -> list[Part]:
@@ -102,7 +111,7 @@ def parts(options: BenchGpuCheck, gpu: str, scratch: Path) -> list[Part]:
 
     if options.quick:
         return [
-            _tests("gate: graph and step tests", 30, 4, "-m", "gpu", "tests/contrast", "-k", QUICK_TESTS),
+            _tests(GATE, 30, 4, "-m", "gpu", "tests/contrast", "-k", QUICK_TESTS),
             bench("step", 65, "step", "--providers", "core", *QUICK_STEPS),
             bench("proof", 60, "proof", "--rounds", "5"),
         ]
@@ -110,7 +119,7 @@ def parts(options: BenchGpuCheck, gpu: str, scratch: Path) -> list[Part]:
     profile = scratch / "profile"
     picture = (profile / PICTURE, records / f"{stem}-step.svg")
     return [
-        _tests("gate: graph and step tests", 80, 4, "-m", "gpu", "tests/contrast"),
+        _tests(GATE, 80, 4, "-m", "gpu", "tests/contrast"),
         bench("step", 180, "step", "--providers", "core"),
         bench("step-32", 90, "step", "--providers", "core", "--batch-size", str(targets.SMALL)),
         bench("proof", 80, "proof"),
@@ -147,15 +156,16 @@ def done(part: Part, end: float) -> Outcome:
         return Outcome(part, "not installed", 0.0, [])
     started, limit = time.perf_counter(), min(part.limit, end - time.perf_counter())
     if limit <= 0:
-        return Outcome(part, "no time left", 0.0, [])
-    before = _written(part.record)
+        return Outcome(part, NO_TIME, 0.0, [])
+    files = [] if part.record is None else [part.record, report.partial(part.record)]
+    before = {file: _written(file) for file in files}
     # A session of its own is a process group of its own, so that what the part has started can be ended with it.
     process = subprocess.Popen(part.command, cwd=ROOT, start_new_session=True)
     try:
         code = process.wait(timeout=limit)
         verdict = "passed" if code == 0 else f"exit code {code}"
     except subprocess.TimeoutExpired:
-        verdict = f"more than {limit:.0f} s"
+        verdict = f"more than {limit:.0f} s" if limit == part.limit else f"{NO_TIME} after {limit:.0f} s"
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -164,7 +174,8 @@ def done(part: Part, end: float) -> Outcome:
         part.picture[1].parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(*part.picture)
     # A file that was there before tells of another run.
-    records = report.load(part.record) if _written(part.record) != before else []
+    written = [file for file in files if file.exists() and _written(file) != before[file]]
+    records = report.load(written[0]) if written else []
     return Outcome(part, verdict, time.perf_counter() - started, records)
 
 
@@ -182,8 +193,8 @@ def _sanitizer(tool: str, limit: int) -> Part:
     return Part(tool, ("compute-sanitizer", *flags, sys.executable, "-m", "fastmoco.bench.gpu_check"), limit)
 
 
-def _written(path: Path | None) -> int:
-    return path.stat().st_mtime_ns if path is not None and path.exists() else 0
+def _written(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 if __name__ == "__main__":

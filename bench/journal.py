@@ -5,11 +5,11 @@ A benchmark that is stopped, or that runs out of memory half way, so leaves ever
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -50,9 +50,10 @@ class Journal:
             cause = cause.__context__
         gc.collect()
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # some errors of CUDA stay, and every later call raises them again
+                torch.cuda.empty_cache()
 
-    @contextmanager
+    @contextlib.contextmanager
     def attempt(self, what: str) -> Iterator[None]:
         """What fails inside is noted under `what`, and the rest goes on."""
         try:

@@ -113,12 +113,13 @@ class Record:
 
 
 def environment(device: str = "cpu") -> dict:
-    """Device, versions, commit, threads, time and load of the machine, now: ask before measuring.
+    """Device, its type, versions, commit, threads, time and load of the machine, now: ask before measuring.
 
     Clocks are left to those who measure: an idle card's say nothing.
     """
     return {
         "device": _device_name(device),
+        "device_type": device.split(":")[0],
         "cores": cores(),
         "versions": versions(),
         "commit": commit(),
@@ -148,6 +149,28 @@ def save(path: str | Path, records: Sequence[Record]) -> None:
     else:
         unfinished.write_text(json.dumps([asdict(item) for item in records], indent=1) + "\n")
     unfinished.replace(path)
+
+
+def partial(path: str | Path) -> Path:
+    """Where the record `path` is kept until it is finished: a.partial.json for a.json.
+
+    A run that is stopped so leaves the record of an earlier one as it was.
+    """
+    path = Path(path)
+    return path.with_name(f"{path.stem}.partial{path.suffix}")
+
+
+def finish(path: str | Path, records: Sequence[Record]) -> None:
+    """`save` finished `records`, in place of what `partial` holds of them."""
+    save(path, records)
+    partial(path).unlink(missing_ok=True)
+
+
+def stored(folder: Path) -> list[Path]:
+    """The records in `folder`; those that were never finished only where there is no finished one of their name."""
+    paths = sorted(folder.glob("*.json"))
+    unneeded = {partial(path) for path in paths}
+    return [path for path in paths if path not in unneeded]
 
 
 def load(path: str | Path) -> list[Record]:
@@ -234,10 +257,11 @@ def _remarks(env: dict) -> list[str]:
     clocks = env.get("clocks", {})
     if clocks.get("samples"):
         sm, memory, power = (clocks[name] for name in ("sm_mhz", "memory_mhz", "power_w"))
+        count, limit = clocks["samples"], clocks.get("power_limit_w")
         lines.append(
-            f"{clocks['samples']} samples between rounds: {sm['median']:,.0f} MHz (least {sm['minimum']:,.0f}), memory "
-            f"{memory['median']:,.0f} MHz, {power['median']:.0f} W (most {power['maximum']:.0f} of "
-            f"{clocks['power_limit_w']:.0f}), throttled by: {', '.join(clocks['throttled']) or 'nothing'}"
+            f"{count} sample{'s' * (count > 1)}: {sm['median']:,.0f} MHz (least {sm['minimum']:,.0f}), memory "
+            f"{memory['median']:,.0f} MHz, {power['median']:.0f} W (most {power['maximum']:.0f}"
+            f"{f' of {limit:.0f}' if limit else ''}), throttled by: {', '.join(clocks['throttled']) or 'nothing'}"
         )
     lines += [f"{what} failed: {why}" for what, why in env.get("failed", {}).items()]
     if env.get("unfinished"):

@@ -1,6 +1,8 @@
 """What the project set out to reach on one GPU, beside what the records at hand show: met, missed or not measured.
 
-Nothing is guessed: what stands in no record, or was measured at another size or on another GPU, was not measured.
+Nothing is guessed: what stands in no record of a GPU, or was measured at another size, on another GPU or too seldom,
+was not measured; nor was a rate that is more than its bound allows, since one of the two is wrong. And where the step's
+own tests fail, no measurement of it proves anything.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from fastmoco.bench.comparison import FEWEST
 from fastmoco.bench.proof import EAGER, EQUAL, GRAPH, OTHER, READ, READS, REPLAYED, WAITS
 from fastmoco.bench.report import Record, Row
 from fastmoco.bench.roofline import BY_FUSION
@@ -18,8 +21,10 @@ ARCH, PIXELS, LARGE, SMALL = "resnet50", 224, 256, 32
 RATES = {"floor": 3600, "good": 4400, "aim": 5400}  # pairs/s
 RATES_OF = "H100"
 STEPS, WATCHED = 20, 100
+PRECISION = "bf16"  # that the proofs must be of
 
-ABSENT = "not measured"
+MET, MISSED, ABSENT, UNPROVEN = "met", "missed", "not measured", "not proven"
+PASSED = "passed"
 
 
 class Target(NamedTuple):
@@ -31,36 +36,66 @@ class Target(NamedTuple):
     verdict: str = ABSENT
 
 
-def table(records: Sequence[Record]) -> str:
-    """The targets as a Markdown table, and what is known of the levels of fusion."""
-    lines = ["| target | wanted | measured | verdict |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(target)} |" for target in targets(records)]
+class Found(NamedTuple):
+    """Rows of one record by provider, and whether it was finished."""
+
+    rows: dict[str, Row]
+    finished: bool = True
+
+    def sound(self, *providers: str) -> bool:
+        """Whether a verdict may rest on `providers`: enough samples of each, and none above its bound."""
+        return self._fewest(providers) >= FEWEST and not self._over(providers)
+
+    def note(self, *providers: str) -> str:
+        """How many samples stand behind a figure of `providers`, and what speaks against it."""
+        few, over = self._fewest(providers) < FEWEST, self._over(providers)
+        doubts = {"too few": few, "above its bound: one of the two is wrong": over, "unfinished": not self.finished}
+        return f"({', '.join([f'n = {self._fewest(providers)}', *(word for word, so in doubts.items() if so)])})"
+
+    def _fewest(self, providers: Sequence[str]) -> int:
+        return min(len(self.rows[name].samples) for name in providers)
+
+    def _over(self, providers: Sequence[str]) -> bool:
+        return any((self.rows[name].share or 0) > 1 for name in providers)
+
+
+def table(records: Sequence[Record], gate: str = PASSED) -> str:
+    """The targets as a Markdown table, and what is known of the levels of fusion.
+
+    `gate` says how the tests of the step ended. Unless they passed, what was measured proves nothing.
+    """
+    found, lines = targets(records), []
+    if gate != PASSED:
+        found = [item if item.verdict == ABSENT else item._replace(verdict=UNPROVEN) for item in found]
+        lines += [f"The gate's tests did not pass ({gate}): nothing below is proven, whatever was measured.", ""]
+    lines += ["| target | wanted | measured | verdict |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(target)} |" for target in found]
     return "\n".join([*lines, "", *levels(records)])
 
 
 def targets(records: Sequence[Record]) -> list[Target]:
     """Every target, in the order in which the project states them."""
-    large, small = (_rows(records, "step", OURS, batch) for batch in (LARGE, SMALL))
+    large, small = (_found(records, "step", OURS, batch) for batch in (LARGE, SMALL))
     return [
         _ratio(large, PUBLISHED, 2.2, LARGE),
         _ratio(large, CHANNELS_LAST, 1.45, LARGE),
         _ratio(small, PUBLISHED, 3.0, SMALL),
         _share(large),
         *_rates(records),
-        _equal(_rows(records, EQUAL, GRAPH)),
-        _waits(_rows(records, WAITS, REPLAYED)),
+        _equal(_found(records, EQUAL, GRAPH, precision=PRECISION)),
+        _waits(_found(records, WAITS, REPLAYED, precision=PRECISION)),
     ]
 
 
 def levels(records: Sequence[Record]) -> list[str]:
     """Lines on the fusion that was reached and on the bounds of the next levels, or on that none was timed."""
-    rows = _rows(records, "step", OURS)
-    reached = [rows[name] for name in (OURS, OURS_KEY) if name in rows]
+    found = _found(records, "step", OURS)
+    reached = [found.rows[name] for name in (OURS, OURS_KEY) if name in found.rows]
     if not reached:
         return ["Level of fusion: not measured."]
     lines = [
         f"Level of fusion {row.extra['level']} ({row.provider}): {row.median:,.0f} of at most {row.bound:,.0f} pairs/s "
-        f"({row.share:.0%})."
+        f"({row.share:.0%}) {found.note(row.provider)}."
         for row in reached
     ]
     last = reached[-1]
@@ -70,65 +105,75 @@ def levels(records: Sequence[Record]) -> list[str]:
     return [*lines, f"What more fusion could bring, by roofline.py on this machine: {following}."]
 
 
-def _ratio(rows: dict[str, Row], baseline: str, wanted: float, batch: int) -> Target:
-    what, asked = f"{OURS} against {baseline}, {batch} pairs", f"{wanted:g} x"
-    if not {OURS, baseline} <= rows.keys():
-        return Target(what, asked)
-    ratio = rows[OURS].median / rows[baseline].median
-    return Target(what, asked, f"{ratio:.2f} x", _verdict(ratio >= wanted))
+def _ratio(found: Found, baseline: str, wanted: float, batch: int) -> Target:
+    target = Target(f"{OURS} against {baseline}, {batch} pairs", f"{wanted:g} x")
+    if not {OURS, baseline} <= found.rows.keys():
+        return target
+    ratio = found.rows[OURS].median / found.rows[baseline].median
+    measured = f"{ratio:.2f} x {found.note(OURS, baseline)}"
+    return target._replace(measured=measured, verdict=_verdict(ratio >= wanted, found.sound(OURS, baseline)))
 
 
-def _share(rows: dict[str, Row]) -> Target:
-    what, asked = f"{OURS}, share of the bound of its fusion, {LARGE} pairs", "65 %"
-    if OURS not in rows:
-        return Target(what, asked)
-    row = rows[OURS]
-    return Target(what, asked, f"{row.share:.1%} of {row.bound:,.0f} pairs/s", _verdict(row.share >= 0.65))
+def _share(found: Found) -> Target:
+    target = Target(f"{OURS}, share of the bound of its fusion, {LARGE} pairs", "65 %")
+    if OURS not in found.rows:
+        return target
+    row = found.rows[OURS]
+    measured = f"{row.share:.1%} of {row.bound:,.0f} pairs/s {found.note(OURS)}"
+    return target._replace(measured=measured, verdict=_verdict(row.share >= 0.65, found.sound(OURS)))
 
 
 def _rates(records: Sequence[Record]) -> Iterator[Target]:
-    rows = _rows([item for item in records if RATES_OF in item.environment["device"]], "step", OURS)
+    found = _found([item for item in records if RATES_OF in item.environment["device"]], "step", OURS)
     for name, wanted in RATES.items():
         target = Target(f"{OURS} on one {RATES_OF}, {LARGE} pairs: {name}", f"{wanted:,} pairs/s")
-        if OURS in rows:
-            rate = rows[OURS].median
-            target = target._replace(measured=f"{rate:,.0f} pairs/s", verdict=_verdict(rate >= wanted))
+        if OURS in found.rows:
+            rate = found.rows[OURS].median
+            measured = f"{rate:,.0f} pairs/s {found.note(OURS)}"
+            target = target._replace(measured=measured, verdict=_verdict(rate >= wanted, found.sound(OURS)))
         yield target
 
 
-def _equal(rows: dict[str, Row]) -> Target:
+def _equal(found: Found) -> Target:
     target = Target("replayed steps equal eager ones bit for bit", f"0 tensors differ after {STEPS} steps")
-    if not {EAGER, GRAPH, OTHER} <= rows.keys():
+    if not {EAGER, GRAPH, OTHER} <= found.rows.keys():
         return target
-    again, graph, other = (rows[name].median for name in (EAGER, GRAPH, OTHER))
-    steps = rows[GRAPH].config["steps"]
-    measured = f"{graph:.0f} differ after {steps}"
+    again, graph, other = (found.rows[name].median for name in (EAGER, GRAPH, OTHER))
+    steps = found.rows[GRAPH].config["steps"]
+    measured = f"{graph:.0f} differ after {steps}" + _remark(found)
     if again:
-        measured += f"; so do {again:.0f} between two eager runs, by {rows[EAGER].extra['largest']:.3g} at most"
+        largest = found.rows[EAGER].extra["largest"]
+        measured += f"; so do {again:.0f} between two eager runs, by {largest:.3g} at most"
     # Without its control or over fewer steps equality shows nothing; a difference does, unless eager runs differ too.
     shown = (graph or steps >= STEPS) and other and not again
-    return target._replace(measured=measured, verdict=_verdict(not graph) if shown else ABSENT)
+    return target._replace(measured=measured, verdict=_verdict(not graph, shown))
 
 
-def _waits(rows: dict[str, Row]) -> Target:
+def _waits(found: Found) -> Target:
     target = Target("waits of the host in a profile", f"0 in {WATCHED} steps")
-    if not {REPLAYED, READ} <= rows.keys():
+    if not {REPLAYED, READ} <= found.rows.keys():
         return target
-    found, steps = rows[REPLAYED].median, rows[REPLAYED].config["steps"]
-    shown = (found or steps >= WATCHED) and rows[READ].median >= READS
-    return target._replace(measured=f"{found:.0f} in {steps}", verdict=_verdict(not found) if shown else ABSENT)
+    waits, steps = found.rows[REPLAYED].median, found.rows[REPLAYED].config["steps"]
+    shown = (waits or steps >= WATCHED) and found.rows[READ].median >= READS
+    return target._replace(measured=f"{waits:.0f} in {steps}" + _remark(found), verdict=_verdict(not waits, shown))
 
 
-def _rows(records: Sequence[Record], name: str, provider: str, batch: int = LARGE) -> dict[str, Row]:
-    # By provider, of one record, the first with `provider`: only what was timed in turn may be compared.
-    size = (ARCH, PIXELS, batch)
+def _found(records: Sequence[Record], name: str, provider: str, batch: int = LARGE, **config: str) -> Found:
+    # Of one record, the first with `provider`: only what was timed in turn may be compared.
+    wanted = {"arch": ARCH, "px": PIXELS, "batch": batch, **config}
     for item in records:
+        if item.environment.get("device_type") != "cuda":
+            continue
         rows = [row for row in item.rows if row.name == name and row.unit != "MB"]
-        found = {row.provider: row for row in rows if tuple(row.config[key] for key in ("arch", "px", "batch")) == size}
+        found = {row.provider: row for row in rows if wanted.items() <= row.config.items()}
         if provider in found:
-            return found
-    return {}
+            return Found(found, not item.environment.get("unfinished"))
+    return Found({})
 
 
-def _verdict(met: bool) -> str:
-    return "met" if met else "missed"
+def _remark(found: Found) -> str:
+    return "" if found.finished else " (unfinished)"
+
+
+def _verdict(met: bool, shown: object) -> str:
+    return ABSENT if not shown else MET if met else MISSED

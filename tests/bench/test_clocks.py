@@ -1,6 +1,21 @@
-"""Clocks are those of the samples, and a card that tells nothing costs nothing."""
+"""Clocks are those of the samples and of the card that works, and one that tells nothing costs nothing."""
+
+import types
+
+import pytest
+import torch
 
 from fastmoco.bench.clocks import Clocks
+
+
+GPU = torch.device("cuda", 1)
+UUIDS = {0: "aaaa", 1: "bbbb"}
+
+
+@pytest.fixture(autouse=True)
+def two_cards(monkeypatch):
+    found = lambda device: types.SimpleNamespace(uuid=UUIDS[device.index])  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "get_device_properties", found)
 
 
 class Nvml:
@@ -11,36 +26,40 @@ class Nvml:
 
     NVML_CLOCK_SM, NVML_CLOCK_MEM = "sm", "memory"
 
-    def __init__(self, silent: bool = False) -> None:
-        self.taken, self.silent = 0, silent
+    def __init__(self, silent: tuple[str, ...] = ()) -> None:
+        self.taken, self.silent, self.asked = 0, silent, []
+
+    def ask(self, what: str, answer: object) -> object:
+        if what in self.silent:
+            raise self.NVMLError("not supported")
+        return answer
 
     def nvmlInit(self) -> None:
         pass
 
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
-        return index
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
+        self.asked.append(uuid)
+        return 0
 
     def nvmlDeviceGetClockInfo(self, gpu: int, which: str) -> int:
         self.taken += which == "sm"
         return {"sm": 2000 - 100 * self.taken, "memory": 2619}[which]
 
     def nvmlDeviceGetPowerUsage(self, gpu: int) -> int:
-        if self.silent:
-            raise self.NVMLError("not supported")
-        return 1000 * (600 + 10 * self.taken)
+        return self.ask("power", 1000 * (600 + 10 * self.taken))
 
     def nvmlDeviceGetCurrentClocksThrottleReasons(self, gpu: int) -> int:
         return 0x04 if self.taken == 2 else 0x01  # idle, which is no throttling
 
     def nvmlDeviceGetPowerManagementLimit(self, gpu: int) -> int:
-        return 700_000
+        return self.ask("limit", 700_000)
 
     def nvmlSystemGetDriverVersion(self) -> str:
-        return "580.1"
+        return self.ask("driver", "580.1")
 
 
 def test_the_summary_is_of_the_samples_and_of_every_reason_seen():
-    clocks = Clocks(Nvml())
+    clocks = Clocks(GPU, Nvml())
     assert clocks.summary() == {}
     for _ in range(3):
         clocks.sample()
@@ -53,13 +72,28 @@ def test_the_summary_is_of_the_samples_and_of_every_reason_seen():
         "power_limit_w": 700.0,
         "driver": "580.1",
     }
-    clocks = Clocks(Nvml())
+    clocks = Clocks(GPU, Nvml())
     clocks.sample()
     assert clocks.summary()["throttled"] == []
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_card_is_the_one_that_works(number):
+    nvml = Nvml()
+    Clocks(torch.device("cuda", number), nvml)
+    assert nvml.asked == [f"GPU-{UUIDS[number]}"]
+
+
+def test_a_limit_or_a_driver_that_is_not_told_is_left_out_alone():
+    for silent, told in (("limit", {"driver"}), ("driver", {"power_limit_w"})):
+        clocks = Clocks(GPU, Nvml((silent,)))
+        clocks.sample()
+        summary = clocks.summary()
+        assert {"driver", "power_limit_w"} & summary.keys() == told and summary["samples"] == 1
+
+
 def test_what_cannot_be_asked_is_left_out():
-    clocks = Clocks(Nvml(silent=True))
+    clocks = Clocks(GPU, Nvml(("power",)))
     clocks.sample()
     assert clocks.summary() == {}
 
@@ -69,6 +103,6 @@ def test_without_a_driver_there_are_no_clocks():
         def nvmlInit(self) -> None:
             raise self.NVMLError("no driver")
 
-    clocks = Clocks(Driverless())
+    clocks = Clocks(GPU, Driverless())
     clocks.sample()
     assert clocks.summary() == {}

@@ -143,14 +143,21 @@ def test_a_benchmark_that_is_stopped_keeps_what_it_has_and_one_that_fails_says_s
     monkeypatch.setattr("fastmoco.bench.timing.SHORTEST_SAMPLE", 0.0)
     flags = ["bench", "step", *TINY, "--rounds", "9", "--json", str(file)]
     assert main(flags) == 130
-    (item,) = report.load(file)
+    assert not file.exists()
+    (item,) = report.load(report.partial(file))
     assert item.environment["unfinished"] and [len(row.samples) for row in item.rows] == [4]
     assert "Stopped before its end" in report.table([item])
     found["slow"] = step.Provider(lambda: lambda: None, "fp32")
     assert main(flags) == 1
     (item,) = report.load(file)
     assert "unfinished" not in item.environment and [len(row.samples) for row in item.rows] == [9]
+    assert not report.partial(file).exists()
     assert "bad failed: ZeroDivisionError: division by zero" in capsys.readouterr().out
+    # Again, and stopped early: the complete record stays.
+    found["slow"], left = step.Provider(lambda: stopped, "fp32"), iter(range(3))
+    assert main(flags) == 130
+    assert [len(row.samples) for row in report.load(file)[0].rows] == [9]
+    assert [len(row.samples) for row in report.load(report.partial(file))[0].rows] == [1]
 
 
 def test_the_record_of_a_finished_subject_stays_where_the_next_one_fails(tmp_path, monkeypatch):
@@ -160,7 +167,7 @@ def test_the_record_of_a_finished_subject_stays_where_the_next_one_fails(tmp_pat
     monkeypatch.setitem(command.SUBJECTS, "step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["bench", "memory", "step", *TINY, "--json", str(file)])
-    assert [item.rows for item in report.load(file)] == [(row,)]
+    assert [item.rows for item in report.load(report.partial(file))] == [(row,)] and not file.exists()
 
 
 def test_proof_runs_only_where_asked_for_and_tells_what_it_compared(capsys):

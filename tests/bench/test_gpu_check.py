@@ -97,7 +97,7 @@ def test_a_part_that_fails_dawdles_or_is_missing_is_said():
     assert done(Part("x", ("no-such-tool-anywhere",), 1), soon()).verdict == "not installed"
     assert done(python("pass"), soon(-1)).verdict == "no time left"
     started = time.perf_counter()
-    assert done(python("import time; time.sleep(30)"), soon(1)).verdict == "more than 1 s"
+    assert done(python("import time; time.sleep(30)"), soon(1)).verdict == "no time left after 1 s"
     assert time.perf_counter() - started < 10
 
 
@@ -134,25 +134,29 @@ def test_nothing_of_a_part_outlives_it(tmp_path):
 
 def saved(path: Path, rate: float) -> None:
     config, extra = {"arch": "resnet50", "px": 224, "batch": 256}, {"level": "bnrelu", "bounds": {}}
-    row = Row("step", "fastmoco bf16", "pairs/s", (rate,), config, bound=6024.0, extra=extra)
-    report.save(path, [report.record("step", [row], {**report.environment(), "unfinished": True})])
+    row = Row("step", "fastmoco bf16", "pairs/s", (rate,) * 5, config, bound=rate / 0.7, extra=extra)
+    facts = {**report.environment(), "device": H100, "device_type": "cuda", "unfinished": True}
+    report.save(path, [report.record("step", [row], facts)])
 
 
 def test_a_part_that_is_stopped_keeps_the_rows_it_had(tmp_path):
-    record, source = tmp_path / "a.json", tmp_path / "b.json"
+    record, source = report.partial(tmp_path / "a.json"), tmp_path / "b.json"
+    saved(tmp_path / "a.json", 3000.0)  # of an earlier run
     saved(source, 4000.0)
     write = "import shutil, sys, time; shutil.copy(*sys.argv[1:]); time.sleep(100)"
-    stopped = done(python(write, str(source), str(record), limit=3, record=record), soon())
+    stopped = done(python(write, str(source), str(record), limit=3, record=tmp_path / "a.json"), soon())
     assert stopped.verdict == "more than 3 s"
     assert [row.median for item in stopped.records for row in item.rows] == [4000.0]
     text = summary([stopped])
     assert "| fastmoco bf16 | 4,000 pairs/s |" in text and "Stopped before its end" in text
+    assert [row.median for item in report.load(tmp_path / "a.json") for row in item.rows] == [3000.0]
 
 
 def test_a_record_of_an_earlier_run_is_not_taken_for_this_ones(tmp_path):
     record = tmp_path / "a.json"
-    saved(record, 4000.0)
-    assert done(python("pass", record=record), soon()).records == [] and record.exists()
+    for path in (record, report.partial(record)):
+        saved(path, 4000.0)
+        assert done(python("pass", record=record), soon()).records == [] and path.exists()
 
 
 def test_the_picture_is_put_beside_the_records_once_it_is_there(tmp_path):
@@ -164,20 +168,38 @@ def test_the_picture_is_put_beside_the_records_once_it_is_there(tmp_path):
 
 
 def test_the_end_is_every_target_and_every_part():
-    outcomes = [Outcome(Part("bench step", (), 1), "exit code 1", 61.0, []), Outcome(Part("gate", (), 1), "passed", 9, [])]
-    text = summary(outcomes)
+    step, gate = Part("bench step", (), 1), Part("gate", (), 1)
+    text = summary([Outcome(step, "exit code 1", 61.0, []), Outcome(gate, "passed", 9, [])])
     assert text.endswith("| bench step | exit code 1 | 61 |\n| gate | passed | 9 |")
     assert text.count("not measured") > 8 and "| met |" not in text and "| missed |" not in text
+
+
+def test_where_the_gate_fails_or_was_not_run_no_target_is_met(tmp_path):
+    saved(tmp_path / "a.json", 4000.0)
+    step = Outcome(Part("bench step", (), 1), "passed", 61.0, report.load(tmp_path / "a.json"))
+    gate = Part(full(tmp_path)[0].name, (), 1)
+    assert "| met |" in summary([Outcome(gate, "passed", 9.0, []), step])
+    failed = summary([Outcome(gate, "exit code 1", 9.0, []), step])
+    for text, why in ((failed, "exit code 1"), (summary([step]), "not run")):
+        assert "| met |" not in text and "| not proven |" in text
+        assert f"The gate's tests did not pass ({why}): nothing below is proven" in text
 
 
 def test_the_exit_code_says_whether_all_passed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: H100)
     monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
-    for code, expected in (("pass", 0), ("raise SystemExit(2)", 1)):
+    for code, expected in (("raise SystemExit(2)", 1), ("pass", 0)):
         monkeypatch.setattr(gpu_check, "parts", lambda *_, code=code: [python(code)])
         assert gpu_check.run(BenchGpuCheck(records=tmp_path)) == expected
     assert "| x | passed |" in capsys.readouterr().out
+    # What there was no time for is no failure, whether it had begun or not; what took longer than it may is one.
+    monkeypatch.setattr(gpu_check, "SECONDS", {False: TO_REPORT + 2})
+    slow = python("import time; time.sleep(30)")
+    for found, expected in (([python("pass"), slow, slow], 0), ([slow._replace(limit=1)], 1)):
+        monkeypatch.setattr(gpu_check, "parts", lambda *_, found=found: found)
+        assert gpu_check.run(BenchGpuCheck(records=tmp_path)) == expected
+        assert ("No time was left for: x, x." in capsys.readouterr().out) is not expected
 
 
 def test_asked_to_stop_it_ends_what_runs(monkeypatch, tmp_path):

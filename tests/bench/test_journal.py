@@ -37,6 +37,18 @@ def test_what_fails_is_told_and_the_rest_goes_on(capsys):
     assert "a failed: OutOfMemoryError: CUDA" in said and said.count("Traceback") == 1  # of the bug alone
 
 
+def test_an_error_of_cuda_that_stays_costs_no_other_row(monkeypatch):
+    def raises() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", raises)
+    journal = Journal()
+    with journal.attempt("a"):
+        raises()
+    assert "illegal memory access" in journal.failures["a"]
+
+
 def test_an_interruption_is_no_failure():
     with pytest.raises(KeyboardInterrupt):
         with Journal().attempt("a"):
@@ -68,6 +80,8 @@ def test_what_a_failure_held_is_freed():
 def test_clocks_are_read_with_every_set_of_rows():
     class Counted(Clocks):
         taken = 0
+
+        def __init__(self) -> None: ...
 
         def sample(self) -> None:
             self.taken += 1

@@ -123,6 +123,17 @@ def test_a_row_without_samples_is_refused():
         Row("a", "p", "ms", ())
 
 
+def test_what_is_not_finished_stands_beside_the_last_that_was(tmp_path):
+    path = tmp_path / "a.b.json"
+    save(path, made())
+    save(report.partial(path), made(2.0))
+    assert report.partial(path) == tmp_path / "a.b.partial.json" and report.stored(tmp_path) == [path]
+    report.finish(path, made(3.0))
+    assert load(path) == made(3.0) and [file.name for file in tmp_path.iterdir()] == ["a.b.json"]
+    save(report.partial(tmp_path / "c.json"), made())
+    assert report.stored(tmp_path) == [path, tmp_path / "c.partial.json"]
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     save(path, made())
@@ -139,7 +150,10 @@ def test_clocks_failures_and_an_early_end_stand_below_the_caption():
     }  # fmt: skip
     more = {"clocks": clocks, "failed": {"fastmoco fp32": "OutOfMemoryError: no room"}, "unfinished": True}
     text = table([dataclasses.replace(made()[0], environment=ENVIRONMENT | more)])
-    said = "1,800 MHz (least 1,700), memory 2,619 MHz, 620 W (most 630 of 700), throttled by: power cap"
+    said = "3 samples: 1,800 MHz (least 1,700), memory 2,619 MHz, 620 W (most 630 of 700), throttled by: power cap"
     assert said in text and "fastmoco fp32 failed: OutOfMemoryError: no room" in text and "Stopped before" in text
+    without = {name: value for name, value in clocks.items() if name != "power_limit_w"}
+    text = table([dataclasses.replace(made()[0], environment=ENVIRONMENT | {"clocks": without | {"samples": 1}})])
+    assert "\n1 sample: 1,800" in text and "620 W (most 630), throttled" in text
     plain = table(made())
     assert "MHz" not in plain and "failed" not in plain and "Stopped" not in plain
