@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from fastmoco.bench.report import Row
+from fastmoco.bench.step import graph_mode
 from fastmoco.contrast.graph import closed_at_the_end, runner
 from fastmoco.contrast.step import Step
 from fastmoco.data.placeholder import noise_batch
@@ -54,7 +55,7 @@ def work(task: dict) -> list[float]:
         recipe = Recipe.from_dict(task["recipe"])
         step = Step(recipe, parallel, None if task["precision"] == "auto" else task["precision"])
         batch = noise_batch(recipe, parallel)
-        advance = runner(step, lambda: batch)
+        advance = runner(step, lambda: batch, graph_mode(parallel.device))
         for _ in range(WARMUP):
             advance(batch, 1e-3)
         return [_sample(parallel, recipe, lambda: advance(batch, 1e-3)) for _ in range(task["rounds"])]

@@ -17,9 +17,9 @@ import torch
 from fastmoco.bench.baseline import PublishedStep
 from fastmoco.bench.journal import Journal
 from fastmoco.bench.report import Row, named
-from fastmoco.bench.roofline import BY_FUSION, KEY_LEVEL, convolutions, flops_per_pair, seconds_per_pair
+from fastmoco.bench.roofline import BY_FUSION, KEY_LEVEL, convolutions, seconds_per_pair
 from fastmoco.bench.timing import Machine, Timing, interleave, measure_machine
-from fastmoco.contrast.graph import runner
+from fastmoco.contrast.graph import GraphMode, runner
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import resolve_precision
 from fastmoco.data.placeholder import noise_batch
@@ -118,9 +118,9 @@ def pairs_bound(recipe: Recipe, machine: Machine, element_bytes: int, level: str
     return 1 / seconds_per_pair(convs, level, recipe.batch_size, machine.flops, machine.bandwidth, element_bytes)
 
 
-def flops_bound(recipe: Recipe, machine: Machine) -> float:
-    """Most pairs a second that `machine` could train if memory were free."""
-    return machine.flops / flops_per_pair(_convolutions(recipe))
+def graph_mode(device: torch.device) -> GraphMode:
+    """Captured or failed, on a GPU: a step timed eagerly under the name of a captured one would be a lie."""
+    return "on" if device.type == "cuda" else "off"
 
 
 def providers(recipe: Recipe, device: torch.device) -> dict[str, Provider]:
@@ -131,8 +131,7 @@ def providers(recipe: Recipe, device: torch.device) -> dict[str, Provider]:
         ours,
         recipe,
         device,
-        # Captured or failed: a step timed eagerly under the name of a captured one would be a lie.
-        graph="on" if on_gpu else "off",
+        graph=graph_mode(device),
         pool=functools.cache(torch.cuda.graph_pool_handle) if on_gpu else None,
     )
     plain = "tf32" if on_gpu else "fp32"  # torch's own default for convolutions in fp32 is TF32, where there is any
@@ -200,7 +199,7 @@ def ours(
     device: torch.device,
     precision: str,
     *,
-    graph: str = "off",
+    graph: GraphMode = "off",
     pool: Callable | None = None,
     **options,
 ) -> Callable[[], object]:

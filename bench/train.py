@@ -11,7 +11,7 @@ import torch
 
 from fastmoco.bench.journal import Journal
 from fastmoco.bench.report import Row
-from fastmoco.bench.step import WORK, machine_at, pairs_bound
+from fastmoco.bench.step import WORK, graph_mode, machine_at, pairs_bound
 from fastmoco.contrast.graph import runner
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import resolve_precision
@@ -20,6 +20,7 @@ from fastmoco.data.plan import Plan
 from fastmoco.environment import cores
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
+from fastmoco.train.monitor import Pace
 
 STEPS = 3  # in a sample
 LOADED, ALONE = "fastmoco, loader and step", "fastmoco, step alone"
@@ -43,7 +44,7 @@ def run(
     bound = pairs_bound(recipe, machine_at(device, chosen), WORK[chosen].itemsize)
     config = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size, "precision": chosen}
     step, batch = Step(recipe, parallel, chosen), noise_batch(recipe, parallel)
-    advance = runner(step, lambda: batch)
+    advance = runner(step, lambda: batch, graph_mode(device))
     alone = [_rate(recipe, device, lambda: advance(batch, 1e-3)) for _ in range(rounds + 1)][1:]
     rows = [Row("train", ALONE, "pairs/s", tuple(alone), config, ALONE, bound)]
     journal.keep(rows)
@@ -64,10 +65,16 @@ def _with_loader(
     with images(data, max(64, recipe.batch_size)) as manifest:
         plan = Plan(recipe, manifest.sizes)
         with Loader(manifest, plan, recipe, parallel, **options) as loader:
-            for _ in range(PREFETCH + 1):
+            pace = Pace(parallel.device)
+
+            def train() -> None:
                 advance(next(loader))
+                pace.step()
+
+            for _ in range(PREFETCH + 1):
+                train()
             waited, started = loader.wait_seconds, time.perf_counter()
-            rates = [_rate(recipe, parallel.device, lambda: advance(next(loader))) for _ in range(rounds)]
+            rates = [_rate(recipe, parallel.device, train) for _ in range(rounds)]
             return rates, (loader.wait_seconds - waited) / (time.perf_counter() - started)
 
 
