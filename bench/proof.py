@@ -25,6 +25,7 @@ from fastmoco.bench.report import Row
 from fastmoco.contrast.graph import GraphStep, Runner
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import resolve_precision
+from fastmoco.data.batch import Batch
 from fastmoco.data.placeholder import noise_batch
 from fastmoco.parallel import Parallel
 from fastmoco.profile import recorded
@@ -85,18 +86,31 @@ def equality(run_steps: Callable[..., Results], step: Step, graph: GraphStep, co
 
 
 def trained(
-    step: Step, start: Results, batch: object, steps: int, advance: Runner, spoil: bool = False
+    step: Step, start: Results, batch: Batch, steps: int, advance: Runner, spoil: bool = False
 ) -> Results:
-    """Metrics of `steps` steps from the state `start`, and the state after them; `spoil` changes the last rate."""
+    """Metrics of `steps` steps from the state `start`, and the state after them; `spoil` changes the last rate.
+
+    Batch and rate are others in each step.
+    """
     step.load(start)
     found: Results = {}
     for number in range(steps):
-        # Other crops and another rate each time, or a graph that never reads its inputs would pass.
-        given = dataclasses.replace(batch, query_crops=batch.query_crops.roll(number, 0))
+        given = turned(batch, number)
         lr = RATE / (number + 1) * (2 if spoil and number == steps - 1 else 1)
         metrics = advance(given, lr)._asdict()
         found |= {f"{name} of step {number + 1}": value.clone() for name, value in metrics.items()}
     return found | {name: value.clone() for name, value in step.state().items()}
+
+
+def turned(batch: Batch, number: int) -> Batch:
+    """`batch` with every tensor rolled, each by another multiple of `number`: a graph that never reads one is seen.
+
+    Equal shifts of what belongs together, crops and their destination rows, say, would undo each other.
+    """
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return dataclasses.replace(
+        batch, **{name: value.roll(number * turns, 0) for turns, (name, value) in enumerate(tensors.items(), 1)}
+    )
 
 
 def differences(a: Results, b: Results) -> tuple[list[str], float]:
@@ -105,7 +119,7 @@ def differences(a: Results, b: Results) -> tuple[list[str], float]:
     return odd, max((float((a[name].double() - b[name].double()).abs().max()) for name in odd), default=0.0)
 
 
-def watched(advance: Runner, batch: object, steps: int, device: torch.device, config: dict) -> list[Row]:
+def watched(advance: Runner, batch: Batch, steps: int, device: torch.device, config: dict) -> list[Row]:
     """Waits in a profile of `steps` replayed steps, and in one of READS steps whose loss is read."""
 
     def count(call: Callable[[], object], steps: int) -> dict[str, int]:
