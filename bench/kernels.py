@@ -250,10 +250,10 @@ def batch_norm_cases(size: Size, device: torch.device) -> list[Case]:
 
 
 def conv1x1_cases(size: Size, device: torch.device) -> list[Case]:
-    """1x1 convolutions with what stands before and behind them in a key encoder, over all shapes that it fuses, forward.
+    """1x1 convolutions with what stands before and behind them, over all shapes that a key encoder fuses, forward.
 
     Those that enter a block end in statistics; those that leave it begin with batch norm and ReLU, too. Resnet50 stands
-    in for a recipe whose encoder has none.
+    in for a recipe whose encoder has none. Very wide encoders fuse none of a kind, and then there is no case of it.
     """
     recipe = size.recipe
     if ARCHITECTURES[recipe.arch].expansion == 1:
@@ -263,6 +263,8 @@ def conv1x1_cases(size: Size, device: torch.device) -> list[Case]:
     cases = []
     for name, leaving in (("conv1x1", False), ("batch norm + conv1x1", True)):
         shapes = Counter((c.entry, c.channels, c.side) for c in convs if (c.place == "last") == leaving)
+        if not shapes:
+            continue
         layers = [_PointwiseLayer(size, device, *key, leaving, repeats=n) for key, n in shapes.items()]
         methods = {OURS: "ours", "separate": "apart"}
         providers = {key: functools.partial(_each, layers, method) for key, method in methods.items()}
@@ -285,7 +287,8 @@ def photometric_cases(size: Size, device: torch.device) -> list[Case]:
         channels=channels, max_sigma=augmentation.blur_sigma[1],
     )  # fmt: skip
     providers = {OURS: call, "twin": functools.partial(call, impl="reference")}
-    nbytes, flops = photometric.cost(n, s, dtype=size.dtype, channels=channels, blurred=augmentation.blur_p)
+    # Of three channels: nobody has to write the fourth.
+    nbytes, flops = photometric.cost(n, s, dtype=size.dtype, blurred=augmentation.blur_p)
     return [Case("photometric", {"N": n, "S": s, "dtype": short_name(size.dtype)}, providers, "twin", nbytes, flops)]
 
 

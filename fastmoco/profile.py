@@ -198,9 +198,9 @@ def costs_of_parts(step: Step, machine: Machine) -> dict[str, Cost]:
     convs = convolutions(build_encoder(recipe), recipe.crop_size)
     copies = [list(encoder.parameters()) for encoder in (step.encoder_q, step.encoder_k)]
     table = TensorTable(*(list(group.values()) for group in (update.q, update.velocity, update.k)), *copies)
-    views = {"dtype": work, "channels": step.channels, "blurred": recipe.augmentation.blur_p}
     single = {
-        "photometric": photometric.cost(2 * rows, recipe.crop_size, **views),
+        # Of three channels: a fourth of zeros, where the step asks for one, is no work that must be done.
+        "photometric": photometric.cost(2 * rows, recipe.crop_size, dtype=work, blurred=recipe.augmentation.blur_p),
         "loss": info_nce.cost(rows, recipe.queue_size, recipe.dim, work, step.queue.keys.dtype),
         "update": sgd_ema.cost(table, [copy.dtype for copy in copies[0]]),
         "enqueue": enqueue.cost(recipe.queue_size, recipe.dim, rows, step.queue.keys.dtype, torch.float32),

@@ -117,6 +117,8 @@ def test_the_picture_says_what_it_shows_and_has_no_exponents(tmp_path):
 def test_every_part_has_a_cost():
     costs = profile.costs_of_parts(Step(Recipe(**TINY), Parallel()), TOY)
     assert costs.keys() == set(PARTS)
+    padded = profile.costs_of_parts(Step(Recipe(**TINY), Parallel(), channels=4), TOY)
+    assert padded["photometric"] == costs["photometric"]  # nobody has to write a fourth channel of zeros
     assert costs["backward"].flops > costs["query encoder"].flops == costs["key encoder"].flops > costs["loss"].flops
     assert all(cost.seconds >= max(cost.nbytes / 1e9, cost.flops / 1e10) * (1 - 1e-9) for cost in costs.values())
     encoders = [Step(Recipe(**{**TINY, "arch": "resnet50"}), Parallel(), encoder=how) for how in ("fused", "fused-key")]

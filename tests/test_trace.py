@@ -80,7 +80,8 @@ def test_waits_are_those_asked_for_between_the_first_step_and_the_last():
     steps = [span(f"step {i}", 10 * i, 9, cat="user_annotation") for i in (1, 2, 3)]
     quiet = [
         runtime("cudaStreamSynchronize", 5), runtime("cudaDeviceSynchronize", 41), runtime("cudaLaunchKernel", 12),
-        runtime("cudaGraphLaunch", 22), runtime("cudaMemcpyAsync", 13, 1), copy("Memcpy DtoD (Device -> Device)", 14, 1),
+        runtime("cudaGraphLaunch", 22),
+        runtime("cudaMemcpyAsync", 13, 1), copy("Memcpy DtoD (Device -> Device)", 14, 1),
         runtime("cudaMemcpyAsync", 8, 2), copy("Memcpy DtoH (Device -> Pageable)", 15, 2),
     ]  # fmt: skip
     assert waits([*steps, *quiet]) == {}

@@ -127,4 +127,24 @@ def test_a_case_that_fails_costs_its_own_rows(monkeypatch):
     monkeypatch.setitem(PROVIDED, "photometric", broken)
     journal = Journal()
     rows = kernels.run(SMALL, CPU, rounds=2, dtype=torch.float32, only="photometric, enqueue", journal=journal)
-    assert {row.name for row in rows} == {"enqueue"} and journal.failures == {"photometric": "OutOfMemoryError: no room"}
+    assert {row.name for row in rows} == {"enqueue"}
+    assert journal.failures == {"photometric": "OutOfMemoryError: no room"}
+
+
+def test_an_encoder_that_fuses_no_convolution_has_no_case_of_it(cases, monkeypatch):
+    monkeypatch.setattr("fastmoco.bench.roofline.pays", lambda inputs, outputs: (inputs, outputs) == (32, 8))
+    (entering,) = kernels.conv1x1_cases(Size(SMALL, torch.float32), CPU)
+    assert entering.name == "conv1x1" and entering.config["layers"] == 2
+    monkeypatch.setattr("fastmoco.bench.roofline.pays", lambda *_: False)
+    assert kernels.conv1x1_cases(Size(SMALL, torch.float32), CPU) == []
+    assert "conv1x1" in cases
+
+
+def test_the_photometric_bound_is_of_three_channels_whatever_is_written(cases, monkeypatch):
+    asked = []
+    monkeypatch.setattr(kernels.photometric, "photometric", lambda *_, channels, **__: asked.append(channels))
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: None)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)
+    (padded,) = kernels.photometric_cases(Size(SMALL, torch.float32), torch.device("cuda"))
+    padded.providers[OURS]()
+    assert asked == [4] and padded.nbytes == cases["photometric"].nbytes

@@ -62,6 +62,7 @@ def test_a_case_that_fails_costs_its_own_row(monkeypatch):
 
 
 def test_the_published_step_is_named_by_what_it_computes_in():
-    names = {device: {name for _, name in memory._step_cases(SMALL, torch.device(device))} for device in ("cpu", "cuda")}
+    devices = {name: torch.device(name) for name in ("cpu", "cuda")}
+    names = {name: {case for _, case in memory._step_cases(SMALL, device)} for name, device in devices.items()}
     assert "published fp32" in names["cpu"] and "published tf32" in names["cuda"]
     assert "published tf32" not in names["cpu"] and "published fp32" not in names["cuda"]
