@@ -56,6 +56,8 @@ def run(
     journal, parallel = journal or Journal(), Parallel(device=device)
     step, batch = Step(recipe, parallel, resolve_precision(precision or "auto", device)), noise_batch(recipe, parallel)
     config = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size, "precision": step.precision}
+    if device.type != "cuda":
+        config["captured"] = "nothing, on a CPU"  # there it is the graph's buffers and its wrapper that are tried
     start = {name: value.clone() for name, value in step.state().items()}
     with deterministic():
         graph = GraphStep(step, batch)
