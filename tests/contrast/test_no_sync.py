@@ -1,0 +1,176 @@
+"""A step reads nothing back to the host and brings nothing from there: shown on tensors without values.
+
+Whatever wants a value raises. With the kernels' operators, down to their launches, the tensors are on a device that
+exists in name alone, where an operation over tensors of two devices raises as well; with the twins on the CPU.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fastmoco.contrast.step as step_module
+from fastmoco.contrast.step import Step
+from fastmoco.encoder import BatchNormAct
+from fastmoco.parallel import Parallel
+from fastmoco.recipe import Recipe
+
+LR = 0.03
+DEVICES = {"reference": "cpu", "triton": "nowhere:0"}
+
+
+def tiny(**fields: object) -> Recipe:
+    shape = dict(arch="resnet18", width=0.125, stem="cifar", crop_size=12, dim=16, queue_size=40)
+    return Recipe(**shape | dict(batch_size=16, bn_group=4, temperature=0.2) | fields)
+
+
+class WithoutData(TorchFunctionMode):
+    """Deep copies of tensors made inside become fake ones, which have shapes and no values."""
+
+    def __init__(self, mode: FakeTensorMode, device: str) -> None:
+        super().__init__()
+        self.mode, self.device = mode, device
+
+    def __torch_function__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        if function is not Tensor.__deepcopy__:
+            return function(*args, **(kwargs or {}))
+        tensor, memo = args
+        if id(tensor) not in memo:
+            memo[id(tensor)] = self.like(tensor)
+        return memo[id(tensor)]
+
+    def like(self, tensor: Tensor) -> Tensor:
+        fake = self.mode.from_tensor(tensor.detach())
+        with self.mode:
+            return torch.empty_like(fake, device=self.device)
+
+
+class Crossing(RuntimeError):
+    pass
+
+
+class NothingCrosses(TorchDispatchMode):
+    """Raises where an operation has tensors of the host and of the device; FakeTensorMode lets copies and [] pass."""
+
+    def __torch_dispatch__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        result = function(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, kwargs, result))
+        if len({leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}) > 1:
+            raise Crossing(str(function))
+        return result
+
+
+def loss_without_data(step: Step, batch: SimpleNamespace, device: str) -> Tensor:
+    mode = FakeTensorMode()
+    without = WithoutData(mode, device)
+    parameters = [*step.encoder_q.parameters(), *step.encoder_k.parameters()]
+    memo = {id(p): nn.Parameter(without.like(p), p.requires_grad) for p in parameters}
+    with without:
+        step, batch = copy.deepcopy((step, batch), memo)
+    with mode, NothingCrosses():
+        step.step(batch, LR)
+        return step.step(batch, LR).loss
+
+
+def tried(
+    parallel: Parallel, impl: str, recipe: Recipe, precision: str, options: dict, batch: SimpleNamespace,
+    change: Callable[[Tensor], Tensor],
+) -> str:  # fmt: skip
+    """The device of the loss, or the exception's name. Changes torch, for this process."""
+    # As cuDNN does: channels-last out for channels-last in.
+    torch._C._conv_determine_backend_memory_format = lambda *_: torch.channels_last
+    backend_registration._setup_privateuseone_for_python_backend("nowhere")
+    for name in ("info_nce", "photometric"):
+        setattr(step_module, name, functools.partial(getattr(step_module, name), impl=impl))
+    BatchNormAct.impl = impl
+    honest = step_module.positives
+    step_module.positives = lambda keys, *rest: honest(change(keys), *rest)
+    try:
+        loss = loss_without_data(Step(recipe, parallel, precision, **options), batch, DEVICES[impl])
+    except RuntimeError as error:
+        return type(error).__name__
+    return str(loss.device) if isinstance(loss, FakeTensor) else "it has data"
+
+
+def as_it_is(keys: Tensor) -> Tensor:
+    return keys
+
+
+def read_back(keys: Tensor) -> Tensor:
+    return keys * keys[0, 0].item()
+
+
+def copied_in(keys: Tensor) -> Tensor:
+    return keys * torch.ones(16).to(keys.device)
+
+
+def scalar_of_the_host(keys: Tensor) -> Tensor:
+    return keys * torch.tensor(2.0)
+
+
+@pytest.mark.parametrize(
+    ("precision", "fields", "options"),
+    [
+        ("fp32", {}, {}),
+        ("bf16", {}, {"channels": 4}),
+        ("fp16", {"symmetric": True}, {}),
+        ("fp16", {"optimizer": "lars"}, {}),
+        ("bf16", {"arch": "resnet50"}, {"encoder": "fused-key"}),
+        ("bf16", {}, {"encoder": "eager"}),
+    ],
+    ids=["fp32", "bf16 four channels", "fp16 symmetric", "fp16 lars", "bf16 fused-key", "bf16 eager"],
+)
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_a_step_neither_reads_back_nor_copies_in(
+    precision: str, fields: dict, options: dict, impl: str, make_batch: Callable, run_ranks: Callable
+) -> None:
+    recipe = tiny(**fields)
+    given = (recipe, precision, options, make_batch(recipe, 0))
+    assert run_ranks(1, tried, impl, *given, as_it_is) == [DEVICES[impl]]
+
+
+@pytest.mark.parametrize(
+    ("impl", "change", "noticed"),
+    [
+        ("reference", read_back, "DataDependentOutputException"),
+        ("triton", read_back, "DataDependentOutputException"),
+        ("triton", copied_in, "Crossing"),
+        ("triton", scalar_of_the_host, "Crossing"),
+    ],
+)
+def test_either_would_be_noticed(
+    impl: str, change: Callable, noticed: str, make_batch: Callable, run_ranks: Callable
+) -> None:
+    assert run_ranks(1, tried, impl, tiny(), "fp32", {}, make_batch(tiny(), 0), change) == [noticed]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_waits_for_nothing_on_a_gpu(precision: str, optimizer: str, make_batch: Callable) -> None:
+    step = Step(tiny(optimizer=optimizer), Parallel(device=torch.device("cuda", 0)), precision)
+    batch = make_batch(tiny(), 0)
+    for name, value in vars(batch).items():
+        setattr(batch, name, value.cuda() if isinstance(value, Tensor) else value)
+    step.step(batch, LR)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            metrics = step.step(batch, LR)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert metrics.loss.isfinite()
