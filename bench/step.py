@@ -1,7 +1,8 @@
 """The whole training step: image pairs a second, beside the published step and beside the physical bound.
 
 Ours is `fastmoco.contrast.step.Step` itself, from uint8 crops that already lie on the device: its time includes the
-photometric augmentation. The published step is given finished float views, so the comparison leans towards it.
+photometric augmentation. The published step is given finished float views, so the comparison leans towards it. The
+provider "fastmoco bf16, finished views" gets such views too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fastmoco.bench.timing import Machine, Timing, interleave, measure_machine
 from fastmoco.contrast.graph import GraphMode, runner
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import resolve_precision
+from fastmoco.data.batch import Batch
 from fastmoco.data.placeholder import noise_batch
 from fastmoco.encoder import build_encoder
 from fastmoco.parallel import Parallel
@@ -141,6 +143,9 @@ def providers(recipe: Recipe, device: torch.device) -> dict[str, Provider]:
         **_autocast(published_step, torch.bfloat16, "bf16", group),
         "fastmoco fp32": Provider(functools.partial(ours_step, "fp32"), "fp32", group=group),
         "fastmoco bf16": Provider(functools.partial(ours_step, "bf16"), "bf16"),
+        "fastmoco bf16, finished views": Provider(
+            functools.partial(ours_step, "bf16", finished_views=True), "bf16", group=group
+        ),
     }
     return found | (_gpu_providers(published_step, ours_step) if on_gpu else {})
 
@@ -201,9 +206,10 @@ def ours(
     *,
     graph: GraphMode = "off",
     pool: Callable | None = None,
+    finished_views: bool = False,
     **options,
 ) -> Callable[[], object]:
-    """The call that trains one step of ours on random crops; `options` are those of `Step`.
+    """The call that trains one step of ours on random crops, or views; `options` are those of `Step`.
 
     `pool` gives the one pool of memory for all graphs, or a GPU would not hold them beside each other.
     """
@@ -212,6 +218,8 @@ def ours(
         parallel = Parallel(device=device)
         step = Step(recipe, parallel, resolve_precision(precision, device), **options)
         batch = noise_batch(recipe, parallel)
+        if finished_views:
+            batch = _with_finished_views(batch)
         advance = runner(step, lambda: batch, graph, pool=None if pool is None else pool())
 
     def call() -> object:
@@ -219,6 +227,14 @@ def ours(
             return advance(batch, 1e-3)
 
     return call
+
+
+def _with_finished_views(batch: Batch) -> Batch:
+    # As the loader gives them where DALI makes them.
+    rows, size, *_ = batch.key_crops.shape
+    views = (torch.randn(rows, 3, size, size, device=batch.key_crops.device) for _ in range(2))
+    query, key = (view.to(memory_format=torch.channels_last) for view in views)
+    return dataclasses.replace(batch, query_crops=query, key_crops=key)
 
 
 @contextlib.contextmanager

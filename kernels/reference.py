@@ -54,8 +54,8 @@ _CACHE_BYTES = 1 << 19  # of a block's output; with its inputs it fits a core's 
 class _TrainBatchNormAct(torch.autograd.Function):
     """Grouped training batch norm of one or two inputs, summed, then ReLU; also the moments of each group.
 
-    The statistics are torch's own, group by group; the rest is multiply-adds, in blocks that stay in the cache from
-    the first to the ReLU. So grouped statistics cost a CPU what torch's ungrouped ones do.
+    The statistics and sums are torch's own, group by group; the rest is multiply-adds, in blocks that stay in the cache
+    from the first to the ReLU. So grouped statistics cost a CPU what torch's ungrouped ones do.
     """
 
     @staticmethod
@@ -130,9 +130,15 @@ def _affine_act(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None
 def _batch_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, variance: Tensor,
                          eps: float) -> tuple[Tensor, Tensor, Tensor]:
     groups, invstd = mean.shape[0], torch.rsqrt(variance + eps)
-    sums = [torch.ops.aten.native_batch_norm_backward(g, part, weight, None, None, m, i, True, eps, [False, True, True])
-            for g, part, m, i in zip(grad.chunk(groups), x.chunk(groups), mean, invstd)]
-    grad_weight, grad_bias = (torch.stack(rows) for rows in list(zip(*sums))[1:])
+    # Torch's gradient as well, but not for groups in fp32: to join them costs more than blocks, which widen 16 bits.
+    whole = groups == 1 or x.dtype != mean.dtype
+    parts = [torch.ops.aten.native_batch_norm_backward(g, part, weight, None, None, m, i, True, eps, [whole, True, True])
+             for g, part, m, i in zip(grad.chunk(groups), x.chunk(groups), mean, invstd)]
+    grad_x, *grads = zip(*parts)
+    grad_weight, grad_bias = (torch.stack(rows) for rows in grads)
+    if whole:
+        grad_x = torch.cat(grad_x) if groups > 1 else grad_x[0]
+        return grad_x, grad_weight.sum(0), grad_bias.sum(0)
     scale = weight * invstd
     slope = -scale * invstd * grad_weight * (x.shape[1] * groups / x.numel())
     shift = -scale * grad_bias * (x.shape[1] * groups / x.numel()) - slope * mean

@@ -34,7 +34,15 @@ def test_a_gpu_has_the_published_step_in_every_form_and_ours_by_backend():
     assert {"published tf32", "published fp16 autocast", "channels-last fp16 autocast"} <= names
     assert {"compiled channels-last fp16 autocast", "published bf16 autocast", "fastmoco bf16"} <= names
     encoders = ("eager encoder", "compiled encoder", "fused key encoder")
-    assert {f"fastmoco bf16, {how}" for how in ("no graph", *encoders)} <= names
+    assert {f"fastmoco bf16, {how}" for how in ("no graph", "finished views", *encoders)} <= names
+
+
+def test_ours_on_finished_views_makes_none(monkeypatch):
+    monkeypatch.setattr("fastmoco.contrast.step.photometric", lambda *_, **__: pytest.fail("a view was made"))
+    found = step.providers(SMALL, CPU)
+    with pytest.raises(pytest.fail.Exception, match="a view was made"):
+        found["fastmoco bf16"].start()()
+    found["fastmoco bf16, finished views"].start()()
 
 
 GPU = torch.device("cuda", 0)
@@ -106,6 +114,7 @@ def test_a_step_that_must_be_captured_is_never_timed_eagerly(monkeypatch):
     monkeypatch.setattr(step, "runner", lambda made, batch, graph, pool: asked.append(graph))
     monkeypatch.setattr(step, "Step", lambda *_, **__: None)
     monkeypatch.setattr(step, "noise_batch", lambda *_: None)
+    monkeypatch.setattr(step, "_with_finished_views", lambda batch: batch)
     monkeypatch.setattr(step, "Parallel", lambda device: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     for name, provider in step.providers(SMALL, GPU).items():

@@ -6,13 +6,17 @@ exists in name alone, where an operation over tensors of two devices raises as w
 
 import copy
 import functools
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +24,8 @@ from torch.utils._pytree import tree_leaves
 
 import fastmoco.contrast.step as step_module
 from fastmoco.contrast.step import Step
+from fastmoco.data.batch import Batch
+from fastmoco.data.placeholder import noise_batch
 from fastmoco.encoder import BatchNormAct
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
@@ -73,7 +79,7 @@ class NothingCrosses(TorchDispatchMode):
         return result
 
 
-def loss_without_data(step: Step, batch: SimpleNamespace, device: str) -> Tensor:
+def loss_without_data(step: Step, batch: Batch, device: str) -> Tensor:
     mode = FakeTensorMode()
     without = WithoutData(mode, device)
     parameters = [*step.encoder_q.parameters(), *step.encoder_k.parameters()]
@@ -83,26 +89,6 @@ def loss_without_data(step: Step, batch: SimpleNamespace, device: str) -> Tensor
     with mode, NothingCrosses():
         step.step(batch, LR)
         return step.step(batch, LR).loss
-
-
-def tried(
-    parallel: Parallel, impl: str, recipe: Recipe, precision: str, options: dict, batch: SimpleNamespace,
-    change: Callable[[Tensor], Tensor],
-) -> str:  # fmt: skip
-    """The device of the loss, or the exception's name. Changes torch, for this process."""
-    # As cuDNN does: channels-last out for channels-last in.
-    torch._C._conv_determine_backend_memory_format = lambda *_: torch.channels_last
-    backend_registration._setup_privateuseone_for_python_backend("nowhere")
-    for name in ("info_nce", "photometric"):
-        setattr(step_module, name, functools.partial(getattr(step_module, name), impl=impl))
-    BatchNormAct.impl = impl
-    honest = step_module.positives
-    step_module.positives = lambda keys, *rest: honest(change(keys), *rest)
-    try:
-        loss = loss_without_data(Step(recipe, parallel, precision, **options), batch, DEVICES[impl])
-    except RuntimeError as error:
-        return type(error).__name__
-    return str(loss.device) if isinstance(loss, FakeTensor) else "it has data"
 
 
 def as_it_is(keys: Tensor) -> Tensor:
@@ -121,40 +107,74 @@ def scalar_of_the_host(keys: Tensor) -> Tensor:
     return keys * torch.tensor(2.0)
 
 
-@pytest.mark.parametrize(
-    ("precision", "fields", "options"),
-    [
-        ("fp32", {}, {}),
-        ("bf16", {}, {"channels": 4}),
-        ("fp16", {"symmetric": True}, {}),
-        ("fp16", {"optimizer": "lars"}, {}),
-        ("bf16", {"arch": "resnet50"}, {"encoder": "fused-key"}),
-        ("bf16", {}, {"encoder": "eager"}),
-    ],
-    ids=["fp32", "bf16 four channels", "fp16 symmetric", "fp16 lars", "bf16 fused-key", "bf16 eager"],
-)
-@pytest.mark.parametrize("impl", ["reference", "triton"])
-def test_a_step_neither_reads_back_nor_copies_in(
-    precision: str, fields: dict, options: dict, impl: str, make_batch: Callable, run_ranks: Callable
-) -> None:
-    recipe = tiny(**fields)
-    given = (recipe, precision, options, make_batch(recipe, 0))
-    assert run_ranks(1, tried, impl, *given, as_it_is) == [DEVICES[impl]]
+class Case(NamedTuple):
+    """A step to try: the recipe's `fields`, the options of `Step`, and what is done to the keys in its middle."""
+
+    precision: str = "fp32"
+    fields: dict[str, object] = {}
+    options: dict[str, object] = {}
+    change: Callable[[Tensor], Tensor] = as_it_is
 
 
-@pytest.mark.parametrize(
-    ("impl", "change", "noticed"),
-    [
-        ("reference", read_back, "DataDependentOutputException"),
-        ("triton", read_back, "DataDependentOutputException"),
-        ("triton", copied_in, "Crossing"),
-        ("triton", scalar_of_the_host, "Crossing"),
-    ],
-)
-def test_either_would_be_noticed(
-    impl: str, change: Callable, noticed: str, make_batch: Callable, run_ranks: Callable
-) -> None:
-    assert run_ranks(1, tried, impl, tiny(), "fp32", {}, make_batch(tiny(), 0), change) == [noticed]
+HONEST = {
+    "fp32": Case(),
+    "bf16 four channels": Case("bf16", options={"channels": 4}),
+    "fp16 symmetric": Case("fp16", {"symmetric": True}),
+    "fp16 lars": Case("fp16", {"optimizer": "lars"}),
+    "bf16 fused-key": Case("bf16", {"arch": "resnet50"}, {"encoder": "fused-key"}),
+    "bf16 eager": Case("bf16", options={"encoder": "eager"}),
+}
+CHANGED = {change.__name__: Case(change=change) for change in (read_back, copied_in, scalar_of_the_host)}
+
+
+def outcome(impl: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The device of the loss, or what was raised."""
+    for name in ("info_nce", "photometric"):
+        monkeypatch.setattr(step_module, name, functools.partial(getattr(step_module, name), impl=impl))
+    monkeypatch.setattr(BatchNormAct, "impl", impl)
+    honest = step_module.positives
+    monkeypatch.setattr(step_module, "positives", lambda keys, *rest: honest(case.change(keys), *rest))
+    recipe, parallel = tiny(**case.fields), Parallel()
+    step, batch = Step(recipe, parallel, case.precision, **case.options), noise_batch(recipe, parallel)
+    try:
+        loss = loss_without_data(step, batch, DEVICES[impl])
+    except (DataDependentOutputException, Crossing) as error:
+        return f"{type(error).__name__}: {error}"
+    return str(loss.device) if isinstance(loss, FakeTensor) else "it has data"
+
+
+def outcomes() -> dict[str, dict[str, str]]:
+    backend_registration._setup_privateuseone_for_python_backend("nowhere")
+    # As cuDNN does: channels-last out for channels-last in.
+    torch._C._conv_determine_backend_memory_format = lambda *_: torch.channels_last
+    found = {impl: {} for impl in DEVICES}
+    for impl in DEVICES:
+        for name, case in (HONEST | CHANGED).items():
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                found[impl][name] = outcome(impl, case, monkeypatch)
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict[str, str]]:
+    # In a process of its own: a device cannot be added to torch where a gradient was computed before, nor taken away.
+    environment = os.environ | {"TRITON_INTERPRET": "1"}  # or kernels would want a GPU, where there is one
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", HONEST)
+@pytest.mark.parametrize("impl", DEVICES)
+def test_a_step_neither_reads_back_nor_copies_in(impl: str, case: str, found: dict[str, dict[str, str]]) -> None:
+    assert found[impl][case] == DEVICES[impl]
+
+
+def test_either_would_be_noticed(found: dict[str, dict[str, str]]) -> None:
+    for impl in DEVICES:
+        assert found[impl]["read_back"].startswith("DataDependentOutputException: aten._local_scalar_dense")
+    assert found["triton"]["copied_in"] == "Crossing: aten._to_copy.default"
+    assert found["triton"]["scalar_of_the_host"] == "Crossing: aten.mul.Tensor"
 
 
 @pytest.mark.gpu
@@ -174,3 +194,7 @@ def test_a_step_waits_for_nothing_on_a_gpu(precision: str, optimizer: str, make_
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert metrics.loss.isfinite()
+
+
+if __name__ == "__main__":
+    json.dump(outcomes(), sys.stdout)
