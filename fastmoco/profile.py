@@ -52,6 +52,7 @@ TRACE, TREE, PICTURE = "trace.json.gz", "step.hatchet", "step.svg"
 NCU_KERNELS = 100  # that it measures: it runs each of them dozens of times, and a step has a thousand
 NOTHING = "without a GPU there is nothing for Nsight to record here"
 OPENED_BY = {"torch": (TRACE, "open it at ui.perfetto.dev"), "proton": (TREE, "see proton-viewer --metrics time/ms")}
+LABELLED = 0.1  # share of a step from which a part's bar has room for a text
 UNSTEADY = 1.5  # slowest step over the fastest, from where a mean says little
 
 
@@ -110,7 +111,7 @@ def run(preset: str, options: Profile) -> None:
         machine = measure_machine(parallel.device, PRECISIONS[step.precision].work, tf32=step.precision == "tf32")
         costs = costs_of_parts(step, machine)
         title = describe(preset, step, options)
-    draw(recording, title, options.out / PICTURE)
+    draw(recording, costs, title, options.out / PICTURE)
     tables = [*table_of_parts(recording, costs, machine), "", *table_of_kernels(recording, options.rows)]
     print("\n".join([title, *pace(recording, recipe.batch_size), "", *tables, ""]))
     name, how = OPENED_BY[options.tool]
@@ -274,18 +275,23 @@ def table_of_kernels(recording: Recording, count: int) -> list[str]:
     return lines
 
 
-def draw(recording: Recording, title: str, path: Path) -> None:
-    """One step as a stacked bar, part after part, in milliseconds of kernels, under `title`."""
+def draw(recording: Recording, costs: dict[str, Cost], title: str, path: Path) -> None:
+    """A step as a stacked bar, part after part, in milliseconds of kernels; below it the least that each part costs."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 2.6), layout="constrained")
-    axis, start, steps = figure.add_subplot(), 0.0, len(recording.seconds)
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axis, steps = figure.add_subplot(), len(recording.seconds)
     parts = {name: seconds / steps for name, (seconds, _) in seconds_of_parts(recording.rows).items()}
+    total, measured, bound = sum(parts.values()), 0.0, 0.0
     for name, seconds in parts.items():
-        label = f"{name} {_ms(seconds)} ms ({seconds / sum(parts.values()):.1%})"
-        axis.barh(0, 1e3 * seconds, left=start, edgecolor="white", label=label)
-        start += 1e3 * seconds
-    axis.set_yticks([])
+        least, share = costs[name].seconds if name in costs else 0.0, seconds / total
+        label = f"{name} {_ms(seconds)} ms ({share:.1%})"
+        axis.barh([1, 0], [1e3 * seconds, 1e3 * least], left=[measured, bound], edgecolor="white", label=label)
+        if least and share > LABELLED:
+            text, middle = f"{name}\n{least / seconds:.0%} of its bound", measured + 500 * seconds
+            axis.annotate(text, (middle, 1), ha="center", va="center", color="white", fontsize=8)
+        measured, bound = measured + 1e3 * seconds, bound + 1e3 * least
+    axis.set_yticks([1, 0], ["measured", "bound"])
     axis.set_xlabel(f"milliseconds of kernels a step, mean of {steps} step{'s' * (steps > 1)}")
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8, frameon=False)

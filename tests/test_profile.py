@@ -108,10 +108,12 @@ def test_parts_have_their_range_over_the_steps_and_speeds_in_units_that_fit():
 
 def test_the_picture_says_what_it_shows_and_has_no_exponents(tmp_path):
     recording = profile.Recording([Row("gemm", "backward", 1, 1.16), Row("add", "loss", 1, 0.29)], [1.5])
-    profile.draw(recording, "v2: resnet18\nfp32 on CPU", tmp_path / "step.svg")
+    costs = {"backward": profile.Cost(1, 1, 0.58), "loss": profile.Cost(1, 1, 0.029)}
+    profile.draw(recording, costs, "v2: resnet18\nfp32 on CPU", tmp_path / "step.svg")
     picture = (tmp_path / "step.svg").read_text()
     for text in ("v2: resnet18", "fp32 on CPU", "backward 1,160.0 ms (80.0%)", "loss 290.0 ms (20.0%)"):
         assert f"<!-- {text} -->" in picture
+    assert "<!-- 50% of its bound -->" in picture and "<!-- 10% of its bound -->" in picture
 
 
 def test_every_part_has_a_cost():
