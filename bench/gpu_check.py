@@ -119,11 +119,11 @@ def parts(options: BenchGpuCheck, gpu: str, scratch: Path) -> list[Part]:
     profile = scratch / "profile"
     picture = (profile / PICTURE, records / f"{stem}-step.svg")
     return [
-        _tests(GATE, 80, 4, "-m", "gpu", "tests/contrast"),
-        bench("step", 180, "step", "--providers", "core"),
-        bench("step-32", 90, "step", "--providers", "core", "--batch-size", str(targets.SMALL)),
+        _tests(GATE, 110, 4, "-m", "gpu", "tests/contrast"),
+        bench("step", 165, "step", "--providers", "core"),
+        bench("step-32", 80, "step", "--providers", "core", "--batch-size", str(targets.SMALL)),
         bench("proof", 80, "proof"),
-        Part("step picture", (*OURSELVES, "profile", "v2", "--out", str(profile)), 45, None, picture),
+        Part("step picture", (*OURSELVES, "profile", "v2", "--out", str(profile)), 40, None, picture),
         _tests("kernel tests", 120, 8, "tests/kernels", "-m", "not slow"),
         bench("kernels", 90, "kernels"),
         bench("memory", 60, "memory"),
@@ -180,8 +180,8 @@ def done(part: Part, end: float) -> Outcome:
 
 
 def _tests(name: str, limit: int, workers: int, *words: str) -> Part:
-    # Most of the time goes into compiling kernels, one after the other in each process.
-    spread = ("-n", str(workers)) if importlib.util.find_spec("xdist") else ()
+    # Most of the time goes into compiling kernels, one after the other in each process, and those are for one precision.
+    spread = ("-n", str(workers), "--dist", "loadgroup") if importlib.util.find_spec("xdist") else ()
     return Part(name, (sys.executable, "-m", "pytest", "-q", *spread, *words), limit)
 
 

@@ -21,7 +21,9 @@ from torch import Tensor
 from fastmoco.bench.journal import Journal
 from fastmoco.bench.report import BY_HOST, Row, named
 from fastmoco.bench.roofline import convolutions
+from fastmoco.bench.step import tf32
 from fastmoco.bench.timing import Machine, interleave, measure_machine
+from fastmoco.contrast.graph import captured
 from fastmoco.data.plan import Plan
 from fastmoco.encoder import build_encoder
 from fastmoco.encoder.resnet import ARCHITECTURES
@@ -82,10 +84,11 @@ def run(
     # As the step sets it: cuDNN times its algorithms once, for the baselines, too.
     torch.backends.cudnn.benchmark = device.type == "cuda" or torch.backends.cudnn.benchmark
     size, machine = Size(recipe, dtype), measure_machine(device, dtype)
-    for name in names:
-        with journal.attempt(name):
-            for case in PROVIDED[name](size, device):
-                journal.keep(rows(case, machine, device, rounds, warmup, journal))
+    with tf32(convolutions=False, products=False):  # in fp32 ours are exact to rounding, and so must be what they meet
+        for name in names:
+            with journal.attempt(name):
+                for case in PROVIDED[name](size, device):
+                    journal.keep(rows(case, machine, device, rounds, warmup, journal))
     return journal.rows
 
 
@@ -122,20 +125,14 @@ def rows(
     ]
 
 
-def captured(call: Callable[[], object], stream: torch.cuda.Stream, pool: tuple[int, int]) -> Callable[[], object]:
-    """`call` as a CUDA graph, captured on `stream` after a warm-up there; RuntimeError where it cannot be.
-
-    Graphs of one stream and one `pool` that never run at the same time share their memory.
-    """
+def replayed(call: Callable[[], object], stream: torch.cuda.Stream, pool: tuple[int, int]) -> Callable[[], object]:
+    """`call` as a CUDA graph, captured on `stream` after a warm-up there; RuntimeError where it cannot be."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(CAPTURE_WARMUP):
             call()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        call()
-    return graph.replay
+    return captured(call, stream, pool).replay
 
 
 def _replayed(providers: dict[str, Callable]) -> tuple[dict[str, Callable], dict[str, str]]:
@@ -143,7 +140,7 @@ def _replayed(providers: dict[str, Callable]) -> tuple[dict[str, Callable], dict
     stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     for name, call in providers.items():
         try:
-            calls[name], how[name] = captured(call, stream, pool), "a CUDA graph"
+            calls[name], how[name] = replayed(call, stream, pool), "a CUDA graph"
         except RuntimeError as error:
             print(f"{name} is timed without a CUDA graph: {error}", file=sys.stderr)
             calls[name], how[name] = call, BY_HOST

@@ -173,14 +173,12 @@ def _gpu_providers(published_step: Callable, ours_step: Callable) -> dict[str, P
     }
 
 
-def _autocast(published_step: Callable, dtype: torch.dtype, name: str, channels_last: str) -> dict[str, Provider]:
-    # The second in the group `channels_last`.
+def _autocast(published_step: Callable, dtype: torch.dtype, name: str, group: str) -> dict[str, Provider]:
     start = functools.partial(published_step, autocast=dtype)
+    channels_last = functools.partial(start, channels_last=True)
     return {
-        f"published {name} autocast": Provider(start, name),
-        f"channels-last {name} autocast": Provider(
-            functools.partial(start, channels_last=True), name, group=channels_last
-        ),
+        f"published {name} autocast": Provider(start, name, group=group),
+        f"channels-last {name} autocast": Provider(channels_last, name, group=group),
     }
 
 

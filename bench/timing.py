@@ -114,8 +114,8 @@ class _GpuTimer:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         if self._flush is not None:
             self._flush.zero_()
-        # A starved stream would time the host's gaps: half a millisecond of work lets the launches run ahead.
-        torch.cuda._sleep(1_000_000)
+        # A starved stream would time the host's gaps: over a millisecond of work lets the launches run ahead.
+        torch.cuda._sleep(3_000_000)
         start.record()
         call()
         end.record()

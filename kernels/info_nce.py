@@ -52,7 +52,7 @@ def _inverse_norms(z_q, start, n, rows: tl.constexpr, dim: tl.constexpr, padded:
     for column in tl.static_range(0, padded, chunk):
         z = _load_rows(z_q, start, n, column, rows, dim, chunk, False).to(tl.float32)
         squares += tl.sum(z * z, 1)
-    return 1.0 / tl.maximum(tl.sqrt(squares), 1e-12)
+    return tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(squares), 1e-12))
 
 
 @triton.jit
@@ -201,7 +201,7 @@ def _combine_kernel(
 
     raw = tl.load(z_q + row.to(tl.int64) * dim + columns, mask=columns < dim, other=0.0).to(tl.float32)
     key = tl.load(k + row.to(tl.int64) * dim + columns, mask=columns < dim, other=0.0).to(tl.float32)
-    inverse = 1.0 / tl.maximum(tl.sqrt(tl.sum(raw * raw, 0)), 1e-12)
+    inverse = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(tl.sum(raw * raw, 0)), 1e-12))
     q = raw * inverse
     # p_0 - 1 = -negatives / total, without the cancellation.
     towards = (tl.sum(a, 0) - negatives * key) * (scale * 0.6931471805599453 / total)

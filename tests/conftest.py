@@ -4,7 +4,7 @@ import functools
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,7 +20,27 @@ import torch.distributed as dist
 
 from fastmoco.parallel import Parallel
 
+START = "spawn" if torch.cuda.is_available() else "fork"  # of ranks
 torch.set_num_threads(1)  # the last bits of a sum depend on the number of threads
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one precision are for one worker: others would compile the same kernels again."""
+    for item in items:
+        precision = getattr(item, "callspec", None) and item.callspec.params.get("precision")
+        if precision:
+            item.add_marker(pytest.mark.xdist_group(precision))
+
+
+@pytest.fixture(autouse=True)
+def exact_fp32() -> Iterator[None]:
+    """No TF32 in what kernels are compared with, whatever torch's defaults and the steps of earlier tests say."""
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.backends.cudnn.allow_tf32 = before[0]
+    torch.set_float32_matmul_precision(before[1])
 
 
 @pytest.fixture
@@ -37,7 +57,9 @@ def quiet() -> bool:
 
 @pytest.fixture
 def run_ranks(tmp_path: Path) -> Callable[..., list]:
-    """run_ranks(n, body, *args): body(parallel, *args) in n forked gloo ranks; their results, by rank.
+    """run_ranks(n, body, *args): body(parallel, *args) in n gloo ranks on the CPU; their results, by rank.
+
+    Forked, but where there is a GPU: autograd has started threads for it, and refuses to work in a fork.
 
     A rank that raises, dies or takes longer than a minute fails the test, with its traceback.
     """
@@ -46,7 +68,7 @@ def run_ranks(tmp_path: Path) -> Callable[..., list]:
 
 def _run_ranks(folder: Path, world: int, body: Callable, *args: object) -> list:
     folder = Path(tempfile.mkdtemp(dir=folder))
-    context = torch.multiprocessing.get_context("fork")
+    context = torch.multiprocessing.get_context(START)
     ranks = [context.Process(target=_be_rank, args=(folder, rank, world, body, args)) for rank in range(world)]
     for process in ranks:
         process.start()

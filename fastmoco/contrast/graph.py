@@ -8,6 +8,7 @@ Capture before DALI first runs: its threads allocate memory as they like, and an
 from __future__ import annotations
 
 import dataclasses
+import gc
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -56,7 +57,7 @@ class GraphStep:
                     for _ in range(WARMUP if step.parallel.world == 1 else WARMUP_RANKS):
                         step.advance(self._batch)
                 torch.cuda.current_stream().wait_stream(stream)
-                self._capture(stream)
+                self._graph = captured(self._advance, stream, self._pool)
 
     def step(self, batch: Batch, lr: float) -> Metrics:
         """Train on `batch` with learning rate `lr`. On a GPU the next step overwrites the metrics: copy them before."""
@@ -76,12 +77,8 @@ class GraphStep:
         if self._graph is not None:
             self._graph.reset()
 
-    def _capture(self, stream: torch.cuda.Stream) -> None:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads (NCCL's watchdog, the progress bar) may call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            self._metrics = self._step.advance(self._batch)
-        self._graph = graph
+    def _advance(self) -> None:
+        self._metrics = self._step.advance(self._batch)
 
 
 def runner(
@@ -123,6 +120,33 @@ def closed_at_the_end() -> Iterator[None]:
     finally:
         for each in list(_open):
             each.close()
+
+
+def captured(
+    call: Callable[[], object], stream: torch.cuda.Stream, pool: tuple[int, int] | None = None
+) -> torch.cuda.CUDAGraph:
+    """The graph of `call` on `stream`, where it has run before; RuntimeError where it cannot be captured.
+
+    Graphs of one stream and one `pool` that never run at the same time share their memory.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # Other threads (NCCL's watchdog, the progress bar) may call CUDA meanwhile.
+    with _no_collection(), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        call()
+    return graph
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    # A graph that the garbage collector frees during a capture spoils it.
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:

@@ -85,6 +85,9 @@ class Step:
         key_stream: bool = False,
         channels: Literal[3, 4] | None = None,
     ) -> None:
+        # The first custom operator imports it, and the import keeps the frames of all callers alive: that step's graph.
+        import torch._dynamo  # noqa: F401
+
         recipe.check_ranks(parallel.world)
         self.recipe, self.parallel = recipe, parallel
         self.precision = resolve_precision(precision or recipe.precision, parallel.device)

@@ -104,14 +104,14 @@ class CountedCasts(TorchDispatchMode):
 
 
 def test_many_short_kernels_are_timed_as_a_graph_and_a_row_that_is_not_says_so(cases, monkeypatch):
-    def captured(call, stream, pool):
+    def replayed(call, stream, pool):
         if call == "unruly":
             raise RuntimeError("operation not permitted when stream is capturing")
         return f"{call}, replayed"
 
     for name in ("Stream", "graph_pool_handle"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
-    monkeypatch.setattr(kernels, "captured", captured)
+    monkeypatch.setattr(kernels, "replayed", replayed)
     calls, how = kernels._replayed({OURS: "ours", "other": "unruly"})
     assert calls == {OURS: "ours, replayed", "other": "unruly"}
     assert how == {OURS: "a CUDA graph", "other": "the host"}

@@ -326,8 +326,9 @@ def test_graph_replays_as_eager_steps_do() -> None:
     eager, captured = make_table(torch.bfloat16, device), make_table(torch.bfloat16, device)
     static, nonfinite = gradients(torch.bfloat16, 0, device), flag(device)
     lr = torch.tensor(LR, device=device)
+    step(make_table(torch.bfloat16, device), static, lr=lr)  # compiles the kernels, which no capture may do
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # the first call of all, so the records travel in the graph
+    with torch.cuda.graph(graph):  # the table's first call, so its records travel in the graph
         step(captured, static, nonfinite, lr=lr)
     for seed in range(4):
         grads = gradients(torch.bfloat16, seed, device)
