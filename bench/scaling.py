@@ -73,6 +73,8 @@ def _sample(parallel: Parallel, recipe: Recipe, advance: object) -> float:
 
 
 def _launch(recipe: Recipe, ranks: int, task: dict) -> list[float]:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what other subjects left is the ranks'
     task = {**task, "recipe": dataclasses.replace(recipe, batch_size=recipe.batch_size * ranks).as_dict()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "task.json")

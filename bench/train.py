@@ -58,7 +58,7 @@ def _with_loader(
     recipe: Recipe, parallel: Parallel, data: Path | None, advance: Callable, rounds: int
 ) -> tuple[list[float], float]:
     # Here, because they need DALI, which a machine that only runs steps may lack.
-    from fastmoco.bench.loader import PREFETCH, images
+    from fastmoco.bench.loader import PREFETCH, WARM_UP, images
     from fastmoco.data.loader import Loader
 
     options = {"stop_step": 1 << 30, "threads": cores(), "prefetch": PREFETCH}
@@ -71,8 +71,9 @@ def _with_loader(
                 advance(next(loader))
                 pace.step()
 
-            for _ in range(PREFETCH + 1):
+            for _ in range(WARM_UP[parallel.device.type]):
                 train()
+            _rate(recipe, parallel.device, train)  # which ends with nothing left to do, as every sample must begin
             waited, started = loader.wait_seconds, time.perf_counter()
             rates = [_rate(recipe, parallel.device, train) for _ in range(rounds)]
             return rates, (loader.wait_seconds - waited) / (time.perf_counter() - started)

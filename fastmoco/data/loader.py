@@ -393,7 +393,10 @@ def _move(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    torch.cuda.set_device(device)  # a thread starts on GPU 0, and going back to it makes a context there
+    return torch.cuda.Stream(device)
 
 
 def _on(stream: torch.cuda.Stream | None, after: torch.cuda.Event | None = None) -> Any:

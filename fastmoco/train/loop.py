@@ -274,11 +274,16 @@ class Run:
         self._say(f"warning: {error}. Went back to the state after step {self.copied}, on with step {self.done + 1}")
 
     def _time_to_save(self) -> bool:
-        minutes = self.options.save_minutes
-        return bool(minutes) and self.parallel.is_main and time.perf_counter() >= self.save_due
+        due = bool(self.options.save_minutes) and self.parallel.is_main and time.perf_counter() >= self.save_due
+        if due:  # said once: the answer of the ranks may come a step later, and a second wish would be a second save
+            self._start_interval()
+        return due
+
+    def _start_interval(self) -> None:
+        self.save_due = time.perf_counter() + 60 * self.options.save_minutes
 
     def _save(self) -> None:
-        self.save_due = time.perf_counter() + 60 * self.options.save_minutes
+        self._start_interval()
         if self.done == self.copied:
             return
         # A wait for the device, once an interval of minutes, so that no bad state is kept.

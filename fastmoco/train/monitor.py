@@ -194,7 +194,7 @@ class Pace:
 
 
 def memory(device: torch.device) -> float:
-    """Peak memory in GiB: of the GPU's allocations, or of the process on a CPU."""
+    """Peak memory of the process so far in GiB: allocations on the GPU, cuDNN's trials and kNN included, or on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     unit = 1 if sys.platform == "darwin" else 1024

@@ -254,6 +254,15 @@ def test_auto_does_not_change_a_queue_that_was_given(images, recipe, whole, caps
         pretrain(replace(recipe, queue_size="auto"), options(images, whole, resume=True))
 
 
+def test_a_save_that_is_due_is_wished_for_once():
+    """On GPUs the ranks' answer comes a step later; a second wish would then be a second save, and a wait for both."""
+    run = object.__new__(loop.Run)
+    run.options, run.parallel, run.save_due = Options(save_minutes=10), Parallel(), 0.0
+    assert [run._time_to_save() for _ in range(3)] == [True, False, False]
+    run.parallel, run.save_due = Parallel(rank=1, world=2), 0.0
+    assert not run._time_to_save()
+
+
 def test_fresh_names(tmp_path):
     assert loop.fresh(tmp_path / "demo") == tmp_path / "demo"
     (tmp_path / "demo").mkdir()
