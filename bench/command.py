@@ -7,7 +7,6 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
@@ -15,16 +14,15 @@ from fastmoco.bench import comparison, report, traffic
 from fastmoco.bench.clocks import Clocks
 from fastmoco.bench.journal import Journal
 from fastmoco.bench.report import Record, Row
+from fastmoco.bench.size import given, sized
 from fastmoco.contrast.update import PRECISIONS, resolve_precision
-from fastmoco.options import Bench, BenchCompare, BenchReport
+from fastmoco.options import Bench, BenchCompare, BenchReport, UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS, Recipe
 
-# What a CPU does in a minute a subject; flags override it. Much smaller views would time layers of 2 x 2 pixels, whose
-# weights outweigh their activations: nothing that anyone trains.
-SMALL = {"arch": "resnet18", "batch_size": 32, "crop_size": 112, "queue_size": 4096}
 ROUNDS = {"cpu": 5, "cuda": 20}
 WARMUP = {"cpu": 1, "cuda": 3}
+PICTURES = (".svg", ".png", ".pdf")
 # Of samples that last seconds, no more than bench compare needs for a verdict.
 SHORT_ROUNDS = dict.fromkeys(("loader", "train", "scaling"), comparison.FEWEST)
 
@@ -32,10 +30,11 @@ SHORT_ROUNDS = dict.fromkeys(("loader", "train", "scaling"), comparison.FEWEST)
 def run(options: Bench) -> int:
     """`bench`: measure the subjects, print their tables, write the files asked for; 1 where something failed."""
     if options.model:
-        print(traffic.table(dataclasses.replace(PRESETS[options.preset][1], **_given(options))))
+        print(traffic.table(dataclasses.replace(PRESETS[options.preset][1], **given(options))))
         return 0
+    _check_outputs(options)
     device = Parallel.start(options.device).device
-    recipe = recipe_of(options, device)
+    recipe = sized(PRESETS[options.preset][1], options, device)
     # Once and first: later, the load of the machine would be our own.
     circumstances = report.environment(str(device))
     records: list[Record] = []
@@ -74,17 +73,6 @@ def measure(
     return made(rows, journal)
 
 
-def recipe_of(options: Bench, device: torch.device) -> Recipe:
-    """The preset at the size that `options` asks for: on a GPU as published, on a CPU small."""
-    recipe = PRESETS[options.preset][1]
-    small = {}
-    if device.type != "cuda":
-        small = {name: value for name, value in SMALL.items() if name == "arch" or getattr(recipe, name) > value}
-        # The batch stays whole batch-norm groups.
-        small["batch_size"] = max(1, SMALL["batch_size"] // recipe.bn_group) * recipe.bn_group
-    return dataclasses.replace(recipe, **small | _given(options))
-
-
 def write(options: Bench, records: list[Record]) -> None:
     """The files that were asked for, in place of what there was of an earlier run."""
     if options.json is not None:
@@ -113,8 +101,13 @@ def rewrite_readme(options: BenchReport) -> None:
     print(f"{options.readme}: the tables of {len(paths)} files")
 
 
-def _given(options: Bench) -> dict:
-    return {name: getattr(options, name) for name in SMALL if getattr(options, name) is not None}
+def _check_outputs(options: Bench) -> None:
+    # Before minutes of measuring.
+    if options.svg is not None and options.svg.suffix not in PICTURES:
+        raise UsageError(f"--svg {options.svg}: use a name that ends in {', '.join(PICTURES)}")
+    for path in (options.json, options.csv, options.svg):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _keep(options: Bench, before: tuple[Record, ...], record: Record) -> None:
@@ -145,7 +138,7 @@ def _subject(module: str, *names: str) -> Callable[[Bench, Recipe, torch.device,
 SUBJECTS = {
     "kernels": _subject("kernels", "rounds", "warmup", "dtype", "only", "journal"),
     "step": _subject("step", "rounds", "warmup", "precision", "group", "only", "skip", "journal"),
-    "loader": _subject("loader", "rounds", "data", "only"),
+    "loader": _subject("loader", "rounds", "data", "only", "skip"),
     "train": _subject("train", "rounds", "precision", "data", "journal"),
     "scaling": _subject("scaling", "rounds", "precision"),
     "memory": _subject("memory", "dtype", "only", "journal"),

@@ -61,7 +61,7 @@ def report(a: str, before: Sequence[Record], b: str, after: Sequence[Record]) ->
     if not changes:
         raise ValueError(f"no row stands in both files: A, {a}, holds {_held(before)}. B, {b}, holds {_held(after)}")
     head = [f"A: {a}, {_origin(before)}; B: {b}, {_origin(after)}", *differences(before, after)]
-    return "\n".join([*head, MEANING, "", *_lines(changes)])
+    return "\n".join([*head, MEANING, "", *_lines(changes), *_alone(before, after)])
 
 
 def differences(before: Sequence[Record], after: Sequence[Record]) -> list[str]:
@@ -81,6 +81,15 @@ def _lines(changes: Sequence[Change]) -> list[str]:
         medians = " | ".join(f"{quantity(side)} (n = {len(side.samples)})" for side in (item.before, row))
         ratio = f"{item.ratio:.3f} | {item.low:.3f} to {item.high:.3f}"
         lines.append(f"| {label(row)} | {row.provider} | {medians} | {ratio} | {item.verdict} |")
+    return lines
+
+
+def _alone(before: Sequence[Record], after: Sequence[Record]) -> list[str]:
+    held = [{f"{label(row)} by {row.provider}": 0 for item in side for row in item.rows} for side in (before, after)]
+    lines = []
+    for name, mine, other in (("A", *held), ("B", *reversed(held))):
+        alone = [what for what in mine if what not in other]
+        lines += ["", f"only in {name}: {'; '.join(alone)}"] if alone else []
     return lines
 
 
@@ -112,7 +121,8 @@ def _held(records: Sequence[Record]) -> str:
 def _origin(records: Sequence[Record]) -> str:
     commits = _joined(item.environment.get("commit", ABSENT) for item in records)
     dates = _joined(f"{item.date} {item.environment.get('time', '')}".strip() for item in records)
-    return f"commit {commits}, {dates}"
+    unfinished = ", unfinished" if any(item.environment.get("unfinished") for item in records) else ""
+    return f"commit {commits}, {dates}{unfinished}"
 
 
 def _facts(records: Sequence[Record]) -> dict[str, str]:

@@ -180,7 +180,7 @@ def done(part: Part, end: float) -> Outcome:
 
 
 def _tests(name: str, limit: int, workers: int, *words: str) -> Part:
-    # Most of the time goes into compiling kernels, one after the other in each process, and those are for one precision.
+    # Most of the time goes into compiling kernels, one after the other in each process, each for one precision.
     spread = ("-n", str(workers), "--dist", "loadgroup") if importlib.util.find_spec("xdist") else ()
     return Part(name, (sys.executable, "-m", "pytest", "-q", *spread, *words), limit)
 

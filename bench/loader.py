@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastmoco.bench.report import Row
+from fastmoco.bench.report import Row, named
 from fastmoco.data.batch import Batch
 from fastmoco.data.loader import Loader
 from fastmoco.data.manifest import Manifest, scan, split
@@ -48,17 +48,19 @@ Source = Callable[[], AbstractContextManager[Callable[[], object]]]
 
 
 def run(
-    recipe: Recipe, device: torch.device, *, rounds: int = 5, data: Path | None = None, only: str = ""
+    recipe: Recipe, device: torch.device, *, rounds: int = 5, data: Path | None = None, only: str = "", skip: str = ""
 ) -> list[Row]:
-    """Pairs a second and processor time of every loader.
+    """Pairs a second and processor time of every loader with a word of `only` and none of `skip`; ValueError if none.
 
     The bound of the rates is DALI reading and decoding and doing nothing else; that of the processor time on a CPU is
     decoding and resizing, each measured alone. Finished views are crops after the photometric chain, float32.
     """
     with images(data, max(64, recipe.batch_size)) as manifest:
         found = sources(recipe, manifest, device)
-        parts = (DECODE, RESIZE)
-        chosen = {name: source for name, source in found.items() if only in name or name in parts}
+        wanted = {name for name in found if named(name, only) and not (skip and named(name, skip))}
+        if not wanted:
+            raise ValueError(f"nothing to time is left: the loaders are {'; '.join(found)}")
+        chosen = {name: source for name, source in found.items() if name in wanted or name in (DECODE, RESIZE)}
         samples: dict[str, list[_Sample]] = {name: [] for name in chosen}
         for _ in range(rounds):
             for name, source in chosen.items():

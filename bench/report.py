@@ -31,6 +31,10 @@ ROW_SCHEMA = {
     "name": (str,), "provider": (str,), "unit": (str,), "samples": (list,), "config": (dict,), "extra": (dict,),
     "baseline": (str, type(None)), "bound": (int, float, type(None)),
 }  # fmt: skip
+CSV_COLUMNS = (
+    "subject", "device", "threads", "commit", "date", "name", "provider", "config", "unit", "better", "n", "median",
+    "quantile 20 %", "quantile 80 %", "baseline", "bound",
+)  # fmt: skip
 BY_HOST = "the host"  # "launched by", of a row whose neighbours are CUDA graphs: its time may be that of the launches
 COUNTS = ("MB", "calls", "tensors differ")  # units
 UNSTEADY = 0.25  # of the median: a row whose middle samples lie further apart says more about the machine
@@ -293,11 +297,13 @@ def _over(share: float | None) -> bool:
 def _save_csv(path: Path, records: Sequence[Record]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["subject", "device", "date", "name", "provider", "config", "unit", "n", "median", "bound"])
+        writer.writerow(CSV_COLUMNS)
         for item in records:
+            facts = [item.environment.get(name) for name in ("device", "threads", "commit")]
             for row in item.rows:
-                left = [item.subject, item.environment["device"], item.date, row.name, row.provider]
-                writer.writerow([*left, json.dumps(row.config), row.unit, len(row.samples), row.median, row.bound])
+                left = [item.subject, *facts, item.date, row.name, row.provider, json.dumps(row.config), row.unit]
+                better = "higher" if row.higher_is_better else "lower"
+                writer.writerow([*left, better, len(row.samples), row.median, *row.spread, row.baseline, row.bound])
 
 
 def _json(path: str | Path) -> object:

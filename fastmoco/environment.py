@@ -53,8 +53,11 @@ def versions() -> dict[str, str]:
     }
 
 
+CODE = ("--", ".", ":!bench/records", ":!docs", ":!*.md")  # of a checkout, as git names it
+
+
 def commit() -> str:
-    """Commit of the checkout this package runs from, with "+changes" where files differ.
+    """Commit of the checkout this package runs from, with "+changes" where files differ, but for records and documents.
 
     Outside of one, in a copy of the files without their history, what FASTMOCO_COMMIT says, or "none".
     """
@@ -62,7 +65,7 @@ def commit() -> str:
     if not (root / ".git").exists():
         return os.environ.get("FASTMOCO_COMMIT") or "none"
     head = _git(root, "rev-parse", "--short=12", "HEAD")
-    return f"{head}+changes" if head != "none" and _git(root, "status", "--porcelain", "-uno") else head
+    return f"{head}+changes" if head != "none" and _git(root, "status", "--porcelain", "-uno", *CODE) else head
 
 
 def moment() -> dict[str, object]:

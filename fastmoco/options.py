@@ -338,10 +338,10 @@ class Bench:
     """Providers of the step: core is what the targets are about, compiled what torch.compile takes minutes to build,
     more the rest; the published baseline is in each. On a CPU all are core."""
     only: str = ""
-    """Measure only providers (of kernels: kernels) whose name contains this, or, but for the loader, one of these
-    words, separated by commas."""
+    """Measure only providers (of kernels: kernels) whose name contains this, or one of these words, separated by
+    commas."""
     skip: str = ""
-    """Leave out providers of the step whose name contains this, or one of these words, separated by commas."""
+    """Leave out providers of step and loader whose name contains this, or one of these words, separated by commas."""
 
     preset: Literal["v1", "v2", "cifar", "demo"] = "v2"
     """Recipe to measure."""
@@ -438,13 +438,13 @@ class Profile:
     key_stream: bool = False
     """Encode keys on a CUDA stream of their own, beside the queries."""
     arch: str | None = None
-    """Encoder; left out, the preset's."""
+    """Encoder; left out, the preset's on a GPU and resnet18 on a CPU."""
     batch_size: int | None = None
-    """Pairs in a batch; left out, the preset's."""
+    """Pairs in a batch; left out, the preset's on a GPU and 32 on a CPU."""
     crop_size: int | None = None
-    """Side of the views, in pixels; left out, the preset's."""
+    """Side of the views, in pixels; left out, the preset's, but at most 112 on a CPU."""
     queue_size: int | None = None
-    """Keys in the queue; left out, the preset's."""
+    """Keys in the queue; left out, the preset's, but at most 4096 on a CPU."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Numbers of the encoders; auto is the recipe's."""
 

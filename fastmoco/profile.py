@@ -30,9 +30,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastmoco.bench.roofline import ACTIVATION_BYTES, KEY_LEVEL, backward_work, convolutions, forward_work
+from fastmoco.bench.size import sized
 from fastmoco.bench.timing import Machine, measure_machine
 from fastmoco.contrast.graph import runner
-from fastmoco.contrast.parts import PARTS, named
+from fastmoco.contrast.parts import named
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import PRECISIONS
 from fastmoco.data import manifest
@@ -47,7 +48,6 @@ from fastmoco.recipe import PRESETS, Recipe
 from fastmoco.trace import STEP, Row, kernels, leaves, seconds_of_parts
 
 WARMUP = 3  # steps before the recorded ones: kernels are compiled and memory is reserved
-SIZES = ("arch", "batch_size", "crop_size", "queue_size")
 TRACE, TREE, PICTURE = "trace.json.gz", "step.hatchet", "step.svg"
 NCU_KERNELS = 100  # that it measures: it runs each of them dozens of times, and a step has a thousand
 NOTHING = "without a GPU there is nothing for Nsight to record here"
@@ -93,11 +93,10 @@ def demo(options: Profile) -> None:
 
 def run(preset: str, options: Profile) -> None:
     """Profile the preset's step with the tool that `options` names."""
-    given = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
-    recipe = dataclasses.replace(PRESETS[preset][1], precision=options.precision, **given)
     if options.tool in ("nsys", "ncu"):
         return _nsight(preset, options)
     parallel = Parallel.start(options.device)
+    recipe = sized(dataclasses.replace(PRESETS[preset][1], precision=options.precision), options, parallel.device)
     if _under_nsight() and parallel.device.type != "cuda":
         raise UsageError(f"FASTMOCO_NSIGHT is set, but {NOTHING}: unset it")
     record = partial(traced, path=options.out / TRACE)
@@ -237,7 +236,7 @@ def pace(recording: Recording, pairs: int) -> list[str]:
     walls, total = recording.seconds, sum(row.seconds for row in recording.rows)
     median, fastest, slowest = statistics.median(walls), min(walls), max(walls)
     lines = [
-        f"{len(walls)} step{'s' * (len(walls) > 1)}: {_ms(total / len(walls))} ms of kernels a step",
+        f"{len(walls)} step{'s' * (len(walls) > 1)}: {_ms(total / len(walls))} ms of kernels a step in the mean",
         f"wall time a step, under the profiler: median {_ms(median)} ms ({_ms(fastest)} to {_ms(slowest)}), "
         f"{pairs / median:,.1f} pairs/s at the median",
     ]

@@ -7,7 +7,7 @@ type, so float64 inputs give a float64 oracle. None but `photometric` reads a va
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch

@@ -86,7 +86,7 @@ def test_a_trace_tells_the_steps_apart(tmp_path):
 def test_the_pace_is_the_median_and_says_so_where_steps_differ():
     steady = profile.Recording([Row("gemm", "loss", 3, 0.6)], [0.2, 0.3, 0.25])
     assert profile.pace(steady, 32) == [
-        "3 steps: 200.0 ms of kernels a step",
+        "3 steps: 200.0 ms of kernels a step in the mean",
         "wall time a step, under the profiler: median 250.0 ms (200.0 to 300.0), 128.0 pairs/s at the median",
     ]
     *_, warning = profile.pace(steady._replace(seconds=[0.2, 1.24, 0.25]), 32)

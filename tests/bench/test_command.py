@@ -9,22 +9,18 @@ import torch
 from fastmoco.bench import command, report
 from fastmoco.bench.report import Row
 from fastmoco.cli import main
-from fastmoco.options import Bench
-from fastmoco.recipe import PRESETS
 
 CPU = torch.device("cpu")
 TINY = "--arch resnet18 --batch-size 32 --crop-size 16 --queue-size 64 --rounds 2 --device cpu".split()
 
 
-def test_a_cpu_is_measured_small_and_a_gpu_as_published():
-    small = command.recipe_of(Bench(()), CPU)
-    assert (small.arch, small.batch_size, small.crop_size, small.queue_size) == ("resnet18", 32, 112, 4096)
-    assert command.recipe_of(Bench(()), torch.device("cuda", 0)) == PRESETS["v2"][1]
-    given = command.recipe_of(Bench((), arch="resnet50", batch_size=64), CPU)
-    assert (given.arch, given.batch_size, given.crop_size) == ("resnet50", 64, 112)
-    for preset, (_, recipe) in PRESETS.items():
-        chosen = command.recipe_of(Bench((), preset=preset), CPU)
-        assert chosen.batch_size % recipe.bn_group == 0 and chosen.crop_size <= 112
+@pytest.mark.parametrize(("name", "text"), [("a.pngx", "use a name that ends in .svg, .png, .pdf"), ("a", "--svg ")])
+def test_outputs_are_checked_before_anything_is_measured(name, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(command.SUBJECTS, "memory", lambda *_: pytest.fail("it was measured"))
+    assert main(["bench", "memory", *TINY, "--svg", str(tmp_path / name)]) == 2
+    assert text in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["bench", "memory", *TINY, "--csv", str(tmp_path / "file" / "a.csv")]) == 2
 
 
 @pytest.mark.parametrize(

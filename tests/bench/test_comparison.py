@@ -89,6 +89,18 @@ def test_the_report_names_files_circumstances_and_medians():
     assert "| 1 ms (n = 5) | 2 ms (n = 6) | 2.000 | 2.000 to 2.000 | slower |" in lines[-1]
 
 
+def test_rows_of_one_file_alone_are_listed_and_unfinished_records_named():
+    (item,) = given([1.0] * 5)
+    more = dataclasses.replace(item.rows[0], provider="theirs")
+    longer = [dataclasses.replace(item, rows=(*item.rows, more), environment={**item.environment, "unfinished": True})]
+    text = compared("a", [item], "b", longer)
+    assert text.endswith("\n\nonly in B: step (batch 32) by theirs") and "only in A" not in text
+    assert ", unfinished" in text.splitlines()[0]
+    assert compared("a", longer, "b", [item]).endswith("\n\nonly in A: step (batch 32) by theirs")
+    same = compared("a", [item], "b", [item])
+    assert "only in" not in same and "unfinished" not in same
+
+
 def test_differences_name_versions_and_are_silent_where_nothing_differs():
     newer = {"versions": {**ENVIRONMENT["versions"], "torch": "9.9"}}
     before = ENVIRONMENT["versions"]["torch"]

@@ -77,6 +77,14 @@ def test_a_gpu_is_warm_and_timed_for_long(monkeypatch: pytest.MonkeyPatch, devic
     assert 0 < sample.pairs_per_second < 32 / 0.005
 
 
+def test_words_choose_and_leave_out_and_nothing_left_is_refused() -> None:
+    rows = loader.run(RECIPE, CPU, rounds=1, only="Pillow, photometric", skip="in DALI")
+    assert {row.provider for row in rows} == {loader.PILLOW, loader.KERNEL, loader.DECODE, loader.ALONE}
+    for words in ({"only": "nosuch"}, {"skip": "a, o"}):
+        with pytest.raises(ValueError, match="nothing to time is left: the loaders are fastmoco; Pillow, NumPy; "):
+            loader.run(RECIPE, CPU, rounds=1, **words)
+
+
 def test_dali_alone_decodes_as_ours_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(loader, "cores", lambda: 8)

@@ -1,5 +1,6 @@
 """Records survive a round trip and say what is wrong with them, tables state their circumstances and their doubts."""
 
+import csv
 import dataclasses
 import json
 import random
@@ -73,6 +74,9 @@ def test_csv_has_a_line_for_each_row(tmp_path):
     save(tmp_path / "a.csv", made())
     lines = (tmp_path / "a.csv").read_text().splitlines()
     assert len(lines) == 2 and lines[0].startswith("subject,device") and ",ours," in lines[1]
+    (line,) = csv.DictReader(lines)
+    low, high = made()[0].rows[0].spread
+    assert (float(line["quantile 20 %"]), float(line["quantile 80 %"])) == (low, high)
 
 
 def test_share_of_the_bound_goes_by_the_direction_of_the_unit():

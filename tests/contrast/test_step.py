@@ -1,23 +1,19 @@
 """The step as a whole: first losses, no read-back, stable addresses, precision, resume, several ranks."""
 
-import copy
 import math
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import fastmoco.contrast.step as step_module
 from fastmoco.contrast.backends import BACKENDS
 from fastmoco.contrast.parts import PARTS, named
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import PRECISIONS
-from fastmoco.encoder import BatchNormAct
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS, Recipe, RecipeError

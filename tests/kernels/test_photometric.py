@@ -9,7 +9,7 @@ import torch
 from fastmoco.kernels import reference
 from fastmoco.kernels.photometric import DTYPES, cost, photometric
 from fastmoco.kernels.reference import (
-    BRIGHTNESS, CONTRAST, FLIP, GRAY, GRAY_AFTER_JITTER, GRAY_BEFORE_JITTER, HUE, NO_JITTER, ORDER, SATURATION, SIGMA,
+    BRIGHTNESS, CONTRAST, FLIP, GRAY, GRAY_AFTER_JITTER, GRAY_BEFORE_JITTER, HUE, NO_JITTER, ORDER, SIGMA,
 )  # fmt: skip
 from PIL import Image, ImageEnhance, ImageFilter
 from torch._subclasses.fake_tensor import FakeTensorMode

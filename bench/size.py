@@ -1,0 +1,29 @@
+"""The size at which steps are measured and profiled: on a GPU as published, on a CPU what takes a minute."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from fastmoco.options import Bench, Profile
+from fastmoco.recipe import Recipe
+
+# Flags override them. Much smaller views would time layers of 2 x 2 pixels, whose weights outweigh their activations:
+# nothing that anyone trains.
+ON_A_CPU = {"arch": "resnet18", "batch_size": 32, "crop_size": 112, "queue_size": 4096}
+
+
+def sized(recipe: Recipe, options: Bench | Profile, device: torch.device) -> Recipe:
+    """`recipe` at the size that `options` ask for: left out, its own on a GPU, and on a CPU no larger than ON_A_CPU."""
+    small = {}
+    if device.type != "cuda":
+        small = {name: value for name, value in ON_A_CPU.items() if name == "arch" or getattr(recipe, name) > value}
+        # The batch stays whole batch-norm groups.
+        small["batch_size"] = max(1, ON_A_CPU["batch_size"] // recipe.bn_group) * recipe.bn_group
+    return dataclasses.replace(recipe, **small | given(options))
+
+
+def given(options: Bench | Profile) -> dict[str, object]:
+    """The sizes that `options` name."""
+    return {name: getattr(options, name) for name in ON_A_CPU if getattr(options, name) is not None}

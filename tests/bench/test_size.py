@@ -1,0 +1,21 @@
+"""A CPU gets what it can do in a minute, and flags override it."""
+
+import torch
+
+from fastmoco.bench.size import sized
+from fastmoco.options import Bench, Profile
+from fastmoco.recipe import PRESETS
+
+CPU = torch.device("cpu")
+V2 = PRESETS["v2"][1]
+
+
+def test_a_cpu_is_measured_small_and_a_gpu_as_published():
+    small = sized(V2, Bench(()), CPU)
+    assert (small.arch, small.batch_size, small.crop_size, small.queue_size) == ("resnet18", 32, 112, 4096)
+    assert sized(V2, Bench(()), torch.device("cuda", 0)) == V2
+    given = sized(V2, Bench((), arch="resnet50", batch_size=64), CPU)
+    assert (given.arch, given.batch_size, given.crop_size) == ("resnet50", 64, 112)
+    for _, recipe in PRESETS.values():
+        chosen = sized(recipe, Profile(), CPU)
+        assert chosen.batch_size % recipe.bn_group == 0 and chosen.crop_size <= 112
