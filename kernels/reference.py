@@ -130,15 +130,13 @@ def _affine_act(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None
 def _batch_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, variance: Tensor,
                          eps: float) -> tuple[Tensor, Tensor, Tensor]:
     groups, invstd = mean.shape[0], torch.rsqrt(variance + eps)
-    # Torch's gradient as well, but not for groups in fp32: to join them costs more than blocks, which widen 16 bits.
-    whole = groups == 1 or x.dtype != mean.dtype
+    whole = groups == 1  # then torch's gradient as well; of several, which would have to be joined, it gains little
     parts = [torch.ops.aten.native_batch_norm_backward(g, part, weight, None, None, m, i, True, eps, [whole, True, True])
              for g, part, m, i in zip(grad.chunk(groups), x.chunk(groups), mean, invstd)]
     grad_x, *grads = zip(*parts)
     grad_weight, grad_bias = (torch.stack(rows) for rows in grads)
     if whole:
-        grad_x = torch.cat(grad_x) if groups > 1 else grad_x[0]
-        return grad_x, grad_weight.sum(0), grad_bias.sum(0)
+        return grad_x[0], grad_weight[0], grad_bias[0]
     scale = weight * invstd
     slope = -scale * invstd * grad_weight * (x.shape[1] * groups / x.numel())
     shift = -scale * grad_bias * (x.shape[1] * groups / x.numel()) - slope * mean
