@@ -1,7 +1,8 @@
 """Packaging of fastmoco.
 
-`kernels/` and `bench/` stand at the top of the tree because people read and time them on their own;
-they install as `fastmoco.kernels` and `fastmoco.bench`, since the bare names belong to other projects.
+`kernels/` and `bench/` stand at the top of the tree because people read and time them on their own.
+They are imported as `fastmoco.kernels` and `fastmoco.bench`, since the bare names belong to other projects.
+Symbolic links inside `fastmoco/` make that so, for Python, for setuptools and for static tools alike.
 """
 
 from pathlib import Path
@@ -18,8 +19,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=find_packages(include=["fastmoco", "fastmoco.*"]) + ["fastmoco.kernels", "fastmoco.bench"],
-    package_dir={"fastmoco.kernels": "kernels", "fastmoco.bench": "bench"},
+    packages=find_packages(include=["fastmoco", "fastmoco.*"]),
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

@@ -280,9 +280,15 @@ def photometric_cases(size: Size, device: torch.device) -> list[Case]:
     parameters = torch.from_numpy(plan.photometric(0, plan.samples(0)[:n], 0)).to(device)
     channels = 4 if device.type == "cuda" else 3  # as the step asks for
     call = functools.partial(
-        photometric.photometric, crops, parameters, augmentation.mean, augmentation.std, dtype=size.dtype,
-        channels=channels, max_sigma=augmentation.blur_sigma[1],
-    )  # fmt: skip
+        photometric.photometric,
+        crops,
+        parameters,
+        augmentation.mean,
+        augmentation.std,
+        dtype=size.dtype,
+        channels=channels,
+        max_sigma=augmentation.blur_sigma[1],
+    )
     providers = {OURS: call, "twin": functools.partial(call, impl="reference")}
     # Of three channels: nobody has to write the fourth.
     nbytes, flops = photometric.cost(n, s, dtype=size.dtype, blurred=augmentation.blur_p)

@@ -73,9 +73,7 @@ def run(
     return journal.rows
 
 
-def peak_bytes(
-    call: Callable[[], object], device: torch.device, prepare: Callable[[], object] = lambda: None
-) -> int:
+def peak_bytes(call: Callable[[], object], device: torch.device, prepare: Callable[[], object] = lambda: None) -> int:
     """Most bytes that `call` holds beyond what was held before `prepare`.
 
     What `prepare` leaves behind counts. What it holds meanwhile does not on a GPU, where cuDNN tries its algorithms the

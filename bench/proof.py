@@ -87,9 +87,7 @@ def equality(run_steps: Callable[..., Results], step: Step, graph: GraphStep, co
     return rows
 
 
-def trained(
-    step: Step, start: Results, batch: Batch, steps: int, advance: Runner, spoil: bool = False
-) -> Results:
+def trained(step: Step, start: Results, batch: Batch, steps: int, advance: Runner, spoil: bool = False) -> Results:
     """Metrics of `steps` steps from the state `start`, and the state after them; `spoil` changes the last rate.
 
     Batch and rate are others in each step.

@@ -25,16 +25,41 @@ from fastmoco.environment import commit, cores, moment, processor, versions
 SCHEMA = 1
 SHOWN = ("fastmoco", "torch", "triton", "nvidia-dali-cuda130")
 RECORD_SCHEMA = {
-    "schema": (int,), "subject": (str,), "rows": (list,), "environment": (dict,), "command": (str,), "date": (str,),
-}  # fmt: skip
+    "schema": (int,),
+    "subject": (str,),
+    "rows": (list,),
+    "environment": (dict,),
+    "command": (str,),
+    "date": (str,),
+}
 ROW_SCHEMA = {
-    "name": (str,), "provider": (str,), "unit": (str,), "samples": (list,), "config": (dict,), "extra": (dict,),
-    "baseline": (str, type(None)), "bound": (int, float, type(None)),
-}  # fmt: skip
+    "name": (str,),
+    "provider": (str,),
+    "unit": (str,),
+    "samples": (list,),
+    "config": (dict,),
+    "extra": (dict,),
+    "baseline": (str, type(None)),
+    "bound": (int, float, type(None)),
+}
 CSV_COLUMNS = (
-    "subject", "device", "threads", "commit", "date", "name", "provider", "config", "unit", "better", "n", "median",
-    "quantile 20 %", "quantile 80 %", "baseline", "bound",
-)  # fmt: skip
+    "subject",
+    "device",
+    "threads",
+    "commit",
+    "date",
+    "name",
+    "provider",
+    "config",
+    "unit",
+    "better",
+    "n",
+    "median",
+    "quantile 20 %",
+    "quantile 80 %",
+    "baseline",
+    "bound",
+)
 BY_HOST = "the host"  # "launched by", of a row whose neighbours are CUDA graphs: its time may be that of the launches
 COUNTS = ("MB", "calls", "tensors differ")  # units
 UNSTEADY = 0.25  # of the median: a row whose middle samples lie further apart says more about the machine

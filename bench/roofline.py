@@ -196,9 +196,7 @@ def _last_in_block(names: list[str]) -> dict[str, str]:
     return last
 
 
-def _conv(
-    name: str, layer: nn.Conv2d, x: torch.Size, y: torch.Size, last: dict[str, str], pooled: int
-) -> Conv:
+def _conv(name: str, layer: nn.Conv2d, x: torch.Size, y: torch.Size, last: dict[str, str], pooled: int) -> Conv:
     block, _, number = name.rpartition(".conv")
     place = "inner" if block else "stem"
     if "downsample" in name:

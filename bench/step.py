@@ -251,9 +251,7 @@ def tf32(*, convolutions: bool, products: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before[1])
 
 
-def _row(
-    recipe: Recipe, chosen: dict[str, Provider], machines: dict[str, Machine], name: str, timing: Timing
-) -> Row:
+def _row(recipe: Recipe, chosen: dict[str, Provider], machines: dict[str, Machine], name: str, timing: Timing) -> Row:
     _, precision, level, _ = chosen[name]
     bound = functools.partial(pairs_bound, recipe, machines[precision], WORK[precision].itemsize)
     config = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size, "queue": recipe.queue_size}

@@ -63,7 +63,12 @@ def sizes(recipe: Recipe) -> Sizes:
 
 
 def traffic(
-    recipe: Recipe, way: Way, gpus: int, per_machine: int = PER_MACHINE, *, gradient_bytes: int = 2,
+    recipe: Recipe,
+    way: Way,
+    gpus: int,
+    per_machine: int = PER_MACHINE,
+    *,
+    gradient_bytes: int = 2,
     counted: Sizes | None = None,
 ) -> list[Flow]:
     """Bytes that each GPU receives in one step, collective by collective, with `recipe.batch_size` over all of them.

@@ -84,7 +84,9 @@ COMMANDS: dict[str, Command] = {
         "bring a MoCo checkpoint or torchvision weights", "fastmoco.options:Import", "fastmoco.interop.bring:command"
     ),
     "checkpoint verify": Command(
-        "check a run's checkpoints, byte by byte", "fastmoco.options:CheckpointVerify", "fastmoco.train.inventory:verify"
+        "check a run's checkpoints, byte by byte",
+        "fastmoco.options:CheckpointVerify",
+        "fastmoco.train.inventory:verify",
     ),
     "checkpoint list": Command(
         "list a run's checkpoints", "fastmoco.options:CheckpointList", "fastmoco.train.inventory:show"

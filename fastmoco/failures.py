@@ -103,8 +103,12 @@ def parted(error: Exception, stopped: Mapping[int, int]) -> int:
     if stopped:
         return report({rank: ProcessFailure(0, pid, -signal.SIGSTOP, "") for pid, rank in stopped.items()})
     said = str(error).split(". ")[0]
-    print(f"fastmoco: error: the launchers of the other machines have ended or cannot be reached ({said}): read their "
-          "last lines, and check --rdzv-endpoint", file=sys.stderr, flush=True)  # fmt: skip
+    print(
+        f"fastmoco: error: the launchers of the other machines have ended or cannot be reached ({said}): read their "
+        "last lines, and check --rdzv-endpoint",
+        file=sys.stderr,
+        flush=True,
+    )
     return 1
 
 

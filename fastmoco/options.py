@@ -54,7 +54,7 @@ class Options:
     """Replace images that turn out to be bad, and list them in RUN/quarantine.jsonl; without it the first one stops
     the run."""
     photometric: Literal["kernel", "dali"] = "kernel"
-    """What computes flip, colours, blur and normalisation: our kernel inside the step, or DALI's operators before it."""
+    """What computes flip, colours, blur and normalisation: our kernel in the step, or DALI's operators before it."""
     graph: Literal["auto", "on", "off"] = "auto"
     """Replay the step as one CUDA graph; auto does on a GPU."""
     encoder: Literal["fused", "fused-key", "eager", "compile"] = "fused"
@@ -101,7 +101,9 @@ class Options:
         load = self.hw_decoder_load
         _require(load is None or 0 <= load <= 1, "hw_decoder_load", load, "use a share from 0 to 1")
         if self.photometric == "dali" and self.graph == "on":
-            raise UsageError("--photometric dali does not go with --graph on: a graph holds the kernel; use --graph off")
+            raise UsageError(
+                "--photometric dali does not go with --graph on, whose graph holds the kernel: use --graph off"
+            )
         if self.resume and self.out is None:
             raise UsageError("--resume needs the run to continue: add --out RUN")
 
@@ -418,8 +420,8 @@ class Profile:
     data: str = "synthetic"
     """Images to train on, or synthetic for random crops that are already on the device."""
     tool: Literal["torch", "proton", "nsys", "ncu"] = "torch"
-    """torch.profiler, or on a GPU Triton's proton, here and now; or the command line for Nsight, which is run where it is
-    installed."""
+    """torch.profiler, or on a GPU Triton's proton, here and now; or the command line for Nsight, which is run where it
+    is installed."""
     out: Path = Path("profile")
     """Folder to write."""
     steps: int = 3

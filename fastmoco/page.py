@@ -27,7 +27,8 @@ h3 { font-size: 14px; font-weight: 600; margin: 0 0 6px; }
 p { margin: 0 0 10px; } .soft { color: var(--soft); } small, .small { font-size: 13px; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; min-width: 0; }
 .tiles { display: grid; gap: 10px; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); margin-top: 18px; }
-.tiles b { display: block; white-space: nowrap; font-size: 24px; line-height: 1.2; font-variant-numeric: tabular-nums; font-weight: 650; }
+.tiles b { display: block; white-space: nowrap; font-size: 24px; line-height: 1.2; font-variant-numeric: tabular-nums;
+  font-weight: 650; }
 .grid { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); }
 .wide { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }
 .views { display: grid; gap: 10px; grid-template-columns: repeat(2, 1fr); }
@@ -113,9 +114,15 @@ def picture(data: bytes, kind: str, alt: str, caption: str = "") -> str:
 
 
 def chart(
-    title: str, series: Sequence[Series], *, level: Level | None = None, low: float | None = 0.0,
-    high: float | None = None, end: float = 0, percent: bool = False,
-) -> str:  # fmt: skip
+    title: str,
+    series: Sequence[Series],
+    *,
+    level: Level | None = None,
+    low: float | None = 0.0,
+    high: float | None = None,
+    end: float = 0,
+    percent: bool = False,
+) -> str:
     """Line chart over steps in a card of its own: up to `high` and `end`, or as far as the values go."""
     lines = [one for one in (_thin(one) for one in series) if len(one.x)]
     if not lines:

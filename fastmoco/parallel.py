@@ -49,9 +49,13 @@ class Parallel:
         if world > 1:
             on_gpu = place.type == "cuda"
             dist.init_process_group(
-                "nccl" if on_gpu else "gloo", store=_meeting_point(rank, world, timeout), rank=rank, world_size=world,
-                timeout=timeout, device_id=place if on_gpu else None,
-            )  # fmt: skip
+                "nccl" if on_gpu else "gloo",
+                store=_meeting_point(rank, world, timeout),
+                rank=rank,
+                world_size=world,
+                timeout=timeout,
+                device_id=place if on_gpu else None,
+            )
         return cls(rank, local_rank, world, place)
 
     @property

@@ -95,14 +95,18 @@ def _learning(recipe: Recipe, log: list[dict], knn: list[dict]) -> str:
         chart(
             "Contrast accuracy",
             [Series("top-5", steps, _column(log, "top5"), "b"), Series("top-1", steps, _column(log, "top1"))],
-            high=100, percent=True,
+            high=100,
+            percent=True,
         ),
-    ]  # fmt: skip
+    ]
     if knn:
         level = Level(100 / knn[-1]["classes"], "chance") if knn[-1].get("classes") else None
         line = Series("kNN", [one["step"] for one in knn], _column(knn, "top1"), "c")
-        found.append(chart("kNN top-1 on validation images", [line], level=level, high=100, end=max(steps, default=0),
-                           percent=True))  # fmt: skip
+        found.append(
+            chart(
+                "kNN top-1 on validation images", [line], level=level, high=100, end=max(steps, default=0), percent=True
+            )
+        )
     found.append(chart("Learning rate", [Series("lr", steps, _column(log, "lr"))]))
     return "".join(found)
 

@@ -54,10 +54,21 @@ class Measured(NamedTuple):
     moments: Tensor
 
 
-def batch_norm_act(x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] | None, groups: int = 1, *,
-                   residual: Tensor | None = None, residual_norm: Norm | None = None, relu: bool = True,
-                   momentum: float = 0.1, eps: float = 1e-5, training: bool = True,
-                   impl: Literal["auto", "triton", "reference"] = "auto") -> Tensor:
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running: tuple[Tensor, Tensor] | None,
+    groups: int = 1,
+    *,
+    residual: Tensor | None = None,
+    residual_norm: Norm | None = None,
+    relu: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    training: bool = True,
+    impl: Literal["auto", "triton", "reference"] = "auto",
+) -> Tensor:
     """ReLU(BN(x) + residual), or ReLU(BN(x) + BN'(residual)) with `residual_norm`, in the layout and dtype of x.
 
     x is [N, C, H, W] channels-last or [N, C]; fp32, bf16 or fp16 (the twin also takes fp64), the statistics and
@@ -73,9 +84,19 @@ def batch_norm_act(x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tenso
     if residual_norm is not None:
         _check(residual, *residual_norm, groups, training)
     if not by_kernel(x, impl):
-        return reference.batch_norm_act(x, weight, bias, running, groups, residual=residual,
-                                        residual_norm=residual_norm, relu=relu, momentum=momentum, eps=eps,
-                                        training=training)
+        return reference.batch_norm_act(
+            x,
+            weight,
+            bias,
+            running,
+            groups,
+            residual=residual,
+            residual_norm=residual_norm,
+            relu=relu,
+            momentum=momentum,
+            eps=eps,
+            training=training,
+        )
     moments = _moments(x, running, groups, momentum, eps, training)
     side = (None, None, None)
     if residual_norm is not None:
@@ -84,8 +105,15 @@ def batch_norm_act(x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tenso
     return apply(x, weight, bias, moments, residual, *side, relu, training)
 
 
-def measure(x: Tensor, norm: Norm, groups: int = 1, *, momentum: float = 0.1, eps: float = 1e-5,
-            impl: Literal["auto", "triton", "reference"] = "auto") -> Measured:
+def measure(
+    x: Tensor,
+    norm: Norm,
+    groups: int = 1,
+    *,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    impl: Literal["auto", "triton", "reference"] = "auto",
+) -> Measured:
     """The first pass of `batch_norm_act` in training, alone: the statistics of x, which also move `norm.running`.
 
     Not differentiable in x. Tensors and errors as there.
@@ -99,9 +127,16 @@ def measure(x: Tensor, norm: Norm, groups: int = 1, *, momentum: float = 0.1, ep
     return Measured(norm.weight, norm.bias, moments)
 
 
-def normalise(x: Tensor, norm: Measured, *, residual: Tensor | None = None, residual_norm: Measured | None = None,
-              relu: bool = True, overwrite: bool = False,
-              impl: Literal["auto", "triton", "reference"] = "auto") -> Tensor:
+def normalise(
+    x: Tensor,
+    norm: Measured,
+    *,
+    residual: Tensor | None = None,
+    residual_norm: Measured | None = None,
+    relu: bool = True,
+    overwrite: bool = False,
+    impl: Literal["auto", "triton", "reference"] = "auto",
+) -> Tensor:
     """The second pass of `batch_norm_act`, alone, forward only: by given statistics, whoever measured them.
 
     With `overwrite` the result may take the place of x. ValueError where a gradient would be wanted; else as there.
@@ -124,8 +159,15 @@ def normalise(x: Tensor, norm: Measured, *, residual: Tensor | None = None, resi
         return x
 
 
-def cost(shape: tuple[int, ...], element_size: int, groups: int = 1, *, residual: Literal["none", "plain", "dual"],
-         backward: bool = False, relu: bool = True) -> tuple[int, int]:
+def cost(
+    shape: tuple[int, ...],
+    element_size: int,
+    groups: int = 1,
+    *,
+    residual: Literal["none", "plain", "dual"],
+    backward: bool = False,
+    relu: bool = True,
+) -> tuple[int, int]:
     """(bytes, flops) of one training forward or backward of an activation `shape` [N, C, ...].
 
     Counts what must cross memory once a pass: activations (`element_size` bytes an element), weights, moments and
@@ -189,8 +231,9 @@ def check_measured(x: Tensor, norm: Measured, groups: int) -> None:
     check_vector("moments", norm.moments[0, 0], x, x.shape[1])
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] | None, groups: int,
-           training: bool) -> None:
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] | None, groups: int, training: bool
+) -> None:
     if x.dim() not in (2, 4):
         raise ValueError(f"x must be [N, C] or [N, C, H, W], not {list(x.shape)}")
     if not x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format):
@@ -211,22 +254,32 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tenso
 
 def _check_residual(x: Tensor, residual: Tensor) -> None:
     if (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
-        raise ValueError(f"the residual must be {list(x.shape)} {x.dtype} on {x.device}, not {list(residual.shape)} "
-                         f"{residual.dtype} on {residual.device}")
+        raise ValueError(
+            f"the residual must be {list(x.shape)} {x.dtype} on {x.device}, not {list(residual.shape)} "
+            f"{residual.dtype} on {residual.device}"
+        )
     if x.dim() == 4 and not residual.is_contiguous(memory_format=torch.channels_last):
         raise ValueError("the residual must be channels-last, as x")
 
 
-def _moments(x: Tensor, running: tuple[Tensor, Tensor] | None, groups: int, momentum: float, eps: float,
-             training: bool) -> Tensor:
+def _moments(
+    x: Tensor, running: tuple[Tensor, Tensor] | None, groups: int, momentum: float, eps: float, training: bool
+) -> Tensor:
     with torch.no_grad():
         if training:
             return statistics(x.detach(), *(running or (None, None)), groups, momentum, eps)
         return torch.stack([running[0], torch.rsqrt(running[1] + eps)])[:, None]
 
 
-def finish(partial: Tensor, running_mean: Tensor | None, running_var: Tensor | None, rows: int, split_rows: int,
-           momentum: float, eps: float) -> Tensor:
+def finish(
+    partial: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    rows: int,
+    split_rows: int,
+    momentum: float,
+    eps: float,
+) -> Tensor:
     """Moments fp32 [2, groups, C] from the means and squared deviations of pieces of `split_rows` rows of a group.
 
     `partial` is fp32 [2, groups, splits, C], splits at most MAX_SPLITS, `rows` those of a group. Moves the running
@@ -235,8 +288,19 @@ def finish(partial: Tensor, running_mean: Tensor | None, running_var: Tensor | N
     _, groups, splits, channels = partial.shape
     moments = partial.new_empty((2, groups, channels))
     kernels.finish_statistics[(triton.cdiv(channels, FINISH_CHANNELS),)](
-        partial, moments, running_mean, running_var, rows, channels, split_rows, splits, groups, momentum, eps,
-        **_finish_options(groups, splits))
+        partial,
+        moments,
+        running_mean,
+        running_var,
+        rows,
+        channels,
+        split_rows,
+        splits,
+        groups,
+        momentum,
+        eps,
+        **_finish_options(groups, splits),
+    )
     return moments
 
 
@@ -244,8 +308,9 @@ def finish(partial: Tensor, running_mean: Tensor | None, running_var: Tensor | N
 
 
 @torch.library.custom_op("fastmoco::batch_norm_statistics", mutates_args=("running_mean", "running_var"))
-def statistics(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, groups: int, momentum: float,
-               eps: float) -> Tensor:
+def statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, groups: int, momentum: float, eps: float
+) -> Tensor:
     """Moments of each group of samples of x, and the running statistics moved by them in place. Not differentiable."""
     plan = _plan("statistics", x, groups)
     partial = x.new_empty((2, groups, plan.splits, x.shape[1]), dtype=torch.float32)
@@ -260,9 +325,18 @@ def _(x, running_mean, running_var, groups, momentum, eps):
 
 
 @torch.library.custom_op("fastmoco::batch_norm_apply", mutates_args=())
-def apply(x: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, residual: Tensor | None,
-          residual_weight: Tensor | None, residual_bias: Tensor | None, residual_moments: Tensor | None, relu: bool,
-          training: bool) -> Tensor:
+def apply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    moments: Tensor,
+    residual: Tensor | None,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    residual_moments: Tensor | None,
+    relu: bool,
+    training: bool,
+) -> Tensor:
     """Normalise by given moments, add, clip. In training its gradient takes `moments` for the statistics of x."""
     y = torch.empty_like(x)
     _apply(x, y, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, relu)
@@ -275,9 +349,17 @@ def _(x, weight, bias, moments, residual, residual_weight, residual_bias, residu
 
 
 @torch.library.custom_op("fastmoco::batch_norm_apply_in_place", mutates_args=("x",))
-def apply_in_place(x: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, residual: Tensor | None,
-                   residual_weight: Tensor | None, residual_bias: Tensor | None, residual_moments: Tensor | None,
-                   relu: bool) -> None:
+def apply_in_place(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    moments: Tensor,
+    residual: Tensor | None,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    residual_moments: Tensor | None,
+    relu: bool,
+) -> None:
     """`apply` into x itself, whose tiles each program reads before it writes them. Not differentiable."""
     _apply(x, x, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, relu)
 
@@ -295,9 +377,20 @@ def _apply(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, 
 
 
 @torch.library.custom_op("fastmoco::batch_norm_backward", mutates_args=())
-def gradients(grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, moments: Tensor,
-              residual: Tensor | None, residual_weight: Tensor | None, residual_bias: Tensor | None,
-              residual_moments: Tensor | None, relu: bool, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    moments: Tensor,
+    residual: Tensor | None,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    residual_moments: Tensor | None,
+    relu: bool,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, of the residual (empty if it is the incoming one) and of [bias, weight, residual's weight].
 
     y is given where the ReLU's mask is to be read from it (plain residual), residual only in the dual form.
@@ -313,13 +406,26 @@ def gradients(grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: T
     masked = None if y is None else grad_residual
     vectors = (weight, bias, moments, residual, residual_weight, residual_bias, residual_moments)
     with torch.cuda.device_of(x):
-        kernels.sums[plan.split_grid](grad, x, y, masked, partial, *vectors, plan.rows, channels, plan.split_rows,
-                                      RELU=relu, **plan.options)
+        kernels.sums[plan.split_grid](
+            grad, x, y, masked, partial, *vectors, plan.rows, channels, plan.split_rows, RELU=relu, **plan.options
+        )
         kernels.finish_sums[(triton.cdiv(channels, FINISH_CHANNELS), arrays)](
-            partial, sums, totals, channels, plan.splits, groups, **_finish_options(groups, plan.splits))
+            partial, sums, totals, channels, plan.splits, groups, **_finish_options(groups, plan.splits)
+        )
         incoming, grad_side = grad if y is None else masked, None if residual is None else grad_residual
-        kernels.gradient[second.grid](incoming, x, grad_x, grad_side, sums, *vectors, second.rows, channels,
-                                      RELU=relu and y is None, TRAINING=training, **second.options)
+        kernels.gradient[second.grid](
+            incoming,
+            x,
+            grad_x,
+            grad_side,
+            sums,
+            *vectors,
+            second.rows,
+            channels,
+            RELU=relu and y is None,
+            TRAINING=training,
+            **second.options,
+        )
     return grad_x, grad_residual, totals
 
 
@@ -334,8 +440,17 @@ def _save(ctx, inputs, output):
     x, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, relu, training = inputs
     ctx.plain = residual is not None and residual_moments is None
     ctx.relu, ctx.training = relu, training
-    ctx.save_for_backward(x, output if ctx.plain and relu else None, weight, bias, moments,
-                          None if ctx.plain else residual, residual_weight, residual_bias, residual_moments)
+    ctx.save_for_backward(
+        x,
+        output if ctx.plain and relu else None,
+        weight,
+        bias,
+        moments,
+        None if ctx.plain else residual,
+        residual_weight,
+        residual_bias,
+        residual_moments,
+    )
 
 
 def _backward(ctx, grad):
@@ -376,8 +491,15 @@ _ACTIVATIONS = ("x", "y", "grad", "grad_x", "grad_residual", "masked", "residual
 _INTEGERS = ("rows", "channels", "split_rows", "splits", "groups")
 
 
-def _variant(kernel: str, fn: Any, channels: int, arch: int, constants: dict[str, Any], form: str = "",
-             absent: tuple[str, ...] = ()) -> Variant:
+def _variant(
+    kernel: str,
+    fn: Any,
+    channels: int,
+    arch: int,
+    constants: dict[str, Any],
+    form: str = "",
+    absent: tuple[str, ...] = (),
+) -> Variant:
     if fn in (kernels.sums, kernels.gradient) and form == "plain":
         absent += ("residual",)  # the backward of a plain residual reads y or the masked gradient instead
     if form != "dual":
@@ -423,8 +545,12 @@ def _cut(row: Tiles, rows: int, channels: int, groups: int, processors: int) -> 
 def _options(row: Tiles, channels: int) -> dict[str, int]:
     block_channels = min(row.block[1], triton.next_power_of_2(channels))
     block_rows = row.block[0] * row.block[1] // block_channels
-    return {"BLOCK_ROWS": block_rows, "BLOCK_CHANNELS": block_channels, "num_warps": row.num_warps,
-            "num_stages": row.num_stages}
+    return {
+        "BLOCK_ROWS": block_rows,
+        "BLOCK_CHANNELS": block_channels,
+        "num_warps": row.num_warps,
+        "num_stages": row.num_stages,
+    }
 
 
 def _sums_tiles(dual: bool) -> str:
@@ -435,5 +561,9 @@ def _sums_tiles(dual: bool) -> str:
 def _finish_options(groups: int, splits: int) -> dict[str, int]:
     block_splits = triton.next_power_of_2(splits)
     block_groups = min(triton.next_power_of_2(groups), max(1, MAX_SPLITS // block_splits))
-    return {"BLOCK_GROUPS": block_groups, "BLOCK_SPLITS": block_splits, "BLOCK_CHANNELS": FINISH_CHANNELS,
-            "num_warps": 8}
+    return {
+        "BLOCK_GROUPS": block_groups,
+        "BLOCK_SPLITS": block_splits,
+        "BLOCK_CHANNELS": FINISH_CHANNELS,
+        "num_warps": 8,
+    }

@@ -52,9 +52,22 @@ def _cube(splits, channels, group, column, BLOCK_SPLITS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows", "split_rows", "splits", "groups"])
-def finish_statistics(partial, moments, running_mean, running_var, rows, channels, split_rows, splits, groups,
-                      momentum, eps, BLOCK_GROUPS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
-                      BLOCK_CHANNELS: tl.constexpr):
+def finish_statistics(
+    partial,
+    moments,
+    running_mean,
+    running_var,
+    rows,
+    channels,
+    split_rows,
+    splits,
+    groups,
+    momentum,
+    eps,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
     column = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     inside = column < channels
     mean_sum = tl.zeros([BLOCK_CHANNELS], tl.float32)
@@ -90,15 +103,31 @@ def finish_statistics(partial, moments, running_mean, running_var, rows, channel
 def vectors(weight, bias, moments, group, groups, channels, column):
     inside = column < channels
     at = moments + group * channels + column
-    return (tl.load(at, mask=inside, other=0.0)[None, :],
-            tl.load(at + groups * channels, mask=inside, other=0.0)[None, :],
-            tl.load(weight + column, mask=inside, other=0.0)[None, :],
-            tl.load(bias + column, mask=inside, other=0.0)[None, :])
+    return (
+        tl.load(at, mask=inside, other=0.0)[None, :],
+        tl.load(at + groups * channels, mask=inside, other=0.0)[None, :],
+        tl.load(weight + column, mask=inside, other=0.0)[None, :],
+        tl.load(bias + column, mask=inside, other=0.0)[None, :],
+    )
 
 
 @triton.jit
-def apply(x, y, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, rows,
-          channels, RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+def apply(
+    x,
+    y,
+    weight,
+    bias,
+    moments,
+    residual,
+    residual_weight,
+    residual_bias,
+    residual_moments,
+    rows,
+    channels,
+    RELU: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
     columns = tl.cdiv(channels, BLOCK_CHANNELS)
     column = tl.program_id(0) % columns * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     first = tl.program_id(0) // columns * BLOCK_ROWS
@@ -113,8 +142,9 @@ def apply(x, y, weight, bias, moments, residual, residual_weight, residual_bias,
     if residual is not None:
         side = tl.load(residual + base + tile, mask=mask, other=0.0).to(tl.float32)
         if residual_moments is not None:
-            mean, invstd, scale, shift = vectors(residual_weight, residual_bias, residual_moments, group, groups,
-                                                  channels, column)
+            mean, invstd, scale, shift = vectors(
+                residual_weight, residual_bias, residual_moments, group, groups, channels, column
+            )
             side = affine(side, mean, invstd, scale, shift)
         out += side
     if RELU:
@@ -123,9 +153,26 @@ def apply(x, y, weight, bias, moments, residual, residual_weight, residual_bias,
 
 
 @triton.jit
-def sums(grad, x, y, masked, partial, weight, bias, moments, residual, residual_weight, residual_bias,
-         residual_moments, rows, channels, split_rows, RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-         BLOCK_CHANNELS: tl.constexpr):
+def sums(
+    grad,
+    x,
+    y,
+    masked,
+    partial,
+    weight,
+    bias,
+    moments,
+    residual,
+    residual_weight,
+    residual_bias,
+    residual_moments,
+    rows,
+    channels,
+    split_rows,
+    RELU: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
     split, group = tl.program_id(0), tl.program_id(2)
     splits, groups = tl.num_programs(0), tl.num_programs(2)
     column = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -136,8 +183,9 @@ def sums(grad, x, y, masked, partial, weight, bias, moments, residual, residual_
     tile = row * channels + column[None, :]
     mean, invstd, scale, shift = vectors(weight, bias, moments, group, groups, channels, column)
     if residual is not None:
-        mean_2, invstd_2, scale_2, shift_2 = vectors(residual_weight, residual_bias, residual_moments, group, groups,
-                                                      channels, column)
+        mean_2, invstd_2, scale_2, shift_2 = vectors(
+            residual_weight, residual_bias, residual_moments, group, groups, channels, column
+        )
     total = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
     total_x = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
     total_2 = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
@@ -169,8 +217,17 @@ def sums(grad, x, y, masked, partial, weight, bias, moments, residual, residual_
 
 
 @triton.jit(do_not_specialize=["splits", "groups"])
-def finish_sums(partial, sums, totals, channels, splits, groups, BLOCK_GROUPS: tl.constexpr,
-                BLOCK_SPLITS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+def finish_sums(
+    partial,
+    sums,
+    totals,
+    channels,
+    splits,
+    groups,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
     column = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     array = tl.program_id(1)
     inside = column < channels
@@ -188,9 +245,26 @@ def finish_sums(partial, sums, totals, channels, splits, groups, BLOCK_GROUPS: t
 
 
 @triton.jit
-def gradient(grad, x, grad_x, grad_residual, sums, weight, bias, moments, residual, residual_weight,
-             residual_bias, residual_moments, rows, channels, RELU: tl.constexpr, TRAINING: tl.constexpr,
-             BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+def gradient(
+    grad,
+    x,
+    grad_x,
+    grad_residual,
+    sums,
+    weight,
+    bias,
+    moments,
+    residual,
+    residual_weight,
+    residual_bias,
+    residual_moments,
+    rows,
+    channels,
+    RELU: tl.constexpr,
+    TRAINING: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
     columns = tl.cdiv(channels, BLOCK_CHANNELS)
     column = tl.program_id(0) % columns * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     first = tl.program_id(0) // columns * BLOCK_ROWS
@@ -206,8 +280,9 @@ def gradient(grad, x, grad_x, grad_residual, sums, weight, bias, moments, residu
     out = affine(values, mean, invstd, scale, shift)
     if residual is not None:
         side = tl.load(residual + base + tile, mask=mask, other=0.0).to(tl.float32)
-        mean_2, invstd_2, scale_2, shift_2 = vectors(residual_weight, residual_bias, residual_moments, group, groups,
-                                                      channels, column)
+        mean_2, invstd_2, scale_2, shift_2 = vectors(
+            residual_weight, residual_bias, residual_moments, group, groups, channels, column
+        )
         out += affine(side, mean_2, invstd_2, scale_2, shift_2)
     if RELU:
         g = tl.where(out <= 0, 0.0, g)

@@ -88,8 +88,23 @@ def _merge(mean, squares, seen, values, count, inside):
 
 
 @triton.jit
-def convolve(x, kernel, y, partial, weight, bias, moments, rows, inputs, outputs, split_rows,
-             BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PRECISION: tl.constexpr):
+def convolve(
+    x,
+    kernel,
+    y,
+    partial,
+    weight,
+    bias,
+    moments,
+    rows,
+    inputs,
+    outputs,
+    split_rows,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     columns = tl.cdiv(outputs, BLOCK_OUT)
     out = tl.program_id(0) % columns * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     split, splits = tl.program_id(0) // columns, tl.num_programs(0) // columns
@@ -119,9 +134,17 @@ def convolve(x, kernel, y, partial, weight, bias, moments, rows, inputs, outputs
     tl.store(at + groups * splits * outputs, squares, mask=out < outputs)
 
 
-def conv1x1(x: Tensor, kernel: Tensor, norm: Norm, groups: int = 1, *, entry: Measured | None = None,
-            momentum: float = 0.1, eps: float = 1e-5,
-            impl: Literal["auto", "triton", "reference"] = "auto") -> tuple[Tensor, Measured]:
+def conv1x1(
+    x: Tensor,
+    kernel: Tensor,
+    norm: Norm,
+    groups: int = 1,
+    *,
+    entry: Measured | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    impl: Literal["auto", "triton", "reference"] = "auto",
+) -> tuple[Tensor, Measured]:
     """Convolve, and measure the result for the batch norm that follows: (y [N, Cout, H, W] channels-last, that norm).
 
     x [N, Cin, H, W] channels-last, kernel [Cout, Cin, 1, 1] of the same dtype: fp32, bf16 or fp16 (the twin also takes
@@ -145,8 +168,9 @@ def pays(inputs: int, outputs: int) -> bool:
     return min(inputs, outputs) <= PAYING
 
 
-def cost(shape: tuple[int, int, int, int], outputs: int, element_size: int, groups: int = 1, *,
-         normalised: bool = False) -> tuple[int, int]:
+def cost(
+    shape: tuple[int, int, int, int], outputs: int, element_size: int, groups: int = 1, *, normalised: bool = False
+) -> tuple[int, int]:
     """(bytes, flops) of convolving `shape` [N, Cin, H, W]: x and kernel read, y written, and the vectors (fp32).
 
     The partial sums between the two stages stay in cache and are not counted.
@@ -178,9 +202,18 @@ def _check(x: Tensor, kernel: Tensor, norm: Norm, groups: int, entry: Measured |
 
 
 @torch.library.custom_op("fastmoco::conv1x1", mutates_args=("running_mean", "running_var"))
-def _conv1x1(x: Tensor, kernel: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Tensor | None,
-             running_mean: Tensor | None, running_var: Tensor | None, groups: int, momentum: float,
-             eps: float) -> tuple[Tensor, Tensor]:
+def _conv1x1(
+    x: Tensor,
+    kernel: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    moments: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    groups: int,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     (outputs, inputs), rows = kernel.shape[:2], x.numel() // x.shape[1] // groups
     capability, processors = machine(x.device)
     row = tiles(_entry(x.dtype, inputs, outputs), capability)
@@ -188,8 +221,9 @@ def _conv1x1(x: Tensor, kernel: Tensor, weight: Tensor | None, bias: Tensor | No
     y = _empty_like(x, outputs)
     partial = x.new_empty((2, groups, splits, outputs), dtype=torch.float32)
     with torch.cuda.device_of(x):
-        convolve[(columns * splits, groups)](x, kernel, y, partial, weight, bias, moments, rows, inputs, outputs,
-                                             split_rows, **_options(row, x.dtype))
+        convolve[(columns * splits, groups)](
+            x, kernel, y, partial, weight, bias, moments, rows, inputs, outputs, split_rows, **_options(row, x.dtype)
+        )
         return y, finish(partial, running_mean, running_var, rows, split_rows, momentum, eps)
 
 
@@ -221,8 +255,14 @@ def _entry(dtype: torch.dtype, inputs: int, outputs: int) -> str:
 
 def _options(row: Tiles, dtype: torch.dtype) -> dict[str, Any]:
     rows, out, inputs, _ = row.block
-    return {"BLOCK_ROWS": rows, "BLOCK_OUT": out, "BLOCK_IN": inputs, "num_warps": row.num_warps,
-            "num_stages": row.num_stages, "PRECISION": "tf32x3" if dtype is torch.float32 else "tf32"}
+    return {
+        "BLOCK_ROWS": rows,
+        "BLOCK_OUT": out,
+        "BLOCK_IN": inputs,
+        "num_warps": row.num_warps,
+        "num_stages": row.num_stages,
+        "PRECISION": "tf32x3" if dtype is torch.float32 else "tf32",
+    }
 
 
 def variants(arch: int) -> list[Variant]:
@@ -242,5 +282,14 @@ def _variant(row: Tiles, dtype: torch.dtype, entry: str, normalised: bool) -> Va
     signature = {argument: "constexpr" if argument in options else types[argument] for argument in convolve.arg_names}
     wide = " wide" * entry.endswith("wide")
     label = f"conv1x1.{'normalised' if normalised else 'plain'} {name}{wide}"
-    return Variant(label, convolve, signature, options, warps, stages, divisible=("inputs", "outputs"),
-                   streaming=row.block[3] > 1, native_mma=dtype is not torch.float32)
+    return Variant(
+        label,
+        convolve,
+        signature,
+        options,
+        warps,
+        stages,
+        divisible=("inputs", "outputs"),
+        streaming=row.block[3] > 1,
+        native_mma=dtype is not torch.float32,
+    )

@@ -49,9 +49,18 @@ def _enqueue(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
     skipped = max(0, rows - size)
     with torch.cuda.device_of(queue):
         _enqueue_kernel[(triton.cdiv(rows - skipped, tile.block[0]),)](
-            queue, pointer, keys, size, rows, skipped, dim, triton.next_power_of_2(dim), tile.block[0],
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
+            queue,
+            pointer,
+            keys,
+            size,
+            rows,
+            skipped,
+            dim,
+            triton.next_power_of_2(dim),
+            tile.block[0],
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
 
 
 @_enqueue.register_fake

@@ -34,8 +34,9 @@ _TYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf
 
 
 @triton.jit
-def _load_rows(base, start, count, column, rows: tl.constexpr, dim: tl.constexpr, chunk: tl.constexpr,
-               whole: tl.constexpr):  # fmt: skip
+def _load_rows(
+    base, start, count, column, rows: tl.constexpr, dim: tl.constexpr, chunk: tl.constexpr, whole: tl.constexpr
+):
     row = tl.arange(0, rows)
     columns = column + tl.arange(0, chunk)
     pointers = base + tl.cast(start, tl.int64) * dim + (row[:, None] * dim + columns[None, :])
@@ -56,8 +57,9 @@ def _inverse_norms(z_q, start, n, rows: tl.constexpr, dim: tl.constexpr, padded:
 
 
 @triton.jit
-def _query(z_q, inverse, start, n, column, rows: tl.constexpr, dim: tl.constexpr, chunk: tl.constexpr,
-           operand: tl.constexpr):  # fmt: skip
+def _query(
+    z_q, inverse, start, n, column, rows: tl.constexpr, dim: tl.constexpr, chunk: tl.constexpr, operand: tl.constexpr
+):
     z = _load_rows(z_q, start, n, column, rows, dim, chunk, False).to(tl.float32)
     return (z * inverse[:, None]).to(operand)
 
@@ -71,9 +73,25 @@ def _product(left, right, precision: tl.constexpr, total=None):
 
 
 @triton.jit
-def _scores(q, keys, z_q, inverse, start, n, queue, key_start, key_count, rows: tl.constexpr, key_rows: tl.constexpr,
-            dim: tl.constexpr, padded: tl.constexpr, chunk: tl.constexpr, whole: tl.constexpr,
-            operand: tl.constexpr, precision: tl.constexpr):  # fmt: skip
+def _scores(
+    q,
+    keys,
+    z_q,
+    inverse,
+    start,
+    n,
+    queue,
+    key_start,
+    key_count,
+    rows: tl.constexpr,
+    key_rows: tl.constexpr,
+    dim: tl.constexpr,
+    padded: tl.constexpr,
+    chunk: tl.constexpr,
+    whole: tl.constexpr,
+    operand: tl.constexpr,
+    precision: tl.constexpr,
+):
     if padded == chunk:
         return _product(q, tl.trans(keys), precision)
     s = tl.zeros([rows, key_rows], tl.float32)
@@ -101,11 +119,29 @@ def _log2_scale(temperature, on_device: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "size", "tiles_per_piece"])
 def _sweep_kernel(
-    z_q, k, queue, temperature, z_part, a_part, rank_part, shift_part, positive_out, n, size, tiles_per_piece,
-    dim: tl.constexpr, padded: tl.constexpr, chunk: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
-    whole: tl.constexpr, on_device: tl.constexpr, running: tl.constexpr, headroom: tl.constexpr,
+    z_q,
+    k,
+    queue,
+    temperature,
+    z_part,
+    a_part,
+    rank_part,
+    shift_part,
+    positive_out,
+    n,
+    size,
+    tiles_per_piece,
+    dim: tl.constexpr,
+    padded: tl.constexpr,
+    chunk: tl.constexpr,
+    block_n: tl.constexpr,
+    block_k: tl.constexpr,
+    whole: tl.constexpr,
+    on_device: tl.constexpr,
+    running: tl.constexpr,
+    headroom: tl.constexpr,
     precision: tl.constexpr,
-):  # fmt: skip
+):
     start = tl.program_id(0) * block_n
     piece = tl.program_id(1)
     column = tl.program_id(2) * chunk
@@ -117,8 +153,11 @@ def _sweep_kernel(
     # The positive goes through the same instruction as the negatives, so that equal keys score equally.
     own = _load_rows(k, start, n, column, block_n, dim, chunk, False).to(operand)
     positive = _diagonal(
-        _scores(q, own, z_q, inverse, start, n, k, start, n, block_n, block_n, dim, padded, chunk, False, operand,
-                precision), block_n)  # fmt: skip
+        _scores(
+            q, own, z_q, inverse, start, n, k, start, n, block_n, block_n, dim, padded, chunk, False, operand, precision
+        ),
+        block_n,
+    )
 
     shift = positive * scale
     z = tl.zeros([block_n], tl.float32)
@@ -127,8 +166,25 @@ def _sweep_kernel(
     first = piece * tiles_per_piece
     for tile in range(first, tl.minimum(first + tiles_per_piece, tl.cdiv(size, block_k))):
         keys = _load_rows(queue, tile * block_k, size, column, block_k, dim, chunk, whole)
-        s = _scores(q, keys, z_q, inverse, start, n, queue, tile * block_k, size, block_n, block_k, dim, padded, chunk,
-                    whole, operand, precision)  # fmt: skip
+        s = _scores(
+            q,
+            keys,
+            z_q,
+            inverse,
+            start,
+            n,
+            queue,
+            tile * block_k,
+            size,
+            block_n,
+            block_k,
+            dim,
+            padded,
+            chunk,
+            whole,
+            operand,
+            precision,
+        )
         if not whole:
             s = tl.where((tile * block_k + tl.arange(0, block_k) < size)[None, :], s, float("-inf"))
         rank += tl.sum((s > positive[:, None]).to(tl.int32), 1)
@@ -157,11 +213,26 @@ def _sweep_kernel(
 
 @triton.jit(do_not_specialize=["n", "pieces"])
 def _combine_kernel(
-    z_q, k, temperature, z_part, a_part, rank_part, shift_part, positive_in, loss_out, rank_out, gradient_out,
-    n, pieces,
-    dim: tl.constexpr, padded: tl.constexpr, block_pieces: tl.constexpr,
-    on_device: tl.constexpr, running: tl.constexpr, headroom: tl.constexpr,
-):  # fmt: skip
+    z_q,
+    k,
+    temperature,
+    z_part,
+    a_part,
+    rank_part,
+    shift_part,
+    positive_in,
+    loss_out,
+    rank_out,
+    gradient_out,
+    n,
+    pieces,
+    dim: tl.constexpr,
+    padded: tl.constexpr,
+    block_pieces: tl.constexpr,
+    on_device: tl.constexpr,
+    running: tl.constexpr,
+    headroom: tl.constexpr,
+):
     row = tl.program_id(0)
     scale = _log2_scale(temperature, on_device)
     positive = tl.load(positive_in + row) * scale
@@ -248,11 +319,17 @@ def _running_shift(queue_dtype: torch.dtype, temperature: float, on_device: bool
 
 def _sweep_constants(tile: Tiles, dim: int, queue_dtype: torch.dtype, *, whole: bool, on_device: bool, running: bool):
     return {
-        "dim": dim, "padded": _padded(dim), "chunk": min(tile.block[3], _padded(dim)),
-        "block_n": tile.block[0], "block_k": tile.block[1], "whole": whole, "on_device": on_device,
-        "running": running, "headroom": _headroom(queue_dtype),
+        "dim": dim,
+        "padded": _padded(dim),
+        "chunk": min(tile.block[3], _padded(dim)),
+        "block_n": tile.block[0],
+        "block_k": tile.block[1],
+        "whole": whole,
+        "on_device": on_device,
+        "running": running,
+        "headroom": _headroom(queue_dtype),
         "precision": "tf32x3" if queue_dtype is torch.float32 else "tf32",
-    }  # fmt: skip
+    }
 
 
 def _headroom(queue_dtype: torch.dtype) -> int:
@@ -281,14 +358,40 @@ def _info_nce(
     )
     with torch.cuda.device_of(z_q):
         _sweep_kernel[(plan.row_tiles, plan.pieces, plan.chunks)](
-            z_q, k, queue, heat, z_part, a_part, rank_part, shift_part, positive, n, size, plan.tiles_per_piece,
-            **constants, num_warps=plan.tile.num_warps, num_stages=plan.tile.num_stages,
-        )  # fmt: skip
+            z_q,
+            k,
+            queue,
+            heat,
+            z_part,
+            a_part,
+            rank_part,
+            shift_part,
+            positive,
+            n,
+            size,
+            plan.tiles_per_piece,
+            **constants,
+            num_warps=plan.tile.num_warps,
+            num_stages=plan.tile.num_stages,
+        )
         _combine_kernel[(n,)](
-            z_q, k, heat, z_part, a_part, rank_part, shift_part, positive, loss, rank, gradient, n, plan.pieces,
+            z_q,
+            k,
+            heat,
+            z_part,
+            a_part,
+            rank_part,
+            shift_part,
+            positive,
+            loss,
+            rank,
+            gradient,
+            n,
+            plan.pieces,
             **_combine_constants(plan.combine, constants),
-            num_warps=plan.combine.num_warps, num_stages=plan.combine.num_stages,
-        )  # fmt: skip
+            num_warps=plan.combine.num_warps,
+            num_stages=plan.combine.num_stages,
+        )
     return loss, rank, gradient
 
 
@@ -366,9 +469,12 @@ def info_nce(
     on_device = isinstance(temperature, Tensor)
     device_temperature = temperature.detach().float() if on_device else None
     loss, rank, _ = _info_nce(
-        z_q.contiguous(), k.detach().contiguous(), queue.detach(), 0.0 if on_device else float(temperature),
+        z_q.contiguous(),
+        k.detach().contiguous(),
+        queue.detach(),
+        0.0 if on_device else float(temperature),
         device_temperature,
-    )  # fmt: skip
+    )
     return loss, rank
 
 
@@ -404,9 +510,15 @@ def variants(arch: int) -> list[Variant]:
 
 
 def _sweep_variant(
-    arch: int, dim: int, dtype: torch.dtype, *, running: bool = False, on_device: bool = False, whole: bool = True,
+    arch: int,
+    dim: int,
+    dtype: torch.dtype,
+    *,
+    running: bool = False,
+    on_device: bool = False,
+    whole: bool = True,
     k: str = "",
-) -> Variant:  # fmt: skip
+) -> Variant:
     tile = _sweep_tiles(dim, dtype, arch)
     constants = _sweep_constants(tile, dim, dtype, whole=whole, on_device=on_device, running=running)
     name = _TYPE_NAMES[dtype]

@@ -154,10 +154,25 @@ def _mean_gray_kernel(crops, parameters, sums, size: tl.constexpr, blocks: tl.co
 
 @triton.jit
 def _color_kernel(
-    crops, parameters, sums, rows, views, scratch, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
-    size: tl.constexpr, channels: tl.constexpr, blocks: tl.constexpr, lanes: tl.constexpr,
-    tiles: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
+    crops,
+    parameters,
+    sums,
+    rows,
+    views,
+    scratch,
+    scale_r,
+    scale_g,
+    scale_b,
+    shift_r,
+    shift_g,
+    shift_b,
+    size: tl.constexpr,
+    channels: tl.constexpr,
+    blocks: tl.constexpr,
+    lanes: tl.constexpr,
+    tiles: tl.constexpr,
+    block: tl.constexpr,
+):
     view = tl.program_id(0).to(tl.int64) // tiles
     pixels: tl.constexpr = size * size
     pixel = tl.program_id(0) % tiles * block + tl.arange(0, block)
@@ -198,10 +213,24 @@ def _pick(channel, first, second, third):
 
 @triton.jit
 def _blur_kernel(
-    parameters, rows, views, scratch, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
-    size: tl.constexpr, channels: tl.constexpr, tiles: tl.constexpr, edge: tl.constexpr,
-    max_sigma: tl.constexpr, max_radius: tl.constexpr, precision: tl.constexpr,
-):  # fmt: skip
+    parameters,
+    rows,
+    views,
+    scratch,
+    scale_r,
+    scale_g,
+    scale_b,
+    shift_r,
+    shift_g,
+    shift_b,
+    size: tl.constexpr,
+    channels: tl.constexpr,
+    tiles: tl.constexpr,
+    edge: tl.constexpr,
+    max_sigma: tl.constexpr,
+    max_radius: tl.constexpr,
+    precision: tl.constexpr,
+):
     channel = tl.program_id(0) % 3  # neighbours share sectors of the views, which L2 joins
     view = tl.program_id(0).to(tl.int64) // (3 * tiles * tiles)
     tile = tl.program_id(0) // 3 % (tiles * tiles)

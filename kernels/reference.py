@@ -101,8 +101,9 @@ def _scale_and_shift(weight: Tensor, bias: Tensor, mean: Tensor, variance: Tenso
     return scale, bias - mean * scale
 
 
-def _affine_act(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, residual_scale: Tensor | None,
-                relu: bool) -> Tensor:
+def _affine_act(
+    x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, residual_scale: Tensor | None, relu: bool
+) -> Tensor:
     result = torch.empty_like(x)
     y, x, residual = (t if t is None else t.movedim(1, -1) for t in (result, x, residual))
     per_group = x.shape[0] // scale.shape[0]
@@ -127,12 +128,16 @@ def _affine_act(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None
     return result
 
 
-def _batch_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, variance: Tensor,
-                         eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _batch_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     groups, invstd = mean.shape[0], torch.rsqrt(variance + eps)
     whole = groups == 1  # then torch's gradient as well; of several, which would have to be joined, it gains little
-    parts = [torch.ops.aten.native_batch_norm_backward(g, part, weight, None, None, m, i, True, eps, [whole, True, True])
-             for g, part, m, i in zip(grad.chunk(groups), x.chunk(groups), mean, invstd)]
+    wanted = [whole, True, True]
+    parts = [
+        torch.ops.aten.native_batch_norm_backward(g, part, weight, None, None, m, i, True, eps, wanted)
+        for g, part, m, i in zip(grad.chunk(groups), x.chunk(groups), mean, invstd)
+    ]
     grad_x, *grads = zip(*parts)
     grad_weight, grad_bias = (torch.stack(rows) for rows in grads)
     if whole:
@@ -144,9 +149,20 @@ def _batch_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, 
     return grad_x, grad_weight.sum(0), grad_bias.sum(0)
 
 
-def batch_norm_act(x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] | None, groups: int = 1, *,
-                   residual: Tensor | None = None, residual_norm: tuple | None = None, relu: bool = True,
-                   momentum: float = 0.1, eps: float = 1e-5, training: bool = True) -> Tensor:
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running: tuple[Tensor, Tensor] | None,
+    groups: int = 1,
+    *,
+    residual: Tensor | None = None,
+    residual_norm: tuple | None = None,
+    relu: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    training: bool = True,
+) -> Tensor:
     """ReLU(batch norm(x) + residual or batch norm(residual)), statistics over groups of consecutive samples."""
     wide = torch.promote_types(x.dtype, torch.float32)
     inputs = [(x, weight.to(wide), bias.to(wide), running)]
@@ -165,8 +181,9 @@ def batch_norm_act(x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tenso
     return y
 
 
-def measure(x: Tensor, running: tuple[Tensor, Tensor] | None, groups: int = 1, *, momentum: float = 0.1,
-            eps: float = 1e-5) -> Tensor:
+def measure(
+    x: Tensor, running: tuple[Tensor, Tensor] | None, groups: int = 1, *, momentum: float = 0.1, eps: float = 1e-5
+) -> Tensor:
     """Mean and 1 / sqrt(variance + eps) of each group of samples, [2, groups, C]; moves the running statistics."""
     mean, variance = _moments(x, groups)
     if running is not None:
@@ -174,8 +191,14 @@ def measure(x: Tensor, running: tuple[Tensor, Tensor] | None, groups: int = 1, *
     return torch.stack([mean, torch.rsqrt(variance + eps)])
 
 
-def normalise(x: Tensor, norm: tuple[Tensor, Tensor, Tensor], *, residual: Tensor | None = None,
-              residual_norm: tuple[Tensor, Tensor, Tensor] | None = None, relu: bool = True) -> Tensor:
+def normalise(
+    x: Tensor,
+    norm: tuple[Tensor, Tensor, Tensor],
+    *,
+    residual: Tensor | None = None,
+    residual_norm: tuple[Tensor, Tensor, Tensor] | None = None,
+    relu: bool = True,
+) -> Tensor:
     """ReLU(batch norm(x) + residual or batch norm(residual)) by given (weight, bias, moments)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     scale, shift = _by_moments(*norm, wide)
@@ -192,9 +215,16 @@ def _by_moments(weight: Tensor, bias: Tensor, moments: Tensor, wide: torch.dtype
     return scale, bias.to(wide) - mean * scale
 
 
-def conv1x1(x: Tensor, kernel: Tensor, running: tuple[Tensor, Tensor] | None, groups: int = 1, *,
-            entry: tuple[Tensor, Tensor, Tensor] | None = None, momentum: float = 0.1,
-            eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+def conv1x1(
+    x: Tensor,
+    kernel: Tensor,
+    running: tuple[Tensor, Tensor] | None,
+    groups: int = 1,
+    *,
+    entry: tuple[Tensor, Tensor, Tensor] | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
     """Convolution of x, or of ReLU(batch norm(x)) by `entry`, and the moments of the result."""
     y = F.conv2d(x if entry is None else normalise(x, entry), kernel)
     y = y.contiguous(memory_format=torch.channels_last)
@@ -386,4 +416,3 @@ def _convolve(view: Tensor, dim: int, weights: list[float]) -> None:
     for tap in range(1, radius + 1):
         view.add_(padded.narrow(dim, radius - tap, size), alpha=weights[tap])
         view.add_(padded.narrow(dim, radius + tap, size), alpha=weights[tap])
-

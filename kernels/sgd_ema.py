@@ -58,8 +58,18 @@ def sgd_ema(
     scalars = (lr, momentum, weight_decay, ema_momentum, 1.0 if grad_scale is None else grad_scale)
     use_triton = _use_triton(impl, table.device)
     if _is_traced(table):
-        _sgd_ema(table.handle, use_triton, table.q, table.velocity, table.k, table.q_casts, table.k_casts, list(grads),
-                 *_split_scalars(scalars), nonfinite)  # fmt: skip
+        _sgd_ema(
+            table.handle,
+            use_triton,
+            table.q,
+            table.velocity,
+            table.k,
+            table.q_casts,
+            table.k_casts,
+            list(grads),
+            *_split_scalars(scalars),
+            nonfinite,
+        )
     else:
         _update(table, table.tensors, use_triton, grads, scalars, nonfinite)
         written = (table.q, table.velocity, table.k, table.q_casts, table.k_casts, [nonfinite])
@@ -103,8 +113,15 @@ def variants(arch: int) -> list[Variant]:
     """The three kernels as production compiles them: learning rate on the device, the rest floats."""
     row = tiles("sgd_ema", arch)
     tables = {"records": "*i64", "chunks": "*i32"}
-    update = {"skip": "*i32", "nonfinite": "*i32", "lr": "*fp32", "momentum": "fp32", "weight_decay": "fp32",
-              "ema_momentum": "fp32", "grad_scale": "fp32"}  # fmt: skip
+    update = {
+        "skip": "*i32",
+        "nonfinite": "*i32",
+        "lr": "*fp32",
+        "momentum": "fp32",
+        "weight_decay": "fp32",
+        "ema_momentum": "fp32",
+        "grad_scale": "fp32",
+    }
     return [
         _variant("sgd_ema.check", _check_kernel, tables | {"skip": "*i32"}, row),
         _variant("sgd_ema.update", _update_kernel, tables | update, row, ON_DEVICE=1),
@@ -190,9 +207,18 @@ def _update(
     with torch.cuda.device_of(skip):
         _check_kernel[found.grid](records, found.chunks, skip, **options)
         _update_kernel[found.grid](
-            records, found.chunks, skip, nonfinite, lr, momentum, weight_decay, _weight(ema_momentum), grad_scale,
-            ON_DEVICE=_bits(scalars), **options,
-        )  # fmt: skip
+            records,
+            found.chunks,
+            skip,
+            nonfinite,
+            lr,
+            momentum,
+            weight_decay,
+            _weight(ema_momentum),
+            grad_scale,
+            ON_DEVICE=_bits(scalars),
+            **options,
+        )
 
 
 def _average(table: TensorTable, tensors: Tensors, use_triton: bool, ema_momentum: float | Tensor) -> None:
@@ -211,8 +237,13 @@ def _average(table: TensorTable, tensors: Tensors, use_triton: bool, ema_momentu
 def _options(row: Tiles) -> dict[str, Any]:
     chunk, block = row.block
     # Without fusion every rounding is the one written down: torch's.
-    return {"CHUNK": chunk, "BLOCK": block, "num_warps": row.num_warps, "num_stages": row.num_stages,
-            "enable_fp_fusion": False}  # fmt: skip
+    return {
+        "CHUNK": chunk,
+        "BLOCK": block,
+        "num_warps": row.num_warps,
+        "num_stages": row.num_stages,
+        "enable_fp_fusion": False,
+    }
 
 
 def _weight(ema_momentum: float | Tensor) -> float | Tensor:
@@ -248,9 +279,19 @@ def _poison(record, start, left, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _update_kernel(
-    records, chunks, skip, nonfinite, lr, momentum, weight_decay, ema_momentum, grad_scale,
-    ON_DEVICE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    records,
+    chunks,
+    skip,
+    nonfinite,
+    lr,
+    momentum,
+    weight_decay,
+    ema_momentum,
+    grad_scale,
+    ON_DEVICE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     record, start, left = _locate(records, chunks, tl.num_programs(0) - 1 - tl.program_id(0), CHUNK)
     if tl.load(skip) != 0:
         if tl.program_id(0) == 0:
@@ -266,9 +307,7 @@ def _update_kernel(
 
 
 @triton.jit
-def _update_chunk(
-    record, start, left, lr, momentum, decay, weight, unscale, CHUNK: tl.constexpr, BLOCK: tl.constexpr
-):
+def _update_chunk(record, start, left, lr, momentum, decay, weight, unscale, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     q_at, velocity_at, k_at = tl.load(record + _Q), tl.load(record + _VELOCITY), tl.load(record + _K)
     q_work_at, k_work_at, grad_at = tl.load(record + _Q_WORK), tl.load(record + _K_WORK), tl.load(record + _GRAD)
     grad_kind, q_kind, k_kind = _kind(record, 0), _kind(record, 2), _kind(record, 4)
@@ -290,9 +329,7 @@ def _update_chunk(
 
 
 @triton.jit
-def _ema_kernel(
-    records, chunks, ema_momentum, ON_DEVICE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
-):
+def _ema_kernel(records, chunks, ema_momentum, ON_DEVICE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     record, start, left = _locate(records, chunks, tl.program_id(0), CHUNK)
     weight = _ema_weight(ema_momentum, ON_DEVICE)
     if (left == CHUNK) & _aligned(record, False):
@@ -424,9 +461,11 @@ def _check_gradients(table: TensorTable, grads: Sequence[Tensor]) -> None:
         raise ValueError(f"{len(grads)} gradients for a table of {len(table)} entries")
     for index, (grad, q, layout) in enumerate(zip(grads, table.q, table.layouts, strict=True)):
         if (  # nearly always, and on every step: the host's time for anything more would show
-            grad is not None and grad.dtype in WORK_DTYPES and (grad.shape, grad.stride()) == layout
+            grad is not None
+            and grad.dtype in WORK_DTYPES
+            and (grad.shape, grad.stride()) == layout
             and grad.device == table.device
-        ):  # fmt: skip
+        ):
             continue
         if grad is None:
             raise ValueError(f"gradient {index} is None: its parameter took no part in the loss")

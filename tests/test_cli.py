@@ -129,9 +129,14 @@ def test_values_reach_the_recipe_and_the_options(tmp_path):
     assert command.distributed and isinstance(chosen, Pretrain) and chosen.preset == "v2"
     v2 = PRESETS["v2"][1]
     assert chosen.recipe == replace(
-        v2, batch_size=512, lr=0.1, milestones=(3, 4), symmetric=True, shuffle_bn=False,
+        v2,
+        batch_size=512,
+        lr=0.1,
+        milestones=(3, 4),
+        symmetric=True,
+        shuffle_bn=False,
         augmentation=replace(v2.augmentation, crop_scale=(0.1, 0.9), hue=0.2),
-    )  # fmt: skip
+    )
     assert chosen.options == Options(data=tmp_path, out=tmp_path / "x", keep=5)
 
 
@@ -201,9 +206,12 @@ cli_load = cli.load
 
 def launch(*argv: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, ROOT / "launch.py", *argv], capture_output=True, text=True, timeout=120,
+        [sys.executable, ROOT / "launch.py", *argv],
+        capture_output=True,
+        text=True,
+        timeout=120,
         env={**os.environ, **environment},
-    )  # fmt: skip
+    )
 
 
 def test_the_launcher_checks_before_it_starts_anything():

@@ -42,8 +42,10 @@ def test_openmp_spins_briefly_unless_told_otherwise(monkeypatch: pytest.MonkeyPa
 def test_the_launcher_says_so_before_torch_is_loaded():
     """The control: loaded first, torch's OpenMP has read its environment already."""
     code = "import os, sys, launch; launch.start(['env']); print('GOMP_SPINCOUNT' in os.environ)"
-    watch = "import sys; sys.addaudithook(lambda name, args: name == 'import' and args[0] == 'torch' and " \
-            "print('loaded with', __import__('os').environ.get('GOMP_SPINCOUNT')))\n"  # fmt: skip
+    watch = (
+        "import sys; sys.addaudithook(lambda name, args: name == 'import' and args[0] == 'torch' and "
+        "print('loaded with', __import__('os').environ.get('GOMP_SPINCOUNT')))\n"
+    )
     environ = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     for first, found in (("", environment.SPIN), ("import torch\n", "None")):
         said = subprocess.run([sys.executable, "-c", watch + first + code], env=environ, capture_output=True, text=True)

@@ -40,7 +40,7 @@ LOST = failure(1, "RuntimeError: Connection closed by peer\nand more", 5)
         (failure(3, timestamp=9), 1, 3, "failed: exit code 3, told above or by the first rank"),
         (failure(-signal.SIGTERM, timestamp=1), 0, 1, "failed: RuntimeError: Connection closed by peer"),
     ],
-)  # fmt: skip
+)
 def test_the_cause_is_told_from_its_consequences(
     other: ProcessFailure, blamed: int, code: int, said: str, capsys: pytest.CaptureFixture
 ) -> None:

@@ -19,9 +19,11 @@ CAUGHT += "except KeyboardInterrupt:\n    print('raised')\n"
 def end(code: str, first: signal.Handlers = signal.SIG_DFL) -> tuple[int, str, bool]:
     """Exit code, output, and whether a stack was shown."""
     process = subprocess.run(
-        [sys.executable, "-c", HEAD + code], capture_output=True, text=True,
+        [sys.executable, "-c", HEAD + code],
+        capture_output=True,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, first),
-    )  # fmt: skip
+    )
     return process.returncode, process.stdout.strip(), "Traceback" in process.stderr
 
 

@@ -37,9 +37,13 @@ def folder(tmp_path: Path) -> Path:
 
 def start(folder: Path, *argv: str, program: Sequence[str | Path] = (ROOT / "launch.py",)) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, *program, *argv, *SMALL.split()], cwd=folder, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [sys.executable, *program, *argv, *SMALL.split()],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -103,8 +107,24 @@ def test_a_rank_lost_on_one_machine_ends_the_job_on_both(harm, machine, code, sa
 
 
 def test_a_job_that_loses_a_machine_goes_on_with_the_ranks_that_are_left(folder):
-    flags = ("--data", "images", "--out", "run", "--epochs", "1000", "--log-every", "2", "--save-minutes", "0",
-             "--save-every", "4", "--stop-after", "200", "--timeout-seconds", "3")  # fmt: skip
+    flags = (
+        "--data",
+        "images",
+        "--out",
+        "run",
+        "--epochs",
+        "1000",
+        "--log-every",
+        "2",
+        "--save-minutes",
+        "0",
+        "--save-every",
+        "4",
+        "--stop-after",
+        "200",
+        "--timeout-seconds",
+        "3",
+    )
     restarts = ("--max-restarts", "1", "--rdzv-conf", "last_call_timeout=3")
     machines = start_machines(folder, *restarts, "pretrain", "demo", *flags, nnodes="1:2")
     log = folder / "run/log.jsonl"
@@ -209,8 +229,9 @@ def test_a_killed_rank_ends_the_job_and_is_named(folder):
 
 def test_a_hung_rank_ends_the_job_with_stacks_that_show_where(folder):
     """A file that never gives its bytes, as on a dead file server."""
-    process = start(folder, "--nproc", "2", "pretrain", "demo", *ENDLESS, "--timeout-seconds", "3",
-                    "--watchdog-seconds", "5")  # fmt: skip
+    process = start(
+        folder, "--nproc", "2", "pretrain", "demo", *ENDLESS, "--timeout-seconds", "3", "--watchdog-seconds", "5"
+    )
     train_until(process, folder / "run/log.jsonl", 4)
     os.mkfifo(folder / "pipe")
     (folder / "pipe").rename(folder / "images/7.jpg")
@@ -245,8 +266,21 @@ def test_a_rank_that_raises_ends_the_job_with_its_own_exit_code(folder):
 
 
 def test_with_restarts_a_killed_rank_costs_time_and_nothing_else(folder):
-    flags = ("--data", "images", "--epochs", "1000", "--stop-after", "60", "--log-every", "2", "--save-minutes", "0",
-             "--save-every", "4", "--out")  # fmt: skip
+    flags = (
+        "--data",
+        "images",
+        "--epochs",
+        "1000",
+        "--stop-after",
+        "60",
+        "--log-every",
+        "2",
+        "--save-minutes",
+        "0",
+        "--save-every",
+        "4",
+        "--out",
+    )
     finish(start(folder, "--nproc", "2", "pretrain", "demo", *flags, "whole"))
     process = start(folder, "--nproc", "2", "--max-restarts", "1", "pretrain", "demo", *flags, "run")
     train_until(process, folder / "run/log.jsonl", 6)

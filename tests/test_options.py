@@ -11,10 +11,18 @@ from fastmoco.options import EvaluateKnn, Options, UsageError, check_places
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"log_every": 0}, {"prefetch": 0}, {"keep": 1}, {"knn_every": -1}, {"threads": -1}, {"save_every": -1},
-        {"save_minutes": -0.5}, {"stop_after": 0}, {"keep_every": -1}, {"watchdog_seconds": -1},
+        {"log_every": 0},
+        {"prefetch": 0},
+        {"keep": 1},
+        {"knn_every": -1},
+        {"threads": -1},
+        {"save_every": -1},
+        {"save_minutes": -0.5},
+        {"stop_after": 0},
+        {"keep_every": -1},
+        {"watchdog_seconds": -1},
     ],
-)  # fmt: skip
+)
 def test_a_wrong_value_names_its_flag_and_the_remedy(wrong):
     flag = "--" + next(iter(wrong)).replace("_", "-")
     with pytest.raises(UsageError, match=rf"{flag} is {next(iter(wrong.values()))}: use"):

@@ -45,8 +45,15 @@ def test_any_values_make_a_picture_inside_its_frame(values):
 
 def test_text_is_escaped():
     evil = "<script>alert(1)</script>"
-    text = page(evil, [tiles([(evil, evil, evil)]), table([(evil, evil)], (evil,)), chart(evil, []),
-                       picture(b"x", "png", f'"{evil}', evil)])  # fmt: skip
+    text = page(
+        evil,
+        [
+            tiles([(evil, evil, evil)]),
+            table([(evil, evil)], (evil,)),
+            chart(evil, []),
+            picture(b"x", "png", f'"{evil}', evil),
+        ],
+    )
     assert "<script" not in text and text.count("&lt;script&gt;") >= 8
 
 

@@ -32,9 +32,15 @@ def test_a_single_process_needs_no_launcher(lonely: Parallel) -> None:
     assert not torch.distributed.is_initialized()
 
 
-@pytest.mark.parametrize(("device", "failing", "end"), [
-    ("cuda", True, "abort"), ("cuda", False, "destroy"), ("cpu", True, "destroy"), ("cpu", False, "destroy"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("device", "failing", "end"),
+    [
+        ("cuda", True, "abort"),
+        ("cuda", False, "destroy"),
+        ("cpu", True, "destroy"),
+        ("cpu", False, "destroy"),
+    ],
+)
 def test_a_rank_that_failed_waits_for_nobody(
     device: str, failing: bool, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,8 +113,15 @@ def test_a_failing_rank_fails_the_test(run_ranks) -> None:
 
 def meet(address: str, rank: int, attempt: int, queue: object) -> None:
     host, port = address.split(":")
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR=host, MASTER_PORT=port,
-                      TORCHELASTIC_RESTART_COUNT=str(attempt), TORCHELASTIC_USE_AGENT_STORE="True")  # fmt: skip
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR=host,
+        MASTER_PORT=port,
+        TORCHELASTIC_RESTART_COUNT=str(attempt),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )
     time.sleep(rank)  # rank 0 looks first, and finds what the attempt before it left
     parallel = Parallel.start("cpu", timedelta(seconds=10))
     queue.put(float(parallel.mean(torch.tensor(float(rank)))))

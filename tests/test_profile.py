@@ -37,8 +37,9 @@ def test_the_torch_profile_writes_a_trace_a_picture_and_a_table(tmp_path, capsys
     with gzip.open(tmp_path / profile.TRACE, "rt") as file:
         events = json.load(file)["traceEvents"]
     assert {event["name"] for event in events if event.get("cat") == "user_annotation"} == {
-        *PARTS, "step 1",
-    }  # fmt: skip
+        *PARTS,
+        "step 1",
+    }
     picture = (tmp_path / profile.PICTURE).read_text()
     assert "backward" in picture and "fp32 on CPU, 1 torch thread" in picture
 
@@ -95,9 +96,10 @@ def test_the_pace_is_the_median_and_says_so_where_steps_differ():
 
 def test_parts_have_their_range_over_the_steps_and_speeds_in_units_that_fit():
     rows = [
-        Row("gemm", "backward", 4, 3.0, (1.0, 2.0)), Row("add", "backward", 2, 0.5, (0.25, 0.25)),
+        Row("gemm", "backward", 4, 3.0, (1.0, 2.0)),
+        Row("add", "backward", 2, 0.5, (0.25, 0.25)),
         Row("_enqueue_kernel", "enqueue", 2, 5e-4),
-    ]  # fmt: skip
+    ]
     costs = {"backward": profile.Cost(3.5e5, 6.8e7, 0.35), "enqueue": profile.Cost(1e6, 0, 1e-4)}
     lines = profile.table_of_parts(profile.Recording(rows[:2], [1.5, 2.5]), costs, TOY)
     assert "| backward | 1,750.0 | 1,250.0 to 2,250.0 | 100.0% | 200.0 kB/s | 38.9 MFLOP/s | 20.0% |" in lines

@@ -34,9 +34,17 @@ from fastmoco.recipe import Recipe
 
 STEPS, LR, SIZE = 30, 0.03, 16
 RECIPE = Recipe(
-    arch="resnet18", width=0.0625, stem="cifar", head="mlp", dim=16, batch_size=16, bn_group=4, crop_size=SIZE,
-    queue_size=40, temperature=0.2,
-)  # fmt: skip
+    arch="resnet18",
+    width=0.0625,
+    stem="cifar",
+    head="mlp",
+    dim=16,
+    batch_size=16,
+    bn_group=4,
+    crop_size=SIZE,
+    queue_size=40,
+    temperature=0.2,
+)
 WORLDS = (1, 2, 4)
 FLOAT64_BOUND = 1e-10
 """Losses were seen to part by 1e-15 and weights by 2e-13; the controls part by a tenth."""
@@ -276,8 +284,9 @@ def train_published(parallel: Parallel, folder: Path, steps: int, dtype: torch.d
     ours = Step(RECIPE, parallel, precision)
     start = {name: value.clone() for name, value in ours.state().items()}
     model = DistributedDataParallel(PublishedMoCo(start, dtype), **{step_module.BUFFERS: buffers})
-    optimizer = torch.optim.SGD(model.module.encoder_q.parameters(), LR, RECIPE.sgd_momentum,
-                                weight_decay=RECIPE.weight_decay)  # fmt: skip
+    optimizer = torch.optim.SGD(
+        model.module.encoder_q.parameters(), LR, RECIPE.sgd_momentum, weight_decay=RECIPE.weight_decay
+    )
     ours._query.register_comm_hook(None, wires[0].gradients)
     model.register_comm_hook(None, wires[1].gradients)
     mine, losses = slice(parallel.rank * 4, parallel.rank * 4 + 4), []

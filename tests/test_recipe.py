@@ -161,9 +161,7 @@ def test_a_batch_that_does_not_split_names_those_that_do() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    batch=st.integers(-5, 600), group=st.integers(-1, 70), queue=st.integers(-1, 5), temperature=st.floats(-1, 1)
-)
+@given(batch=st.integers(-5, 600), group=st.integers(-1, 70), queue=st.integers(-1, 5), temperature=st.floats(-1, 1))
 def test_a_recipe_is_either_whole_or_refused_with_a_remedy(
     batch: int, group: int, queue: int, temperature: float
 ) -> None:

@@ -107,8 +107,15 @@ def test_a_run_that_has_barely_begun_and_one_without_its_images(trained, tmp_pat
 
 def test_evaluations_appear_with_their_circumstances(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run", symlinks=True)
-    figures = {"step": 6, "top1": 87.5, "top5": 100.0, "classes": 2, "queries": 8,
-               "backbone": "bit-equal after the probe", "protocol": {"epochs": 100, "batch_size": 24, "lr": 30.0}}  # fmt: skip
+    figures = {
+        "step": 6,
+        "top1": 87.5,
+        "top5": 100.0,
+        "classes": 2,
+        "queries": 8,
+        "backbone": "bit-equal after the probe",
+        "protocol": {"epochs": 100, "batch_size": 24, "lr": 30.0},
+    }
     (tmp_path / "run/linear.json").write_text(json.dumps(figures))
     Image.new("RGB", (9, 9)).save(tmp_path / "run/linear.png")
     text = report.render(tmp_path / "run", views=False)

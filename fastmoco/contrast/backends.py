@@ -85,9 +85,7 @@ class ApexUpdate:
             ) from error
         self.recipe, self._tensors = recipe, tensors
         self._casts, self._grads = _casts(tensors), _own_gradients(tensors)
-        self._optimizer = FusedSGD(
-            list(tensors.q), 0.0, momentum=recipe.sgd_momentum, weight_decay=recipe.weight_decay
-        )
+        self._optimizer = FusedSGD(list(tensors.q), 0.0, momentum=recipe.sgd_momentum, weight_decay=recipe.weight_decay)
         _give_velocity(self._optimizer, tensors)
         # axpby reports infinities here; q and k hold none, because gradients are checked first.
         self._overflow = torch.zeros(1, dtype=torch.int32, device=tensors.q[0].device)

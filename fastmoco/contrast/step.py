@@ -209,9 +209,15 @@ class Step:
             return crops.to(self._numbers.work)
         drawn = self.recipe.augmentation
         return photometric(
-            crops, parameters, drawn.mean, drawn.std, dtype=self._numbers.work, channels=self.channels, rows=rows,
+            crops,
+            parameters,
+            drawn.mean,
+            drawn.std,
+            dtype=self._numbers.work,
+            channels=self.channels,
+            rows=rows,
             max_sigma=drawn.blur_sigma[1],
-        )  # fmt: skip
+        )
 
     @torch.no_grad()
     def _encode_keys(self, batch: Batch) -> Tensor:

@@ -354,9 +354,7 @@ class _Source:
     def repair(self) -> Repair | None:
         return self._repair if self.quarantine is not None else None
 
-    def requests(
-        self, readers: ThreadPoolExecutor, wanted: Iterable[tuple[int, np.ndarray]]
-    ) -> Iterator[Request]:
+    def requests(self, readers: ThreadPoolExecutor, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[Request]:
         reading: deque = deque()
         for step, samples in wanted:
             used = samples if self.quarantine is None else self.quarantine.replaced(step, samples)

@@ -188,9 +188,14 @@ class _Results:
         """Keep everything, where there is anything new."""
         if self.cache and self.changed:
             kept.save(
-                self.path, names=self._names, states=self._states, sizes=self.sizes, codes=self.codes,
-                decoded=self.decoded, reasons=kept.packed(self.reasons),
-            )  # fmt: skip
+                self.path,
+                names=self._names,
+                states=self._states,
+                sizes=self.sizes,
+                codes=self.codes,
+                decoded=self.decoded,
+                reasons=kept.packed(self.reasons),
+            )
 
     def _look_up(self, data: dict[str, np.ndarray]) -> None:
         rows = np.arange(len(self.files))

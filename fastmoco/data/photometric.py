@@ -15,8 +15,19 @@ from nvidia.dali import Pipeline, fn, math, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from torch import Tensor
 
-from fastmoco.data.plan import BRIGHTNESS, CONTRAST, FLIP, GRAY, GRAY_AFTER_JITTER, GRAY_BEFORE_JITTER, HUE
-from fastmoco.data.plan import NO_JITTER, ORDER, SATURATION, SIGMA
+from fastmoco.data.plan import (
+    BRIGHTNESS,
+    CONTRAST,
+    FLIP,
+    GRAY,
+    GRAY_AFTER_JITTER,
+    GRAY_BEFORE_JITTER,
+    HUE,
+    NO_JITTER,
+    ORDER,
+    SATURATION,
+    SIGMA,
+)
 
 
 class DaliPhotometric:

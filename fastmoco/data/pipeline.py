@@ -176,9 +176,9 @@ def cut(crops: Tensor, first: int, boxes: np.ndarray, images: list[Tensor], wait
     for i in waiting:
         image = images[i].numpy()
         for view, (top, left, height, width) in enumerate(boxes[:, i].tolist()):
-            # Copied by NumPy, and resized by what F.interpolate calls, straight to its place. Were a copy left to torch,
-            # each of these threads would start OpenMP threads, more than there are cores, and those of the training
-            # step would go to sleep at every operation.
+            # Copied by NumPy, and resized by what F.interpolate calls, straight to its place. Were a copy left to
+            # torch, each of these threads would start OpenMP threads, more than there are cores, and those of the
+            # training step would go to sleep at every operation.
             box = np.ascontiguousarray(image[top : top + height, left : left + width])
             made = crops[view, first + i].permute(2, 0, 1)[None]
             planes = torch.from_numpy(box).permute(2, 0, 1)[None]

@@ -126,5 +126,3 @@ def _ends_before_garbage(file: io.RawIOBase) -> bool:
 def _whole(file: io.RawIOBase) -> bytes:
     file.seek(0)
     return file.read()
-
-

@@ -132,6 +132,6 @@ class Quarantine:
             raise DataError(
                 f"{count} of {len(self.manifest)} images are bad, and max_bad_share {self.max_share:g} allows "
                 f"{self.limit}; the last one is {last.file}: {last.reason}{listed}: check the disk and the files "
-                f"(fastmoco data scan --full finds all of them, and they are then left out), or let pretrain allow more "
-                f"with --max-bad-share"
+                f"(fastmoco data scan --full finds all of them, and they are then left out), or let pretrain allow "
+                f"more with --max-bad-share"
             )

@@ -90,12 +90,14 @@ def _lines(title: str, part: dict[str, Any]) -> list[str]:
         f"{title:<12}{part['images']}{archives} in {part['root']} ({part['bytes'] / GIB:.3g} GiB)",
         f"  first     {', '.join(part['first'])}",
         f"  classes   {classes}",
-        *(f"  {side:<10}{part[side]['least']} to {part[side]['most']}, median {part[side]['median']}"
-          for side in ("height", "width")),
+        *(
+            f"  {side:<10}{part[side]['least']} to {part[side]['most']}, median {part[side]['median']}"
+            for side in ("height", "width")
+        ),
         f"  checked   {how}, {part['seconds']:.1f} s",
         f"  left out  {len(part['left_out'])}",
         *_rejected(part["left_out"]),
-    ]  # fmt: skip
+    ]
 
 
 def _rejected(left_out: list[dict[str, str]]) -> list[str]:

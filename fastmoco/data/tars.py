@@ -73,8 +73,9 @@ def _read(path: str, status: os.stat_result) -> Members:
     except (tarfile.TarError, OSError, UnicodeDecodeError, EOFError) as error:
         raise DataError(f"{path}: {_reason(path, error)}") from None
     _check_end(path, end, status.st_size)
-    labels = [classes.get(_key(name)[0]) or (sys.intern(name.split("/", 1)[0]) if "/" in name else None)
-              for name in names]  # fmt: skip
+    labels = [
+        classes.get(_key(name)[0]) or (sys.intern(name.split("/", 1)[0]) if "/" in name else None) for name in names
+    ]
     return Members(names, np.array(offsets, np.int64), np.array(sizes, np.int64), labels, status.st_mtime_ns)
 
 

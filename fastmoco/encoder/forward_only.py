@@ -41,9 +41,7 @@ def _shortcut(downsample: nn.Sequential | None, x: Tensor) -> tuple[Tensor, Meas
     return y, _measure(norm, y)
 
 
-def _convolve(
-    conv: nn.Conv2d, norm: BatchNormAct, x: Tensor, entry: Measured | None = None
-) -> tuple[Tensor, Measured]:
+def _convolve(conv: nn.Conv2d, norm: BatchNormAct, x: Tensor, entry: Measured | None = None) -> tuple[Tensor, Measured]:
     if not pays(conv.in_channels, conv.out_channels):
         y = conv(x if entry is None else normalise(x, entry, overwrite=True, impl=norm.impl))
         return y, _measure(norm, y)

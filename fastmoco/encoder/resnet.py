@@ -156,9 +156,7 @@ class Encoder(nn.Module):
         return self.fc(self.features(x))
 
 
-def _stage(
-    shape: Architecture, entry: int, base: int, blocks: int, *, stride: int, group_size: int
-) -> nn.Sequential:
+def _stage(shape: Architecture, entry: int, base: int, blocks: int, *, stride: int, group_size: int) -> nn.Sequential:
     kind = BasicBlock if shape.expansion == 1 else Bottleneck
     width, out = base * shape.inner, base * shape.expansion
     layers = [kind(entry, width, out, stride, group_size)]

@@ -33,14 +33,23 @@ def run(options: Embed) -> None:
     if manifest.split(options.data)[0] != str(options.data):
         images = dataclasses.replace(images, labels=None, classes=[])  # train and val are no classes
     with tqdm(total=len(images), unit="image", disable=None) as bar:
-        features, shown = encode(encoder, images, recipe, parallel, threads=options.threads or None,
-                                 normalise=options.normalise, progress=bar.update)  # fmt: skip
+        features, shown = encode(
+            encoder,
+            images,
+            recipe,
+            parallel,
+            threads=options.threads or None,
+            normalise=options.normalise,
+            progress=bar.update,
+        )
     good = np.flatnonzero(shown.cpu().numpy() == np.arange(len(images)))
     left_out = len(images.rejected) + len(images) - len(good)
     rows, images = features.cpu().numpy()[good], subset(images, good)
     files.write(options.out, lambda path: save(path, rows, images))
-    print(f"{options.out}: {rows.shape[0]} images, {rows.shape[1]} {options.features} features each, encoder of "
-          f"{options.run} after step {step}; {left_out} files left out")  # fmt: skip
+    print(
+        f"{options.out}: {rows.shape[0]} images, {rows.shape[1]} {options.features} features each, encoder of "
+        f"{options.run} after step {step}; {left_out} files left out"
+    )
 
 
 def _save_npz(path: Path, features: np.ndarray, images: Manifest) -> None:

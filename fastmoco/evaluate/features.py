@@ -59,9 +59,15 @@ def encode(
     # Every rank encodes equally many, the last images again where the shares do not come out even.
     indices = (np.arange(share) + parallel.rank * share).clip(max=len(manifest) - 1)
     loader = EvaluationLoader(
-        manifest, recipe.crop_size, parallel.device, indices=indices, batch_size=batch_size, threads=threads,
-        decoding=Decoding(hw_decoder_load, recipe.fancy_upsampling), max_bad_share=recipe.max_bad_share,
-    )  # fmt: skip
+        manifest,
+        recipe.crop_size,
+        parallel.device,
+        indices=indices,
+        batch_size=batch_size,
+        threads=threads,
+        decoding=Decoding(hw_decoder_load, recipe.fancy_upsampling),
+        max_bad_share=recipe.max_bad_share,
+    )
     forward = encoder.features if recipe.knn_features == "backbone" else encoder
     features, done, shown = None, 0, np.empty(share, np.int64)
     with loader, _evaluating(encoder), torch.no_grad():

@@ -111,16 +111,26 @@ def _write(run: Path, step: int, recipe: Recipe, train: Side, val: Side, untrain
         for chunk in queries.split(max(1, CHUNK_ELEMENTS // len(bank)))
     ]
     scores = score(torch.cat(votes).log(), labels)  # a class without votes is at minus infinity
-    facts = {"step": step, "features": recipe.knn_features, "k": min(recipe.knn_k, len(bank)),
-             "temperature": recipe.knn_temperature, "classes": len(images.classes), "bank": len(bank),
-             "queries": len(queries), "data": images.root, "val": shown.root}  # fmt: skip
+    facts = {
+        "step": step,
+        "features": recipe.knn_features,
+        "k": min(recipe.knn_k, len(bank)),
+        "temperature": recipe.knn_temperature,
+        "classes": len(images.classes),
+        "bank": len(bank),
+        "queries": len(queries),
+        "data": images.root,
+        "val": shown.root,
+    }
     (run / f"{knn}.json").write_text(json.dumps({**facts, **scores.as_dict(images.classes)}, indent=2) + "\n")
     draw_confusion(run / f"{knn}.png", scores.confusion, images.classes)
     rows = np.linspace(0, len(shown) - 1, min(SHOWN, len(shown))).astype(np.int64)
     near = (queries[torch.from_numpy(rows).to(queries.device)] @ bank.T).topk(min(SHOWN, len(bank)), dim=1).indices
     draw_neighbours(run / f"{neighbours}.png", shown, images, rows, near.cpu().numpy())
-    print(f"kNN top-1 {scores.top1:.2f}%, top-5 {scores.top5:.2f}% (k {facts['k']}, T {facts['temperature']}, "
-          f"{facts['features']} features; see {knn}.json, {knn}.png and {neighbours}.png in {run})")  # fmt: skip
+    print(
+        f"kNN top-1 {scores.top1:.2f}%, top-5 {scores.top5:.2f}% (k {facts['k']}, T {facts['temperature']}, "
+        f"{facts['features']} features; see {knn}.json, {knn}.png and {neighbours}.png in {run})"
+    )
 
 
 def _chosen(recipe: Recipe, options: EvaluateKnn) -> Recipe:

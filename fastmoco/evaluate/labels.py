@@ -37,8 +37,11 @@ def both_sides(
     if os.path.realpath(bank.root) == os.path.realpath(queries.root):
         known = len(set(bank.paths) & set(queries.paths))
         if known:
-            print(f"warning: {known} of the {len(queries)} validation images train, too: the figures are too good; "
-                  f"name others with --val", file=sys.stderr)  # fmt: skip
+            print(
+                f"warning: {known} of the {len(queries)} validation images train, too: the figures are too good; "
+                f"name others with --val",
+                file=sys.stderr,
+            )
     return bank, queries
 
 

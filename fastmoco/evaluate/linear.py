@@ -115,8 +115,13 @@ def fit(
         total += loss.detach()
         if (step + 1) % steps_per_epoch == 0:
             scores = validate()
-            line = {"epoch": epoch + 1, "lr": protocol.rate(epoch), "loss": total.item() / steps_per_epoch,
-                    "top1": scores.top1, "top5": scores.top5}  # fmt: skip
+            line = {
+                "epoch": epoch + 1,
+                "lr": protocol.rate(epoch),
+                "loss": total.item() / steps_per_epoch,
+                "top1": scores.top1,
+                "top5": scores.top5,
+            }
             curve.append(line)
             report(line)
             total.zero_()
@@ -124,9 +129,13 @@ def fit(
 
 
 def fit_cached(
-    train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], classes: int, plan: Plan, protocol: Protocol,
+    train: tuple[Tensor, Tensor],
+    val: tuple[Tensor, Tensor],
+    classes: int,
+    plan: Plan,
+    protocol: Protocol,
     report: Callable[[dict[str, float]], Any] = lambda line: None,
-) -> Probe:  # fmt: skip
+) -> Probe:
     """Train a classifier on (features [n, F], labels [n]) in the plan's order; the features stay as they are."""
     features, labels = train
     classifier = new_classifier(features.shape[1], classes, protocol.seed, features.device)
@@ -148,9 +157,18 @@ def training_recipe(recipe: Recipe, protocol: Protocol) -> Recipe:
     """The recipe whose plan is the probe's: its crops, flips and order, and no colour."""
     colours = recipe.augmentation
     augmentation = Augmentation(
-        crop_scale=(0.08, 1.0), brightness=0, contrast=0, saturation=0, hue=0, jitter_p=0, gray_p=0, blur_p=0,
-        flip_p=0.5, mean=colours.mean, std=colours.std,
-    )  # fmt: skip
+        crop_scale=(0.08, 1.0),
+        brightness=0,
+        contrast=0,
+        saturation=0,
+        hue=0,
+        jitter_p=0,
+        gray_p=0,
+        blur_p=0,
+        flip_p=0.5,
+        mean=colours.mean,
+        std=colours.std,
+    )
     return dataclasses.replace(
         recipe,
         augmentation=augmentation,
@@ -178,9 +196,15 @@ class Evaluation:
     """The probe of one encoder on one pair of labelled sets."""
 
     def __init__(
-        self, encoder: Encoder, recipe: Recipe, train: Manifest, val: Manifest, protocol: Protocol,
-        parallel: Parallel, threads: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        encoder: Encoder,
+        recipe: Recipe,
+        train: Manifest,
+        val: Manifest,
+        protocol: Protocol,
+        parallel: Parallel,
+        threads: int | None = None,
+    ) -> None:
         self.encoder, self.train, self.val, self.parallel, self.threads = encoder, train, val, parallel, threads
         self.protocol = protocol._replace(batch_size=min(protocol.batch_size, len(train)))
         self.recipe = training_recipe(recipe, self.protocol)
@@ -231,17 +255,20 @@ class Evaluation:
     def _classifier(self) -> nn.Linear:
         return new_classifier(self.encoder.feature_dim, self.classes, self.protocol.seed, self.parallel.device)
 
-    def _fit(
-        self, classifier: nn.Linear, parameters: list, validate: Callable[[], Scores], report: Callable
-    ) -> Probe:
+    def _fit(self, classifier: nn.Linear, parameters: list, validate: Callable[[], Scores], report: Callable) -> Probe:
         steps = self.protocol.epochs * self.plan.steps_per_epoch
         labels = torch.from_numpy(self.train.labels).to(self.parallel.device)
         colours = self.recipe.augmentation
         quarantine = Quarantine(self.train, max_share=self.recipe.max_bad_share)
         loader = Loader(
-            self.train, self.plan, self.recipe, self.parallel, stop_step=steps, threads=self.threads,
+            self.train,
+            self.plan,
+            self.recipe,
+            self.parallel,
+            stop_step=steps,
+            threads=self.threads,
             quarantine=quarantine,
-        )  # fmt: skip
+        )
         with loader:
 
             def batches() -> Batches:
@@ -270,25 +297,35 @@ def run(options: EvaluateLinear) -> None:
     train, val = both_sides(options.run, options.data, options.val, options.labels, recipe.max_pixels)
     protocol = _protocol(options)
     evaluation = Evaluation(encoder, recipe, train, val, protocol, parallel, options.threads or None)
-    print(f"{len(train)} images train, {len(val)} validate, {len(train.classes)} classes; encoder of {options.run} "
-          f"after step {step}; lr {evaluation.protocol.rate(0):g}, batch {evaluation.protocol.batch_size}, "
-          f"{protocol.epochs} epochs")  # fmt: skip
+    print(
+        f"{len(train)} images train, {len(val)} validate, {len(train.classes)} classes; encoder of {options.run} "
+        f"after step {step}; lr {evaluation.protocol.rate(0):g}, batch {evaluation.protocol.batch_size}, "
+        f"{protocol.epochs} epochs"
+    )
     name, train_probe = _mode(evaluation, options)
     name = figures_name(name, options.untrained)
     began = time.perf_counter()
     with tqdm(total=protocol.epochs, unit="epoch", disable=None) as bar:
         probe = train_probe(lambda line: _tell(bar, line, protocol.epochs))
     facts = {
-        "step": step, "protocol": evaluation.protocol._asdict(), "classes": len(train.classes), "train": len(train),
-        "queries": len(val), "data": train.root, "val": val.root, "seconds": time.perf_counter() - began,
+        "step": step,
+        "protocol": evaluation.protocol._asdict(),
+        "classes": len(train.classes),
+        "train": len(train),
+        "queries": len(val),
+        "data": train.root,
+        "val": val.root,
+        "seconds": time.perf_counter() - began,
         "backbone": "trained" if options.finetune else "bit-equal after the probe",
-    }  # fmt: skip
+    }
     _write(options.run, name, probe, facts, train.classes, encoder if options.finetune else None)
     pair = [figures_name(each, options.untrained) for each in ("linear", "linear-fast")]
     agreement = _agreement(options.run, evaluation, step, pair) if not options.finetune else None
     agrees = f"; fast and exact agree on {agreement:.1f}% of the validation images" if agreement is not None else ""
-    print(f"{name}: top-1 {probe.scores.top1:.2f}%, top-5 {probe.scores.top5:.2f}%{agrees} (see {options.run}/{name}."
-          f"json and .png)")  # fmt: skip
+    print(
+        f"{name}: top-1 {probe.scores.top1:.2f}%, top-5 {probe.scores.top5:.2f}%{agrees} (see {options.run}/{name}."
+        f"json and .png)"
+    )
     if hint := rate_hint(probe, evaluation.protocol, len(train.classes)):
         print(hint)
 
@@ -298,8 +335,10 @@ def rate_hint(probe: Probe, protocol: Protocol, classes: int) -> str:
     loss, chance = probe.curve[-1]["loss"], math.log(classes)
     if loss <= chance or classes == 1:
         return ""
-    return (f"note: the loss ended at {loss:.2f}, above ln(classes) = {chance:.2f}: the rate is too high for these "
-            f"features, try --lr {protocol.lr / 10:g}")  # fmt: skip
+    return (
+        f"note: the loss ended at {loss:.2f}, above ln(classes) = {chance:.2f}: the rate is too high for these "
+        f"features, try --lr {protocol.lr / 10:g}"
+    )
 
 
 def _protocol(options: EvaluateLinear) -> Protocol:

@@ -10,8 +10,12 @@ from fastmoco import environment
 from fastmoco.interop.run import Saved, read_json
 from fastmoco.train.monitor import KNN, read_lines
 
-FIGURES = {"knn.json": "kNN", "linear.json": "linear probe", "linear-fast.json": "linear probe, fast",
-           "finetune.json": "fine-tuned"}  # fmt: skip
+FIGURES = {
+    "knn.json": "kNN",
+    "linear.json": "linear probe",
+    "linear-fast.json": "linear probe, fast",
+    "finetune.json": "fine-tuned",
+}
 
 
 def accuracies(run: Path) -> dict[str, dict[str, Any]]:

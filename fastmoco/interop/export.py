@@ -1,10 +1,10 @@
 """`export RUN`: the pretrained weights as other projects read them.
 
-    moco         .pth.tar of facebookresearch/moco: both encoders, queue, optimiser; its scripts go on from it
-    torchvision  .pth with the backbone's weights, for load_state_dict
-    timm         folder of model.safetensors, config.json and a model card: timm.create_model("local-dir:FOLDER")
-    detectron2   .pkl as its checkpointer reads it, backbone renamed
-    safetensors  folder of model.safetensors (backbone and projection head) and a model card
+moco         .pth.tar of facebookresearch/moco: both encoders, queue, optimiser; its scripts go on from it
+torchvision  .pth with the backbone's weights, for load_state_dict
+timm         folder of model.safetensors, config.json and a model card: timm.create_model("local-dir:FOLDER")
+detectron2   .pkl as its checkpointer reads it, backbone renamed
+safetensors  folder of model.safetensors (backbone and projection head) and a model card
 """
 
 from __future__ import annotations
@@ -93,11 +93,15 @@ def command(options: Export) -> None:
     print(f"{out}: {DESCRIPTIONS[options.format].format(out=out)}")
     recipe = run.load(options.run).recipe
     if not is_standard(recipe) and options.format in ("torchvision", "detectron2"):
-        print(f"note: names are {options.format}'s, but it has no {recipe.arch} of width {recipe.width} with the "
-              f"{recipe.stem} stem: load them into a network of your own")  # fmt: skip
+        print(
+            f"note: names are {options.format}'s, but it has no {recipe.arch} of width {recipe.width} with the "
+            f"{recipe.stem} stem: load them into a network of your own"
+        )
     if recipe.optimizer != "sgd" and options.format == "moco":
-        print(f"note: trained with {recipe.optimizer.upper()}, which upstream's scripts do not have: resumed there, it "
-              "goes on with SGD at a learning rate that was not chosen for it")  # fmt: skip
+        print(
+            f"note: trained with {recipe.optimizer.upper()}, which upstream's scripts do not have: resumed there, it "
+            "goes on with SGD at a learning rate that was not chosen for it"
+        )
 
 
 def _moco(_: Path, saved: Saved) -> Callable[[Path], None]:
@@ -118,8 +122,11 @@ def _detectron2(_: Path, saved: Saved) -> Callable[[Path], None]:
 
 def _timm(folder: Path, saved: Saved) -> Callable[[Path], None]:
     config = timm_config(saved.recipe)
-    return _hub_folder(backbone_weights(saved), {"format": "pt"}, {
-        "config.json": json.dumps(config, indent=2) + "\n", CARD: model_card(folder, saved)})  # fmt: skip
+    return _hub_folder(
+        backbone_weights(saved),
+        {"format": "pt"},
+        {"config.json": json.dumps(config, indent=2) + "\n", CARD: model_card(folder, saved)},
+    )
 
 
 def _safetensors(folder: Path, saved: Saved) -> Callable[[Path], None]:

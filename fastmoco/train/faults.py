@@ -11,11 +11,21 @@ from collections import Counter
 
 VARIABLE = "FASTMOCO_CRASH_AT"
 POINTS = (
-    "before load", "verified", "after load",
-    "before step", "after step", "half a log line",
-    "before copy", "after copy", "model written", "state written", "manifest written", "renamed", "latest set",
+    "before load",
+    "verified",
+    "after load",
+    "before step",
+    "after step",
+    "half a log line",
+    "before copy",
+    "after copy",
+    "model written",
+    "state written",
+    "manifest written",
+    "renamed",
+    "latest set",
     "pruning",
-)  # fmt: skip
+)
 
 _reached: Counter[str] = Counter()
 

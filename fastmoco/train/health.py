@@ -48,16 +48,22 @@ class Health:
         self._hits += queries * line["top5"] / 100
         found = []
         if line["spread"] < COLLAPSED:
-            found += self._once("collapse", (
-                f"warning: key features have collapsed at step {line['step']:.0f}: their spread is "
-                f"{line['spread']:.3g}, where 1 is even; a lower --lr, --shuffle-bn or smaller --bn-group may help"
-            ))  # fmt: skip
+            found += self._once(
+                "collapse",
+                (
+                    f"warning: key features have collapsed at step {line['step']:.0f}: their spread is "
+                    f"{line['spread']:.3g}, where 1 is even; a lower --lr, --shuffle-bn or smaller --bn-group may help"
+                ),
+            )
         expected = self._queries * 5 / (self.recipe.queue_size + 1)
         if expected >= CHANCE_HITS and self._hits < ABOVE_CHANCE * expected:
-            found += self._once("queue", (
-                f"warning: contrast accuracy is at chance at step {line['step']:.0f}, with the queue full: if it stays "
-                f"there, nothing is learnt; look at --lr, --temperature and the images"
-            ))  # fmt: skip
+            found += self._once(
+                "queue",
+                (
+                    f"warning: contrast accuracy is at chance at step {line['step']:.0f}, with the queue full: if it "
+                    f"stays there, nothing is learnt; look at --lr, --temperature and the images"
+                ),
+            )
         if expected >= CHANCE_HITS:
             self._queries = self._hits = 0.0
         return found

@@ -34,8 +34,19 @@ from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 from fastmoco.train import checkpoint, faults, record
 from fastmoco.train.health import ROLLBACKS, Health, NonFiniteError
-from fastmoco.train.monitor import KNN, Fault, Meter, Monitor, Pace, Reading, Stopwatch, draw_curves, fill_steps
-from fastmoco.train.monitor import memory, read_lines
+from fastmoco.train.monitor import (
+    KNN,
+    Fault,
+    Meter,
+    Monitor,
+    Pace,
+    Reading,
+    Stopwatch,
+    draw_curves,
+    fill_steps,
+    memory,
+    read_lines,
+)
 from fastmoco.train.preempt import STOPPED, Stopped, StopRequest, Vote, stop_on_signal
 from fastmoco.train.saver import SaveError, Saver
 from fastmoco.train.watchdog import Watchdog
@@ -99,9 +110,7 @@ class Run:
             if not (self.out / manifest.NAME).exists():
                 self.train_set.save(self.out / manifest.NAME)
             self.saver = Saver(self.out, options.keep, options.keep_every, self._say, self.done or None)
-            self.monitor = Monitor(
-                self.out, self.last, self.done, tensorboard=options.tensorboard, track=options.track
-            )
+            self.monitor = Monitor(self.out, self.last, self.done, tensorboard=options.tensorboard, track=options.track)
             record.announce(self, preset, f"{record.queue_note(asked, recipe, len(self.train_set))}{note}")
         parallel.barrier()  # from here on RUN exists, and any rank may write to it
 
@@ -151,11 +160,20 @@ class Run:
 
     def _steps(self) -> bool:
         vote, pace = Vote(self.parallel), Pace(self.parallel.device)
-        loader = Loader(self.train_set, self.plan, self.recipe, self.parallel, start_step=self.done,
-                        stop_step=self.last, threads=self.threads, prefetch=self.options.prefetch,
-                        hw_decoder_load=self.options.hw_decoder_load, quarantine=self.quarantine,
-                        photometric=self.options.photometric,
-                        decoded_bytes=int(self.options.decoded_cache * 1e9))  # fmt: skip
+        loader = Loader(
+            self.train_set,
+            self.plan,
+            self.recipe,
+            self.parallel,
+            start_step=self.done,
+            stop_step=self.last,
+            threads=self.threads,
+            prefetch=self.options.prefetch,
+            hw_decoder_load=self.options.hw_decoder_load,
+            quarantine=self.quarantine,
+            photometric=self.options.photometric,
+            decoded_bytes=int(self.options.decoded_cache * 1e9),
+        )
         with loader:
             self.watch.skip()
             for batch in self._timed(loader):
@@ -340,9 +358,16 @@ class Run:
             return
         if self.parallel.world > 1:
             self.step.state()  # makes the ranks' running statistics one, so that they evaluate one encoder
-        figures = knn.evaluate(self.step.encoder_q, self.train_set, self.val_set, self.recipe, self.parallel,
-                               threads=self.threads, hw_decoder_load=self.options.hw_decoder_load,
-                               progress=self._stop_between)  # fmt: skip
+        figures = knn.evaluate(
+            self.step.encoder_q,
+            self.train_set,
+            self.val_set,
+            self.recipe,
+            self.parallel,
+            threads=self.threads,
+            hw_decoder_load=self.options.hw_decoder_load,
+            progress=self._stop_between,
+        )
         if self.monitor is not None:
             self.monitor.knn({"step": self.done, "epoch": self.done / self.plan.steps_per_epoch, **figures})
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastmoco.recipe import Recipe
-from fastmoco.train.sinks import open_sinks
 from fastmoco.train import faults
+from fastmoco.train.sinks import open_sinks
 
 LOG, KNN = "log.jsonl", "knn.jsonl"
 GIB = 2**30
@@ -194,7 +194,7 @@ class Pace:
 
 
 def memory(device: torch.device) -> float:
-    """Peak memory of the process so far in GiB: allocations on the GPU, cuDNN's trials and kNN included, or on a CPU."""
+    """Peak memory of the process so far in GiB. On a GPU these are allocations, cuDNN's trials and kNN included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     unit = 1 if sys.platform == "darwin" else 1024
@@ -205,9 +205,15 @@ class Monitor:
     """Writes the lines of the main rank: to the terminal, log.jsonl, knn.jsonl and the sinks."""
 
     def __init__(
-        self, run: Path, total: int, start: int = 0, *, tensorboard: bool = False, track: str = "none",
+        self,
+        run: Path,
+        total: int,
+        start: int = 0,
+        *,
+        tensorboard: bool = False,
+        track: str = "none",
         stream: TextIO | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`total` and `start` are steps of the whole run; lines of a log beyond `start` are dropped."""
         self.run, self.total = run, total
         self.stream = stream or sys.stderr
@@ -217,8 +223,14 @@ class Monitor:
         self._elapsed_before = lines[-1]["seconds"] if lines else 0.0
         self._begin = time.perf_counter()
         self._log, self._knn = (Lines(run / name, self.say) for name in (LOG, KNN))
-        self._bar = tqdm(total=total, initial=start, file=self.stream, unit="step", dynamic_ncols=True,
-                         disable=not self.stream.isatty())  # fmt: skip
+        self._bar = tqdm(
+            total=total,
+            initial=start,
+            file=self.stream,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self.stream.isatty(),
+        )
         self._sinks = open_sinks(run, start, tensorboard, track)
 
     @property
@@ -353,13 +365,29 @@ def _draw_loss(axes: Any, log: list[dict], recipe: Recipe) -> None:
     axes.plot([line["step"] for line in log], [line["loss"] for line in log], color=BLUE, linewidth=1.6)
     level = chance_level(recipe)
     axes.axhline(level, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(f"chance, ln(K+1) = {level:.2f}", (0.99, level), xycoords=("axes fraction", "data"), ha="right",
-                  va="bottom", xytext=(0, 2), textcoords="offset points", color=GREY, fontsize=8)  # fmt: skip
+    axes.annotate(
+        f"chance, ln(K+1) = {level:.2f}",
+        (0.99, level),
+        xycoords=("axes fraction", "data"),
+        ha="right",
+        va="bottom",
+        xytext=(0, 2),
+        textcoords="offset points",
+        color=GREY,
+        fontsize=8,
+    )
     filled = fill_steps(recipe)
     if log and filled <= log[-1]["step"]:
         axes.axvline(filled, color=GREY, linewidth=0.8, alpha=0.6)
-        axes.annotate("queue full", (filled, 0.03), xycoords=("data", "axes fraction"), xytext=(3, 0),
-                      textcoords="offset points", color=GREY, fontsize=8)  # fmt: skip
+        axes.annotate(
+            "queue full",
+            (filled, 0.03),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, 0),
+            textcoords="offset points",
+            color=GREY,
+            fontsize=8,
+        )
     top = max([level, *(line["loss"] for line in log)])
     axes.set_ylim(0, top * 1.12)
 
@@ -383,12 +411,28 @@ def _draw_knn(axes: Any, knn: list[dict]) -> None:
     steps, top1 = [line["step"] for line in knn], [line["top1"] for line in knn]
     axes.plot(steps, top1, color=GREEN, linewidth=1.6, marker="o", markersize=5)
     for at in {0, len(knn) - 1}:
-        axes.annotate(f"{top1[at]:.1f}", (steps[at], top1[at]), xytext=(0, 7), textcoords="offset points", ha="center",
-                      color=GREEN, fontsize=9)  # fmt: skip
+        axes.annotate(
+            f"{top1[at]:.1f}",
+            (steps[at], top1[at]),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            color=GREEN,
+            fontsize=9,
+        )
     chance = 100 / knn[-1]["classes"]
     axes.axhline(chance, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(f"chance {chance:.3g}", (0.99, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                  xytext=(0, 2), textcoords="offset points", color=GREY, fontsize=8)  # fmt: skip
+    axes.annotate(
+        f"chance {chance:.3g}",
+        (0.99, chance),
+        xycoords=("axes fraction", "data"),
+        ha="right",
+        va="bottom",
+        xytext=(0, 2),
+        textcoords="offset points",
+        color=GREY,
+        fontsize=8,
+    )
     axes.margins(x=0.08)
 
 

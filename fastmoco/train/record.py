@@ -26,8 +26,10 @@ def write(run: Run, preset: str) -> None:
     facts = {
         "preset": preset,
         "recipe": run.recipe.as_dict(),
-        "options": {name: str(value) if isinstance(value, Path) else value
-                    for name, value in dataclasses.asdict(run.options).items()},
+        "options": {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in dataclasses.asdict(run.options).items()
+        },
         "ranks": run.parallel.world,
         "images": len(run.train_set),
         "steps": run.total,
@@ -36,7 +38,7 @@ def write(run: Run, preset: str) -> None:
         "commit": environment.commit(),
         "command": environment.command(),
         "device": _device_name(run.parallel),
-    }  # fmt: skip
+    }
     path = run.out / "recipe.json"
     if path.exists():
         first = json.loads(path.read_text())
@@ -60,9 +62,11 @@ def announce(run: Run, preset: str, note: str) -> None:
     for name, value in dataclasses.asdict(run.options).items():
         say(f"  {name:<22}{value}")
     per_rank = run.recipe.batch_size // run.parallel.world
-    say(f"{len(run.train_set)} images, {run.plan.steps_per_epoch} steps an epoch, {run.total} steps; "
+    say(
+        f"{len(run.train_set)} images, {run.plan.steps_per_epoch} steps an epoch, {run.total} steps; "
         f"{run.parallel.world} rank(s) of {per_rank} on {_device_name(run.parallel)}, {run.step.precision}; "
-        f"writing {run.out}")  # fmt: skip
+        f"writing {run.out}"
+    )
     say(expectation(run.recipe, run.plan.steps_per_epoch))
     for line in (note, f"resumed after step {run.done}" if run.options.resume else ""):
         if line:

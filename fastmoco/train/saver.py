@@ -19,9 +19,22 @@ from torch import Tensor
 from fastmoco.train import checkpoint, faults
 
 DISK_TROUBLE = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR,
-    errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT,
-}  # fmt: skip
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+    errno.ETIMEDOUT,
+}
 
 
 class SaveError(ValueError):
@@ -75,8 +88,10 @@ class Saver:
             if error.errno not in DISK_TROUBLE:
                 raise
             self._refused = error
-            self._report(f"warning: the checkpoint of step {step} could not be written ({_answer(error)}); "
-                         f"{self._last()}; training goes on, the next interval tries again")  # fmt: skip
+            self._report(
+                f"warning: the checkpoint of step {step} could not be written ({_answer(error)}); "
+                f"{self._last()}; training goes on, the next interval tries again"
+            )
         else:
             self.good, self._refused = step, None
 

@@ -7,7 +7,6 @@ import torch
 
 from fastmoco.bench.clocks import Clocks
 
-
 GPU = torch.device("cuda", 1)
 UUIDS = {0: "aaaa", 1: "bbbb"}
 

@@ -16,9 +16,16 @@ from fastmoco.recipe import Recipe
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(
-    arch="resnet18", width=0.125, stem="cifar", dim=16, batch_size=16, bn_group=4, crop_size=12, queue_size=40,
+    arch="resnet18",
+    width=0.125,
+    stem="cifar",
+    dim=16,
+    batch_size=16,
+    bn_group=4,
+    crop_size=12,
+    queue_size=40,
     temperature=0.2,
-)  # fmt: skip
+)
 
 
 INPUTS = tuple(field.name for field in dataclasses.fields(Batch) if field.type == "Tensor")

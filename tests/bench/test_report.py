@@ -10,7 +10,6 @@ import pytest
 from fastmoco.bench import report
 from fastmoco.bench.report import Record, Row, load, readme, record, save, table
 
-
 ENVIRONMENT = report.environment()
 
 
@@ -53,10 +52,14 @@ def test_the_schema_refuses_what_is_no_record_in_plain_words(spoil, said, tmp_pa
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"{", "not JSON"), (b"\xff\xfe", "not JSON"), (b"{}", "holds no benchmark record"),
-        (b"[]", "holds no benchmark record"), (b"3", "holds no benchmark record"), (b"[3]", "a record is no object"),
+        (b"{", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b"{}", "holds no benchmark record"),
+        (b"[]", "holds no benchmark record"),
+        (b"3", "holds no benchmark record"),
+        (b"[3]", "a record is no object"),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_is_no_record_is_named(content, said, tmp_path):
     (tmp_path / "c.json").write_bytes(content)
     with pytest.raises(ValueError, match=f"c.json: .*{said}"):
@@ -112,7 +115,6 @@ def test_unsteady_rows_and_shares_above_the_bound_are_marked_and_no_others():
     assert "| 10 to 10 |" in fast and "111 %, over |" in fast and fast.endswith("measured again on a quiet machine.")
 
 
-
 def test_readme_replaces_only_what_stands_between_the_markers():
     text = "before\n<!-- bench -->\nold\n<!-- /bench -->\nafter"
     out = readme(text, made())
@@ -149,9 +151,13 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_clocks_failures_and_an_early_end_stand_below_the_caption():
     clocks = {
-        "samples": 3, "sm_mhz": {"median": 1800, "minimum": 1700}, "memory_mhz": {"median": 2619, "minimum": 2619},
-        "power_w": {"median": 620.0, "maximum": 630.0}, "throttled": ["power cap"], "power_limit_w": 700.0,
-    }  # fmt: skip
+        "samples": 3,
+        "sm_mhz": {"median": 1800, "minimum": 1700},
+        "memory_mhz": {"median": 2619, "minimum": 2619},
+        "power_w": {"median": 620.0, "maximum": 630.0},
+        "throttled": ["power cap"],
+        "power_limit_w": 700.0,
+    }
     more = {"clocks": clocks, "failed": {"fastmoco fp32": "OutOfMemoryError: no room"}, "unfinished": True}
     text = table([dataclasses.replace(made()[0], environment=ENVIRONMENT | more)])
     said = "3 samples: 1,800 MHz (least 1,700), memory 2,619 MHz, 620 W (most 630 of 700), throttled by: power cap"

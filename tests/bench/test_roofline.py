@@ -107,9 +107,10 @@ class CountedByOurs(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("level", "paying"), [("bnrelu", 0), ("key", conv1x1.PAYING), ("key", 16), ("key", 0)],
+    ("level", "paying"),
+    [("bnrelu", 0), ("key", conv1x1.PAYING), ("key", 16), ("key", 0)],
     ids=["bnrelu", "key, all", "key, some", "key, none"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("arch", ["resnet50", "resnet18"])
 def test_the_formulas_of_our_encoders_equal_counted_tensor_bytes_on_a_small_network(arch, level, paying, monkeypatch):
     monkeypatch.setattr(conv1x1, "PAYING", paying)
@@ -134,9 +135,7 @@ def test_the_formulas_of_our_encoders_equal_counted_tensor_bytes_on_a_small_netw
     assert formula["norm"] == counted.parts["norm"]
 
 
-@pytest.mark.parametrize(
-    ("form", "places"), [("none", ["inner"]), ("plain", ["last"]), ("dual", ["last", "shortcut"])]
-)
+@pytest.mark.parametrize(("form", "places"), [("none", ["inner"]), ("plain", ["last"]), ("dual", ["last", "shortcut"])])
 def test_our_own_batch_norm_cannot_beat_its_bound(form, places):
     """What the kernels move, by their own formula, is never less than what the bound counts; a plain residual, more."""
     shape = (8, 64, 32, 32)

@@ -55,9 +55,13 @@ def chosen(group: str, only: str = "", skip: str = "", device: torch.device = GP
 def test_the_groups_share_the_baseline_alone_and_leave_nothing_out():
     core, more, compiled = (chosen(group) for group in ("core", "more", "compiled"))
     assert core == {
-        "published fp16 autocast", "channels-last fp16 autocast", "fastmoco bf16", "fastmoco fp16",
-        "fastmoco bf16, no graph", "fastmoco bf16, fused key encoder",
-    }  # fmt: skip
+        "published fp16 autocast",
+        "channels-last fp16 autocast",
+        "fastmoco bf16",
+        "fastmoco fp16",
+        "fastmoco bf16, no graph",
+        "fastmoco bf16, fused key encoder",
+    }
     assert core & more == more & compiled == core & compiled == {"published fp16 autocast"}
     assert core | more | compiled == chosen("all") and all("compiled" in name for name in compiled - core)
     assert chosen("core", device=CPU) == chosen("all", device=CPU)
@@ -66,11 +70,15 @@ def test_the_groups_share_the_baseline_alone_and_leave_nothing_out():
 
 def test_words_choose_and_leave_out():
     assert chosen("core", "fp16 autocast, fastmoco bf16", "graph, key") == {
-        "published fp16 autocast", "channels-last fp16 autocast", "fastmoco bf16",
-    }  # fmt: skip
+        "published fp16 autocast",
+        "channels-last fp16 autocast",
+        "fastmoco bf16",
+    }
     assert chosen("core", skip="autocast, no graph") == {
-        "fastmoco bf16", "fastmoco fp16", "fastmoco bf16, fused key encoder",
-    }  # fmt: skip
+        "fastmoco bf16",
+        "fastmoco fp16",
+        "fastmoco bf16, fused key encoder",
+    }
     with pytest.raises(ValueError, match="nothing to time is left: the providers are published tf32; "):
         chosen("core", "nonsense")
 

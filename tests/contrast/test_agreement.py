@@ -13,8 +13,9 @@ from fastmoco.data.plan import Plan
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 
-RECIPE = Recipe(arch="resnet18", width=0.0625, stem="cifar", dim=16, batch_size=16, bn_group=4, crop_size=12,
-                queue_size=40)  # fmt: skip
+RECIPE = Recipe(
+    arch="resnet18", width=0.0625, stem="cifar", dim=16, batch_size=16, bn_group=4, crop_size=12, queue_size=40
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.float64])

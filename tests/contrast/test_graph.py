@@ -20,9 +20,16 @@ from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 
 RECIPE = Recipe(
-    arch="resnet18", width=0.125, stem="cifar", dim=16, batch_size=16, bn_group=4, crop_size=12, queue_size=40,
+    arch="resnet18",
+    width=0.125,
+    stem="cifar",
+    dim=16,
+    batch_size=16,
+    bn_group=4,
+    crop_size=12,
+    queue_size=40,
     temperature=0.2,
-)  # fmt: skip
+)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 

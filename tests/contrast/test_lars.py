@@ -18,9 +18,20 @@ from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 
 RECIPE = Recipe(
-    arch="resnet18", width=0.125, stem="cifar", head="mlp", dim=16, batch_size=8, bn_group=8, crop_size=12,
-    queue_size=40, ema_momentum=0.9, weight_decay=0.05, optimizer="lars", lars_eta=0.02,
-)  # fmt: skip
+    arch="resnet18",
+    width=0.125,
+    stem="cifar",
+    head="mlp",
+    dim=16,
+    batch_size=8,
+    bn_group=8,
+    crop_size=12,
+    queue_size=40,
+    ema_momentum=0.9,
+    weight_decay=0.05,
+    optimizer="lars",
+    lars_eta=0.02,
+)
 STEPS, LR = 10, 1.0
 BOUND = {"rtol": 1e-5, "atol": 1e-6}
 NO_WEIGHT, NO_GRADIENT = "fc.2.weight", "layer1.0.conv1.weight"

@@ -18,8 +18,17 @@ from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS, Recipe, RecipeError
 
-TINY = dict(arch="resnet18", width=0.125, stem="cifar", dim=16, batch_size=16, bn_group=4, crop_size=12, queue_size=40,
-            temperature=0.2)  # fmt: skip
+TINY = dict(
+    arch="resnet18",
+    width=0.125,
+    stem="cifar",
+    dim=16,
+    batch_size=16,
+    bn_group=4,
+    crop_size=12,
+    queue_size=40,
+    temperature=0.2,
+)
 LR = 0.03
 
 

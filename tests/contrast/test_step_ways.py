@@ -15,9 +15,16 @@ from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 
 RECIPE = Recipe(
-    arch="resnet50", width=0.125, stem="cifar", dim=16, batch_size=16, bn_group=4, crop_size=12, queue_size=40,
+    arch="resnet50",
+    width=0.125,
+    stem="cifar",
+    dim=16,
+    batch_size=16,
+    bn_group=4,
+    crop_size=12,
+    queue_size=40,
     temperature=0.2,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(autouse=True)

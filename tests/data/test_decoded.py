@@ -18,8 +18,8 @@ from PIL import Image
 
 from fastmoco.data import loader as loader_module
 from fastmoco.data import pipeline as pipeline_module
-from fastmoco.data.decoded import PIXEL, Decoded
 from fastmoco.data.batch import Batch
+from fastmoco.data.decoded import PIXEL, Decoded
 from fastmoco.data.loader import Loader
 from fastmoco.data.manifest import Manifest, scan
 from fastmoco.data.pipeline import DecodeError, Pipeline, Request

@@ -64,8 +64,18 @@ ENDS = {0: "done: ", 143: "asked to stop: saved after step", 130: "", -signal.SI
 
 
 def command(data: Path, out: Path) -> list[str]:
-    flags = {"data": data, "out": out, "device": "cpu", "threads": 1, "width": 0.125, "crop-size": 16, "epochs": 4,
-             "batch-size": 32, "bn-group": 8, "queue-size": 64}  # fmt: skip
+    flags = {
+        "data": data,
+        "out": out,
+        "device": "cpu",
+        "threads": 1,
+        "width": 0.125,
+        "crop-size": 16,
+        "epochs": 4,
+        "batch-size": 32,
+        "bn-group": 8,
+        "queue-size": 64,
+    }
     given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     return [sys.executable, "-m", "fastmoco", "pretrain", "demo", "--no-knn", *given]
 
@@ -77,9 +87,14 @@ def start(data: Path, out: Path) -> subprocess.Popen:
     # A shell's background jobs ignore SIGINT, and so would what they start.
     restore = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(
-        command(data, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | here, preexec_fn=restore,
-    )  # fmt: skip
+        command(data, out),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | here,
+        preexec_fn=restore,
+    )
 
 
 def left_behind(process: subprocess.Popen, scratch: Path) -> list[str]:

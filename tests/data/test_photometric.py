@@ -14,8 +14,7 @@ import torch
 from fastmoco.data.loader import Loader
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.photometric import DaliPhotometric
-from fastmoco.data.plan import BRIGHTNESS, CONTRAST, FLIP, GRAY, HUE, NO_JITTER, ORDER, SATURATION, SIGMA
-from fastmoco.data.plan import Plan
+from fastmoco.data.plan import BRIGHTNESS, CONTRAST, FLIP, GRAY, HUE, NO_JITTER, ORDER, SATURATION, SIGMA, Plan
 from fastmoco.kernels import reference
 from fastmoco.options import Options, UsageError
 from fastmoco.recipe import PRESETS

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from fastmoco.data import pipeline as pipeline_module
 from fastmoco.data.decoded import PIXEL, Decoded
 from fastmoco.data.manifest import Manifest
-from fastmoco.data.pipeline import CPU_BATCH, Decoding, DecodeError, Pipeline, Request, cut, fault
+from fastmoco.data.pipeline import CPU_BATCH, DecodeError, Decoding, Pipeline, Request, cut, fault
 from fastmoco.environment import share_of_cores
 
 CPU = torch.device("cpu")

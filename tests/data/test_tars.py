@@ -79,8 +79,10 @@ def test_archives_and_a_folder_give_the_same_batches(by_class: Path, shards: Pat
     assert all(np.array_equal(folder.read(i), packed.read(i)) for i in range(len(folder)))
     pairs = list(zip(batches(folder), batches(packed), strict=True))
     for a, b in pairs:
-        assert all(np.array_equal(np.asarray(x), np.asarray(y))
-                   for x, y in zip(vars(a).values(), vars(b).values(), strict=True))  # fmt: skip
+        assert all(
+            np.array_equal(np.asarray(x), np.asarray(y))
+            for x, y in zip(vars(a).values(), vars(b).values(), strict=True)
+        )
     assert not torch.equal(pairs[0][0].query_crops, pairs[1][1].query_crops)  # the control
     (tmp_path / "list.txt").write_text("shards/0.tar\nshards/1.tar\n" + str(shards / "2.tar") + "\n")
     assert same(scan(tmp_path / "list.txt"), folder)
@@ -107,10 +109,17 @@ def test_webdataset_layout(tmp_path: Path, photo_folder: Path) -> None:
     data = next(photo_folder.iterdir()).read_bytes()
     long = "deep/" * 40 + "long name é"
     members = [
-        ("./0001.jpg", data), ("./0001.cls", b"7"), ("0002.jpg", data), ("0002.cls", b"10\n"), ("0002.json", b"{}"),
-        ("a/0003.seg.png", data), ("a/0003.cls", b"7"), (f"{long}.jpg", data), (f"{long}.cls", b"10"),
+        ("./0001.jpg", data),
+        ("./0001.cls", b"7"),
+        ("0002.jpg", data),
+        ("0002.cls", b"10\n"),
+        ("0002.json", b"{}"),
+        ("a/0003.seg.png", data),
+        ("a/0003.cls", b"7"),
+        (f"{long}.jpg", data),
+        (f"{long}.cls", b"10"),
         (".hidden.jpg", data),
-    ]  # fmt: skip
+    ]
     for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         found = scan(pack(tmp_path / f"{kind}.tar", members, format=kind))
         assert found.paths == ["0001.jpg", "0002.jpg", "a/0003.seg.png", f"{long}.jpg"] and not found.rejected
@@ -158,10 +167,14 @@ def harmed(path: Path, harm: str) -> None:
 @pytest.mark.parametrize(
     ("harm", "says"),
     [
-        ("cut in a member", "is cut short"), ("cut between members", "is cut short"), ("cut to nothing", "tar"),
-        ("damaged", "is damaged at byte"), ("compressed", "unpack it"), ("no tar", "no tar that can be read"),
+        ("cut in a member", "is cut short"),
+        ("cut between members", "is cut short"),
+        ("cut to nothing", "tar"),
+        ("damaged", "is damaged at byte"),
+        ("compressed", "unpack it"),
+        ("no tar", "no tar that can be read"),
     ],
-)  # fmt: skip
+)
 def test_a_harmed_archive_is_one_clear_line(shards: Path, harm: str, says: str) -> None:
     harmed(shards / "1.tar", harm)
     with pytest.raises(DataError, match=says) as caught:

@@ -98,10 +98,13 @@ def test_it_is_taken_in_training_without_gradients_by_kernels_alone(monkeypatch:
     monkeypatch.setattr(forward_only, "bottleneck", lambda block, x: (calls.append(block), taken(block, x))[1])
     x = torch.randn(4, 3, 16, 16)
     for arch, impl, training, gradients, expected in (
-        ("resnet50", "reference", True, False, 16), ("resnet50", "reference", True, True, 0),
-        ("resnet50", "reference", False, False, 0), ("resnet50", "auto", True, False, 0),
-        ("resnet50", "torch", True, False, 0), ("resnet18", "reference", True, False, 0),
-    ):  # fmt: skip
+        ("resnet50", "reference", True, False, 16),
+        ("resnet50", "reference", True, True, 0),
+        ("resnet50", "reference", False, False, 0),
+        ("resnet50", "auto", True, False, 0),
+        ("resnet50", "torch", True, False, 0),
+        ("resnet18", "reference", True, False, 0),
+    ):
         calls.clear()
         with torch.set_grad_enabled(gradients):
             z = encoder_of(arch, impl).train(training)(x)

@@ -11,9 +11,14 @@ from fastmoco.encoder import build_encoder
 from fastmoco.recipe import ARCHITECTURES, PRESETS, Recipe
 
 STAGES = {
-    "resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3),
-    "resnet152": (3, 8, 36, 3), "wide_resnet50_2": (3, 4, 6, 3), "wide_resnet101_2": (3, 4, 23, 3),
-}  # fmt: skip
+    "resnet18": (2, 2, 2, 2),
+    "resnet34": (3, 4, 6, 3),
+    "resnet50": (3, 4, 6, 3),
+    "resnet101": (3, 4, 23, 3),
+    "resnet152": (3, 8, 36, 3),
+    "wide_resnet50_2": (3, 4, 6, 3),
+    "wide_resnet101_2": (3, 4, 23, 3),
+}
 TINY = dict(arch="resnet18", width=0.125, dim=8, batch_size=8, bn_group=4, crop_size=32)
 
 
@@ -44,9 +49,7 @@ def test_names_are_torchvisions(arch: str, head: str) -> None:
     assert list(encoder.state_dict()) == expected_names(arch, head)
 
 
-@pytest.mark.parametrize(
-    ("preset", "parameters", "tensors"), [("v1", 23_770_304, 161), ("v2", 27_966_656, 163)]
-)
+@pytest.mark.parametrize(("preset", "parameters", "tensors"), [("v1", 23_770_304, 161), ("v2", 27_966_656, 163)])
 def test_counts_of_the_published_encoders(preset: str, parameters: int, tensors: int) -> None:
     encoder = build_encoder(PRESETS[preset][1])
     assert sum(p.numel() for p in encoder.parameters()) == parameters

@@ -34,7 +34,11 @@ def test_a_table_names_classes_by_path_or_by_name(flat, tmp_path):
     text = '\ufefffile,class\n./a.png,cat\nb.png," dog "\nf.png,cat\n"c.png",dog,ignored\n\n'
     found = label(manifest.scan(flat), table(tmp_path, text))
     assert dict(zip(found.paths, (found.classes[i] for i in found.labels))) == {
-        "a.png": "cat", "b.png": "dog", "c.png": "dog", "deep/f.png": "cat"}  # fmt: skip
+        "a.png": "cat",
+        "b.png": "dog",
+        "c.png": "dog",
+        "deep/f.png": "cat",
+    }
     assert found.sizes.tolist() == [[8, 9]] * 4 and len(found) == 4
 
 

@@ -18,8 +18,15 @@ from fastmoco.data.pipeline import DecodeError
 from fastmoco.data.plan import Plan
 from fastmoco.encoder import build_encoder
 from fastmoco.evaluate import linear
-from fastmoco.evaluate.linear import Evaluation, Protocol, changed, fit_cached, new_classifier, snapshot
-from fastmoco.evaluate.linear import training_recipe
+from fastmoco.evaluate.linear import (
+    Evaluation,
+    Protocol,
+    changed,
+    fit_cached,
+    new_classifier,
+    snapshot,
+    training_recipe,
+)
 from fastmoco.interop import card, run
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS
@@ -293,9 +300,13 @@ def test_untrained_weights_stand_beside_the_others(trained, capsys):
     assert main([*fast, "--untrained"]) == 0 and main(knn) == 0
     assert json.loads((moved / "linear-fast-untrained.json").read_text())["curve"] == other["curve"]
     assert {path.name for path in moved.glob("*-untrained.*")} == {
-        "linear-fast-untrained.json", "linear-fast-untrained.png", "linear-fast-untrained.safetensors",
-        "knn-untrained.json", "knn-untrained.png", "neighbours-untrained.png",
-    }  # fmt: skip
+        "linear-fast-untrained.json",
+        "linear-fast-untrained.png",
+        "linear-fast-untrained.safetensors",
+        "knn-untrained.json",
+        "knn-untrained.png",
+        "neighbours-untrained.png",
+    }
     assert not any("untrained" in str(file) for file in card.FIGURES), "a model card tells of trained weights"
 
 

@@ -15,8 +15,17 @@ from fastmoco.train import checkpoint
 
 def tiny(head: str = "mlp", **changes) -> Recipe:
     preset = "v2" if head == "mlp" else "v1"
-    small = {"arch": "resnet18", "width": 0.125, "stem": "cifar", "dim": 16, "queue_size": 20, "batch_size": 8,
-             "bn_group": 4, "crop_size": 12, "epochs": 4}  # fmt: skip
+    small = {
+        "arch": "resnet18",
+        "width": 0.125,
+        "stem": "cifar",
+        "dim": 16,
+        "queue_size": 20,
+        "batch_size": 8,
+        "bn_group": 4,
+        "crop_size": 12,
+        "epochs": 4,
+    }
     return replace(PRESETS[preset][1], **{**small, **changes})
 
 
@@ -36,8 +45,15 @@ def write_run(out: Path, recipe: Recipe, step: int = 7, queue_dtype: torch.dtype
             state[name].fill_(step)
     out.mkdir(parents=True)
     checkpoint.save(out, step, state, {"recipe": recipe.as_dict(), "precision": "fp32"})
-    facts = {"preset": "custom", "recipe": recipe.as_dict(), "options": {"data": "/data/flowers", "val": None},
-             "steps": 5 * recipe.epochs, "images": 43, "device": "CPU", "versions": {"torch": "2.13"}}  # fmt: skip
+    facts = {
+        "preset": "custom",
+        "recipe": recipe.as_dict(),
+        "options": {"data": "/data/flowers", "val": None},
+        "steps": 5 * recipe.epochs,
+        "images": 43,
+        "device": "CPU",
+        "versions": {"torch": "2.13"},
+    }
     (out / "recipe.json").write_text(json.dumps(facts))
     return state
 

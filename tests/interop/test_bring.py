@@ -121,13 +121,19 @@ def checkpoint_of(theirs, recipe) -> dict:
     """What upstream's save_checkpoint would write, from the oracle and torch's own optimiser layout."""
     weights = {"module.queue": theirs.queue.float(), "module.queue_ptr": torch.tensor([theirs.pointer])}
     for side, net in (("encoder_q", theirs.nets_q[0]), ("encoder_k", theirs.nets_k[0])):
-        weights |= {f"module.{side}.{name}": value.float() if value.is_floating_point() else value
-                    for name, value in net.state_dict().items()}  # fmt: skip
+        weights |= {
+            f"module.{side}.{name}": value.float() if value.is_floating_point() else value
+            for name, value in net.state_dict().items()
+        }
     order = [name for name, _ in theirs.nets_q[0].named_parameters()]
     buffers = {index: {"momentum_buffer": theirs.velocity[name].float()} for index, name in enumerate(order)}
     groups = [{"lr": 0.03, "momentum": 0.9, "weight_decay": recipe.weight_decay, "params": list(range(2 * len(order)))}]
-    return {"epoch": 1, "arch": "resnet18", "state_dict": weights,
-            "optimizer": {"state": buffers, "param_groups": groups}}  # fmt: skip
+    return {
+        "epoch": 1,
+        "arch": "resnet18",
+        "state_dict": weights,
+        "optimizer": {"state": buffers, "param_groups": groups},
+    }
 
 
 def reload_in_fp32(theirs) -> None:
@@ -235,9 +241,15 @@ def spoil(content: dict, how: str) -> dict:
 
 @pytest.mark.parametrize(
     ("how", "says"),
-    [("nan", "holds infinite or NaN"), ("shape", "another shape of encoder_k.fc.2.weight"), ("v3", "MoCo v3"),
-     ("other network", "no residual network"), ("nothing", "no weights"), ("headless", "no projection head")],
-)  # fmt: skip
+    [
+        ("nan", "holds infinite or NaN"),
+        ("shape", "another shape of encoder_k.fc.2.weight"),
+        ("v3", "MoCo v3"),
+        ("other network", "no residual network"),
+        ("nothing", "no weights"),
+        ("headless", "no projection head"),
+    ],
+)
 def test_foreign_files_are_one_line_and_exit_3(make_run, make_recipe, tmp_path, how, says, capsys):
     make_run(tmp_path / "a", make_recipe())
     content = torch.load(export(tmp_path / "a", "moco", tmp_path / "x.pth.tar"), weights_only=True)
@@ -290,10 +302,20 @@ def test_strange_things_under_right_names_are_refused_or_made_up_for(make_run, m
     """Every entry of a checkpoint replaced by everything it should not be: no traceback, ever."""
     make_run(tmp_path / "a", make_recipe())
     path = export(tmp_path / "a", "moco", tmp_path / "x.pth.tar")
-    places = [("epoch",), ("optimizer",), ("optimizer", "state"), ("optimizer", "param_groups"), ("state_dict",),
-              ("optimizer", "state", 0), ("optimizer", "state", 0, "momentum_buffer"), ("state_dict", "module.queue"),
-              ("state_dict", "module.queue_ptr"), ("state_dict", "module.encoder_q.bn1.num_batches_tracked"),
-              ("state_dict", "module.encoder_q.fc.2.weight"), ("state_dict", "module.encoder_k.conv1.weight")]  # fmt: skip
+    places = [
+        ("epoch",),
+        ("optimizer",),
+        ("optimizer", "state"),
+        ("optimizer", "param_groups"),
+        ("state_dict",),
+        ("optimizer", "state", 0),
+        ("optimizer", "state", 0, "momentum_buffer"),
+        ("state_dict", "module.queue"),
+        ("state_dict", "module.queue_ptr"),
+        ("state_dict", "module.encoder_q.bn1.num_batches_tracked"),
+        ("state_dict", "module.encoder_q.fc.2.weight"),
+        ("state_dict", "module.encoder_k.conv1.weight"),
+    ]
     if own:
         places = [("fastmoco", name) for name in ("recipe", "step", "precision", "queue_dtype", "rest")]
     whole, outcomes = torch.load(path, weights_only=True), set()

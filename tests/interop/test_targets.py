@@ -69,8 +69,9 @@ def encoder(request, make_recipe, monkeypatch) -> Encoder:
         for name, value in encoder.state_dict().items():
             if "bn" in name or "downsample.1" in name:
                 value.fill_(7) if name.endswith("tracked") else value.uniform_(0.5, 1.5, generator=generator)
-    state = {f"{side}.{name}": value for side in ("encoder_q", "encoder_k")
-             for name, value in encoder.state_dict().items()}  # fmt: skip
+    state = {
+        f"{side}.{name}": value for side in ("encoder_q", "encoder_k") for name, value in encoder.state_dict().items()
+    }
     state |= {f"velocity.{name}": value.detach() for name, value in encoder.named_parameters()}
     state |= {"queue": torch.zeros(20, 16), "queue_pointer": torch.zeros(1, dtype=torch.int64)}
     monkeypatch.setattr(run, "load", lambda _: Saved(7, state, recipe, "fp32", {"steps": 20}))
@@ -119,15 +120,25 @@ def detector(arch: str, kind: str) -> tuple[Shapes, set[str]]:
     own = detectron2_shapes(arch)
     last = own["res5.0.conv1.weight"][1] * 2
     place = {name: f"backbone.bottom_up.{name}" for name in own}
-    rest = {f"backbone.fpn_{part}{level}.{field}": (256,) for part in ("lateral", "output") for level in range(2, 6)
-            for field in ("weight", "bias", "norm.weight", "norm.bias")}  # fmt: skip
+    rest = {
+        f"backbone.fpn_{part}{level}.{field}": (256,)
+        for part in ("lateral", "output")
+        for level in range(2, 6)
+        for field in ("weight", "bias", "norm.weight", "norm.bias")
+    }
     if kind == "C4":
         place = {name: ("roi_heads." if name.startswith("res5") else "backbone.") + name for name in own}
         rest = {f"roi_heads.res5.norm.{field}": (last,) for field in (*NORM, "num_batches_tracked")}
     heads = ("rpn_head.conv", "rpn_head.objectness_logits", "rpn_head.anchor_deltas")
     rest |= {f"proposal_generator.{head}.{field}": (256,) for head in heads for field in ("weight", "bias")}
-    heads = ("box_head.fc1", "box_predictor.cls_score", "box_predictor.bbox_pred", "mask_head.deconv",
-             "box_head.conv1", "box_head.conv1.norm")  # fmt: skip
+    heads = (
+        "box_head.fc1",
+        "box_predictor.cls_score",
+        "box_predictor.bbox_pred",
+        "mask_head.deconv",
+        "box_head.conv1",
+        "box_head.conv1.norm",
+    )
     rest |= {f"roi_heads.{head}.{field}": (256,) for head in heads for field in ("weight", "bias")}
     return {place[name]: shape for name, shape in own.items()} | rest, set(place.values())
 
@@ -182,8 +193,10 @@ class DetectronResnet(nn.Module):
         self.stem = nn.Module()
         self.stem.conv1 = Normed((64, 3, 7, 7), stride=2)
         for stage, blocks in enumerate(BLOCKS[arch], start=1):
-            shapes = [{n: shape for s, b, n, shape in convolutions(arch) if (s, b) == (stage, block)}
-                      for block in range(blocks)]  # fmt: skip
+            shapes = [
+                {n: shape for s, b, n, shape in convolutions(arch) if (s, b) == (stage, block)}
+                for block in range(blocks)
+            ]
             made = [NormedBlock(each, 2 if stage > 1 and at == 0 else 1) for at, each in enumerate(shapes)]
             self.add_module(f"res{stage + 1}", nn.Sequential(*made))
 

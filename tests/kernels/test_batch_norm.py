@@ -46,8 +46,13 @@ def make_case(shape: tuple[int, ...], form: str, dtype: torch.dtype, device: tor
     def norm() -> Norm:
         return Norm(vector(), vector() - 1, (vector(), vector()))
 
-    return Case(activation(), norm(), activation() if form != "none" else None, norm() if form == "dual" else None,
-                activation() - mean)
+    return Case(
+        activation(),
+        norm(),
+        activation() if form != "none" else None,
+        norm() if form == "dual" else None,
+        activation() - mean,
+    )
 
 
 def to(case: Case, dtype: torch.dtype, vectors: torch.dtype) -> Case:
@@ -58,10 +63,20 @@ def to(case: Case, dtype: torch.dtype, vectors: torch.dtype) -> Case:
     return Case(case.x.to(dtype), norm(case.main), residual, norm(case.side), case.grad.to(dtype))
 
 
-def by_torch(x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor], groups: int = 1, *,
-             residual: Tensor | None = None, residual_norm: Norm | None = None, relu: bool = True,
-             training: bool = True) -> Tensor:
+def by_torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running: tuple[Tensor, Tensor],
+    groups: int = 1,
+    *,
+    residual: Tensor | None = None,
+    residual_norm: Norm | None = None,
+    relu: bool = True,
+    training: bool = True,
+) -> Tensor:
     """One F.batch_norm a group; the running statistics are the mean over groups of what torch makes of them."""
+
     def normalise(t: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor]) -> Tensor:
         each = [tuple(r.clone() for r in running) for _ in range(groups)]
         parts = [F.batch_norm(part, *r, weight, bias, training, 0.1, EPS) for part, r in zip(t.chunk(groups), each)]
@@ -85,8 +100,16 @@ def results(function: Callable[..., Tensor], case: Case, groups: int, **options:
     leaves = {name: t.detach().clone().requires_grad_() for name, t in leaves.items()}
     running = [tuple(r.clone() for r in n.running) for n in (case.main, case.side) if n is not None]
     side = Norm(leaves["residual_weight"], leaves["residual_bias"], running[1]) if case.side is not None else None
-    y = function(leaves["x"], leaves["weight"], leaves["bias"], running[0], groups, residual=leaves.get("residual"),
-                 residual_norm=side, **options)
+    y = function(
+        leaves["x"],
+        leaves["weight"],
+        leaves["bias"],
+        running[0],
+        groups,
+        residual=leaves.get("residual"),
+        residual_norm=side,
+        **options,
+    )
     found = dict(zip((f"d_{name}" for name in leaves), torch.autograd.grad(y, list(leaves.values()), case.grad)))
     found["y"] = y.detach()
     for i, (mean, var) in enumerate(running):
@@ -114,8 +137,9 @@ def largest_terms(case: Case, groups: int, truth: dict[str, Tensor], training: b
     return terms
 
 
-def assert_within_budget(ours: dict[str, Tensor], torchs: dict[str, Tensor], truth: dict[str, Tensor],
-                         terms: dict[str, Tensor]) -> None:
+def assert_within_budget(
+    ours: dict[str, Tensor], torchs: dict[str, Tensor], truth: dict[str, Tensor], terms: dict[str, Tensor]
+) -> None:
     """error(ours) <= error(torch at the same precision) + one rounding of the result, or four fp32 ones of a term."""
     for name, exact in truth.items():
         epsilon = torch.finfo(ours[name].dtype).eps * exact.abs().max()
@@ -141,10 +165,18 @@ def test_error_budget(form: str, relu: bool, dtype: torch.dtype, impl: str, devi
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("shape", "groups"), [
-    ((2, 1, 1, 1), 1), ((4, 3, 1, 1), 2), ((6, 17, 5, 3), 3), ((4, 1, 7, 7), 2), ((6, 130, 3, 3), 2), ((12, 5), 3),
-    ((4, 64, 12, 12), 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [
+        ((2, 1, 1, 1), 1),
+        ((4, 3, 1, 1), 2),
+        ((6, 17, 5, 3), 3),
+        ((4, 1, 7, 7), 2),
+        ((6, 130, 3, 3), 2),
+        ((12, 5), 3),
+        ((4, 64, 12, 12), 2),
+    ],
+)
 def test_odd_shapes(shape: tuple[int, ...], groups: int, impl: str, device: torch.device) -> None:
     check(make_case(shape, "dual", torch.float32, device), groups, impl)
 
@@ -213,8 +245,16 @@ class SplitBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor, splits: int = 4) -> Tensor:
         n, c, h, w = x.shape
         means, variances = self.running_mean.repeat(splits), self.running_var.repeat(splits)
-        y = F.batch_norm(x.reshape(-1, c * splits, h, w), means, variances, self.weight.repeat(splits),
-                         self.bias.repeat(splits), True, self.momentum, self.eps)  # fmt: skip
+        y = F.batch_norm(
+            x.reshape(-1, c * splits, h, w),
+            means,
+            variances,
+            self.weight.repeat(splits),
+            self.bias.repeat(splits),
+            True,
+            self.momentum,
+            self.eps,
+        )
         self.running_mean.copy_(means.view(splits, c).mean(0))
         self.running_var.copy_(variances.view(splits, c).mean(0))
         return y.reshape(n, c, h, w)
@@ -228,8 +268,9 @@ def test_split_batch_norm(impl: str, device: torch.device) -> None:
     order = torch.arange(8, device=device).view(-1, splits).T.flatten()
     ours = [torch.zeros(6, device=device), torch.ones(6, device=device)]
     y = torch.empty_like(x)
-    y[order] = batch_norm_act(channels_last(x[order]), module.weight, module.bias, tuple(ours), splits, relu=False,
-                              impl=impl).detach()
+    y[order] = batch_norm_act(
+        channels_last(x[order]), module.weight, module.bias, tuple(ours), splits, relu=False, impl=impl
+    ).detach()
     expected = module(x.contiguous())
     torch.testing.assert_close(y, channels_last(expected).detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours, [module.running_mean, module.running_var], rtol=1e-6, atol=1e-6)
@@ -307,8 +348,9 @@ def test_what_is_saved(dtype: torch.dtype, form: str, impl: str, device: torch.d
         return t
 
     def call() -> Tensor:
-        return batch_norm_act(case.x, weight, case.main.bias, None, 2, residual=case.residual,
-                              residual_norm=case.side, impl=impl)
+        return batch_norm_act(
+            case.x, weight, case.main.bias, None, 2, residual=case.residual, residual_norm=case.side, impl=impl
+        )
 
     with torch.autograd.graph.saved_tensors_hooks(keep, keep):
         with torch.no_grad():
@@ -347,37 +389,43 @@ def test_nan_stays_nan(impl: str, device: torch.device) -> None:
     assert y[:, 0].isnan().all() and not y[:, 1].isnan().any()
 
 
-@pytest.mark.parametrize(("change", "text"), [
-    ({"x": torch.zeros(2, 3, 4, 5)}, "channels-last"),
-    ({"x": torch.zeros(2, 3, 4)}, r"\[N, C\]"),
-    ({"groups": 3}, "do not divide into 3"),
-    ({"groups": 0}, "do not divide into 0"),
-    ({"x": torch.zeros(0, 3)}, "do not divide"),
-    ({"x": torch.zeros(2, 3), "groups": 2}, "more than one value"),
-    ({"weight": torch.ones(4)}, "weight must be contiguous"),
-    ({"weight": torch.ones(3, dtype=torch.bfloat16)}, "weight must be fp32"),
-    ({"running": None, "training": False}, "needs running"),
-    ({"running": (torch.zeros(4), torch.ones(3))}, "running mean"),
-    ({"residual": torch.zeros(2, 3, dtype=torch.bfloat16)}, "residual must be"),
-    ({"residual_norm": Norm(torch.ones(3), torch.ones(3))}, "needs a residual"),
-    ({"x": torch.zeros(4, 3).double(), "impl": "triton"}, "not torch.float64"),
-    ({"impl": "cuda"}, "impl must be"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"x": torch.zeros(2, 3, 4, 5)}, "channels-last"),
+        ({"x": torch.zeros(2, 3, 4)}, r"\[N, C\]"),
+        ({"groups": 3}, "do not divide into 3"),
+        ({"groups": 0}, "do not divide into 0"),
+        ({"x": torch.zeros(0, 3)}, "do not divide"),
+        ({"x": torch.zeros(2, 3), "groups": 2}, "more than one value"),
+        ({"weight": torch.ones(4)}, "weight must be contiguous"),
+        ({"weight": torch.ones(3, dtype=torch.bfloat16)}, "weight must be fp32"),
+        ({"running": None, "training": False}, "needs running"),
+        ({"running": (torch.zeros(4), torch.ones(3))}, "running mean"),
+        ({"residual": torch.zeros(2, 3, dtype=torch.bfloat16)}, "residual must be"),
+        ({"residual_norm": Norm(torch.ones(3), torch.ones(3))}, "needs a residual"),
+        ({"x": torch.zeros(4, 3).double(), "impl": "triton"}, "not torch.float64"),
+        ({"impl": "cuda"}, "impl must be"),
+    ],
+)
 def test_refusals(change: dict[str, object], text: str) -> None:
     arguments = {"x": torch.zeros(4, 3), "weight": torch.ones(3), "bias": torch.zeros(3), "running": None} | change
     with pytest.raises(ValueError, match=text):
         batch_norm_act(**arguments)
 
 
-@pytest.mark.parametrize(("change", "text"), [
-    ({"norm": Measured(torch.ones(3), torch.ones(3), torch.ones(2, 1, 4))}, "moments must be contiguous"),
-    ({"norm": Measured(torch.ones(3), torch.ones(3), torch.ones(2, 1, 3).bfloat16())}, "moments must be fp32"),
-    ({"norm": Measured(torch.ones(3), torch.ones(3), torch.ones(2, 3, 3))}, "do not divide into 3"),
-    ({"norm": Measured(torch.ones(3, requires_grad=True), torch.ones(3), torch.ones(2, 1, 3))}, "no backward"),
-    ({"residual": torch.ones(2, 3)}, "residual must be"),
-    ({"residual_norm": Measured(torch.ones(3), torch.ones(3), torch.ones(2, 1, 3))}, "needs a residual"),
-    ({"impl": "cuda"}, "impl must be"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"norm": Measured(torch.ones(3), torch.ones(3), torch.ones(2, 1, 4))}, "moments must be contiguous"),
+        ({"norm": Measured(torch.ones(3), torch.ones(3), torch.ones(2, 1, 3).bfloat16())}, "moments must be fp32"),
+        ({"norm": Measured(torch.ones(3), torch.ones(3), torch.ones(2, 3, 3))}, "do not divide into 3"),
+        ({"norm": Measured(torch.ones(3, requires_grad=True), torch.ones(3), torch.ones(2, 1, 3))}, "no backward"),
+        ({"residual": torch.ones(2, 3)}, "residual must be"),
+        ({"residual_norm": Measured(torch.ones(3), torch.ones(3), torch.ones(2, 1, 3))}, "needs a residual"),
+        ({"impl": "cuda"}, "impl must be"),
+    ],
+)
 def test_refusals_of_given_statistics(change: dict[str, object], text: str) -> None:
     norm = Measured(torch.ones(3), torch.ones(3), torch.ones(2, 1, 3))
     with pytest.raises(ValueError, match=text):
@@ -405,9 +453,19 @@ def test_compiles_whole_and_fakes(impl: str, device: torch.device) -> None:
     expected, found = (results(f, case, 2, impl=impl) for f in (batch_norm_act, compiled))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = results(batch_norm_act, Case(*(
-            mode.from_tensor(t) if isinstance(t, Tensor) else Norm(*(map(mode.from_tensor, t[:2])), tuple(
-                map(mode.from_tensor, t.running))) for t in case)), 2, impl=impl)  # fmt: skip
+        fake = results(
+            batch_norm_act,
+            Case(
+                *(
+                    mode.from_tensor(t)
+                    if isinstance(t, Tensor)
+                    else Norm(*(map(mode.from_tensor, t[:2])), tuple(map(mode.from_tensor, t.running)))
+                    for t in case
+                )
+            ),
+            2,
+            impl=impl,
+        )
     assert all(fake[name].stride() == t.stride() and fake[name].dtype == t.dtype for name, t in expected.items())
 
 
@@ -428,13 +486,15 @@ class Counter:
             for key, value in given.items():
                 if isinstance(value, Tensor) and key not in unused:
                     self.total[0] += value.nbytes * (2 if key.startswith("running") else 1)
+
         return launch
 
 
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("form", FORMS)
-def test_cost_is_the_bytes_of_the_tensors(form: str, relu: bool, device: torch.device,
-                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cost_is_the_bytes_of_the_tensors(
+    form: str, relu: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     total = [0]
     for name in ("statistics", "finish_statistics", "apply", "sums", "finish_sums", "gradient"):
         monkeypatch.setattr(batch_norm_kernels, name, Counter(getattr(batch_norm_kernels, name), total))

@@ -22,8 +22,15 @@ SHAPE, OUTPUTS, GROUPS = (4, 70, 17, 16), 66, 2  # no number is a multiple of a 
 class Case:
     """Tensors of one call; `entry` is the batch norm of the layer before, measured, or None."""
 
-    def __init__(self, shape: tuple[int, ...], outputs: int, groups: int, dtype: torch.dtype, device: torch.device,
-                 normalised: bool = True) -> None:  # fmt: skip
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        outputs: int,
+        groups: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        normalised: bool = True,
+    ) -> None:
         generator = torch.Generator().manual_seed(sum(shape))
         inputs, self.groups = shape[1], groups
 
@@ -96,7 +103,10 @@ def test_error_budget(normalised: bool, dtype: torch.dtype, impl: str, device: t
 @pytest.mark.parametrize("normalised", [False, True])
 def test_narrow_layers_have_tiles_of_their_own(normalised: bool, device: torch.device) -> None:
     assert [module._entry(torch.bfloat16, *sides) for sides in ((64, 70), (70, 64), (70, 66))] == [
-        "conv1x1", "conv1x1", "conv1x1.wide"]  # fmt: skip
+        "conv1x1",
+        "conv1x1",
+        "conv1x1.wide",
+    ]
     case = Case((4, 70, 9, 16), 60, GROUPS, torch.bfloat16, device, normalised)
     assert_within_budget(case, case.results(impl="triton"))
 
@@ -121,18 +131,30 @@ def test_programs_that_take_many_tiles_each(
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("shape", "outputs", "groups"), [
-    ((2, 1, 1, 1), 1, 1), ((4, 3, 1, 1), 5, 2), ((6, 17, 5, 3), 130, 3), ((2, 130, 3, 3), 16, 1),
-    ((2, 64, 8, 8), 64, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "outputs", "groups"),
+    [
+        ((2, 1, 1, 1), 1, 1),
+        ((4, 3, 1, 1), 5, 2),
+        ((6, 17, 5, 3), 130, 3),
+        ((2, 130, 3, 3), 16, 1),
+        ((2, 64, 8, 8), 64, 1),
+    ],
+)
 def test_odd_shapes(shape: tuple[int, ...], outputs: int, groups: int, impl: str, device: torch.device) -> None:
     case = Case(shape, outputs, groups, torch.float32, device)
     assert_within_budget(case, case.results(impl=impl))
 
 
-@pytest.mark.parametrize("wrong", [
-    {"groups": 1, "entry": None}, {"entry": None}, {"eps": 1e-2}, {"momentum": 0.11},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"groups": 1, "entry": None},
+        {"entry": None},
+        {"eps": 1e-2},
+        {"momentum": 0.11},
+    ],
+)
 def test_the_budget_rejects(wrong: dict[str, object], device: torch.device) -> None:
     case = Case(SHAPE, OUTPUTS, GROUPS, torch.float32, device)
     with pytest.raises((AssertionError, RuntimeError), match=" > |size"):
@@ -163,8 +185,9 @@ def test_large_mean(impl: str, first: str, device: torch.device) -> None:
 def test_what_it_measures_normalises_like_the_batch_norm_that_reads_y(device: torch.device) -> None:
     case = Case(SHAPE, OUTPUTS, GROUPS, torch.float32, device)
     running, apart = ([t.clone() for t in case.norm.running] for _ in range(2))
-    y, measured = conv1x1(case.x, case.kernel, case.norm._replace(running=tuple(running)), GROUPS, entry=case.entry,
-                          impl="triton")  # fmt: skip
+    y, measured = conv1x1(
+        case.x, case.kernel, case.norm._replace(running=tuple(running)), GROUPS, entry=case.entry, impl="triton"
+    )
     expected = batch_norm_act(y, *case.norm[:2], tuple(apart), GROUPS, impl="triton")
     torch.testing.assert_close(normalise(y, measured, impl="triton"), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(running, apart, rtol=1e-5, atol=1e-6)
@@ -204,19 +227,25 @@ def test_pieces_cover_every_row_in_whole_tiles(
     assert splits <= module.MAX_SPLITS and (programs <= resident or splits == 1)
 
 
-@pytest.mark.parametrize(("change", "text"), [
-    ({"x": torch.zeros(4, 3, 2, 2)}, "channels-last"),
-    ({"x": torch.zeros(4, 3)}, r"\[N, C, H, W\]"),
-    ({"kernel": torch.zeros(5, 4, 1, 1)}, r"contiguous \[outputs, 3, 1, 1\]"),
-    ({"kernel": torch.zeros(5, 3, 3, 3)}, r"contiguous \[outputs, 3, 1, 1\]"),
-    ({"kernel": torch.zeros(5, 3, 1, 1).bfloat16()}, "kernel is torch.bfloat16"),
-    ({"groups": 3}, "do not divide into 3"),
-    ({"norm": Norm(torch.ones(3), torch.ones(5))}, r"weight must be contiguous \[5\]"),
-    ({"norm": Norm(torch.ones(5), torch.ones(5), (torch.ones(5), torch.ones(4)))}, "running variance"),
-    ({"entry": Measured(torch.ones(3), torch.ones(3), torch.ones(2, 2, 3))}, r"moments must be contiguous \[2, 1, 3\]"),
-    ({"kernel": torch.zeros(5, 3, 1, 1, requires_grad=True)}, "no backward"),
-    ({"impl": "cuda"}, "impl must be"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"x": torch.zeros(4, 3, 2, 2)}, "channels-last"),
+        ({"x": torch.zeros(4, 3)}, r"\[N, C, H, W\]"),
+        ({"kernel": torch.zeros(5, 4, 1, 1)}, r"contiguous \[outputs, 3, 1, 1\]"),
+        ({"kernel": torch.zeros(5, 3, 3, 3)}, r"contiguous \[outputs, 3, 1, 1\]"),
+        ({"kernel": torch.zeros(5, 3, 1, 1).bfloat16()}, "kernel is torch.bfloat16"),
+        ({"groups": 3}, "do not divide into 3"),
+        ({"norm": Norm(torch.ones(3), torch.ones(5))}, r"weight must be contiguous \[5\]"),
+        ({"norm": Norm(torch.ones(5), torch.ones(5), (torch.ones(5), torch.ones(4)))}, "running variance"),
+        (
+            {"entry": Measured(torch.ones(3), torch.ones(3), torch.ones(2, 2, 3))},
+            r"moments must be contiguous \[2, 1, 3\]",
+        ),
+        ({"kernel": torch.zeros(5, 3, 1, 1, requires_grad=True)}, "no backward"),
+        ({"impl": "cuda"}, "impl must be"),
+    ],
+)
 def test_refusals(change: dict[str, object], text: str) -> None:
     x = torch.zeros(4, 3, 2, 2).contiguous(memory_format=torch.channels_last)
     arguments = {"x": x, "kernel": torch.zeros(5, 3, 1, 1), "norm": Norm(torch.ones(5), torch.ones(5))} | change

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from fastmoco.kernels.enqueue import _enqueue, cost, enqueue
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastmoco.kernels.enqueue import _enqueue, cost, enqueue
 
 
 def _one_by_one(queue, pointer, keys):

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from fastmoco.kernels import info_nce as module
 from fastmoco.kernels import reference
 from fastmoco.kernels.info_nce import _info_nce, cost, info_nce, scratch_bytes
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 LOW = [torch.bfloat16, torch.float16]
 EPSILON = {torch.float32: 3e-7, torch.bfloat16: 2**-9, torch.float16: 2**-12}  # one rounding of one number

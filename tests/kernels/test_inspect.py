@@ -6,11 +6,12 @@ import subprocess
 import sys
 
 import pytest
+
 from fastmoco.kernels.inspect import Report, faults, resident_blocks
 
 KERNELS = {"batch_norm", "conv1x1", "enqueue", "info_nce", "photometric", "sgd_ema"}
 
-SPILLING = '''
+SPILLING = """
 import sys
 import triton
 import triton.language as tl
@@ -28,7 +29,7 @@ for arch in (80, 90, 100):
     for size in (32 * 288, 32 * 32):  # one warp: more numbers a thread than it has registers, and a few
         size = triton.next_power_of_2(size)
         print(inspect.faults(inspect.examine(Variant("centre", centre, signature, {"size": size}, 1, 1), arch)))
-'''
+"""
 
 
 def _python(folder, *arguments):
@@ -69,17 +70,30 @@ def test_a_spilling_kernel_fails_and_a_small_one_passes(tmp_path):
 
 def test_interpreter_is_refused(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "fastmoco.kernels.inspect"], env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
+        [sys.executable, "-m", "fastmoco.kernels.inspect"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert done.returncode
     assert "unset TRITON_INTERPRET" in done.stderr
 
 
 SOUND = dict(
-    name="probe", arch=90, registers=64, spill=0, stack=0, shared=0, blocks=4, mma={"wgmma": 1}, wide_loads=1,
-    streaming=True, native_mma=True, serialized=False,
-)  # fmt: skip
+    name="probe",
+    arch=90,
+    registers=64,
+    spill=0,
+    stack=0,
+    shared=0,
+    blocks=4,
+    mma={"wgmma": 1},
+    wide_loads=1,
+    streaming=True,
+    native_mma=True,
+    serialized=False,
+)
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,23 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageEnhance, ImageFilter
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from fastmoco.kernels import reference
 from fastmoco.kernels.photometric import DTYPES, cost, photometric
 from fastmoco.kernels.reference import (
-    BRIGHTNESS, CONTRAST, FLIP, GRAY, GRAY_AFTER_JITTER, GRAY_BEFORE_JITTER, HUE, NO_JITTER, ORDER, SIGMA,
-)  # fmt: skip
-from PIL import Image, ImageEnhance, ImageFilter
-from torch._subclasses.fake_tensor import FakeTensorMode
+    BRIGHTNESS,
+    CONTRAST,
+    FLIP,
+    GRAY,
+    GRAY_AFTER_JITTER,
+    GRAY_BEFORE_JITTER,
+    HUE,
+    NO_JITTER,
+    ORDER,
+    SIGMA,
+)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LUMA = np.array([0.299, 0.587, 0.114])
@@ -49,8 +59,9 @@ def photos(n, size, seed=0):
     """Smooth colour fields with edges and noise: many hues, dark and clipped areas."""
     rng, at = np.random.default_rng(seed), np.linspace(0, 6, size)
     y, x = np.meshgrid(at, at, indexing="ij")
-    waves = np.stack([np.sin(rng.uniform(0.3, 2, (n, 1, 1)) * (x + c) + rng.uniform(0, 6, (n, 1, 1)) * y)
-                      for c in range(3)], -1)  # fmt: skip
+    waves = np.stack(
+        [np.sin(rng.uniform(0.3, 2, (n, 1, 1)) * (x + c) + rng.uniform(0, 6, (n, 1, 1)) * y) for c in range(3)], -1
+    )
     boxes = rng.uniform(-60, 60, (n, 1, 1, 3)) * ((x > 2) & (y > 3))[None, :, :, None]
     noise = rng.normal(0, 6, (n, size, size, 3))
     return torch.from_numpy(np.clip(120 + 110 * waves + boxes + noise, 0, 255).astype(np.uint8))
@@ -313,8 +324,12 @@ def check_budget(crops, parameters, dtype, device, **options):
 
 
 def alone():
-    rows = torch.cat([one_jitter(code, factor) for code, factor in
-                      ((0, 0.6), (0, 1.4), (1, 0.6), (1, 1.4), (2, 0.6), (2, 1.4), (3, -0.5), (3, 0.07))])  # fmt: skip
+    rows = torch.cat(
+        [
+            one_jitter(code, factor)
+            for code, factor in ((0, 0.6), (0, 1.4), (1, 0.6), (1, 1.4), (2, 0.6), (2, 1.4), (3, -0.5), (3, 0.07))
+        ]
+    )
     rest = identity(4)
     rest[0, GRAY], rest[1, GRAY], rest[2, FLIP] = GRAY_BEFORE_JITTER, GRAY_AFTER_JITTER, 1
     return torch.cat([rows, rest])

@@ -1,6 +1,7 @@
 """The tile tables: every row is complete, and every device finds the row meant for it."""
 
 import pytest
+
 from fastmoco.kernels.tiles import ARCHITECTURES, TABLE, Tiles, tiles
 
 

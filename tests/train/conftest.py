@@ -37,9 +37,16 @@ def images(tmp_path_factory) -> Path:
 def recipe() -> Recipe:
     """Five steps an epoch, six epochs, a queue whose length is no multiple of the batch."""
     return replace(
-        PRESETS["demo"][1], width=0.125, crop_size=16, batch_size=8, bn_group=4, queue_size=20, epochs=6, lr=0.05,
+        PRESETS["demo"][1],
+        width=0.125,
+        crop_size=16,
+        batch_size=8,
+        bn_group=4,
+        queue_size=20,
+        epochs=6,
+        lr=0.05,
         knn_k=5,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="session")

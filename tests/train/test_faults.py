@@ -29,8 +29,21 @@ def train(recipe, images: Path, out: Path, crash: str | None) -> None:
         os.environ[faults.VARIABLE] = crash
     # Like a launcher that starts its workers again: the run is resumed where there is one.
     resume = (out / "recipe.json").exists()
-    pretrain(recipe, Options(data=images, out=out, device="cpu", threads=1, knn=False, log_every=2, save_every=2,
-                             save_minutes=0, stop_after=STEPS, resume=resume))  # fmt: skip
+    pretrain(
+        recipe,
+        Options(
+            data=images,
+            out=out,
+            device="cpu",
+            threads=1,
+            knn=False,
+            log_every=2,
+            save_every=2,
+            save_minutes=0,
+            stop_after=STEPS,
+            resume=resume,
+        ),
+    )
 
 
 def where(point: str) -> str:
@@ -62,8 +75,10 @@ def test_a_run_killed_at_any_point_ends_as_if_it_had_not_been(point, tiny, image
     assert [name for name in one.state if not torch.equal(one.state[name], other.state[name])] == []
     assert [line["step"] for line in read_lines(out / "log.jsonl")] == [2, 4, 6, 7]
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [
-        "latest", "step_00000006", "step_00000007",
-    ]  # fmt: skip
+        "latest",
+        "step_00000006",
+        "step_00000007",
+    ]
 
 
 def test_a_point_without_the_variable_does_nothing(monkeypatch):

@@ -89,8 +89,18 @@ def spoiled(what: str, on_rank: int, rank: int) -> Iterator[None]:
 
 def train(parallel: Parallel, recipe, images, out, what: str, on_rank: int, policy: str):
     """The summary of a run with one spoiled step, or the message of its error."""
-    options = Options(data=images, out=out, device="cpu", threads=1, knn=False, log_every=7, save_every=4,
-                      save_minutes=0, stop_after=STEPS, on_nonfinite=policy)  # fmt: skip
+    options = Options(
+        data=images,
+        out=out,
+        device="cpu",
+        threads=1,
+        knn=False,
+        log_every=7,
+        save_every=4,
+        save_minutes=0,
+        stop_after=STEPS,
+        on_nonfinite=policy,
+    )
     with spoiled(what, on_rank, parallel.rank), stop_on_signal() as asked:
         run = Run(recipe, options, "custom", parallel)
         try:
@@ -157,8 +167,16 @@ def test_two_ranks_go_back_together(run_ranks, recipe, images, tmp_path):
 
 def test_a_rollback_before_the_first_checkpoint_goes_back_to_the_start(recipe, images, tmp_path, monkeypatch):
     """A NaN learning rate spoils the weights in step 1, which shows in step 2."""
-    options = Options(data=images, out=tmp_path / "run", device="cpu", threads=1, knn=False, log_every=1, stop_after=3,
-                      on_nonfinite="rollback")  # fmt: skip
+    options = Options(
+        data=images,
+        out=tmp_path / "run",
+        device="cpu",
+        threads=1,
+        knn=False,
+        log_every=1,
+        stop_after=3,
+        on_nonfinite="rollback",
+    )
     step = Step.step
     monkeypatch.setattr(Step, "step", lambda self, batch, lr: step(self, batch, math.nan if batch.step == 0 else lr))
     run = Run(recipe, options, "custom", Parallel())
@@ -167,8 +185,16 @@ def test_a_rollback_before_the_first_checkpoint_goes_back_to_the_start(recipe, i
 
 
 def test_rollbacks_have_an_end(recipe, images, tmp_path, monkeypatch):
-    options = Options(data=images, out=tmp_path / "run", device="cpu", threads=1, knn=False, log_every=1,
-                      stop_after=20, on_nonfinite="rollback")  # fmt: skip
+    options = Options(
+        data=images,
+        out=tmp_path / "run",
+        device="cpu",
+        threads=1,
+        knn=False,
+        log_every=1,
+        stop_after=20,
+        on_nonfinite="rollback",
+    )
     loss = step_module.info_nce
     monkeypatch.setattr(step_module, "info_nce", lambda *arguments: [each * math.nan for each in loss(*arguments)])
     with pytest.raises(NonFiniteError, match=f"in step {ROLLBACKS + 1}"):

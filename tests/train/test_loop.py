@@ -30,8 +30,21 @@ from fastmoco.train.preempt import StopRequest
 from fastmoco.train.saver import Saver
 
 STEPS = 30
-LINE = {"step", "epoch", "loss", "top1", "top5", "lr", "pairs_per_s", "data_wait", "memory", "queue_filled", "seconds",
-        "nonfinite", "spread"}  # fmt: skip
+LINE = {
+    "step",
+    "epoch",
+    "loss",
+    "top1",
+    "top5",
+    "lr",
+    "pairs_per_s",
+    "data_wait",
+    "memory",
+    "queue_filled",
+    "seconds",
+    "nonfinite",
+    "spread",
+}
 
 NEW_PROCESS = """
 import dataclasses, json, sys
@@ -322,13 +335,15 @@ def soak(recipe, images: Path, folder: Path, steps: int) -> None:
         measuring.step += 1
         if measuring.step % 500 == 0:
             gc.collect()
-            figures.append({
-                "step": measuring.step,
-                "rss": int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
-                "descriptors": len(os.listdir("/proc/self/fd")),
-                "threads": len(os.listdir("/proc/self/task")),
-                "checkpoints": len(list((out / "checkpoints").glob("step_*"))),
-            })  # fmt: skip
+            figures.append(
+                {
+                    "step": measuring.step,
+                    "rss": int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
+                    "descriptors": len(os.listdir("/proc/self/fd")),
+                    "threads": len(os.listdir("/proc/self/task")),
+                    "checkpoints": len(list((out / "checkpoints").glob("step_*"))),
+                }
+            )
 
     measuring.step, Monitor.advance = 0, measuring
     small = replace(recipe, width=0.0625, epochs=steps // 5)

@@ -12,8 +12,19 @@ from PIL import Image
 
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS
-from fastmoco.train.monitor import Fault, Lines, Meter, Monitor, Pace, Stopwatch, truncate
-from fastmoco.train.monitor import chance_level, draw_curves, expectation, read_lines
+from fastmoco.train.monitor import (
+    Fault,
+    Lines,
+    Meter,
+    Monitor,
+    Pace,
+    Stopwatch,
+    chance_level,
+    draw_curves,
+    expectation,
+    read_lines,
+    truncate,
+)
 
 V1, CIFAR, DEMO = (PRESETS[name][1] for name in ("v1", "cifar", "demo"))
 

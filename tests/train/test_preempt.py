@@ -16,7 +16,6 @@ from fastmoco.train import checkpoint, loop, preempt
 from fastmoco.train.monitor import read_lines
 from fastmoco.train.preempt import SIGNALS, StopRequest, Vote, stop_on_signal
 
-
 ASKING = """
 import os, signal, sys, time
 from pathlib import Path
@@ -89,8 +88,14 @@ def test_a_signal_is_honoured_within_a_step_wherever_it_comes(situation, flags, 
     """From the signal to the end of the process. The wall clock of a busy machine tells of the others."""
     place, name, visit, step = SITUATIONS[situation]
     number, out = SIGNALS[(list(SITUATIONS).index(situation) + 1) % 3], tmp_path / "run"
-    command = ["pretrain", "demo", f"--data={images}", f"--out={out}", *flags, *"--device=cpu --threads=1 "
-               "--knn-every=1 --log-every=4 --save-every=4 --stop-after=6 --save-minutes=0".split()]  # fmt: skip
+    command = [
+        "pretrain",
+        "demo",
+        f"--data={images}",
+        f"--out={out}",
+        *flags,
+        *"--device=cpu --threads=1 --knn-every=1 --log-every=4 --save-every=4 --stop-after=6 --save-minutes=0".split(),
+    ]
     asking = [sys.executable, "-c", ASKING, tmp_path / "told", place, name, str(visit), str(int(number)), *command]
     process = subprocess.Popen(asking, start_new_session=True)
     code, wall, processor = ended(process, tmp_path / "told")
@@ -111,8 +116,9 @@ def run_until_asked(parallel: Parallel, recipe, images, out, ranks: tuple[int, .
         return train(self, batch, lr)
 
     Step.step = asking
-    options = Options(data=images, out=out, device="cpu", threads=1, knn=False, log_every=4, save_minutes=0,
-                      stop_after=6)  # fmt: skip
+    options = Options(
+        data=images, out=out, device="cpu", threads=1, knn=False, log_every=4, save_minutes=0, stop_after=6
+    )
     return loop.run(Pretrain("custom", recipe, options))
 
 

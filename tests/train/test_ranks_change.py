@@ -26,8 +26,9 @@ def go_on(parallel: Parallel, recipe: Recipe, data: Path, out: Path, stop: int) 
     if recipe.precision == "fp64":  # these kernels refuse it, their twins do not
         step_module.info_nce, queue_module.enqueue = reference.info_nce, reference.enqueue
     loop.draw_curves = lambda *_: None
-    options = Options(data=data, out=out, resume=out.exists(), knn=False, stop_after=stop, log_every=1, threads=1,
-                      save_minutes=0)  # fmt: skip
+    options = Options(
+        data=data, out=out, resume=out.exists(), knn=False, stop_after=stop, log_every=1, threads=1, save_minutes=0
+    )
     parallel.barrier()  # before any rank makes `out`
     run, seen = Run(recipe, options, "custom", parallel), []
     advance = run.advance
@@ -82,8 +83,9 @@ def test_the_same_two_ranks_go_on_bit_for_bit(
 
 
 def uncut(parallel: Parallel, recipe: Recipe, data: Path, out: Path) -> None:
-    options = Options(data=data, out=out, knn=False, stop_after=LEGS[-1], log_every=1, threads=1, save_minutes=0,
-                      save_every=LEGS[0])  # fmt: skip
+    options = Options(
+        data=data, out=out, knn=False, stop_after=LEGS[-1], log_every=1, threads=1, save_minutes=0, save_every=LEGS[0]
+    )
     loop.draw_curves = lambda *_: None
     parallel.barrier()
     Run(recipe, options, "custom", parallel).train(StopRequest())

@@ -38,8 +38,10 @@ def test_saving_costs_less_than_two_percent_at_the_default_interval(step, tmp_pa
         whole.append(time.perf_counter() - began)
     saver.close()
     share = max(whole) / (60 * Options().save_minutes)
-    print(f"{megabytes(checkpoint.latest(tmp_path)):.0f} MB: copy {spread(copies)}, written {spread(whole)}, "
-          f"at most {100 * share:.2f} % of the default interval")  # fmt: skip
+    print(
+        f"{megabytes(checkpoint.latest(tmp_path)):.0f} MB: copy {spread(copies)}, written {spread(whole)}, "
+        f"at most {100 * share:.2f} % of the default interval"
+    )
     assert share < 0.02
 
 
@@ -80,6 +82,8 @@ def test_a_resnet50_run_resumes_in_five_seconds(cache, step, tmp_path):
         for part, begin, end in zip(parts, (*clocks[:3], clocks[0]), (*clocks[1:], clocks[3]), strict=True):
             parts[part].append(end - begin)
         assert all(torch.equal(value, expected[name]) for name, value in step.state().items())
-    print(f"{cache} cache, {megabytes(written):.0f} MB: "
-          + ", ".join(f"{part} {spread(seconds)}" for part, seconds in parts.items()))  # fmt: skip
+    print(
+        f"{cache} cache, {megabytes(written):.0f} MB: "
+        + ", ".join(f"{part} {spread(seconds)}" for part, seconds in parts.items())
+    )
     assert statistics.median(parts["resume"]) < 5

@@ -11,8 +11,18 @@ import pytest
 from fastmoco.train.monitor import Monitor
 from fastmoco.train.sinks import Tracker, open_sinks
 
-LINE = {"step": 10, "epoch": 0.5, "loss": 6.5, "top1": 3.0, "top5": 9.0, "lr": 0.03, "pairs_per_s": 100.0,
-        "data_wait": 0.1, "memory": 1.0, "queue_filled": 0.2}  # fmt: skip
+LINE = {
+    "step": 10,
+    "epoch": 0.5,
+    "loss": 6.5,
+    "top1": 3.0,
+    "top5": 9.0,
+    "lr": 0.03,
+    "pairs_per_s": 100.0,
+    "data_wait": 0.1,
+    "memory": 1.0,
+    "queue_filled": 0.2,
+}
 
 
 @pytest.fixture(params=["wandb", "trackio"])
