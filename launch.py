@@ -11,7 +11,8 @@ the command runs in this process; and so it does under torchrun, where RANK is s
 import os
 import sys
 
-from fastmoco import environment, interrupt
+from fastmoco import environment
+from fastmoco.process import interrupt
 
 if __name__ == "__main__":
     interrupt.end_silently()
@@ -19,7 +20,7 @@ if __name__ == "__main__":
 from fastmoco.cli import complain, main, parse
 from fastmoco.options import UsageError
 
-# torchrun's default leaves SIGUSR1 out, and the signal would then kill the launcher and leave its workers running.
+# torchrun's default leaves SIGUSR1 out: the signal would kill the launcher and leave its workers.
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 FLAG_WITHOUT_VALUE = {"--standalone", "--no-python", "--no_python", "--run-path", "--run_path"}
 
@@ -44,11 +45,11 @@ def split(argv: list[str]) -> tuple[str, list[str], list[str]]:
 
 def launch(nproc: int, flags: list[str], command: list[str], patience: float) -> int:
     """Run `command` in `nproc` processes of this machine, none stopped for more than `patience` seconds; exit code."""
-    from fastmoco import failures
+    from fastmoco.process import supervise
 
     alone = [] if any(flag.startswith(("--nnodes", "--rdzv", "--master")) for flag in flags) else ["--standalone"]
     own = [f"--nproc-per-node={nproc}", f"--signals-to-handle={SIGNALS}", *alone, *flags, __file__, *command]
-    return failures.torchrun(own, patience)
+    return supervise.torchrun(own, patience)
 
 
 def start(argv: list[str]) -> int:
@@ -70,9 +71,8 @@ def start(argv: list[str]) -> int:
     import torch
 
     count = max(1, torch.cuda.device_count()) if nproc == "auto" else int(nproc)
-    if count == 1 and not flags:
-        return main(command)
-    return launch(count, flags, command, chosen.options.timeout_seconds)
+    alone = count == 1 and not flags
+    return main(command) if alone else launch(count, flags, command, chosen.options.timeout_seconds)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmoco.bench.report import Record, Row, label
+from fastmoco.bench.record_files import Record, Row, label
 
 OURS, OTHERS, BOUND = "#1f6f8b", "#b8c4cc", "#c0392b"
 WIDTH, BAR, MARGIN = 8.0, 0.32, 1.3  # inches

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fastmoco.bench import comparison, report, traffic
+from fastmoco.bench import comparison, record_files, traffic
 from fastmoco.bench.clocks import Clocks
 from fastmoco.bench.journal import Journal
-from fastmoco.bench.report import Record, Row
+from fastmoco.bench.record_files import Record, Row
 from fastmoco.bench.size import given, sized
 from fastmoco.contrast.update import PRECISIONS, resolve_precision
 from fastmoco.options import Bench, BenchCompare, BenchReport, UsageError
@@ -36,14 +36,14 @@ def run(options: Bench) -> int:
     device = Parallel.start(options.device).device
     recipe = sized(PRESETS[options.preset][1], options, device)
     # Once and first: later, the load of the machine would be our own.
-    circumstances = report.environment(str(device))
+    circumstances = record_files.environment(str(device))
     records: list[Record] = []
     for subject in options.subjects or MEASURED:
         print(f"measuring {subject} ...", file=sys.stderr, flush=True)
         keep = functools.partial(_keep, options, tuple(records))
         records.append(measure(subject, options, recipe, device, circumstances, keep))
         keep(records[-1])
-        print(report.table(records[-1:]) + "\n", flush=True)
+        print(record_files.table(records[-1:]) + "\n", flush=True)
     write(options, records)
     return int(any("failed" in item.environment for item in records))
 
@@ -64,7 +64,7 @@ def measure(
     timing = f"warm-up {WARMUP[device.type]}, {rounds} interleaved rounds" if subject in ("step", "kernels") else ""
 
     def made(rows: Sequence[Row], journal: Journal, **more: object) -> Record:
-        return report.record(subject, rows, {**circumstances, **journal.facts(), **more}, timing)
+        return record_files.record(subject, rows, {**circumstances, **journal.facts(), **more}, timing)
 
     clocks = Clocks(device) if device.type == "cuda" else None
     journal = Journal(lambda so_far: keep(made(so_far.rows, so_far, unfinished=True)), clocks)
@@ -76,9 +76,9 @@ def measure(
 def write(options: Bench, records: list[Record]) -> None:
     """The files that were asked for, in place of what there was of an earlier run."""
     if options.json is not None:
-        report.finish(options.json, records)
+        record_files.finish(options.json, records)
     if options.csv is not None:
-        report.save(options.csv, records)
+        record_files.save(options.csv, records)
     if options.svg is not None:
         from fastmoco.bench import chart
 
@@ -87,17 +87,17 @@ def write(options: Bench, records: list[Record]) -> None:
 
 def compare(options: BenchCompare) -> None:
     """`bench compare A B`: print how each row that both files have moved; ValueError where there is none."""
-    before, after = report.load(options.a), report.load(options.b)
+    before, after = record_files.load(options.a), record_files.load(options.b)
     print(comparison.report(str(options.a), before, str(options.b), after))
 
 
 def rewrite_readme(options: BenchReport) -> None:
     """`bench report`: put the tables of the committed records between the README's markers."""
-    paths = report.stored(options.records)
+    paths = record_files.stored(options.records)
     if not paths:
         raise ValueError(f"{options.records} holds no records: write one with bench SUBJECT --json FILE")
     text = options.readme.read_text()
-    options.readme.write_text(report.readme(text, [item for path in paths for item in report.load(path)]))
+    options.readme.write_text(record_files.readme(text, [item for path in paths for item in record_files.load(path)]))
     print(f"{options.readme}: the tables of {len(paths)} files")
 
 
@@ -112,7 +112,7 @@ def _check_outputs(options: Bench) -> None:
 
 def _keep(options: Bench, before: tuple[Record, ...], record: Record) -> None:
     if options.json is not None:
-        report.save(report.partial(options.json), [*before, record])
+        record_files.save(record_files.partial(options.json), [*before, record])
 
 
 def _subject(module: str, *names: str) -> Callable[[Bench, Recipe, torch.device, int, Journal], list[Row]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastmoco.bench.report import Record, Row, label, quantity
+from fastmoco.bench.record_files import Record, Row, label, quantity
 
 TOLERANCE = 0.03  # a change smaller than this is not worth a verdict, however certain
 MARGIN = 0.05  # same: the whole interval lies within this of no change

@@ -24,12 +24,12 @@ from typing import NamedTuple
 
 import torch
 
-from fastmoco.bench import report, targets
+from fastmoco.bench import record_files, targets
 from fastmoco.bench.kernels import OURS, PROVIDED, Size
-from fastmoco.bench.report import Record
-from fastmoco.kernels.inspect import kernel_modules
+from fastmoco.bench.profiler import PICTURE
+from fastmoco.bench.record_files import Record
+from fastmoco.kernels.compile_gate import kernel_modules
 from fastmoco.options import BenchGpuCheck, UsageError
-from fastmoco.profile import PICTURE
 from fastmoco.recipe import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +40,7 @@ GATE, NO_TIME = "gate: graph and step tests", "no time left"
 # One test of each kind in bf16, and the three providers that the targets compare at 256 pairs.
 QUICK_TESTS = "bf16-plain-sgd or forward_only or hundred_steps"
 QUICK_STEPS = ("--only", "fp16 autocast, fastmoco bf16", "--skip", "graph, key", "--rounds", "5")
-MORE_TESTS = ("tests/data", "tests/train", "tests/test_profile.py")
+MORE_TESTS = ("tests/data", "tests/train", "tests/process", "tests/runs", "tests/bench/test_profiler.py")
 
 
 class Part(NamedTuple):
@@ -88,7 +88,7 @@ def summary(outcomes: list[Outcome]) -> str:
     late = [item.part.name for item in outcomes if unfinished(item)]
     ended += ["", f"No time was left for: {', '.join(late)}."] if late else []
     gate = next((item.verdict for item in outcomes if item.part.name == GATE), "not run")
-    return "\n\n".join([report.table(records), targets.table(records, gate), "\n".join(ended)])
+    return "\n\n".join([record_files.table(records), targets.table(records, gate), "\n".join(ended)])
 
 
 def unfinished(outcome: Outcome) -> bool:
@@ -157,7 +157,7 @@ def done(part: Part, end: float) -> Outcome:
     started, limit = time.perf_counter(), min(part.limit, end - time.perf_counter())
     if limit <= 0:
         return Outcome(part, NO_TIME, 0.0, [])
-    files = [] if part.record is None else [part.record, report.partial(part.record)]
+    files = [] if part.record is None else [part.record, record_files.partial(part.record)]
     before = {file: _written(file) for file in files}
     # A session of its own is a process group of its own, so that what the part has started can be ended with it.
     process = subprocess.Popen(part.command, cwd=ROOT, start_new_session=True)
@@ -175,7 +175,7 @@ def done(part: Part, end: float) -> Outcome:
         shutil.copyfile(*part.picture)
     # A file that was there before tells of another run.
     written = [file for file in files if file.exists() and _written(file) != before[file]]
-    records = report.load(written[0]) if written else []
+    records = record_files.load(written[0]) if written else []
     return Outcome(part, verdict, time.perf_counter() - started, records)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from fastmoco.bench.clocks import Clocks
-from fastmoco.bench.report import Row
+from fastmoco.bench.record_files import Row
 
 
 class Journal:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmoco.bench.journal import Journal
-from fastmoco.bench.report import BY_HOST, Row, named
+from fastmoco.bench.record_files import BY_HOST, Row, named
 from fastmoco.bench.roofline import convolutions
 from fastmoco.bench.step import tf32
 from fastmoco.bench.timing import Machine, interleave, measure_machine

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastmoco.bench.report import Row, named
+from fastmoco.bench.record_files import Row, named
 from fastmoco.data.batch import Batch
 from fastmoco.data.loader import Loader
 from fastmoco.data.manifest import Manifest, scan, split

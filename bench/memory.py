@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastmoco.bench.journal import Journal
 from fastmoco.bench.kernels import OURS, published_loss, short_name
-from fastmoco.bench.report import Row, named
+from fastmoco.bench.record_files import Row, named
 from fastmoco.bench.step import ours, published
 from fastmoco.kernels.info_nce import info_nce
 from fastmoco.recipe import Recipe

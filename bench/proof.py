@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 
 from fastmoco.bench.journal import Journal
-from fastmoco.bench.report import Row
+from fastmoco.bench.profiler import recorded
+from fastmoco.bench.record_files import Row
+from fastmoco.bench.timeline import waits
 from fastmoco.contrast.graph import GraphStep, Runner
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import resolve_precision
 from fastmoco.data.batch import Batch
-from fastmoco.data.placeholder import noise_batch
+from fastmoco.data.noise import noise_batch
 from fastmoco.parallel import Parallel
-from fastmoco.profile import recorded
 from fastmoco.recipe import Recipe
-from fastmoco.trace import waits
 
 EQUAL, WAITS = "graph equals eager", "waits of the host"
 EAGER, GRAPH, OTHER = "eager again", "graph", "control: another learning rate"

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from fastmoco.bench.report import Row
+from fastmoco.bench.record_files import Row
 from fastmoco.bench.step import graph_mode
 from fastmoco.contrast.graph import closed_at_the_end, runner
 from fastmoco.contrast.step import Step
-from fastmoco.data.placeholder import noise_batch
+from fastmoco.data.noise import noise_batch
 from fastmoco.environment import cores
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe

@@ -17,14 +17,14 @@ import torch
 
 from fastmoco.bench.baseline import PublishedStep
 from fastmoco.bench.journal import Journal
-from fastmoco.bench.report import Row, named
+from fastmoco.bench.record_files import Row, named
 from fastmoco.bench.roofline import BY_FUSION, KEY_LEVEL, convolutions, seconds_per_pair
 from fastmoco.bench.timing import Machine, Timing, interleave, measure_machine
 from fastmoco.contrast.graph import GraphMode, runner
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import resolve_precision
 from fastmoco.data.batch import Batch
-from fastmoco.data.placeholder import noise_batch
+from fastmoco.data.noise import noise_batch
 from fastmoco.encoder import build_encoder
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe

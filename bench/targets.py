@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from fastmoco.bench.comparison import FEWEST
 from fastmoco.bench.proof import EAGER, EQUAL, GRAPH, OTHER, READ, READS, REPLAYED, WAITS
-from fastmoco.bench.report import Record, Row
+from fastmoco.bench.record_files import Record, Row
 from fastmoco.bench.roofline import BY_FUSION
 
 OURS, OURS_KEY = "fastmoco bf16", "fastmoco bf16, fused key encoder"

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from fastmoco.bench.journal import Journal
-from fastmoco.bench.report import Row
+from fastmoco.bench.record_files import Row
 from fastmoco.bench.step import WORK, graph_mode, machine_at, pairs_bound
 from fastmoco.contrast.graph import runner
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import resolve_precision
-from fastmoco.data.placeholder import noise_batch
+from fastmoco.data.noise import noise_batch
 from fastmoco.data.plan import Plan
 from fastmoco.environment import cores
 from fastmoco.parallel import Parallel

@@ -2,7 +2,7 @@
 
 import sys
 
-from fastmoco import interrupt
+from fastmoco.process import interrupt
 
 
 def start() -> None:

@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastmoco import environment, interrupt
+from fastmoco import environment
 from fastmoco.options import Pretrain, PretrainFlags, UsageError, check_places, restarted
+from fastmoco.process import interrupt
 from fastmoco.recipe import PRESETS, Recipe, RecipeError
 
 PROG = "fastmoco"
@@ -62,7 +63,9 @@ def _benchmarks() -> dict[str, Command]:
 
 def _profiles() -> dict[str, Command]:
     return {
-        f"profile {name}": Command("show where the time goes", "fastmoco.options:Profile", f"fastmoco.profile:{name}")
+        f"profile {name}": Command(
+            "show where the time goes", "fastmoco.options:Profile", f"fastmoco.bench.profiler:{name}"
+        )
         for name in PRESETS
     }
 
@@ -81,17 +84,17 @@ COMMANDS: dict[str, Command] = {
         "write the weights as other projects read them", "fastmoco.options:Export", "fastmoco.interop.export:command"
     ),
     "import": Command(
-        "bring a MoCo checkpoint or torchvision weights", "fastmoco.options:Import", "fastmoco.interop.bring:command"
+        "bring a MoCo checkpoint or torchvision weights", "fastmoco.options:Import", "fastmoco.interop.load:command"
     ),
     "checkpoint verify": Command(
         "check a run's checkpoints, byte by byte",
         "fastmoco.options:CheckpointVerify",
-        "fastmoco.train.inventory:verify",
+        "fastmoco.runs.inventory:verify",
     ),
     "checkpoint list": Command(
-        "list a run's checkpoints", "fastmoco.options:CheckpointList", "fastmoco.train.inventory:show"
+        "list a run's checkpoints", "fastmoco.options:CheckpointList", "fastmoco.runs.inventory:show"
     ),
-    "data scan": Command("check a set of images", "fastmoco.options:DataScan", "fastmoco.data.report:run"),
+    "data scan": Command("check a set of images", "fastmoco.options:DataScan", "fastmoco.data.scan_report:run"),
     "data synth": Command("write the embedded image set", "fastmoco.options:DataSynth", "fastmoco.cli:synthesise_data"),
     **_benchmarks(),
     **_profiles(),

@@ -10,12 +10,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from fastmoco.interop import run as runs
 from fastmoco.interop.card import accuracies
 from fastmoco.options import Report
 from fastmoco.page import Level, Series, chart, page, picture, section, table, tiles
 from fastmoco.recipe import PRESETS, Recipe
-from fastmoco.train import checkpoint
+from fastmoco.runs import checkpoint
+from fastmoco.runs import run_folder as runs
 from fastmoco.train.monitor import KNN, LOG, chance_level, read_lines
 
 PAIRS, TILE = 8, 150

@@ -1,6 +1,6 @@
 """Block sizes, warps and pipeline stages of every kernel, one row per GPU architecture, each with its reason.
 
-The rows were chosen by arithmetic and by `python -m fastmoco.kernels.inspect` (registers, spills, shared memory,
+The rows were chosen by arithmetic and by `python -m fastmoco.kernels.compile_gate` (registers, spills, shared memory,
 resident blocks); `python -m fastmoco.bench tune` measures and proposes new ones. A kernel with several phases, or
 with one row per width, has one entry per phase, named `kernel.phase`.
 """

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmoco.train import checkpoint
+from fastmoco.runs import checkpoint
 from fastmoco.train.monitor import read_lines
 
 ROOT = Path(__file__).parent.parent

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import fastmoco.contrast.queue as queue_module
+import fastmoco.contrast.dictionary as queue_module
 import fastmoco.contrast.step as step_module
 import fastmoco.parallel as parallel_module
 from fastmoco.bench.traffic import WAYS, traffic

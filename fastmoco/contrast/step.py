@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastmoco.contrast.backends import Backend
+from fastmoco.contrast.dictionary import Queue
 from fastmoco.contrast.parts import part
-from fastmoco.contrast.queue import Queue
 from fastmoco.contrast.shuffle import positives, start_unshuffle
 from fastmoco.contrast.update import PRECISIONS, Precision, Update, resolve_precision
 from fastmoco.encoder import BatchNormAct, Bottleneck, Encoder, build_encoder

@@ -12,9 +12,9 @@ from fastmoco.data import manifest
 from fastmoco.data.manifest import Manifest
 from fastmoco.evaluate.features import encode
 from fastmoco.evaluate.labels import subset
-from fastmoco.interop import files
-from fastmoco.interop.run import load_encoder, one_rank
+from fastmoco.interop import foreign
 from fastmoco.options import Embed, UsageError
+from fastmoco.runs.run_folder import load_encoder, one_rank
 
 
 def run(options: Embed) -> None:
@@ -45,7 +45,7 @@ def run(options: Embed) -> None:
     good = np.flatnonzero(shown.cpu().numpy() == np.arange(len(images)))
     left_out = len(images.rejected) + len(images) - len(good)
     rows, images = features.cpu().numpy()[good], subset(images, good)
-    files.write(options.out, lambda path: save(path, rows, images))
+    foreign.write(options.out, lambda path: save(path, rows, images))
     print(
         f"{options.out}: {rows.shape[0]} images, {rows.shape[1]} {options.features} features each, encoder of "
         f"{options.run} after step {step}; {left_out} files left out"

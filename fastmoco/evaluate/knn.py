@@ -21,10 +21,10 @@ from fastmoco.evaluate.features import extract
 from fastmoco.evaluate.labels import both_sides
 from fastmoco.evaluate.pictures import draw_confusion, draw_neighbours
 from fastmoco.evaluate.scores import score
-from fastmoco.interop.run import figures_name, load_encoder
 from fastmoco.options import EvaluateKnn
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
+from fastmoco.runs.run_folder import figures_name, load_encoder
 
 CHUNK_ELEMENTS = 1 << 25  # similarities held at a time: 128 MiB in fp32
 SHOWN = 8  # images, and neighbours of each, in the contact sheet

@@ -37,11 +37,11 @@ from fastmoco.evaluate.features import extract
 from fastmoco.evaluate.labels import both_sides
 from fastmoco.evaluate.pictures import draw_probe
 from fastmoco.evaluate.scores import Scores, score
-from fastmoco.interop.run import figures_name, load_encoder, one_rank
 from fastmoco.kernels.photometric import photometric
 from fastmoco.options import EvaluateLinear
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Augmentation, Recipe
+from fastmoco.runs.run_folder import figures_name, load_encoder, one_rank
 
 REFERENCE_BATCH = 256
 DROPS = (0.6, 0.8)  # shares of the epochs after which the rate is divided by ten: 60 and 80 of 100

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco import environment
-from fastmoco.interop.run import Saved, read_json
+from fastmoco.runs.run_folder import Saved, read_json
 from fastmoco.train.monitor import KNN, read_lines
 
 FIGURES = {

@@ -20,12 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmoco.encoder.resnet import ARCHITECTURES, STAGE_CHANNELS
-from fastmoco.interop import files, run, upstream
+from fastmoco.interop import foreign, upstream
 from fastmoco.interop.card import model_card
-from fastmoco.interop.keys import backbone, to_detectron2
-from fastmoco.interop.run import Saved
+from fastmoco.interop.names import backbone, to_detectron2
 from fastmoco.options import Export, UsageError
 from fastmoco.recipe import Recipe
+from fastmoco.runs import run_folder
+from fastmoco.runs.run_folder import Saved
 
 CARD = "README.md"
 
@@ -36,8 +37,8 @@ def export(folder: Path, form: str, out: Path) -> Path:
     UsageError where `folder` is no run, `out` exists or the format cannot hold this network; CheckpointError where the
     run has no good checkpoint.
     """
-    saved = run.load(folder)
-    return files.write(out, WRITERS[form](folder, saved))
+    saved = run_folder.load(folder)
+    return foreign.write(out, WRITERS[form](folder, saved))
 
 
 def backbone_weights(saved: Saved) -> dict[str, Tensor]:
@@ -91,7 +92,7 @@ def command(options: Export) -> None:
     """`export RUN`: write the file and say what it is."""
     out = export(options.run, options.format, options.out)
     print(f"{out}: {DESCRIPTIONS[options.format].format(out=out)}")
-    recipe = run.load(options.run).recipe
+    recipe = run_folder.load(options.run).recipe
     if not is_standard(recipe) and options.format in ("torchvision", "detectron2"):
         print(
             f"note: names are {options.format}'s, but it has no {recipe.arch} of width {recipe.width} with the "

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fastmoco.encoder import build_encoder
-from fastmoco.interop.keys import KEY, MODULE, QUERY, without
+from fastmoco.interop.names import KEY, MODULE, QUERY, without
 from fastmoco.recipe import Recipe
 
 OWN = "fastmoco"

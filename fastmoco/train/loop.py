@@ -24,15 +24,19 @@ from fastmoco.contrast.step import Step
 from fastmoco.data import manifest, quarantine, synthetic
 from fastmoco.data.loader import Loader
 from fastmoco.data.manifest import Manifest
-from fastmoco.data.placeholder import noise_batch
+from fastmoco.data.noise import noise_batch
 from fastmoco.data.plan import Plan
 from fastmoco.data.quarantine import Quarantine
 from fastmoco.environment import share_of_cores
 from fastmoco.evaluate import knn
 from fastmoco.options import Options, Pretrain, UsageError, check_places, restarted
 from fastmoco.parallel import Parallel
+from fastmoco.process import crash_points
+from fastmoco.process.stop import STOPPED, Stopped, StopRequest, Vote, stop_on_signal
+from fastmoco.process.watchdog import Watchdog
 from fastmoco.recipe import Recipe
-from fastmoco.train import checkpoint, faults, record
+from fastmoco.runs import checkpoint
+from fastmoco.train import record
 from fastmoco.train.health import ROLLBACKS, Health, NonFiniteError
 from fastmoco.train.monitor import (
     KNN,
@@ -47,9 +51,7 @@ from fastmoco.train.monitor import (
     memory,
     read_lines,
 )
-from fastmoco.train.preempt import STOPPED, Stopped, StopRequest, Vote, stop_on_signal
 from fastmoco.train.saver import SaveError, Saver
-from fastmoco.train.watchdog import Watchdog
 
 RUNS = Path("runs")
 DEMO_IMAGES = RUNS / "images"
@@ -178,12 +180,12 @@ class Run:
             self.watch.skip()
             for batch in self._timed(loader):
                 self._tell_quarantine()
-                faults.reach("before step")
+                crash_points.reach("before step")
                 rate = self.recipe.learning_rate(self.done, self.plan.steps_per_epoch)
                 self.meter.add(self.advance(batch, rate))
                 pace.step()
                 self.done += 1
-                faults.reach("after step")
+                crash_points.reach("after step")
                 self.watchdog.beat()
                 self._after_the_first_step()
                 if self.done % self.options.log_every == 0 or self.done == self.last:
@@ -329,7 +331,7 @@ class Run:
             self.monitor.say(text)
 
     def _restore(self) -> int:
-        faults.reach("before load")
+        crash_points.reach("before load")
         # The first rank sets damaged ones aside before the others look.
         path = checkpoint.latest(self.out) if self.parallel.is_main else None
         self.parallel.barrier()
@@ -337,13 +339,13 @@ class Run:
             path = checkpoint.latest(self.out)
         if path is None:
             return 0
-        faults.reach("verified")
+        crash_points.reach("verified")
         saved = checkpoint.load(path, verified=True)
         _same_recipe(Recipe.from_dict(saved.meta["recipe"]), self.recipe, path)
         self.step.load(saved.state)
         if saved.step > self.last:
             raise UsageError(f"{path} is already past step {self.last}: give a later --stop-after, or none")
-        faults.reach("after load")
+        crash_points.reach("after load")
         return saved.step
 
     def _knn_due(self) -> bool:

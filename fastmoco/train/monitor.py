@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastmoco.process import crash_points
 from fastmoco.recipe import Recipe
-from fastmoco.train import faults
 from fastmoco.train.sinks import open_sinks
 
 LOG, KNN = "log.jsonl", "knn.jsonl"
@@ -301,7 +301,7 @@ class Lines:
     def append(self, line: Mapping[str, Any]) -> None:
         """Write one line, after those that are still to be written."""
         self._left += (json.dumps(line) + "\n").encode()
-        if faults.about_to_crash("half a log line"):
+        if crash_points.about_to_crash("half a log line"):
             self._file.write(self._left[: len(self._left) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
         self._write()

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmoco.train import checkpoint, faults
+from fastmoco.process import crash_points
+from fastmoco.runs import checkpoint
 
 DISK_TROUBLE = {
     errno.ENOSPC,
@@ -66,9 +67,9 @@ class Saver:
         On a GPU the copy is queued behind the step, and nothing waits for it.
         """
         self.wait()
-        faults.reach("before copy")
+        crash_points.reach("before copy")
         self._job = (step, dict(meta), self._copy(state))
-        faults.reach("after copy")
+        crash_points.reach("after copy")
         self._writing = self._thread.submit(self._write)
 
     def check(self) -> None:

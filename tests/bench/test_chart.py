@@ -3,8 +3,8 @@
 import pytest
 from matplotlib.figure import Figure
 
-from fastmoco.bench import chart, report
-from fastmoco.bench.report import Record, Row
+from fastmoco.bench import chart, record_files
+from fastmoco.bench.record_files import Record, Row
 
 
 def test_whiskers_end_where_the_table_says_the_spread_does():
@@ -14,8 +14,8 @@ def test_whiskers_end_where_the_table_says_the_spread_does():
     (whisker,) = axis.collections[0].get_segments()
     low, high = whisker[:, 0]
     assert (low, high) == pytest.approx(row.spread) and row.spread == pytest.approx((1.6, 5.6))
-    item = Record("step", (row,), report.environment(), "fastmoco bench step", "2026-01-01")
-    assert f"{low:.3g} to {high:.3g}" in report.table([item])
+    item = Record("step", (row,), record_files.environment(), "fastmoco bench step", "2026-01-01")
+    assert f"{low:.3g} to {high:.3g}" in record_files.table([item])
 
 
 def test_nothing_to_draw_is_refused(tmp_path):

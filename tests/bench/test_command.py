@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmoco.bench import command, report
-from fastmoco.bench.report import Row
+from fastmoco.bench import command, record_files
+from fastmoco.bench.record_files import Row
 from fastmoco.cli import main
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def test_a_subject_prints_bound_share_and_baseline_and_its_record_passes_the_sch
     file, table, chart = (tmp_path / f"a.{ending}" for ending in ("json", "csv", "svg"))
     flags = ["--json", str(file), "--csv", str(table), "--svg", str(chart)]
     assert main(["bench", subject, *TINY, *more, *flags]) == 0
-    (item,) = report.load(file)
+    (item,) = record_files.load(file)
     assert item.subject == subject and len(item.rows) >= 2
     assert {row.baseline for row in item.rows} < {row.provider for row in item.rows} | {None}
     if subject != "memory":
@@ -53,7 +53,7 @@ def test_a_subject_prints_bound_share_and_baseline_and_its_record_passes_the_sch
 def test_scaling_measures_each_number_of_ranks(tmp_path):
     file = tmp_path / "a.json"
     assert main(["bench", "scaling", *TINY, "--json", str(file)]) == 0
-    rows = report.load(file)[0].rows
+    rows = record_files.load(file)[0].rows
     assert [row.provider for row in rows] == ["1 rank", "2 ranks"][: len(rows)]
     assert rows[-1].bound == pytest.approx(len(rows) * sorted(rows[0].samples)[len(rows[0].samples) // 2])
 
@@ -62,7 +62,7 @@ def test_only_chooses_providers_and_names_them_where_none_is_left(capsys, tmp_pa
     file = tmp_path / "a.json"
     flags = [*TINY, "--only", "published fp32", "--json", str(file)]
     assert main(["bench", "step", *flags]) == 0
-    assert [row.provider for row in report.load(file)[0].rows] == ["published fp32"]
+    assert [row.provider for row in record_files.load(file)[0].rows] == ["published fp32"]
     assert main(["bench", "step", *TINY, "--only", "fp32", "--skip", "fp32"]) == 2
     assert main(["bench", "step", *TINY, "--only", "nonsense"]) == 2
     assert "published fp32; published bf16 autocast" in capsys.readouterr().err
@@ -71,7 +71,7 @@ def test_only_chooses_providers_and_names_them_where_none_is_left(capsys, tmp_pa
 def saved(path: Path, scale: float, batch: int = 32) -> str:
     samples = tuple(scale * (1 + 0.01 * i) for i in range(9))
     row = Row("step", "ours", "ms", samples, {"batch": batch})
-    report.save(path, [report.record("step", [row], report.environment())])
+    record_files.save(path, [record_files.record("step", [row], record_files.environment())])
     return str(path)
 
 
@@ -114,7 +114,7 @@ def test_what_needs_a_gpu_says_so_in_one_line(name, capsys):
 
 def test_the_committed_records_pass_the_schema():
     for path in (Path(__file__).parents[2] / "bench/records").glob("*.json"):
-        assert all(dataclasses.is_dataclass(item) for item in report.load(path))
+        assert all(dataclasses.is_dataclass(item) for item in record_files.load(path))
 
 
 def test_scaling_model_counts_instead_of_measuring_and_goes_with_nothing_else(capsys):
@@ -140,20 +140,20 @@ def test_a_benchmark_that_is_stopped_keeps_what_it_has_and_one_that_fails_says_s
     flags = ["bench", "step", *TINY, "--rounds", "9", "--json", str(file)]
     assert main(flags) == 130
     assert not file.exists()
-    (item,) = report.load(report.partial(file))
+    (item,) = record_files.load(record_files.partial(file))
     assert item.environment["unfinished"] and [len(row.samples) for row in item.rows] == [4]
-    assert "Stopped before its end" in report.table([item])
+    assert "Stopped before its end" in record_files.table([item])
     found["slow"] = step.Provider(lambda: lambda: None, "fp32")
     assert main(flags) == 1
-    (item,) = report.load(file)
+    (item,) = record_files.load(file)
     assert "unfinished" not in item.environment and [len(row.samples) for row in item.rows] == [9]
-    assert not report.partial(file).exists()
+    assert not record_files.partial(file).exists()
     assert "bad failed: ZeroDivisionError: division by zero" in capsys.readouterr().out
     # Again, and stopped early: the complete record stays.
     found["slow"], left = step.Provider(lambda: stopped, "fp32"), iter(range(3))
     assert main(flags) == 130
-    assert [len(row.samples) for row in report.load(file)[0].rows] == [9]
-    assert [len(row.samples) for row in report.load(report.partial(file))[0].rows] == [1]
+    assert [len(row.samples) for row in record_files.load(file)[0].rows] == [9]
+    assert [len(row.samples) for row in record_files.load(record_files.partial(file))[0].rows] == [1]
 
 
 def test_the_record_of_a_finished_subject_stays_where_the_next_one_fails(tmp_path, monkeypatch):
@@ -163,7 +163,7 @@ def test_the_record_of_a_finished_subject_stays_where_the_next_one_fails(tmp_pat
     monkeypatch.setitem(command.SUBJECTS, "step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["bench", "memory", "step", *TINY, "--json", str(file)])
-    assert [item.rows for item in report.load(report.partial(file))] == [(row,)] and not file.exists()
+    assert [item.rows for item in record_files.load(record_files.partial(file))] == [(row,)] and not file.exists()
 
 
 def test_proof_runs_only_where_asked_for_and_tells_what_it_compared(capsys):

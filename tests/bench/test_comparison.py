@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from fastmoco.bench import report
+from fastmoco.bench import record_files
 from fastmoco.bench.comparison import FEWEST, compare, differences
 from fastmoco.bench.comparison import report as compared
-from fastmoco.bench.report import Record, Row, load, save
+from fastmoco.bench.record_files import Record, Row, load, save
 
-ENVIRONMENT = report.environment()
+ENVIRONMENT = record_files.environment()
 
 
 def made(scale: float = 1.0, noise: float = 0.01, unit: str = "ms", seed: int = 0, n: int = 20) -> list[Record]:

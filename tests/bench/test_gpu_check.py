@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmoco.bench import gpu_check, report
+from fastmoco.bench import gpu_check, record_files
 from fastmoco.bench.gpu_check import SECONDS, TO_REPORT, Outcome, Part, done, parts, summary
-from fastmoco.bench.report import Row
+from fastmoco.bench.record_files import Row
 from fastmoco.options import Bench, BenchGpuCheck
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -135,12 +135,12 @@ def test_nothing_of_a_part_outlives_it(tmp_path):
 def saved(path: Path, rate: float) -> None:
     config, extra = {"arch": "resnet50", "px": 224, "batch": 256}, {"level": "bnrelu", "bounds": {}}
     row = Row("step", "fastmoco bf16", "pairs/s", (rate,) * 5, config, bound=rate / 0.7, extra=extra)
-    facts = {**report.environment(), "device": H100, "device_type": "cuda", "unfinished": True}
-    report.save(path, [report.record("step", [row], facts)])
+    facts = {**record_files.environment(), "device": H100, "device_type": "cuda", "unfinished": True}
+    record_files.save(path, [record_files.record("step", [row], facts)])
 
 
 def test_a_part_that_is_stopped_keeps_the_rows_it_had(tmp_path):
-    record, source = report.partial(tmp_path / "a.json"), tmp_path / "b.json"
+    record, source = record_files.partial(tmp_path / "a.json"), tmp_path / "b.json"
     saved(tmp_path / "a.json", 3000.0)  # of an earlier run
     saved(source, 4000.0)
     write = "import shutil, sys, time; shutil.copy(*sys.argv[1:]); time.sleep(100)"
@@ -149,12 +149,12 @@ def test_a_part_that_is_stopped_keeps_the_rows_it_had(tmp_path):
     assert [row.median for item in stopped.records for row in item.rows] == [4000.0]
     text = summary([stopped])
     assert "| fastmoco bf16 | 4,000 pairs/s |" in text and "Stopped before its end" in text
-    assert [row.median for item in report.load(tmp_path / "a.json") for row in item.rows] == [3000.0]
+    assert [row.median for item in record_files.load(tmp_path / "a.json") for row in item.rows] == [3000.0]
 
 
 def test_a_record_of_an_earlier_run_is_not_taken_for_this_ones(tmp_path):
     record = tmp_path / "a.json"
-    for path in (record, report.partial(record)):
+    for path in (record, record_files.partial(record)):
         saved(path, 4000.0)
         assert done(python("pass", record=record), soon()).records == [] and path.exists()
 
@@ -176,7 +176,7 @@ def test_the_end_is_every_target_and_every_part():
 
 def test_where_the_gate_fails_or_was_not_run_no_target_is_met(tmp_path):
     saved(tmp_path / "a.json", 4000.0)
-    step = Outcome(Part("bench step", (), 1), "passed", 61.0, report.load(tmp_path / "a.json"))
+    step = Outcome(Part("bench step", (), 1), "passed", 61.0, record_files.load(tmp_path / "a.json"))
     gate = Part(full(tmp_path)[0].name, (), 1)
     assert "| met |" in summary([Outcome(gate, "passed", 9.0, []), step])
     failed = summary([Outcome(gate, "exit code 1", 9.0, []), step])

@@ -7,7 +7,7 @@ import torch
 
 from fastmoco.bench.clocks import Clocks
 from fastmoco.bench.journal import Journal
-from fastmoco.bench.report import Row
+from fastmoco.bench.record_files import Row
 
 
 def row(provider: str, *samples: float) -> Row:

@@ -8,10 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmoco.kernels
-from fastmoco.bench import kernels, report
+from fastmoco.bench import kernels, record_files
 from fastmoco.bench.journal import Journal
 from fastmoco.bench.kernels import OURS, PROVIDED, Size
-from fastmoco.bench.report import Row
+from fastmoco.bench.record_files import Row
 from fastmoco.bench.timing import Machine
 from fastmoco.recipe import PRESETS
 
@@ -117,7 +117,9 @@ def test_many_short_kernels_are_timed_as_a_graph_and_a_row_that_is_not_says_so(c
     assert how == {OURS: "a CUDA graph", "other": "the host"}
     assert {name for name, case in cases.items() if case.launches} == {"batch_norm", "conv1x1", "batch norm + conv1x1"}
     row = Row("batch_norm", "other", "ms", (1.0,), extra={"launched by": how["other"]})
-    assert "| other (launched by the host) |" in report.table([report.record("kernels", [row], report.environment())])
+    assert "| other (launched by the host) |" in record_files.table(
+        [record_files.record("kernels", [row], record_files.environment())]
+    )
 
 
 def test_a_case_that_fails_costs_its_own_rows(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from fastmoco.bench import proof
 from fastmoco.bench.journal import Journal
 from fastmoco.bench.proof import EAGER, EQUAL, GRAPH, OTHER, READ, REPLAYED, ProofError
-from fastmoco.bench.report import Row
+from fastmoco.bench.record_files import Row
 from fastmoco.contrast.graph import GraphStep
 from fastmoco.contrast.step import Metrics
 from fastmoco.data.batch import Batch

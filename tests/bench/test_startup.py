@@ -11,7 +11,7 @@ import pytest
 from fastmoco.contrast.step import Step
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS
-from fastmoco.train import checkpoint
+from fastmoco.runs import checkpoint
 
 
 @pytest.mark.parametrize("words", ["--help", "pretrain v2 --help", "bench --help"])

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from fastmoco.bench import report, targets
+from fastmoco.bench import record_files, targets
 from fastmoco.bench.comparison import FEWEST
 from fastmoco.bench.proof import EAGER, EQUAL, GRAPH, OTHER, READ, REPLAYED, WAITS
-from fastmoco.bench.report import Record, Row
+from fastmoco.bench.record_files import Record, Row
 from fastmoco.bench.targets import ABSENT, CHANNELS_LAST, OURS, OURS_KEY, PUBLISHED
 
 SIZE = {"arch": "resnet50", "px": 224, "batch": 256}
@@ -16,7 +16,9 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 
 def record(rows: list[Row], device: str = H100, kind: str = "cuda", **more: object) -> Record:
-    return report.record("step", rows, {**report.environment(), "device": device, "device_type": kind, **more})
+    return record_files.record(
+        "step", rows, {**record_files.environment(), "device": device, "device_type": kind, **more}
+    )
 
 
 def step(rates: dict[str, float], device: str = H100, n: int = FEWEST, **size: object) -> Record:

@@ -14,7 +14,7 @@ from fastmoco.contrast import step as step_module
 from fastmoco.contrast.graph import GraphStep, closed_at_the_end, runner
 from fastmoco.contrast.step import Metrics, Step
 from fastmoco.data.batch import Batch
-from fastmoco.data.placeholder import noise_batch
+from fastmoco.data.noise import noise_batch
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 import fastmoco.contrast.step as step_module
 from fastmoco.contrast.step import Step
 from fastmoco.data.batch import Batch
-from fastmoco.data.placeholder import noise_batch
+from fastmoco.data.noise import noise_batch
 from fastmoco.encoder import BatchNormAct
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fastmoco.contrast.queue as queue_module
+import fastmoco.contrast.dictionary as queue_module
 import fastmoco.contrast.step as step_module
 from fastmoco.contrast.step import Step
 from fastmoco.data.plan import Plan

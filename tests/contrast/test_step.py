@@ -112,7 +112,7 @@ import gc, sys
 gc.disable()
 import torch
 from fastmoco.contrast.step import Step
-from fastmoco.data.placeholder import noise_batch
+from fastmoco.data.noise import noise_batch
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 

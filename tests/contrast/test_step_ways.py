@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import fastmoco.contrast.queue as queue_module
+import fastmoco.contrast.dictionary as queue_module
 import fastmoco.contrast.step as step_module
 from fastmoco.contrast.step import Step
 from fastmoco.encoder import BatchNormAct, forward_only

@@ -23,8 +23,9 @@ from fastmoco.data.pipeline import DecodeError
 from fastmoco.data.plan import Plan
 from fastmoco.data.quarantine import Quarantine, Record
 from fastmoco.options import Options
+from fastmoco.process import crash_points
 from fastmoco.recipe import PRESETS
-from fastmoco.train import checkpoint, faults
+from fastmoco.runs import checkpoint
 from fastmoco.train.loop import pretrain
 from fastmoco.train.monitor import read_lines
 
@@ -355,7 +356,7 @@ def test_files_harmed_while_a_whole_run_reads_them(
             for harm, name in reversed(harmed.items()):
                 _harm(data / name, harm)
 
-    monkeypatch.setattr(faults, "reach", reach)
+    monkeypatch.setattr(crash_points, "reach", reach)
     pretrain(recipe, options(data, out, log_every=1))
     monkeypatch.undo()
     said, records = capsys.readouterr().err, files(out / "quarantine.jsonl")

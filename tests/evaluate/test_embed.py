@@ -13,10 +13,9 @@ from fastmoco.cli import main
 from fastmoco.contrast.step import Step
 from fastmoco.data import manifest
 from fastmoco.evaluate.features import extract
-from fastmoco.interop import run
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS
-from fastmoco.train import checkpoint
+from fastmoco.runs import checkpoint, run_folder
 
 RECIPE = replace(PRESETS["demo"][1], width=0.125, crop_size=16, batch_size=8, bn_group=4, queue_size=20)
 
@@ -37,7 +36,7 @@ def embed(trained, data, out, *more) -> int:
 def test_rows_belong_to_their_files(trained, stripes, tmp_path):
     assert embed(trained, stripes / "val", tmp_path / "a.npz") == 0
     images = manifest.scan(stripes / "val")
-    encoder, recipe, _ = run.load_encoder(trained, Parallel())
+    encoder, recipe, _ = run_folder.load_encoder(trained, Parallel())
     with np.load(tmp_path / "a.npz", allow_pickle=False) as data:
         assert data["files"].tolist() == images.paths and data["classes"].tolist() == ["across", "down"]
         assert data["labels"].tolist() == images.labels.tolist()

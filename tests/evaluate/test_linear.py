@@ -27,10 +27,10 @@ from fastmoco.evaluate.linear import (
     snapshot,
     training_recipe,
 )
-from fastmoco.interop import card, run
+from fastmoco.interop import card
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS
-from fastmoco.train import checkpoint
+from fastmoco.runs import checkpoint, run_folder
 
 CLASSES, DIM, COUNT = 5, 8, 500
 RECIPE = replace(PRESETS["demo"][1], width=0.125, crop_size=16, batch_size=8, bn_group=4, queue_size=20)
@@ -272,7 +272,7 @@ def test_the_commands_write_figures_pictures_and_weights(trained, capsys):
     from safetensors.torch import load_file
 
     weights = load_file(trained / "linear.safetensors")
-    encoder, _, _ = run.load_encoder(trained, Parallel())
+    encoder, _, _ = run_folder.load_encoder(trained, Parallel())
     val = manifest.scan(json.loads((trained / "recipe.json").read_text())["options"]["data"] + "/val")
     features, labels = linear.extract(encoder, val, RECIPE, Parallel(), threads=1, normalise=False)
     top1 = (F.linear(features, weights["fc.weight"], weights["fc.bias"]).argmax(1) == labels).double().mean() * 100

@@ -10,7 +10,7 @@ import torch
 from fastmoco.contrast.step import Step
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS, Recipe
-from fastmoco.train import checkpoint
+from fastmoco.runs import checkpoint
 
 
 def tiny(head: str = "mlp", **changes) -> Recipe:

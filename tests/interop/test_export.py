@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 
 from fastmoco.cli import main
 from fastmoco.encoder import build_encoder
-from fastmoco.interop import run
 from fastmoco.interop.export import export
-from fastmoco.interop.keys import to_detectron2
+from fastmoco.interop.names import to_detectron2
 from fastmoco.options import UsageError
+from fastmoco.parallel import Parallel
+from fastmoco.runs import run_folder
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def images(count: int = 3) -> torch.Tensor:
 
 
 def query_of(folder) -> dict[str, torch.Tensor]:
-    state = run.load(folder).state
+    state = run_folder.load(folder).state
     return {name.removeprefix("encoder_q."): value for name, value in state.items() if name.startswith("encoder_q.")}
 
 
@@ -45,7 +46,7 @@ def test_torchvision_holds_the_backbone_alone(folder, tmp_path, make_recipe):
     expected = {name: value for name, value in query_of(folder).items() if not name.startswith("fc.")}
     assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in weights)
     assert all(value.dtype in (torch.float32, torch.int64) and value.is_contiguous() for value in weights.values())
-    ours, _, _ = run.load_encoder(folder, run.Parallel())
+    ours, _, _ = run_folder.load_encoder(folder, Parallel())
     with torch.no_grad():
         features = ours.features(images())
     assert torch.equal(forward(make_recipe(), weights), features)
@@ -55,7 +56,7 @@ def test_torchvision_holds_the_backbone_alone(folder, tmp_path, make_recipe):
 
 def test_it_is_the_query_encoder_that_is_exported(folder, tmp_path):
     weights = torch.load(export(folder, "torchvision", tmp_path / "a.pth"), weights_only=True)
-    assert not torch.equal(weights["conv1.weight"], run.load(folder).state["encoder_k.conv1.weight"])
+    assert not torch.equal(weights["conv1.weight"], run_folder.load(folder).state["encoder_k.conv1.weight"])
 
 
 def test_detectron2_holds_renamed_arrays(folder, tmp_path):

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastmoco.encoder import Encoder, build_encoder
-from fastmoco.interop import run
 from fastmoco.interop.export import export
-from fastmoco.interop.run import Saved
+from fastmoco.runs import run_folder
+from fastmoco.runs.run_folder import Saved
 
 Shapes = dict[str, tuple[int, ...]]
 BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}
@@ -74,7 +74,7 @@ def encoder(request, make_recipe, monkeypatch) -> Encoder:
     }
     state |= {f"velocity.{name}": value.detach() for name, value in encoder.named_parameters()}
     state |= {"queue": torch.zeros(20, 16), "queue_pointer": torch.zeros(1, dtype=torch.int64)}
-    monkeypatch.setattr(run, "load", lambda _: Saved(7, state, recipe, "fp32", {"steps": 20}))
+    monkeypatch.setattr(run_folder, "load", lambda _: Saved(7, state, recipe, "fp32", {"steps": 20}))
     return encoder
 
 

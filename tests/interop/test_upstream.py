@@ -6,7 +6,7 @@ from torch import nn
 
 from fastmoco.encoder import build_encoder
 from fastmoco.interop import upstream
-from fastmoco.interop.run import load
+from fastmoco.runs.run_folder import load
 
 
 class Moco(nn.Module):

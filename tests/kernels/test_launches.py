@@ -12,10 +12,10 @@ from triton.runtime.jit import KernelInterface
 
 from fastmoco.kernels import reference
 from fastmoco.kernels.batch_norm import Norm, batch_norm_act, measure, normalise
+from fastmoco.kernels.compile_gate import kernel_modules
 from fastmoco.kernels.conv1x1 import conv1x1
 from fastmoco.kernels.enqueue import enqueue
 from fastmoco.kernels.info_nce import info_nce
-from fastmoco.kernels.inspect import kernel_modules
 from fastmoco.kernels.photometric import photometric
 from fastmoco.kernels.sgd_ema import TensorTable, ema, sgd_ema
 

@@ -12,12 +12,12 @@ from fastmoco.contrast import step as step_module
 from fastmoco.contrast.step import Step
 from fastmoco.options import Options
 from fastmoco.parallel import Parallel
+from fastmoco.process.stop import StopRequest, stop_on_signal
 from fastmoco.recipe import PRESETS
-from fastmoco.train import checkpoint
+from fastmoco.runs import checkpoint
 from fastmoco.train.health import BAD_IN_A_ROW, ROLLBACKS, Health, NonFiniteError
 from fastmoco.train.loop import Run
 from fastmoco.train.monitor import read_lines
-from fastmoco.train.preempt import StopRequest, stop_on_signal
 
 RECIPE = replace(PRESETS["demo"][1], queue_size=999, batch_size=100, bn_group=50)  # 5 in 1000 queries hit by chance
 CHANCE = 0.5

@@ -22,11 +22,12 @@ from fastmoco.contrast.step import Step
 from fastmoco.data.loader import READERS
 from fastmoco.options import Options, Pretrain, UsageError
 from fastmoco.parallel import Parallel
+from fastmoco.process.stop import StopRequest
 from fastmoco.recipe import RecipeError
-from fastmoco.train import checkpoint, loop
+from fastmoco.runs import checkpoint
+from fastmoco.train import loop
 from fastmoco.train.loop import NonFiniteError, pretrain
 from fastmoco.train.monitor import Monitor, read_lines
-from fastmoco.train.preempt import StopRequest
 from fastmoco.train.saver import Saver
 
 STEPS = 30

@@ -7,16 +7,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import fastmoco.contrast.queue as queue_module
+import fastmoco.contrast.dictionary as queue_module
 import fastmoco.contrast.step as step_module
 from fastmoco.kernels import reference
 from fastmoco.options import Options
 from fastmoco.parallel import Parallel
+from fastmoco.process.stop import StopRequest
 from fastmoco.recipe import Recipe
-from fastmoco.train import checkpoint, loop
+from fastmoco.runs import checkpoint
+from fastmoco.train import loop
 from fastmoco.train.loop import Run
 from fastmoco.train.monitor import read_lines
-from fastmoco.train.preempt import StopRequest
 
 LEGS = (2, 4, 6)  # the steps after which a run is cut
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmoco.train import checkpoint
+from fastmoco.runs import checkpoint
 from fastmoco.train.saver import SaveError, Saver
 
 META = {"recipe": {}}

@@ -12,7 +12,7 @@ from fastmoco.contrast.step import Step
 from fastmoco.options import Options
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS
-from fastmoco.train import checkpoint
+from fastmoco.runs import checkpoint
 from fastmoco.train.saver import Saver
 
 V2 = PRESETS["v2"][1]

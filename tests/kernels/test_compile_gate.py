@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fastmoco.kernels.inspect import Report, faults, resident_blocks
+from fastmoco.kernels.compile_gate import Report, faults, resident_blocks
 
 KERNELS = {"batch_norm", "conv1x1", "enqueue", "info_nce", "photometric", "sgd_ema"}
 
@@ -15,7 +15,7 @@ SPILLING = """
 import sys
 import triton
 import triton.language as tl
-from fastmoco.kernels import inspect
+from fastmoco.kernels import compile_gate
 from fastmoco.kernels.tiles import Variant
 
 @triton.jit
@@ -28,7 +28,8 @@ signature = {"x": "*fp32", "y": "*fp32", "size": "constexpr"}
 for arch in (80, 90, 100):
     for size in (32 * 288, 32 * 32):  # one warp: more numbers a thread than it has registers, and a few
         size = triton.next_power_of_2(size)
-        print(inspect.faults(inspect.examine(Variant("centre", centre, signature, {"size": size}, 1, 1), arch)))
+        variant = Variant("centre", centre, signature, {"size": size}, 1, 1)
+        print(compile_gate.faults(compile_gate.examine(variant, arch)))
 """
 
 
@@ -41,7 +42,7 @@ def _python(folder, *arguments):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_kernel_passes_the_gate(tmp_path):
-    done = _python(tmp_path, "-m", "fastmoco.kernels.inspect", "--json", "table.json")
+    done = _python(tmp_path, "-m", "fastmoco.kernels.compile_gate", "--json", "table.json")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     reports = json.loads((tmp_path / "table.json").read_text())["kernels"]
     for arch in (80, 90, 100):
@@ -70,7 +71,7 @@ def test_a_spilling_kernel_fails_and_a_small_one_passes(tmp_path):
 
 def test_interpreter_is_refused(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "fastmoco.kernels.inspect"],
+        [sys.executable, "-m", "fastmoco.kernels.compile_gate"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from fastmoco.options import CheckpointList, CheckpointVerify, UsageError
-from fastmoco.train import checkpoint
+from fastmoco.runs import checkpoint
 
 MIB = 2**20
 

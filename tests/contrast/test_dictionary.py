@@ -5,7 +5,7 @@ import collections
 import pytest
 import torch
 
-from fastmoco.contrast.queue import Queue
+from fastmoco.contrast.dictionary import Queue
 
 
 def make(size: int, dim: int = 16, dtype: torch.dtype = torch.float32, seed: int = 0) -> Queue:

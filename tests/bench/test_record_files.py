@@ -7,10 +7,10 @@ import random
 
 import pytest
 
-from fastmoco.bench import report
-from fastmoco.bench.report import Record, Row, load, readme, record, save, table
+from fastmoco.bench import record_files
+from fastmoco.bench.record_files import Record, Row, load, readme, record, save, table
 
-ENVIRONMENT = report.environment()
+ENVIRONMENT = record_files.environment()
 
 
 def made(scale: float = 1.0, noise: float = 0.01, unit: str = "ms", seed: int = 0, n: int = 20) -> list[Record]:
@@ -132,18 +132,18 @@ def test_a_row_without_samples_is_refused():
 def test_what_is_not_finished_stands_beside_the_last_that_was(tmp_path):
     path = tmp_path / "a.b.json"
     save(path, made())
-    save(report.partial(path), made(2.0))
-    assert report.partial(path) == tmp_path / "a.b.partial.json" and report.stored(tmp_path) == [path]
-    report.finish(path, made(3.0))
+    save(record_files.partial(path), made(2.0))
+    assert record_files.partial(path) == tmp_path / "a.b.partial.json" and record_files.stored(tmp_path) == [path]
+    record_files.finish(path, made(3.0))
     assert load(path) == made(3.0) and [file.name for file in tmp_path.iterdir()] == ["a.b.json"]
-    save(report.partial(tmp_path / "c.json"), made())
-    assert report.stored(tmp_path) == [path, tmp_path / "c.partial.json"]
+    save(record_files.partial(tmp_path / "c.json"), made())
+    assert record_files.stored(tmp_path) == [path, tmp_path / "c.partial.json"]
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     save(path, made())
-    monkeypatch.setattr(report.Path, "write_text", lambda *_: 1 / 0)
+    monkeypatch.setattr(record_files.Path, "write_text", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save(path, made(2.0))
     assert load(path) == made()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastmoco.cli import main
-from fastmoco.train import checkpoint
+from fastmoco.runs import checkpoint
 
 STATE = {"encoder_q.w": torch.ones(100), "velocity.w": torch.zeros(100)}
 

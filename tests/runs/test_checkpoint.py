@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmoco.train import checkpoint
-from fastmoco.train.checkpoint import CheckpointError
+from fastmoco.runs import checkpoint
+from fastmoco.runs.checkpoint import CheckpointError
 
 META = {"recipe": {"arch": "resnet18", "crop_scale": (0.2, 1.0)}}
 

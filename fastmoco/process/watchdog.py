@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from fastmoco.train.preempt import StopRequest
+from fastmoco.process.stop import StopRequest
 
 STUCK = 124
 """Exit code of a process that the watchdog ended; that of timeout(1)."""

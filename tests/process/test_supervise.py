@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from fastmoco import failures
 from fastmoco.options import restarted
-from fastmoco.train.watchdog import STUCK
+from fastmoco.process import supervise
+from fastmoco.process.watchdog import STUCK
 
 
 def failure(code: int, message: str = "", timestamp: int = 0) -> ProcessFailure:
@@ -45,14 +45,14 @@ def test_the_cause_is_told_from_its_consequences(
     other: ProcessFailure, blamed: int, code: int, said: str, capsys: pytest.CaptureFixture
 ) -> None:
     both = {0: LOST, 1: other}
-    assert failures.first(both) == blamed and failures.report(both) == code
+    assert supervise.first(both) == blamed and supervise.report(both) == code
     line = capsys.readouterr().err
     assert line.startswith(f"fastmoco: error: rank {blamed} (process 7 on ") and line.count("\n") == 1
     assert said in line and line.endswith(f"; then rank {1 - blamed} failed too\n")
 
 
 def test_one_rank_alone() -> None:
-    assert failures.summary({3: LOST}).endswith("failed: RuntimeError: Connection closed by peer")
+    assert supervise.summary({3: LOST}).endswith("failed: RuntimeError: Connection closed by peer")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_one_rank_alone() -> None:
     ],
 )
 def test_a_machine_that_is_left_alone(stopped: dict, code: int, said: str, capsys: pytest.CaptureFixture) -> None:
-    assert failures.parted(RuntimeError("The store has failed. See inner exception."), stopped) == code
+    assert supervise.parted(RuntimeError("The store has failed. See inner exception."), stopped) == code
     line = capsys.readouterr().err
     assert line.startswith(f"fastmoco: error: {said}") and line.count("\n") == 1
 

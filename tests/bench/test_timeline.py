@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastmoco.trace import kernels, leaves, seconds_of_parts, waits
+from fastmoco.bench.timeline import kernels, leaves, seconds_of_parts, waits
 
 
 def span(name: str, start: float, length: float, **more) -> dict:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fastmoco.options import Options
-from fastmoco.train import checkpoint, faults
+from fastmoco.process import crash_points
+from fastmoco.runs import checkpoint
 from fastmoco.train.loop import pretrain
 from fastmoco.train.monitor import read_lines
 
@@ -24,9 +25,9 @@ def tiny(recipe):
 
 
 def train(recipe, images: Path, out: Path, crash: str | None) -> None:
-    os.environ.pop(faults.VARIABLE, None)
+    os.environ.pop(crash_points.VARIABLE, None)
     if crash:
-        os.environ[faults.VARIABLE] = crash
+        os.environ[crash_points.VARIABLE] = crash
     # Like a launcher that starts its workers again: the run is resumed where there is one.
     resume = (out / "recipe.json").exists()
     pretrain(
@@ -61,7 +62,7 @@ def whole(tiny, images, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "point", [point if point in QUICK else pytest.param(point, marks=pytest.mark.slow) for point in faults.POINTS]
+    "point", [point if point in QUICK else pytest.param(point, marks=pytest.mark.slow) for point in crash_points.POINTS]
 )
 def test_a_run_killed_at_any_point_ends_as_if_it_had_not_been(point, tiny, images, whole, in_fork, tmp_path):
     out = tmp_path / "run"
@@ -82,13 +83,13 @@ def test_a_run_killed_at_any_point_ends_as_if_it_had_not_been(point, tiny, image
 
 
 def test_a_point_without_the_variable_does_nothing(monkeypatch):
-    monkeypatch.delenv(faults.VARIABLE, raising=False)
-    assert len(faults.POINTS) == len(set(faults.POINTS)) == 14
-    assert not any(faults.about_to_crash(point) for point in faults.POINTS)
+    monkeypatch.delenv(crash_points.VARIABLE, raising=False)
+    assert len(crash_points.POINTS) == len(set(crash_points.POINTS)) == 14
+    assert not any(crash_points.about_to_crash(point) for point in crash_points.POINTS)
 
 
 def test_a_point_counts_its_visits(monkeypatch):
-    monkeypatch.setattr(faults, "_reached", faults.Counter())
-    monkeypatch.setenv(faults.VARIABLE, "renamed:3")
-    assert [faults.about_to_crash("renamed") for _ in range(4)] == [False, False, True, False]
-    assert not faults.about_to_crash("pruning")
+    monkeypatch.setattr(crash_points, "_reached", crash_points.Counter())
+    monkeypatch.setenv(crash_points.VARIABLE, "renamed:3")
+    assert [crash_points.about_to_crash("renamed") for _ in range(4)] == [False, False, True, False]
+    assert not crash_points.about_to_crash("pruning")

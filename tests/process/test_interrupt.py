@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-HEAD = "import signal, sys, os\nfrom fastmoco import interrupt\n"
+HEAD = "import signal, sys, os\nfrom fastmoco.process import interrupt\n"
 KILL = "os.kill(os.getpid(), signal.SIGINT)\nprint('still here')\n"
 SILENT = "interrupt.end_silently()\n"
 CAUGHT = "try:\n    with interrupt.raised():\n        os.kill(os.getpid(), signal.SIGINT)\n"
@@ -48,7 +48,7 @@ def test_ignored_it_stays_ignored() -> None:
 
 
 def test_another_thread_changes_no_handler() -> None:
-    from fastmoco import interrupt
+    from fastmoco.process import interrupt
 
     def work() -> None:
         with interrupt.raised():

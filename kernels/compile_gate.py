@@ -1,6 +1,6 @@
 """Compile every kernel ahead of time at its production tiles, without a GPU, and show what the compiler made of it.
 
-    python -m fastmoco.kernels.inspect [--arch 80|90|100|all] [--json FILE]
+    python -m fastmoco.kernels.compile_gate [--arch 80|90|100|all] [--json FILE]
 
 A module of this package takes part by having `variants(arch) -> list[Variant]` (see tiles.py). Registers and stack
 come from `cuobjdump --dump-resource-usage`, spills and 16-byte loads from the machine code, tensor-core instructions
@@ -209,7 +209,7 @@ def table(reports: list[Report]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table and any faults; 1 if there are faults."""
-    parser = argparse.ArgumentParser(prog="python -m fastmoco.kernels.inspect", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m fastmoco.kernels.compile_gate", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", choices=[*map(str, ARCHITECTURES), "all"], default="all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table here, with the versions")
     options = parser.parse_args(arguments)

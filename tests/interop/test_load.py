@@ -11,11 +11,12 @@ import torch
 from fastmoco.cli import main
 from fastmoco.contrast.step import Step
 from fastmoco.encoder import build_encoder
-from fastmoco.interop import bring, run
+from fastmoco.interop import load
 from fastmoco.interop.export import export
-from fastmoco.interop.files import ForeignFileError
+from fastmoco.interop.foreign import ForeignFileError
 from fastmoco.options import Import
 from fastmoco.parallel import Parallel
+from fastmoco.runs import run_folder
 
 
 def published_code():
@@ -32,9 +33,9 @@ def differing(one: dict, other: dict) -> list[str]:
     return [name for name in one if one[name].dtype != other[name].dtype or not torch.equal(one[name], other[name])]
 
 
-def bring_in(content: dict, folder: Path, **options) -> bring.Imported:
+def bring_in(content: dict, folder: Path, **options) -> load.Imported:
     torch.save(content, folder / "a.pth.tar")
-    return bring.convert(bring.files.read(folder / "a.pth.tar"), Import(folder / "a.pth.tar", folder / "b", **options))
+    return load.convert(load.foreign.read(folder / "a.pth.tar"), Import(folder / "a.pth.tar", folder / "b", **options))
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp"])
@@ -43,7 +44,7 @@ def test_export_then_import_is_bit_equal(make_run, make_recipe, tmp_path, head, 
     make_run(tmp_path / "a", make_recipe(head), queue_dtype=queue_dtype)
     export(tmp_path / "a", "moco", tmp_path / "a.pth.tar")
     assert main(["import", str(tmp_path / "a.pth.tar"), "--out", str(tmp_path / "b")]) == 0
-    before, after = run.load(tmp_path / "a"), run.load(tmp_path / "b")
+    before, after = run_folder.load(tmp_path / "a"), run_folder.load(tmp_path / "b")
     assert differing(before.state, after.state) == []
     assert (before.step, before.recipe, before.precision) == (after.step, after.recipe, after.precision)
 
@@ -105,7 +106,7 @@ def test_without_the_owed_update_it_goes_on_elsewhere(monkeypatch, make_recipe, 
     pair = list(torch.randn(2, 16, 3, 12, 12, generator=draw, dtype=torch.float64))
     for _ in range(2):
         theirs.step(pair, [torch.arange(16)])
-    monkeypatch.setattr(bring, "_owed_update", lambda state, momentum: None)
+    monkeypatch.setattr(load, "_owed_update", lambda state, momentum: None)
     ours = ours_from(bring_in(checkpoint_of(theirs, recipe), tmp_path, batch_size=32), recipe)
     reload_in_fp32(theirs)
     loss, _ = continue_ours(ours, recipe, pair)
@@ -143,7 +144,7 @@ def reload_in_fp32(theirs) -> None:
             value.copy_(value.float().double())
 
 
-def ours_from(found: bring.Imported, recipe) -> Step:
+def ours_from(found: load.Imported, recipe) -> Step:
     ours = Step(recipe, Parallel(), "fp64")
     ours.load(found.state)
     return ours
@@ -174,10 +175,10 @@ def test_an_imported_run_is_resumed_evaluated_and_exported(make_recipe, make_run
     assert main(["import", str(tmp_path / "published.pth.tar"), *argv]) == 0
     facts = json.loads((tmp_path / "b/recipe.json").read_text())
     assert facts["imported"]["file"] == "published.pth.tar" and len(facts["imported"]["sha256"]) == 64
-    assert run.load(tmp_path / "b").step == content["epoch"] * 2  # two steps an epoch of 70 images
+    assert run_folder.load(tmp_path / "b").step == content["epoch"] * 2  # two steps an epoch of 70 images
     resume = ["pretrain", "v1", "--resume", "--out", str(tmp_path / "b"), "--device", "cpu", "--threads", "1"]
     assert main([*resume, "--stop-after", "3"]) == 0
-    assert run.load(tmp_path / "b").step == 3
+    assert run_folder.load(tmp_path / "b").step == 3
     assert main(["export", str(tmp_path / "b"), "--out", str(tmp_path / "c.pth")]) == 0
 
 
@@ -329,7 +330,7 @@ def test_strange_things_under_right_names_are_refused_or_made_up_for(make_run, m
                 inner = inner[name]
             inner[place[-1]] = strange
             try:
-                bring.convert(content, Import(path, tmp_path / "b", batch_size=None if own else 32))
+                load.convert(content, Import(path, tmp_path / "b", batch_size=None if own else 32))
                 outcomes.add("taken")
             except ForeignFileError:
                 outcomes.add("refused")

@@ -20,14 +20,14 @@ from torch import Tensor
 from fastmoco import environment
 from fastmoco.contrast.step import Step
 from fastmoco.data import manifest
-from fastmoco.interop import files, upstream
-from fastmoco.interop.files import ForeignFileError
-from fastmoco.interop.keys import KEY, QUERY, backbone, is_parameter, recognise, without
-from fastmoco.interop.run import RECIPE
+from fastmoco.interop import foreign, upstream
+from fastmoco.interop.foreign import ForeignFileError
+from fastmoco.interop.names import KEY, QUERY, backbone, is_parameter, recognise, without
 from fastmoco.options import Import, UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS, Recipe, RecipeError
-from fastmoco.train import checkpoint
+from fastmoco.runs import checkpoint
+from fastmoco.runs.run_folder import RECIPE
 
 FIRST_NORM = "encoder_q.bn1.num_batches_tracked"  # advances once a step, so it counts the steps of a published file
 IMAGENET = 1_281_167  # images that published checkpoints were trained on
@@ -70,7 +70,7 @@ def command(options: Import) -> None:
     """`import FILE`: write RUN and say what was found."""
     if options.out.exists():
         raise UsageError(f"{options.out} exists: give --out another name")
-    content = files.read(options.file)
+    content = foreign.read(options.file)
     data = None if options.data is None else manifest.scan(manifest.split(options.data)[0])
     found = convert(content, options, None if data is None else len(data))
     write(found, options, None if data is None else len(data))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastmoco.interop import files
-from fastmoco.interop.files import ForeignFileError
+from fastmoco.interop import foreign
+from fastmoco.interop.foreign import ForeignFileError
 from fastmoco.options import UsageError
 
 WEIGHTS = {"conv1.weight": torch.arange(4096.0).reshape(64, 64)}
@@ -28,7 +28,7 @@ class Malicious:
 def test_reads_both_of_torchs_formats(tmp_path, legacy):
     path = tmp_path / "a.pth.tar"
     torch.save({"state_dict": WEIGHTS, "epoch": 3}, path, _use_new_zipfile_serialization=not legacy)
-    content = files.read(path)
+    content = foreign.read(path)
     assert content["epoch"] == 3 and torch.equal(content["state_dict"]["conv1.weight"], WEIGHTS["conv1.weight"])
 
 
@@ -37,7 +37,7 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path, legacy):
     path, trace = tmp_path / "evil.pth", tmp_path / "trace"
     torch.save({"state_dict": WEIGHTS, "x": Malicious(trace)}, path, _use_new_zipfile_serialization=not legacy)
     with pytest.raises(ForeignFileError, match="asks to run .*mkdir.*refused"):
-        files.read(path)
+        foreign.read(path)
     assert not trace.exists()
     torch.load(path, weights_only=False)  # the control: it would have
     assert trace.exists()
@@ -47,7 +47,7 @@ def test_a_plain_pickle_is_refused(tmp_path):
     path, trace = tmp_path / "evil.pkl", tmp_path / "trace"
     path.write_bytes(pickle.dumps(Malicious(trace)))
     with pytest.raises(ForeignFileError):
-        files.read(path)
+        foreign.read(path)
     assert not trace.exists()
 
 
@@ -59,7 +59,7 @@ def test_a_cut_file_is_refused(tmp_path, share, legacy):
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
     with pytest.raises(ForeignFileError, match="damaged|no PyTorch"):
-        files.read(path)
+        foreign.read(path)
 
 
 def test_a_flipped_byte_is_noticed(tmp_path):
@@ -72,7 +72,7 @@ def test_a_flipped_byte_is_noticed(tmp_path):
     path.write_bytes(bytes(data))
     assert not torch.equal(torch.load(path, weights_only=True)["conv1.weight"], WEIGHTS["conv1.weight"])
     with pytest.raises(ForeignFileError, match="checksum"):
-        files.read(path)
+        foreign.read(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"GIF89a....", b"\x80\x02garbage", b"PK\x03\x04garbage", b"{}"])
@@ -80,27 +80,27 @@ def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "a.pth"
     path.write_bytes(content)
     with pytest.raises(ForeignFileError):
-        files.read(path)
+        foreign.read(path)
     safetensors = tmp_path / "a.safetensors"
     safetensors.write_bytes(content)
     with pytest.raises(ForeignFileError):
-        files.read(safetensors)
+        foreign.read(safetensors)
 
 
 def test_safetensors_and_other_contents(tmp_path):
     save_file(WEIGHTS, tmp_path / "a.safetensors")
-    assert torch.equal(files.read(tmp_path / "a.safetensors")["conv1.weight"], WEIGHTS["conv1.weight"])
+    assert torch.equal(foreign.read(tmp_path / "a.safetensors")["conv1.weight"], WEIGHTS["conv1.weight"])
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ForeignFileError, match="a list, not a dictionary"):
-        files.read(tmp_path / "list.pth")
+        foreign.read(tmp_path / "list.pth")
     with pytest.raises(UsageError, match="no such file"):
-        files.read(tmp_path / "none.pth")
+        foreign.read(tmp_path / "none.pth")
 
 
 def test_what_exists_is_not_overwritten_and_a_failure_leaves_nothing(tmp_path):
-    path = files.write(tmp_path / "deep/a.txt", lambda draft: draft.write_text("one"))
+    path = foreign.write(tmp_path / "deep/a.txt", lambda draft: draft.write_text("one"))
     with pytest.raises(UsageError, match="exists"):
-        files.write(path, lambda draft: draft.write_text("two"))
+        foreign.write(path, lambda draft: draft.write_text("two"))
     assert path.read_text() == "one"
 
     def fail(draft):
@@ -109,5 +109,5 @@ def test_what_exists_is_not_overwritten_and_a_failure_leaves_nothing(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError):
-        files.write(tmp_path / "b", fail)
+        foreign.write(tmp_path / "b", fail)
     assert [entry.name for entry in tmp_path.iterdir()] == ["deep"]

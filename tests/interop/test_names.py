@@ -3,7 +3,7 @@
 import pytest
 
 from fastmoco.encoder.resnet import ARCHITECTURES, Encoder
-from fastmoco.interop.keys import is_parameter, recognise, to_detectron2
+from fastmoco.interop.names import is_parameter, recognise, to_detectron2
 
 # Left: torchvision. Right: what detectron2's resnet of depth 50 asks for.
 PAIRS = {

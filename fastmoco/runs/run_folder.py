@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fastmoco.encoder import Encoder, build_encoder
-from fastmoco.interop.keys import QUERY, without
+from fastmoco.interop.names import QUERY, without
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
-from fastmoco.train import checkpoint
-from fastmoco.train.checkpoint import CheckpointError
+from fastmoco.runs import checkpoint
+from fastmoco.runs.checkpoint import CheckpointError
 
 RECIPE = "recipe.json"
 

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastmoco.environment import versions
-from fastmoco.train import faults
+from fastmoco.process import crash_points
 
 FORMAT = 1
 MODEL, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
@@ -83,15 +83,15 @@ def save(
     shutil.rmtree(draft, ignore_errors=True)
     try:
         _write(draft, step, state, meta)
-        faults.reach("manifest written")
+        crash_points.reach("manifest written")
         os.replace(draft, final)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    faults.reach("renamed")
+    crash_points.reach("renamed")
     _sync(root)
     _point(root, final.name)
-    faults.reach("latest set")
+    crash_points.reach("latest set")
     with contextlib.suppress(OSError):  # what should go and stays does no harm
         _prune(root, max(keep, 2), keep_every)
     return final
@@ -170,9 +170,9 @@ def _write(draft: Path, step: int, state: Mapping[str, Tensor], meta: Mapping[st
     model = {name: value for name, value in tensors.items() if name.startswith("encoder_") or name == "queue"}
     rest = {name: value for name, value in tensors.items() if name not in model}
     _write_model(model, draft / MODEL, step)
-    faults.reach("model written")
+    crash_points.reach("model written")
     _write_rest({"tensors": rest, "meta": {**meta, "step": step}}, draft / STATE)
-    faults.reach("state written")
+    crash_points.reach("state written")
     for name in (MODEL, STATE):
         _sync(draft / name)
     manifest: dict[str, Any] = {"format": FORMAT, "step": step, "versions": versions()}
@@ -274,7 +274,7 @@ def _prune(root: Path, keep: int, keep_every: int) -> None:
             continue
         # Renamed first, so that a kill halfway through leaves no half checkpoint behind under a good name.
         aside = _set_aside(path, OLD)
-        faults.reach("pruning")
+        crash_points.reach("pruning")
         shutil.rmtree(aside, ignore_errors=True)
 
 

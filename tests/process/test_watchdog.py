@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from fastmoco.train import watchdog
-from fastmoco.train.preempt import StopRequest
-from fastmoco.train.watchdog import STUCK, Watchdog
+from fastmoco.process import watchdog
+from fastmoco.process.stop import StopRequest
+from fastmoco.process.watchdog import STUCK, Watchdog
 
 
 def sleep_in_a_step() -> None:

@@ -12,9 +12,11 @@ import pytest
 from fastmoco.contrast.step import Step
 from fastmoco.options import Options, Pretrain
 from fastmoco.parallel import Parallel
-from fastmoco.train import checkpoint, loop, preempt
+from fastmoco.process import stop
+from fastmoco.process.stop import SIGNALS, StopRequest, Vote, stop_on_signal
+from fastmoco.runs import checkpoint
+from fastmoco.train import loop
 from fastmoco.train.monitor import read_lines
-from fastmoco.train.preempt import SIGNALS, StopRequest, Vote, stop_on_signal
 
 ASKING = """
 import os, signal, sys, time
@@ -174,9 +176,9 @@ def test_one_ranks_wish_counts_for_all_at_one_step(run_ranks):
 
 def test_an_echo_is_measured_from_the_first(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(preempt.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(stop.time, "monotonic", lambda: now[0])
     ended = []
-    monkeypatch.setattr(preempt.os, "_exit", ended.append)
+    monkeypatch.setattr(stop.os, "_exit", ended.append)
     asked = StopRequest()
     for moment, expected in ((100.0, []), (100.4, []), (100.6, [143])):
         now[0] = moment

@@ -1,6 +1,6 @@
 """`profile PRESET`: which kernels take the time of a step, which part of it they belong to, and how fast they are.
 
-torch.profiler traces a few steps; the trace opens in Perfetto (ui.perfetto.dev), and `trace.py` reads it for the
+torch.profiler traces a few steps; the trace opens in Perfetto (ui.perfetto.dev), and `timeline.py` reads it for the
 tables. On a GPU Triton's proton can take its place: it keeps sums by part and kernel instead of single events. For
 Nsight the exact command is printed, and run where the tool is installed: it runs this module's steps with NVTX ranges
 and the profiler switched on after the warm-up.
@@ -31,13 +31,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastmoco.bench.roofline import ACTIVATION_BYTES, KEY_LEVEL, backward_work, convolutions, forward_work
 from fastmoco.bench.size import sized
+from fastmoco.bench.timeline import STEP, Row, kernels, leaves, seconds_of_parts
 from fastmoco.bench.timing import Machine, measure_machine
 from fastmoco.contrast.graph import runner
 from fastmoco.contrast.parts import named
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import PRECISIONS
 from fastmoco.data import manifest
-from fastmoco.data.placeholder import noise_batch
+from fastmoco.data.noise import noise_batch
 from fastmoco.data.plan import Plan
 from fastmoco.encoder import build_encoder
 from fastmoco.kernels import enqueue, info_nce, photometric, sgd_ema
@@ -45,7 +46,6 @@ from fastmoco.kernels.tensor_table import TensorTable
 from fastmoco.options import Profile, UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS, Recipe
-from fastmoco.trace import STEP, Row, kernels, leaves, seconds_of_parts
 
 WARMUP = 3  # steps before the recorded ones: kernels are compiled and memory is reserved
 TRACE, TREE, PICTURE = "trace.json.gz", "step.hatchet", "step.svg"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmoco import profile
+from fastmoco.bench import profiler
+from fastmoco.bench.timeline import Row, leaves
 from fastmoco.bench.timing import Machine
 from fastmoco.cli import main
 from fastmoco.contrast.parts import PARTS
@@ -18,7 +19,6 @@ from fastmoco.contrast.step import Step
 from fastmoco.options import Profile, UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
-from fastmoco.trace import Row, leaves
 
 TINY = dict(arch="resnet18", width=0.125, batch_size=32, crop_size=32, queue_size=64, dim=16)
 SIZE = "--arch resnet18 --batch-size 32 --crop-size 16 --queue-size 64 --device cpu --steps 1".split()
@@ -27,28 +27,28 @@ CPU = torch.device("cpu")
 
 
 def test_the_torch_profile_writes_a_trace_a_picture_and_a_table(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(profile, "measure_machine", lambda *_, **__: TOY)
+    monkeypatch.setattr(profiler, "measure_machine", lambda *_, **__: TOY)
     assert main(["profile", "v2", *SIZE, "--out", str(tmp_path), "--rows", "5"]) == 0
     shown = capsys.readouterr().out
     parts, kernels = shown.split("| kernel |")
     assert all(f"| {part} |" in parts for part in PARTS) and kernels.count("\n|") == 1 + 5
     assert "v2: resnet18, 32 pairs of 16 px, 64 keys\nfp32 on CPU, 1 torch thread;" in shown
     assert "the machine's rates, measured right after the steps: 1.0 GB/s and 10.0 GFLOP/s" in shown
-    with gzip.open(tmp_path / profile.TRACE, "rt") as file:
+    with gzip.open(tmp_path / profiler.TRACE, "rt") as file:
         events = json.load(file)["traceEvents"]
     assert {event["name"] for event in events if event.get("cat") == "user_annotation"} == {
         *PARTS,
         "step 1",
     }
-    picture = (tmp_path / profile.PICTURE).read_text()
+    picture = (tmp_path / profiler.PICTURE).read_text()
     assert "backward" in picture and "fp32 on CPU, 1 torch thread" in picture
 
 
 def test_every_step_is_marked_and_timed_on_its_own(monkeypatch):
     clock, marks = iter([5.0, 6.0, 8.0, 8.5]), []
-    monkeypatch.setattr(profile.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(profiler.time, "perf_counter", lambda: next(clock))
     mark = lambda name: marks.append(name) or nullcontext()  # noqa: E731
-    assert profile.stepped(lambda: marks.append("trained"), 3, CPU, mark) == [1.0, 2.0, 0.5]
+    assert profiler.stepped(lambda: marks.append("trained"), 3, CPU, mark) == [1.0, 2.0, 0.5]
     assert marks == ["step 1", "trained", "step 2", "trained", "step 3", "trained"]
 
 
@@ -71,13 +71,13 @@ def test_on_a_gpu_the_device_is_the_clock_and_is_awaited_once(monkeypatch):
     done = []
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("awaited"))
-    assert profile.stepped(lambda: done.append("trained"), 2, torch.device("cuda")) == [10.0, 10.0]
+    assert profiler.stepped(lambda: done.append("trained"), 2, torch.device("cuda")) == [10.0, 10.0]
     assert done == ["trained", "trained", "awaited"]
 
 
 def test_a_trace_tells_the_steps_apart(tmp_path):
     x, repeats = torch.zeros(8), iter([1, 5, 2])
-    recording = profile.traced(lambda: [x.add(1) for _ in range(next(repeats))], 3, CPU, tmp_path / "trace.json.gz")
+    recording = profiler.traced(lambda: [x.add(1) for _ in range(next(repeats))], 3, CPU, tmp_path / "trace.json.gz")
     (row,) = [row for row in recording.rows if row.name == "aten::add"]
     assert (row.part, row.calls) == ("other", 8) and len(row.by_step) == len(recording.seconds) == 3
     assert all(0 < inside < wall for inside, wall in zip(row.by_step, recording.seconds, strict=True))
@@ -85,12 +85,12 @@ def test_a_trace_tells_the_steps_apart(tmp_path):
 
 
 def test_the_pace_is_the_median_and_says_so_where_steps_differ():
-    steady = profile.Recording([Row("gemm", "loss", 3, 0.6)], [0.2, 0.3, 0.25])
-    assert profile.pace(steady, 32) == [
+    steady = profiler.Recording([Row("gemm", "loss", 3, 0.6)], [0.2, 0.3, 0.25])
+    assert profiler.pace(steady, 32) == [
         "3 steps: 200.0 ms of kernels a step in the mean",
         "wall time a step, under the profiler: median 250.0 ms (200.0 to 300.0), 128.0 pairs/s at the median",
     ]
-    *_, warning = profile.pace(steady._replace(seconds=[0.2, 1.24, 0.25]), 32)
+    *_, warning = profiler.pace(steady._replace(seconds=[0.2, 1.24, 0.25]), 32)
     assert warning == "unsteady: the slowest step took 6.2 times the fastest; measure again on a quiet machine"
 
 
@@ -100,18 +100,18 @@ def test_parts_have_their_range_over_the_steps_and_speeds_in_units_that_fit():
         Row("add", "backward", 2, 0.5, (0.25, 0.25)),
         Row("_enqueue_kernel", "enqueue", 2, 5e-4),
     ]
-    costs = {"backward": profile.Cost(3.5e5, 6.8e7, 0.35), "enqueue": profile.Cost(1e6, 0, 1e-4)}
-    lines = profile.table_of_parts(profile.Recording(rows[:2], [1.5, 2.5]), costs, TOY)
+    costs = {"backward": profiler.Cost(3.5e5, 6.8e7, 0.35), "enqueue": profiler.Cost(1e6, 0, 1e-4)}
+    lines = profiler.table_of_parts(profiler.Recording(rows[:2], [1.5, 2.5]), costs, TOY)
     assert "| backward | 1,750.0 | 1,250.0 to 2,250.0 | 100.0% | 200.0 kB/s | 38.9 MFLOP/s | 20.0% |" in lines
     assert "| enqueue | 0.000 | - | 0.0% | - | - | - |" in lines
-    lines = profile.table_of_parts(profile.Recording(rows[2:], [1.0, 1.0]), costs, TOY)
+    lines = profiler.table_of_parts(profiler.Recording(rows[2:], [1.0, 1.0]), costs, TOY)
     assert "| enqueue | 0.250 | - | 100.0% | 4.0 GB/s | - | 40.0% |" in lines
 
 
 def test_the_picture_says_what_it_shows_and_has_no_exponents(tmp_path):
-    recording = profile.Recording([Row("gemm", "backward", 1, 1.16), Row("add", "loss", 1, 0.29)], [1.5])
-    costs = {"backward": profile.Cost(1, 1, 0.58), "loss": profile.Cost(1, 1, 0.029)}
-    profile.draw(recording, costs, "v2: resnet18\nfp32 on CPU", tmp_path / "step.svg")
+    recording = profiler.Recording([Row("gemm", "backward", 1, 1.16), Row("add", "loss", 1, 0.29)], [1.5])
+    costs = {"backward": profiler.Cost(1, 1, 0.58), "loss": profiler.Cost(1, 1, 0.029)}
+    profiler.draw(recording, costs, "v2: resnet18\nfp32 on CPU", tmp_path / "step.svg")
     picture = (tmp_path / "step.svg").read_text()
     for text in ("v2: resnet18", "fp32 on CPU", "backward 1,160.0 ms (80.0%)", "loss 290.0 ms (20.0%)"):
         assert f"<!-- {text} -->" in picture
@@ -119,14 +119,14 @@ def test_the_picture_says_what_it_shows_and_has_no_exponents(tmp_path):
 
 
 def test_every_part_has_a_cost():
-    costs = profile.costs_of_parts(Step(Recipe(**TINY), Parallel()), TOY)
+    costs = profiler.costs_of_parts(Step(Recipe(**TINY), Parallel()), TOY)
     assert costs.keys() == set(PARTS)
-    padded = profile.costs_of_parts(Step(Recipe(**TINY), Parallel(), channels=4), TOY)
+    padded = profiler.costs_of_parts(Step(Recipe(**TINY), Parallel(), channels=4), TOY)
     assert padded["photometric"] == costs["photometric"]  # nobody has to write a fourth channel of zeros
     assert costs["backward"].flops > costs["query encoder"].flops == costs["key encoder"].flops > costs["loss"].flops
     assert all(cost.seconds >= max(cost.nbytes / 1e9, cost.flops / 1e10) * (1 - 1e-9) for cost in costs.values())
     encoders = [Step(Recipe(**{**TINY, "arch": "resnet50"}), Parallel(), encoder=how) for how in ("fused", "fused-key")]
-    plain, fused = (profile.costs_of_parts(step, TOY) for step in encoders)
+    plain, fused = (profiler.costs_of_parts(step, TOY) for step in encoders)
     assert [part for part in PARTS if plain[part] != fused[part]] == ["key encoder"]
     assert plain["key encoder"].nbytes > fused["key encoder"].nbytes
 
@@ -161,17 +161,17 @@ class Proton:
 
 def test_proton_is_told_the_parts_and_finished_also_where_a_step_fails(tmp_path):
     step, proton = Step(Recipe(**TINY), Parallel()), Proton()
-    batch = profile.noise_batch(step.recipe, step.parallel)
-    recording = profile.counted(proton, lambda: step.step(batch, 1e-3), 1, CPU, tmp_path / "step.hatchet")
+    batch = profiler.noise_batch(step.recipe, step.parallel)
+    recording = profiler.counted(proton, lambda: step.step(batch, 1e-3), 1, CPU, tmp_path / "step.hatchet")
     assert recording.rows == leaves(TREE) and len(recording.seconds) == 1
     assert proton.calls[0] == "start shadow" and proton.calls[-1] == "finalize"
     assert set(proton.calls[1:-1]) == set(PARTS)
     proton = Proton()
     with pytest.raises(ZeroDivisionError):
-        profile.counted(proton, lambda: 1 / 0, 1, CPU, tmp_path / "step.hatchet")
+        profiler.counted(proton, lambda: 1 / 0, 1, CPU, tmp_path / "step.hatchet")
     assert proton.calls == ["start shadow", "finalize"]
     with pytest.raises(UsageError, match="switched off"):
-        profile.counted(Proton(None), lambda: None, 1, CPU, tmp_path / "step.hatchet")
+        profiler.counted(Proton(None), lambda: None, 1, CPU, tmp_path / "step.hatchet")
 
 
 def test_proton_without_a_gpu_is_one_line(tmp_path, capsys):
@@ -184,7 +184,7 @@ def test_proton_without_a_gpu_is_one_line(tmp_path, capsys):
 def test_proton_tells_the_parts_of_a_step_apart_on_a_gpu(tmp_path, capsys):
     on_gpu = [word if word != "cpu" else "cuda" for word in SIZE]
     assert main(["profile", "v2", "--tool", "proton", *on_gpu, "--out", str(tmp_path)]) == 0
-    assert (tmp_path / profile.TREE).exists()
+    assert (tmp_path / profiler.TREE).exists()
     shown = capsys.readouterr().out
     lines = {line.split(" | ")[0][2:]: line for line in shown.splitlines() if line.startswith("| ")}
     assert "wall time a step" in shown and all(" 0.000 |" not in lines[part] for part in ("query encoder", "backward"))
@@ -192,7 +192,7 @@ def test_proton_tells_the_parts_of_a_step_apart_on_a_gpu(tmp_path, capsys):
 
 @pytest.mark.parametrize("tool", ["nsys", "ncu"])
 def test_nsights_command_is_printed_and_runs_the_same_steps(tool, capsys, monkeypatch):
-    monkeypatch.setattr(profile.shutil, "which", lambda name: None)
+    monkeypatch.setattr(profiler.shutil, "which", lambda name: None)
     for has_gpu, why in ((False, "nothing for Nsight to record here"), (True, f"{tool} is not installed here")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
         assert main(["profile", "v2", "--tool", tool, "--arch", "resnet18", "--key-stream"]) == 0
@@ -200,7 +200,7 @@ def test_nsights_command_is_printed_and_runs_the_same_steps(tool, capsys, monkey
         assert line.startswith(f"FASTMOCO_NSIGHT=1 {tool} ") and " python -m fastmoco profile v2 " in line
         assert meaning.startswith("FASTMOCO_NSIGHT=1: ") and why in note
     options = Profile(tool=tool, arch="resnet18", key_stream=True, steps=2)
-    command = profile.nsight_command("v2", options)
+    command = profiler.nsight_command("v2", options)
     words = command[command.index("fastmoco") + 1 :]
     assert words[:4] == ["profile", "v2", "--tool", "torch"]
     assert {"--key-stream", "--arch"} <= set(words) and words.count("--steps") == 1
@@ -214,12 +214,12 @@ def test_nsight_runs_this_python(tmp_path, capfd, monkeypatch):
     tool.write_text('#!/bin/sh\necho "$FASTMOCO_NSIGHT" "$@"\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    profile.run("v2", Profile(tool="nsys", out=tmp_path / "out"))
+    profiler.run("v2", Profile(tool="nsys", out=tmp_path / "out"))
     *_, ran = capfd.readouterr().out.splitlines()
     assert ran.startswith("1 profile ") and f" {sys.executable} -m fastmoco profile v2 " in ran
     tool.write_text("#!/bin/sh\nexit 3\n")
     with pytest.raises(UsageError, match="nsys ended with exit code 3"):
-        profile.run("v2", Profile(tool="nsys", out=tmp_path / "out"))
+        profiler.run("v2", Profile(tool="nsys", out=tmp_path / "out"))
 
 
 def test_steps_for_nsight_without_a_gpu_are_one_line(tmp_path, capsys, monkeypatch):
@@ -231,10 +231,10 @@ def test_steps_for_nsight_without_a_gpu_are_one_line(tmp_path, capsys, monkeypat
 def test_real_images_can_be_profiled(tmp_path, capsys, monkeypatch):
     from fastmoco.bench.loader import photographs
 
-    monkeypatch.setattr(profile, "measure_machine", lambda *_, **__: TOY)
+    monkeypatch.setattr(profiler, "measure_machine", lambda *_, **__: TOY)
     (tmp_path / "images").mkdir()
     images = photographs(tmp_path / "images", 40)
     assert main(["profile", "demo", "--data", str(images), *SIZE, "--out", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out" / profile.TRACE).exists()
+    assert (tmp_path / "out" / profiler.TRACE).exists()
     assert main(["profile", "demo", "--data", str(tmp_path / "none"), *SIZE]) != 0
     assert "none" in capsys.readouterr().err
