@@ -1,8 +1,10 @@
 """What all tests share: the interpreter where there is no GPU, one thread, a device, forked ranks."""
 
+import atexit
 import functools
 import multiprocessing
 import os
+import shutil
 import sys
 import tempfile
 import traceback
@@ -18,6 +20,12 @@ from PIL import Image
 
 from fastmoco.recipe import PRESETS, Recipe
 
+if "FASTMOCO_TEST_CACHES" not in os.environ:
+    # Ours, Triton's, matplotlib's and torch's: in a folder of this session, which its child processes share.
+    CACHES = os.environ["FASTMOCO_TEST_CACHES"] = tempfile.mkdtemp(prefix="fastmoco-tests-")
+    places = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR")
+    os.environ.update({name: str(Path(CACHES, name.lower())) for name in places})
+    atexit.register(lambda owner: os.getpid() == owner and shutil.rmtree(CACHES, ignore_errors=True), os.getpid())
 if not torch.cuda.is_available():
     # Triton reads this once, when it is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -27,7 +35,9 @@ import torch.distributed as dist
 
 from fastmoco.parallel import Parallel
 
-START = "spawn" if torch.cuda.is_available() else "fork"  # of ranks
+# How ranks are started. A torch that was built for CUDA starts threads of autograd, which do not survive a fork, also
+# where there is no GPU.
+START = "spawn" if torch.backends.cuda.is_built() else "fork"
 torch.set_num_threads(1)  # the last bits of a sum depend on the number of threads
 
 
@@ -66,7 +76,7 @@ def quiet() -> bool:
 def run_ranks(tmp_path: Path) -> Callable[..., list]:
     """run_ranks(n, body, *args): body(parallel, *args) in n gloo ranks on the CPU; their results, by rank.
 
-    Forked, but where there is a GPU: autograd has started threads for it, and refuses to work in a fork.
+    Forked where torch was built for CPUs only, else spawned.
 
     A rank that raises, dies or takes longer than a minute fails the test, with its traceback.
     """

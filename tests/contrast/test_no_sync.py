@@ -8,6 +8,7 @@ import copy
 import functools
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -159,7 +160,15 @@ def outcomes() -> dict[str, dict[str, str]]:
 def found() -> dict[str, dict[str, str]]:
     # In a process of its own: a device cannot be added to torch where a gradient was computed before, nor taken away.
     environment = os.environ | {"TRITON_INTERPRET": "1"}  # or kernels would want a GPU, where there is one
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
+    # Half a minute of processor time; on a busy machine that may be many minutes of the clock.
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=3600,
+        preexec_fn=functools.partial(resource.setrlimit, resource.RLIMIT_CPU, (300, 300)),
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
