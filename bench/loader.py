@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastmoco.bench.record_files import Row, named
 from fastmoco.data.batch import Batch
-from fastmoco.data.loader import Loader
+from fastmoco.data.loader import Loader, Loading
 from fastmoco.data.manifest import Manifest, scan, split
 from fastmoco.data.pipeline import Decoding, cut
 from fastmoco.data.plan import Plan
@@ -188,8 +188,8 @@ def _ours(
     recipe: Recipe, manifest: Manifest, device: torch.device, photometric: str = "kernel"
 ) -> Iterator[Callable[[], Batch]]:
     parallel, plan = Parallel(device=device), Plan(recipe, manifest.sizes)
-    options = {"stop_step": 1 << 30, "threads": cores(), "prefetch": PREFETCH, "photometric": photometric}
-    with Loader(manifest, plan, recipe, parallel, **options) as loader:
+    loading = Loading(cores(), PREFETCH, photometric=photometric)
+    with Loader(manifest, plan, parallel, range(1 << 30), loading) as loader:
         yield lambda: next(loader)
 
 

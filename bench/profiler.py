@@ -130,7 +130,7 @@ def prepared(recipe: Recipe, options: Profile, parallel: Parallel) -> Iterator[t
 
             images = manifest.scan(manifest.split(Path(options.data))[0], max_pixels=recipe.max_pixels)
             plan = Plan(recipe, images.sizes)
-            draw = partial(next, stack.enter_context(Loader(images, plan, recipe, parallel, stop_step=1 << 30)))
+            draw = partial(next, stack.enter_context(Loader(images, plan, parallel, range(1 << 30))))
         for _ in range(WARMUP):
             advance(draw(), 1e-3)
         yield lambda: advance(draw(), 1e-3), step

@@ -59,12 +59,11 @@ def _with_loader(
 ) -> tuple[list[float], float]:
     # Here, because they need DALI, which a machine that only runs steps may lack.
     from fastmoco.bench.loader import PREFETCH, WARM_UP, images
-    from fastmoco.data.loader import Loader
+    from fastmoco.data.loader import Loader, Loading
 
-    options = {"stop_step": 1 << 30, "threads": cores(), "prefetch": PREFETCH}
     with images(data, max(64, recipe.batch_size)) as manifest:
         plan = Plan(recipe, manifest.sizes)
-        with Loader(manifest, plan, recipe, parallel, **options) as loader:
+        with Loader(manifest, plan, parallel, range(1 << 30), Loading(cores(), PREFETCH)) as loader:
             pace = Pace(parallel.device)
 
             def train() -> None:

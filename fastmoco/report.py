@@ -173,7 +173,7 @@ def first_views(facts: dict[str, Any], recipe: Recipe, count: int = PAIRS) -> li
         raise ValueError("the run does not say where its images are")
     images = manifest.scan(manifest.split(source)[0], max_pixels=recipe.max_pixels)
     plan = Plan(recipe, images.sizes)
-    with Loader(images, plan, recipe, Parallel(), stop_step=1) as loader:
+    with Loader(images, plan, Parallel(), range(1)) as loader:
         batch = next(iter(loader))
     colours = recipe.augmentation
     mean, std = (torch.tensor(value)[:, None, None] for value in (colours.mean, colours.std))

@@ -25,7 +25,7 @@ import fastmoco.parallel as parallel_module
 from fastmoco.bench.traffic import WAYS, traffic
 from fastmoco.contrast.step import Step
 from fastmoco.data.batch import Batch
-from fastmoco.data.loader import Loader
+from fastmoco.data.loader import Loader, Loading
 from fastmoco.data.manifest import scan
 from fastmoco.data.plan import Plan
 from fastmoco.kernels import reference
@@ -79,7 +79,7 @@ def train(parallel: Parallel, recipe: Recipe, folder: Path, steps: int = STEPS, 
     images = scan(folder, cache=False)
     plan = Plan(recipe, images.sizes, parallel.world, parallel.rank)
     step, losses, batches = Step(recipe, parallel, precision), [], []
-    with Loader(images, plan, recipe, parallel, stop_step=steps, threads=1) as loader:
+    with Loader(images, plan, parallel, range(steps), Loading(threads=1)) as loader:
         for batch in loader:
             batches.append(copy.deepcopy(batch))
             losses.append(parallel.mean(step.step(batch, LR).loss))
@@ -290,9 +290,9 @@ def train_published(parallel: Parallel, folder: Path, steps: int, dtype: torch.d
     ours._query.register_comm_hook(None, wires[0].gradients)
     model.register_comm_hook(None, wires[1].gradients)
     mine, losses = slice(parallel.rank * 4, parallel.rank * 4 + 4), []
-    with Loader(images, whole_plan, RECIPE, Parallel(), stop_step=steps, threads=1) as loader:
+    with Loader(images, whole_plan, Parallel(), range(steps), Loading(threads=1)) as loader:
         alone = list(loader)
-    with Loader(images, plan, RECIPE, parallel, stop_step=steps, threads=1) as loader:
+    with Loader(images, plan, parallel, range(steps), Loading(threads=1)) as loader:
         for step in range(steps):
             with wires[0].listen():
                 loss = ours.step(next(loader), LR).loss

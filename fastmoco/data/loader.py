@@ -15,7 +15,8 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -45,43 +46,49 @@ READ_AHEAD = 1  # batches whose files are being read while another is decoded
 EVALUATION_BATCH = 256
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How a loader works. What it yields is the same, but for `photometric`, whose two ways differ by rounding."""
+
+    threads: int | None = None
+    """Threads that decode; None is this rank's share of the cores."""
+    prefetch: int = 2
+    """Batches that are prepared ahead of the one in use."""
+    hw_decoder_load: float | None = None
+    """Share of the JPEGs for a GPU's decoding engine, 0 to 1; None leaves it to the number of threads."""
+    photometric: Literal["kernel", "dali"] = "kernel"
+    """Whether the step computes the views from crops (kernel), or the loader does (dali)."""
+    decoded_bytes: int = 0
+    """Memory for decoded images, so that later epochs need not decode them again."""
+
+
 class Loader:
-    """Iterator of Batch for the steps from `start_step` to `stop_step`, at most `prefetch` batches ahead.
+    """Iterator of Batch for `steps`, at most `loading.prefetch` batches ahead.
 
     What it yields depends on the plan and the quarantine alone, not on threads, prefetch or where it starts. Without
     a quarantine the first bad sample raises DecodeError, in the step it belongs to, as does any other error of the
-    background thread. All ranks must draw the same steps.
+    background thread. All ranks must draw the same steps. Raises ValueError if the plan is for other images or ranks.
     """
 
     def __init__(
         self,
-        manifest: Manifest,
+        images: Manifest,
         plan: Plan,
-        recipe: Recipe,
         parallel: Parallel,
-        *,
-        start_step: int = 0,
-        stop_step: int,
-        threads: int | None = None,
-        prefetch: int = 2,
-        hw_decoder_load: float | None = None,
+        steps: range,
+        loading: Loading = Loading(),
         quarantine: Quarantine | None = None,
-        photometric: Literal["kernel", "dali"] = "kernel",
-        decoded_bytes: int = 0,
     ) -> None:
-        if len(manifest) != len(plan.sizes):
-            raise ValueError(f"the plan is for {len(plan.sizes)} images, the manifest has {len(manifest)}")
+        if len(images) != len(plan.sizes):
+            raise ValueError(f"the plan is for {len(plan.sizes)} images, the manifest has {len(images)}")
         if (plan.world, plan.rank) != (parallel.world, parallel.rank):
             raise ValueError(f"rank {parallel.rank} of {parallel.world} has the plan of {plan.rank} of {plan.world}")
         self._parallel = parallel
-        self._views = _dali_views(plan, recipe, parallel, threads) if photometric == "dali" else None
+        self._views = _dali_views(plan, parallel, loading.threads) if loading.photometric == "dali" else None
         self._exchange_stream = _side_stream(parallel.device) if parallel.world > 1 else None
-        kept = Decoded(decoded_bytes, parallel.device) if decoded_bytes else None
-        source = _Source(manifest, quarantine, partial(_boxes, plan), parallel.device, kept)
-        steps = range(start_step, stop_step)
-        decoding = Decoding(hw_decoder_load, recipe.fancy_upsampling)
-        make = partial(_training, source, plan, recipe.crop_size, steps, parallel.device, threads, decoding)
-        self._background = Background(make, prefetch)
+        kept = Decoded(loading.decoded_bytes, parallel.device) if loading.decoded_bytes else None
+        source = _Source(images, quarantine, partial(_boxes, plan), parallel.device, kept)
+        self._background = Background(partial(_training, source, plan, steps, loading), loading.prefetch)
 
     @property
     def wait_seconds(self) -> float:
@@ -120,32 +127,29 @@ class Loader:
 
 
 class EvaluationLoader:
-    """Iterator of (crops uint8 [n, S, S, 3], index int64 [n]) over a manifest in order, each image's centre box.
+    """Iterator of (crops uint8 [n, S, S, 3], index int64 [n]) over images in order, each one's centre box.
 
-    `indices` chooses images and their order; the last batch may be smaller. A bad image makes a warning, and the next
-    good one is shown in its place, with its own index; DataError where more are bad than a quarantine allows.
+    `recipe` gives S, `fancy_upsampling` and `max_bad_share`. `indices` chooses images and their order; the last batch
+    may be smaller. A bad image makes a warning, and the next good one is shown in its place, with its own index.
+    Raises DataError if more are bad than a quarantine allows.
     """
 
     def __init__(
         self,
-        manifest: Manifest,
-        crop_size: int,
+        images: Manifest,
+        recipe: Recipe,
         device: torch.device,
         *,
         indices: np.ndarray | None = None,
         batch_size: int = EVALUATION_BATCH,
-        threads: int | None = None,
-        prefetch: int = 2,
-        decoding: Decoding = Decoding(),
-        max_bad_share: float = Recipe.max_bad_share,
+        loading: Loading = Loading(),
     ) -> None:
-        chosen = np.arange(len(manifest)) if indices is None else np.asarray(indices, np.int64)
-        batches = [chosen[at : at + batch_size] for at in range(0, len(chosen), batch_size)]
+        order = np.arange(len(images)) if indices is None else np.asarray(indices, np.int64)
+        batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
         self._length, self._given = len(batches), 0
-        self._quarantine = Quarantine(manifest, max_share=max_bad_share)
-        source = _Source(manifest, self._quarantine, partial(_centre, manifest, crop_size), device)
-        make = partial(_evaluation, source, crop_size, batches, device, threads, decoding)
-        self._background = Background(make, prefetch)
+        self._quarantine = Quarantine(images, max_share=recipe.max_bad_share)
+        source = _Source(images, self._quarantine, partial(_centre, images, recipe.crop_size), device)
+        self._background = Background(partial(_evaluation, source, recipe, batches, loading), loading.prefetch)
 
     def __len__(self) -> int:
         return self._length
@@ -248,48 +252,46 @@ def _finish(thread: threading.Thread, slots: threading.Semaphore, closed: thread
         thread.join()
 
 
-def _training(
-    source: _Source,
-    plan: Plan,
-    crop_size: int,
-    steps: range,
-    device: torch.device,
-    threads: int | None,
-    decoding: Decoding,
-) -> Generator:
+def _training(source: _Source, plan: Plan, steps: range, loading: Loading) -> Generator:
     mine = slice(plan.rank * plan.per_rank, (plan.rank + 1) * plan.per_rank)
     wanted = ((step, plan.samples(step)[mine]) for step in steps)
-    with _on(_side_stream(device)), ThreadPoolExecutor(source.readers) as readers:
-        options = {"batch_size": plan.per_rank, "crop_size": crop_size, "device": device, "threads": threads}
-        options |= {"repair": source.repair, "decoding": decoding, "kept": source.kept}
-        with closing(Pipeline(source.requests(readers, wanted), views=2, **options)) as pipeline:
-            for step, crops in zip(steps, pipeline, strict=True):
-                yield *_assemble(plan, step, crops), _event(device)
+    with _crops(source, wanted, 2, plan.per_rank, plan.recipe, loading) as crops_of_steps:
+        for step, crops in zip(steps, crops_of_steps, strict=True):
+            yield *_assemble(plan, step, crops), _event(source.device)
 
 
-def _evaluation(
-    source: _Source,
-    crop_size: int,
-    batches: list[np.ndarray],
-    device: torch.device,
-    threads: int | None,
-    decoding: Decoding,
-) -> Generator:
+def _evaluation(source: _Source, recipe: Recipe, batches: list[np.ndarray], loading: Loading) -> Generator:
     if not batches:
         return
-    with _on(_side_stream(device)), ThreadPoolExecutor(source.readers) as readers:
-        requests = source.requests(readers, enumerate(batches))
-        options = {"batch_size": len(batches[0]), "crop_size": crop_size, "device": device, "threads": threads}
-        options |= {"repair": source.repair, "decoding": decoding}
-        with closing(Pipeline(requests, views=1, **options)) as pipeline:
-            for index, crops in zip(batches, pipeline, strict=True):
-                yield crops[0], index, _event(device)
+    with _crops(source, enumerate(batches), 1, len(batches[0]), recipe, loading) as crops_of_batches:
+        for index, crops in zip(batches, crops_of_batches, strict=True):
+            yield crops[0], index, _event(source.device)
 
 
-def _dali_views(plan: Plan, recipe: Recipe, parallel: Parallel, threads: int | None) -> Views:
+@contextmanager
+def _crops(
+    source: _Source, wanted: Iterable[tuple[int, np.ndarray]], views: int, batch: int, recipe: Recipe, loading: Loading
+) -> Iterator[Pipeline]:
+    with _on(_side_stream(source.device)), ThreadPoolExecutor(source.readers) as readers:
+        pipeline = Pipeline(
+            source.requests(readers, wanted),
+            views=views,
+            batch_size=batch,
+            crop_size=recipe.crop_size,
+            device=source.device,
+            threads=loading.threads,
+            repair=source.repair,
+            decoding=Decoding(loading.hw_decoder_load, recipe.fancy_upsampling),
+            kept=source.kept,
+        )
+        with closing(pipeline):
+            yield pipeline
+
+
+def _dali_views(plan: Plan, parallel: Parallel, threads: int | None) -> Views:
     from fastmoco.data.photometric import DaliPhotometric
 
-    colours, rows = recipe.augmentation, plan.per_rank * recipe.views
+    colours, rows = plan.recipe.augmentation, plan.per_rank * plan.recipe.views
     threads = threads or share_of_cores()
     return DaliPhotometric(colours.mean, colours.std, batch_size=rows, device=parallel.device, threads=threads)
 
@@ -347,7 +349,7 @@ class _Source:
         device: torch.device,
         kept: Decoded | None = None,
     ) -> None:
-        self.manifest, self.quarantine, self.boxes, self.kept = manifest, quarantine, boxes, kept
+        self.manifest, self.quarantine, self.boxes, self.device, self.kept = manifest, quarantine, boxes, device, kept
         self.readers = GPU_READERS if device.type == "cuda" else READERS
 
     @property

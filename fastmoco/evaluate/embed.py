@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fastmoco.data import manifest
+from fastmoco.data.loader import Loading
 from fastmoco.data.manifest import Manifest
 from fastmoco.evaluate.features import encode
 from fastmoco.evaluate.labels import subset
@@ -28,7 +29,6 @@ def run(options: Embed) -> None:
     save = _save_npz if options.out.suffix == ".npz" else _parquet_writer()
     parallel = one_rank(options.device)
     encoder, recipe, step = load_encoder(options.run, parallel)
-    recipe = dataclasses.replace(recipe, knn_features=options.features)
     images = manifest.scan(options.data, max_pixels=recipe.max_pixels)
     if manifest.split(options.data)[0] != str(options.data):
         images = dataclasses.replace(images, labels=None, classes=[])  # train and val are no classes
@@ -38,7 +38,8 @@ def run(options: Embed) -> None:
             images,
             recipe,
             parallel,
-            threads=options.threads or None,
+            features=options.features,
+            loading=Loading(threads=options.threads or None),
             normalise=options.normalise,
             progress=bar.update,
         )

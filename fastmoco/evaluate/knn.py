@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmoco.data.loader import Loading
 from fastmoco.data.manifest import Manifest
 from fastmoco.encoder import Encoder
 from fastmoco.evaluate.features import extract
@@ -72,9 +73,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """kNN of `encoder` with the labelled images of `train` voting on those of `val`; all ranks call this.
 
-    `options` are those of `features.encode`.
+    `options` are those of `features.encode`; the recipe says which features are compared.
     Returns top1 and top5 in percent, k, temperature, the number of classes and of images on either side.
     """
+    options = {"features": recipe.knn_features, **options}
     bank, bank_labels = extract(encoder, train, recipe, parallel, **options)
     queries, labels = extract(encoder, val, recipe, parallel, **options)
     classes = len(train.classes)
@@ -91,12 +93,14 @@ def run(options: EvaluateKnn) -> None:
     parallel = Parallel.start(options.device)
     try:
         encoder, recipe, step = load_encoder(options.run, parallel, options.untrained)
-        recipe, threads = _chosen(recipe, options), options.threads or None
+        recipe, loading = _chosen(recipe, options), Loading(threads=options.threads or None)
         train, val = both_sides(options.run, options.data, options.val, options.labels, recipe.max_pixels)
         if parallel.is_main:
             print(f"{len(train)} images vote on {len(val)}, encoder of {options.run} after step {step}")
-        bank = extract(encoder, train, recipe, parallel, threads=threads)
-        queries = extract(encoder, val, recipe, parallel, threads=threads)
+        bank, queries = (
+            extract(encoder, images, recipe, parallel, features=recipe.knn_features, loading=loading)
+            for images in (train, val)
+        )
         if parallel.is_main:
             _write(options.run, step, recipe, (train, *bank), (val, *queries), options.untrained)
     finally:

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastmoco.data.loader import Loader
+from fastmoco.data.loader import Loader, Loading
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.plan import Plan
 from fastmoco.data.quarantine import Quarantine
@@ -178,7 +178,6 @@ def training_recipe(recipe: Recipe, protocol: Protocol) -> Recipe:
         seed=protocol.seed,
         symmetric=False,
         shuffle_bn=False,
-        knn_features="backbone",
     )
 
 
@@ -205,7 +204,8 @@ class Evaluation:
         parallel: Parallel,
         threads: int | None = None,
     ) -> None:
-        self.encoder, self.train, self.val, self.parallel, self.threads = encoder, train, val, parallel, threads
+        self.encoder, self.train, self.val, self.parallel = encoder, train, val, parallel
+        self.loading = Loading(threads)
         self.protocol = protocol._replace(batch_size=min(protocol.batch_size, len(train)))
         self.recipe = training_recipe(recipe, self.protocol)
         self.plan = Plan(self.recipe, train.sizes)
@@ -213,7 +213,7 @@ class Evaluation:
 
     def features(self, images: Manifest) -> tuple[Tensor, Tensor]:
         """Features [n, F] of the centre crops, of any length, and labels [n]."""
-        return extract(self.encoder, images, self.recipe, self.parallel, threads=self.threads, normalise=False)
+        return extract(self.encoder, images, self.recipe, self.parallel, loading=self.loading, normalise=False)
 
     def fast(self, report: Callable) -> Probe:
         """The probe on features of centre crops, computed once."""
@@ -260,16 +260,7 @@ class Evaluation:
         labels = torch.from_numpy(self.train.labels).to(self.parallel.device)
         colours = self.recipe.augmentation
         quarantine = Quarantine(self.train, max_share=self.recipe.max_bad_share)
-        loader = Loader(
-            self.train,
-            self.plan,
-            self.recipe,
-            self.parallel,
-            stop_step=steps,
-            threads=self.threads,
-            quarantine=quarantine,
-        )
-        with loader:
+        with Loader(self.train, self.plan, self.parallel, range(steps), self.loading, quarantine) as loader:
 
             def batches() -> Batches:
                 for batch in loader:

@@ -22,7 +22,7 @@ from fastmoco.contrast import agreement
 from fastmoco.contrast.graph import closed_at_the_end, runner
 from fastmoco.contrast.step import Step
 from fastmoco.data import manifest, quarantine, synthetic
-from fastmoco.data.loader import Loader
+from fastmoco.data.loader import Loader, Loading
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.noise import noise_batch
 from fastmoco.data.plan import Plan
@@ -83,7 +83,13 @@ class Run:
     def __init__(self, recipe: Recipe, options: Options, preset: str, parallel: Parallel) -> None:
         self.options, self.parallel = options, parallel
         self.out = Path(options.out)
-        self.threads = options.threads or share_of_cores()
+        self.loading = Loading(
+            threads=options.threads or share_of_cores(),
+            prefetch=options.prefetch,
+            hw_decoder_load=options.hw_decoder_load,
+            photometric=options.photometric,
+            decoded_bytes=int(options.decoded_cache * 1e9),
+        )
         self.train_set, self.val_set, note = _images(options, recipe.max_pixels)
         asked, recipe = recipe, recipe.for_images(len(self.train_set))
         self.recipe = recipe
@@ -162,20 +168,8 @@ class Run:
 
     def _steps(self) -> bool:
         vote, pace = Vote(self.parallel), Pace(self.parallel.device)
-        loader = Loader(
-            self.train_set,
-            self.plan,
-            self.recipe,
-            self.parallel,
-            start_step=self.done,
-            stop_step=self.last,
-            threads=self.threads,
-            prefetch=self.options.prefetch,
-            hw_decoder_load=self.options.hw_decoder_load,
-            quarantine=self.quarantine,
-            photometric=self.options.photometric,
-            decoded_bytes=int(self.options.decoded_cache * 1e9),
-        )
+        steps = range(self.done, self.last)
+        loader = Loader(self.train_set, self.plan, self.parallel, steps, self.loading, self.quarantine)
         with loader:
             self.watch.skip()
             for batch in self._timed(loader):
@@ -366,8 +360,7 @@ class Run:
             self.val_set,
             self.recipe,
             self.parallel,
-            threads=self.threads,
-            hw_decoder_load=self.options.hw_decoder_load,
+            loading=self.loading,
             progress=self._stop_between,
         )
         if self.monitor is not None:

@@ -17,7 +17,7 @@ sys.meta_path.insert(0, Missing())
 for name in sys.argv[1:]:
     importlib.import_module(name)
 """
-STEP = ["contrast.graph", "data.placeholder", "profile", "bench.command", "bench.gpu_check"]
+STEP = ["contrast.graph", "data.noise", "bench.profiler", "bench.command", "bench.gpu_check"]
 BENCHES = ["bench.step", "bench.kernels", "bench.memory", "bench.scaling", "bench.train"]
 
 

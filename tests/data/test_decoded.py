@@ -10,17 +10,19 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from batches import ALONE, CPU, all_equal, batches
 from PIL import Image
 
 from fastmoco.data import loader as loader_module
 from fastmoco.data import pipeline as pipeline_module
 from fastmoco.data.batch import Batch
 from fastmoco.data.decoded import PIXEL, Decoded
-from fastmoco.data.loader import Loader
+from fastmoco.data.loader import Loader, Loading
 from fastmoco.data.manifest import Manifest, scan
 from fastmoco.data.pipeline import DecodeError, Pipeline, Request
 from fastmoco.data.plan import Plan
@@ -31,8 +33,7 @@ from fastmoco.runs import checkpoint
 from fastmoco.train.loop import pretrain
 
 RECIPE = dataclasses.replace(PRESETS["v2"][1], batch_size=40, bn_group=4, crop_size=24, max_bad_share=0.1)
-CPU = torch.device("cpu")
-ALONE = SimpleNamespace(rank=0, world=1, device=CPU)
+STEPS = range(15)
 MIB = 2**20
 
 
@@ -58,15 +59,8 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> list[Decoded]:
     return made
 
 
-def batches(manifest: Manifest, budget: int, parallel: object = ALONE, **options: object) -> list[Batch]:
-    plan = Plan(RECIPE, manifest.sizes)
-    with Loader(manifest, plan, RECIPE, parallel, stop_step=15, decoded_bytes=budget, **options) as loader:
-        return list(loader)
-
-
-def all_equal(a: list[Batch], b: list[Batch]) -> bool:
-    columns = ((vars(x).values(), vars(y).values()) for x, y in zip(a, b, strict=True))
-    return all(torch.equal(*map(torch.as_tensor, pair)) for one in columns for pair in zip(*one, strict=True))
+def drawn(manifest: Manifest, budget: int, parallel: Any = ALONE, **options: Any) -> list[Batch]:
+    return batches(manifest, RECIPE, STEPS, parallel, decoded_bytes=budget, **options)
 
 
 def pixels(manifest: Manifest) -> int:
@@ -101,13 +95,13 @@ def test_what_is_kept_is_a_copy() -> None:
 def test_batches_are_the_same_and_what_fits_is_read_once(
     photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch, caches: list[Decoded], cutter: str, share: float
 ) -> None:
-    expected = batches(photo_manifest, 0)
+    expected = drawn(photo_manifest, 0)
     reads: Counter[int] = Counter()
     original = Manifest.read
     monkeypatch.setattr(Manifest, "read", lambda self, i: (reads.update([i]), original(self, i))[1])
     budget = int(share * pixels(photo_manifest))
     for options in ({"threads": 1}, {"threads": 3, "prefetch": 5}):
-        assert all_equal(batches(photo_manifest, budget, **options), expected)
+        assert all_equal(drawn(photo_manifest, budget, **options), expected)
     once = sum(count == 2 for count in reads.values())  # in each of the two runs
     # An epoch leaves a rest of 24 out; and one that is used again at once is read before it is kept, as more are where
     # DALI has whole batches under way.
@@ -115,7 +109,7 @@ def test_batches_are_the_same_and_what_fits_is_read_once(
     least = 0.15 if share < 1 else {"torch": 0.6, "dali": 0.3}[cutter]
     assert once > least * len(photo_manifest)
     reads.clear()
-    batches(photo_manifest, 0)
+    drawn(photo_manifest, 0)
     assert min(reads.values()) > 1  # the control
 
 
@@ -124,7 +118,7 @@ def test_another_images_pixels_would_be_noticed(photo_manifest: Manifest, monkey
     """The control of the test above."""
     put = Decoded.put
     monkeypatch.setattr(Decoded, "put", lambda self, sample, image: put(self, sample, image.flip(0)))
-    assert not all_equal(batches(photo_manifest, pixels(photo_manifest)), batches(photo_manifest, 0))
+    assert not all_equal(drawn(photo_manifest, pixels(photo_manifest)), drawn(photo_manifest, 0))
 
 
 def test_what_is_kept_is_never_decoded_again(
@@ -132,21 +126,21 @@ def test_what_is_kept_is_never_decoded_again(
 ) -> None:
     given, original = [], pipeline_module._encoded
     monkeypatch.setattr(pipeline_module, "_encoded", lambda part: given.append(original(part)[0]) or (given[-1],))
-    batches(photo_manifest, pixels(photo_manifest))
+    drawn(photo_manifest, pixels(photo_manifest))
     assert all(given)  # DALI is given no batch without an image
     assert sum(data is not PIXEL for batch in given for data in batch) < 2 * len(photo_manifest)
     assert given[-1] == [PIXEL]
     given.clear()
-    batches(photo_manifest, 0)
+    drawn(photo_manifest, 0)
     # The control; DALI's one pipeline gets images and boxes together.
     assert sum(map(len, given)) == (15 * RECIPE.batch_size if cutter == "torch" else 0)
 
 
 def test_dalis_cutter_is_not_the_one_of_torch(photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the fixture `cutter`."""
-    expected = batches(photo_manifest, 0)
+    expected = drawn(photo_manifest, 0)
     monkeypatch.setattr(pipeline_module, "_cpu_crops", dali_crops)
-    made = batches(photo_manifest, 0)
+    made = drawn(photo_manifest, 0)
     for a, b in zip(made, expected, strict=True):
         assert 0 < (a.query_crops.int() - b.query_crops.int()).abs().float().mean() < 0.5
 
@@ -183,7 +177,7 @@ def test_bad_images_are_never_kept(
     found, expected = [], []
     for budget, records in ((0, expected), (pixels(manifest), found)):
         quarantine = Quarantine(manifest, None, 0.1)
-        records += [batches(manifest, budget, quarantine=quarantine), list(quarantine.news)]
+        records += [drawn(manifest, budget, quarantine=quarantine), list(quarantine.news)]
     bad = {manifest.find(record.file) for record in found[1]}
     assert len(bad) == 4 and found[1] == expected[1]
     assert all_equal(found[0], expected[0])
@@ -198,20 +192,19 @@ def test_a_kept_image_outlives_its_file(tmp_path: Path, write_set: Callable[[Pat
     for name in write_set(tmp_path / "data", 200).values():
         (tmp_path / "data" / name).unlink()
     manifest = scan(tmp_path / "data", cache=False)
-    plan, expected = Plan(RECIPE, manifest.sizes), batches(manifest, 0)
+    plan, expected = Plan(RECIPE, manifest.sizes), drawn(manifest, 0)
     quarantine = Quarantine(manifest, None, 0.1)
-    options = {"stop_step": 15, "quarantine": quarantine, "decoded_bytes": pixels(manifest)}
-    with Loader(manifest, plan, RECIPE, ALONE, **options) as loader:
+    with Loader(manifest, plan, ALONE, STEPS, Loading(decoded_bytes=pixels(manifest)), quarantine) as loader:
         made = [next(loader)]
         os.remove(manifest.path(plan.samples(0)[0]))
         assert all_equal([*made, *loader], expected) and not quarantine.news
 
 
 def test_memory_rises_by_the_budget_at_most(photo_manifest: Manifest, growth: Callable) -> None:
-    batches(photo_manifest, 0)
+    drawn(photo_manifest, 0)
     budget = pixels(photo_manifest) // 3
     with growth() as grown:
-        batches(photo_manifest, 10**10)  # promised, and not taken: all images are 8 MB
+        drawn(photo_manifest, 10**10)  # promised, and not taken: all images are 8 MB
     assert grown() < pixels(photo_manifest) + 40 * MIB
     kept = Decoded(budget)
     with growth() as grown:
@@ -223,7 +216,8 @@ def test_memory_rises_by_the_budget_at_most(photo_manifest: Manifest, growth: Ca
 @pytest.mark.usefixtures("cutter")
 def test_a_closed_loader_gives_its_memory_back(photo_manifest: Manifest, caches: list[Decoded]) -> None:
     """At once: a run that goes back to a checkpoint has one loader after another, and a GPU no room for two blocks."""
-    loader = Loader(photo_manifest, Plan(RECIPE, photo_manifest.sizes), RECIPE, ALONE, stop_step=9, decoded_bytes=10**7)
+    plan = Plan(RECIPE, photo_manifest.sizes)
+    loader = Loader(photo_manifest, plan, ALONE, range(9), Loading(decoded_bytes=10**7))
     next(loader)
     kept = weakref.ref(caches.pop())
     assert kept() is not None
@@ -256,9 +250,9 @@ def test_a_run_is_bit_equal_to_one_without(photo_folder: Path, tmp_path: Path) -
 def test_on_a_gpu_batches_are_the_same(photo_manifest: Manifest, share: float) -> None:
     gpu = SimpleNamespace(rank=0, world=1, device=torch.device("cuda", 0))
     # One decoder for all: which images the decoding engine gets depends on the batch.
-    expected = batches(photo_manifest, 0, gpu, hw_decoder_load=0.0)
+    expected = drawn(photo_manifest, 0, gpu, hw_decoder_load=0.0)
     for options in ({"threads": 1}, {"threads": 3, "prefetch": 5}):
-        made = batches(photo_manifest, int(share * pixels(photo_manifest)), gpu, hw_decoder_load=0.0, **options)
+        made = drawn(photo_manifest, int(share * pixels(photo_manifest)), gpu, hw_decoder_load=0.0, **options)
         assert all_equal(made, expected)
 
 
@@ -275,7 +269,7 @@ def test_benchmark_an_epoch_of_500x375(
     plan, spent = Plan(recipe, manifest.sizes), []
 
     def setup() -> tuple[tuple, dict]:
-        loader = Loader(manifest, plan, recipe, ALONE, stop_step=12, threads=1, prefetch=1, decoded_bytes=cache)
+        loader = Loader(manifest, plan, ALONE, range(12), Loading(1, 1, decoded_bytes=cache))
         for _ in range(4):
             next(loader)
         return (loader,), {}

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from fastmoco.data import files, manifest
-from fastmoco.data.loader import Loader
+from fastmoco.data.loader import Loader, Loading
 from fastmoco.data.manifest import Manifest, scan
 from fastmoco.data.plan import Plan
 from fastmoco.recipe import PRESETS
@@ -49,7 +49,7 @@ def test_3000_batches_grow_nothing(tmp_path: Path, write_set: Callable[[Path, in
     place = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
     seen = []
     # It goes on behind the last figure: a loader that has made its last batch ends its threads.
-    with Loader(found, Plan(RECIPE, found.sizes), RECIPE, place, stop_step=4000, threads=1) as loader:
+    with Loader(found, Plan(RECIPE, found.sizes), place, range(4000), Loading(threads=1)) as loader:
         for batch in itertools.islice(loader, 3000):
             if batch.step % 100 == 99:
                 seen.append((resident(), descriptors(tmp_path), threading.active_count()))

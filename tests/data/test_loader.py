@@ -19,32 +19,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from batches import ALONE, CPU, batches, equal
 from PIL import Image
 
 from fastmoco.bench.loader import pillow
 from fastmoco.data import loader as loader_module
 from fastmoco.data import plan as plan_module
 from fastmoco.data.batch import Batch
-from fastmoco.data.loader import Background, EvaluationLoader, Loader
+from fastmoco.data.loader import Background, EvaluationLoader, Loader, Loading
 from fastmoco.data.manifest import Manifest, scan
 from fastmoco.data.pipeline import DecodeError
 from fastmoco.data.plan import Plan, centre_boxes
 from fastmoco.recipe import PRESETS
 
-CPU = torch.device("cpu")
 RECIPE = dataclasses.replace(PRESETS["v2"][1], batch_size=32, bn_group=4, crop_size=24)  # 3 steps an epoch
-ALONE = SimpleNamespace(rank=0, world=1, device=CPU)
-
-
-def batches(manifest: Manifest, recipe: object = RECIPE, start: int = 0, stop: int = 5, **options: int) -> list[Batch]:
-    plan = Plan(recipe, manifest.sizes)
-    with Loader(manifest, plan, recipe, ALONE, start_step=start, stop_step=stop, **options) as loader:
-        return list(loader)
-
-
-def equal(a: Batch, b: Batch) -> bool:
-    pairs = zip(vars(a).values(), vars(b).values(), strict=True)
-    return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pairs)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -52,7 +40,7 @@ def test_batches_are_what_the_plan_says(photo_manifest: Manifest, symmetric: boo
     recipe = dataclasses.replace(RECIPE, symmetric=symmetric)
     plan = Plan(recipe, photo_manifest.sizes)
     views, rows = recipe.views, recipe.views * 32
-    for step, batch in enumerate(batches(photo_manifest, recipe)):
+    for step, batch in enumerate(batches(photo_manifest, recipe, range(5))):
         samples, epoch = plan.samples(step), step // 3
         assert (batch.step, batch.epoch) == (step, epoch)
         np.testing.assert_array_equal(batch.sample, samples)
@@ -84,13 +72,15 @@ def cut(manifest: Manifest, sample: int, box: np.ndarray, size: int) -> np.ndarr
 
 @pytest.mark.parametrize("options", [{"threads": 3}, {"prefetch": 1}, {"prefetch": 7, "threads": 2}])
 def test_threads_and_prefetch_change_nothing(photo_manifest: Manifest, options: dict) -> None:
-    made = zip(batches(photo_manifest), batches(photo_manifest, **options), strict=True)
+    made = zip(
+        batches(photo_manifest, RECIPE, range(5)), batches(photo_manifest, RECIPE, range(5), **options), strict=True
+    )
     assert all(equal(a, b) for a, b in made)
 
 
 @pytest.mark.parametrize("start", [1, 3, 4])
 def test_starting_later_is_skipping(photo_manifest: Manifest, start: int) -> None:
-    whole, rest = batches(photo_manifest, stop=6), batches(photo_manifest, start=start, stop=6)
+    whole, rest = (batches(photo_manifest, RECIPE, range(first, 6)) for first in (0, start))
     assert len(rest) == 6 - start and all(equal(a, b) for a, b in zip(whole[start:], rest, strict=True))
     assert not equal(whole[start - 1], rest[0])  # negative control: a step count that is off by one
 
@@ -105,7 +95,7 @@ def test_an_epochs_order_is_computed_once(photo_manifest: Manifest, monkeypatch:
 
     recipe = dataclasses.replace(RECIPE, batch_size=16)
     monkeypatch.setattr(plan_module, "hash_words", count)
-    batches(photo_manifest, recipe, stop=18)
+    batches(photo_manifest, recipe, range(18))
     assert computed == [0, 1, 2]
 
     def forget(self: Plan, epoch: int, order: object = Plan.order) -> np.ndarray:
@@ -113,7 +103,7 @@ def test_an_epochs_order_is_computed_once(photo_manifest: Manifest, monkeypatch:
         return order(self, epoch)
 
     monkeypatch.setattr(Plan, "order", forget)
-    batches(photo_manifest, recipe, stop=18)
+    batches(photo_manifest, recipe, range(18))
     assert len(computed) > 6
 
 
@@ -162,12 +152,12 @@ def test_ranks_share_out_exactly_the_batch_of_one_rank(photo_manifest: Manifest,
 
     def run(rank: int) -> list[Batch]:
         plan = Plan(recipe, photo_manifest.sizes, world, rank)
-        with Loader(photo_manifest, plan, recipe, ranks.rank(rank), stop_step=4, prefetch=1 + rank) as loader:
+        with Loader(photo_manifest, plan, ranks.rank(rank), range(4), Loading(prefetch=1 + rank)) as loader:
             return list(loader)
 
     with ThreadPoolExecutor(world) as pool:
         shared = list(pool.map(run, range(world)))
-    for step, whole in enumerate(batches(photo_manifest, recipe, stop=4)):
+    for step, whole in enumerate(batches(photo_manifest, recipe, range(4))):
         parts = [batches_of_rank[step] for batches_of_rank in shared]
         for name in ("query_crops", "query_parameters"):
             rows = [getattr(part, name).unflatten(0, (views, per_rank)) for part in parts]
@@ -213,7 +203,7 @@ def test_what_is_sent_is_not_reused_before_the_exchange_has_read_it(
         return rows.as_subclass(torch.Tensor).new_zeros(sum(receive_counts), *rows.shape[1:]).as_subclass(kind)
 
     place = SimpleNamespace(rank=0, world=2, device=CPU, exchange=exchange)
-    with Loader(photo_manifest, plan, RECIPE, place, stop_step=1) as ours:
+    with Loader(photo_manifest, plan, place, range(1)) as ours:
         ((batch, *rest),) = ours._background
     batch.key_crops = batch.key_crops.as_subclass(kind)
     RECORDED.clear()
@@ -225,7 +215,7 @@ def test_what_is_sent_is_not_reused_before_the_exchange_has_read_it(
 
 
 def loader(manifest: Manifest, stop: int = 1000, **options: int) -> Loader:
-    return Loader(manifest, Plan(RECIPE, manifest.sizes), RECIPE, ALONE, stop_step=stop, **options)
+    return Loader(manifest, Plan(RECIPE, manifest.sizes), ALONE, range(stop), Loading(**options))
 
 
 def left_over() -> tuple[int, int]:
@@ -234,7 +224,7 @@ def left_over() -> tuple[int, int]:
 
 
 def test_closing_at_any_moment_leaves_no_thread_or_file(photo_manifest: Manifest) -> None:
-    batches(photo_manifest)
+    batches(photo_manifest, RECIPE, range(5))
     before = left_over()
     for taken in (0, 1, 2, 5):
         for delay in (0, 0.02):
@@ -263,7 +253,7 @@ from fastmoco.data.plan import Plan
 from fastmoco.recipe import Recipe
 manifest, recipe = scan({str(photo_folder)!r}, cache=False), Recipe(crop_size=24, batch_size=32)
 alone = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
-running = Loader(manifest, Plan(recipe, manifest.sizes), recipe, alone, stop_step=1000)
+running = Loader(manifest, Plan(recipe, manifest.sizes), alone, range(1000))
 next(running)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
@@ -307,16 +297,17 @@ def test_a_file_harmed_after_the_scan_is_named_in_its_step(copy: Manifest, harm:
 def test_wrong_use_is_refused(photo_manifest: Manifest) -> None:
     plan = Plan(RECIPE, photo_manifest.sizes)
     with pytest.raises(ValueError, match="the plan is for 104 images, the manifest has 1"):
-        Loader(Manifest("", ["a"], np.ones((1, 2), np.int32)), plan, RECIPE, ALONE, stop_step=1)
+        Loader(Manifest("", ["a"], np.ones((1, 2), np.int32)), plan, ALONE, range(1))
     with pytest.raises(ValueError, match="rank 1 of 2 has the plan of 0 of 1"):
-        Loader(photo_manifest, plan, RECIPE, SimpleNamespace(rank=1, world=2, device=CPU), stop_step=1)
+        Loader(photo_manifest, plan, SimpleNamespace(rank=1, world=2, device=CPU), range(1))
     with pytest.raises(ValueError, match="prefetch is 0"):
         loader(photo_manifest, prefetch=0)
 
 
 @pytest.mark.parametrize("crop_size", [64, 32])
 def test_evaluation_sees_every_centre_once_in_order(photo_manifest: Manifest, crop_size: int) -> None:
-    with EvaluationLoader(photo_manifest, crop_size, CPU, batch_size=40) as ours:
+    recipe = dataclasses.replace(RECIPE, crop_size=crop_size)
+    with EvaluationLoader(photo_manifest, recipe, CPU, batch_size=40) as ours:
         assert len(ours) == 3
         made = list(ours)
     assert [len(index) for _, index in made] == [40, 40, 24]
@@ -325,10 +316,10 @@ def test_evaluation_sees_every_centre_once_in_order(photo_manifest: Manifest, cr
     for sample, crop in enumerate(torch.cat([crops for crops, _ in made]).numpy()):
         assert np.abs(crop - cut(photo_manifest, sample, boxes[sample], crop_size)).max() <= 1
     chosen = np.array([50, 3, 3])
-    ((crops, index),) = EvaluationLoader(photo_manifest, crop_size, CPU, indices=chosen)
+    ((crops, index),) = EvaluationLoader(photo_manifest, recipe, CPU, indices=chosen)
     np.testing.assert_array_equal(index, chosen)
     assert torch.equal(crops[1], crops[2]) and torch.equal(crops[1], made[0][0][3])
-    assert list(EvaluationLoader(photo_manifest, crop_size, CPU, indices=np.array([], int))) == []
+    assert list(EvaluationLoader(photo_manifest, recipe, CPU, indices=np.array([], int))) == []
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
@@ -371,7 +362,7 @@ def test_benchmark_256_pairs(benchmark_manifest: Manifest, benchmark: object, wh
     recipe = dataclasses.replace(RECIPE, batch_size=128, crop_size=crop_size)
     plan = Plan(recipe, benchmark_manifest.sizes)
     if who == "fastmoco":
-        with Loader(benchmark_manifest, plan, recipe, ALONE, stop_step=1000) as ours:
+        with Loader(benchmark_manifest, plan, ALONE, range(1000)) as ours:
             next(ours)
             benchmark.pedantic(lambda: [next(ours) for _ in range(2)], rounds=6, warmup_rounds=1)
     else:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmoco.data.loader import Loader
+from fastmoco.data.loader import Loader, Loading
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.photometric import DaliPhotometric
 from fastmoco.data.plan import BRIGHTNESS, CONTRAST, FLIP, GRAY, HUE, NO_JITTER, ORDER, SATURATION, SIGMA, Plan
@@ -91,7 +91,7 @@ def test_a_loader_hands_over_what_the_step_would_have_made(photo_manifest: Manif
     batches = []
     for photometric in ("kernel", "dali"):
         plan = Plan(recipe, photo_manifest.sizes)
-        with Loader(photo_manifest, plan, recipe, place, stop_step=4, threads=1, photometric=photometric) as loader:
+        with Loader(photo_manifest, plan, place, range(4), Loading(threads=1, photometric=photometric)) as loader:
             batches.append(list(loader))
     scale = torch.tensor(STD).view(3, 1, 1) * 255
     for raw, finished in zip(*batches, strict=True):

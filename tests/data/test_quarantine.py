@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from batches import ALONE, CPU, all_equal, batches
 from PIL import Image
 
 from fastmoco.data.batch import Batch
@@ -24,36 +25,15 @@ from fastmoco.data.plan import Plan
 from fastmoco.data.quarantine import Quarantine, Record
 from fastmoco.options import Options
 from fastmoco.process import crash_points
-from fastmoco.recipe import PRESETS
+from fastmoco.recipe import PRESETS, Recipe
 from fastmoco.runs import checkpoint
 from fastmoco.train.loop import pretrain
 from fastmoco.train.monitor import read_lines
 
-CPU = torch.device("cpu")
 RECIPE = dataclasses.replace(PRESETS["v2"][1], batch_size=40, bn_group=4, crop_size=24, max_bad_share=0.1)
-ALONE = SimpleNamespace(rank=0, world=1, device=CPU)
 WriteSet = Callable[[Path, int], dict[str, str]]
 INSIDE = {"no tables", "no scan", "harmed png", "cut tiff"}  # what a scan of headers cannot see
 BROKEN = INSIDE | {"empty", "page", "gif", "huge", "cut jpeg", "cut bmp"}
-
-
-def batches(
-    manifest: Manifest, quarantine: Quarantine | None, steps: range, place: object = ALONE, **options: float
-) -> list[Batch]:
-    plan = Plan(RECIPE, manifest.sizes)
-    with Loader(
-        manifest, plan, RECIPE, place, start_step=steps.start, stop_step=steps.stop, quarantine=quarantine, **options
-    ) as loader:
-        return list(loader)
-
-
-def equal(a: Batch, b: Batch) -> bool:
-    pairs = zip(vars(a).values(), vars(b).values(), strict=True)
-    return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pairs)
-
-
-def all_equal(a: list[Batch], b: list[Batch]) -> bool:
-    return len(a) == len(b) and all(map(equal, a, b))
 
 
 @pytest.fixture
@@ -72,14 +52,15 @@ def test_exactly_the_broken_ones_are_replaced_and_the_records_make_the_run_again
     kinds = {path.split(" ", 1)[1].removesuffix(".jpg") for path in dirty.paths}
     assert INSIDE <= kinds and {"page", "gif", "empty", "huge", "cut jpeg", "cut bmp"}.isdisjoint(kinds)
     path = tmp_path / "quarantine.jsonl"
-    first = batches(dirty, Quarantine(dirty, path, 0.1), range(10))  # two epochs, so each sample is seen
+    two_epochs = range(10)  # so that each sample is seen
+    first = batches(dirty, RECIPE, two_epochs, quarantine=Quarantine(dirty, path, 0.1))
     found = files(path)
     assert {record.file.split(" ", 1)[1].removesuffix(".jpg") for record in found} == INSIDE
     given = Quarantine(dirty, path, 0.1)
-    assert len(given) == 4 and all_equal(first, batches(dirty, given, range(10))) and not given.news
+    assert len(given) == 4 and all_equal(first, batches(dirty, RECIPE, range(10), quarantine=given)) and not given.news
     for options in ({"threads": 3}, {"prefetch": 7}):
-        assert all_equal(first, batches(dirty, Quarantine(dirty, None, 0.1), range(10), **options))
-    assert all_equal(first[3:], batches(dirty, Quarantine(dirty, path, 0.1), range(3, 10)))
+        assert all_equal(first, batches(dirty, RECIPE, range(10), quarantine=Quarantine(dirty, None, 0.1), **options))
+    assert all_equal(first[3:], batches(dirty, RECIPE, range(3, 10), quarantine=Quarantine(dirty, path, 0.1)))
     assert files(path) == found  # nothing was found anew
     plan = Plan(RECIPE, dirty.sizes)
     for record in found:  # the substitute shows its own pixels and boxes, with the parameters of the slot's sample
@@ -95,7 +76,7 @@ def test_exactly_the_broken_ones_are_replaced_and_the_records_make_the_run_again
         asked = plan.photometric(epoch, np.array([bad]), 0)[0]
         np.testing.assert_array_equal(shown.query_parameters[slot], asked)
     with pytest.raises(DecodeError):  # the control: without a quarantine the run dies
-        batches(dirty, None, range(10))
+        batches(dirty, RECIPE, range(10), quarantine=None)
 
 
 def _crops_of(manifest: Manifest, plan: Plan, sample: int, epoch: int) -> torch.Tensor:
@@ -114,13 +95,13 @@ def test_a_truncated_jpeg_on_a_gpu_harms_no_other_image(photo_folder: Path, tmp_
     """A decoder may find it bad, or show what is there of it; but the run goes on, and no other file is blamed."""
     manifest = scan(shutil.copytree(photo_folder, tmp_path / "copy"), cache=False)
     gpu = SimpleNamespace(rank=0, world=1, device=torch.device("cuda", 0))
-    plan, steps, options = Plan(RECIPE, manifest.sizes), range(2), {"place": gpu, "hw_decoder_load": load}
-    clean = batches(manifest, Quarantine(manifest, None, 0.1), steps, **options)
+    plan, steps, options = Plan(RECIPE, manifest.sizes), range(2), {"parallel": gpu, "hw_decoder_load": load}
+    clean = batches(manifest, RECIPE, steps, quarantine=Quarantine(manifest, None, 0.1), **options)
     victim = next(sample for sample in plan.samples(1).tolist() if " jpeg." in manifest.paths[sample])
     path = Path(manifest.path(victim))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     quarantine = Quarantine(manifest, None, 0.1)
-    made = batches(manifest, quarantine, steps, **options)
+    made = batches(manifest, RECIPE, steps, quarantine=quarantine, **options)
     blamed = {record.file for record in quarantine.news}
     assert blamed <= {manifest.paths[victim]}
     for before, after in zip(clean, made, strict=True):
@@ -132,13 +113,13 @@ def test_a_truncated_jpeg_on_a_gpu_harms_no_other_image(photo_folder: Path, tmp_
 
 def test_ranks_agree_without_a_word(dirty: Manifest, tmp_path: Path) -> None:
     path = tmp_path / "quarantine.jsonl"
-    whole = batches(dirty, Quarantine(dirty, None, 0.1), range(10))
+    whole = batches(dirty, RECIPE, range(10), quarantine=Quarantine(dirty, None, 0.1))
 
     def rank(number: int) -> list[Batch]:
         plan = Plan(RECIPE, dirty.sizes, 2, number)
         place = SimpleNamespace(rank=number, world=2, device=CPU, exchange=lambda crops, *_: crops)
         quarantine = Quarantine(dirty, path, 0.1)
-        with Loader(dirty, plan, RECIPE, place, stop_step=10, quarantine=quarantine) as loader:
+        with Loader(dirty, plan, place, range(10), quarantine=quarantine) as loader:
             return list(loader)
 
     with ThreadPoolExecutor(2) as pool:
@@ -146,7 +127,7 @@ def test_ranks_agree_without_a_word(dirty: Manifest, tmp_path: Path) -> None:
     for step, batch in enumerate(whole):
         assert torch.equal(torch.cat([part[step].query_crops for part in parts]), batch.query_crops)
     assert {record.file for record in files(path)} == {dirty.paths[i] for i in _inside(dirty)}
-    assert all_equal(whole, batches(dirty, Quarantine(dirty, path, 0.1), range(10)))
+    assert all_equal(whole, batches(dirty, RECIPE, range(10), quarantine=Quarantine(dirty, path, 0.1)))
 
 
 def _inside(manifest: Manifest) -> list[int]:
@@ -161,7 +142,7 @@ def test_files_harmed_while_a_run_reads_them(tmp_path: Path, write_set: WriteSet
         shutil.copy(manifest.path(30), manifest.path(i))
     manifest = scan(tmp_path / "clean", cache=False)
     plan, path = Plan(RECIPE, manifest.sizes), tmp_path / "quarantine.jsonl"
-    with Loader(manifest, plan, RECIPE, ALONE, stop_step=12, quarantine=Quarantine(manifest, path, 0.1)) as loader:
+    with Loader(manifest, plan, ALONE, range(12), quarantine=Quarantine(manifest, path, 0.1)) as loader:
         made = [next(loader)]
         victims = [int(sample) for sample in plan.samples(8)[:3]]
         for victim in victims:
@@ -172,7 +153,7 @@ def test_files_harmed_while_a_run_reads_them(tmp_path: Path, write_set: WriteSet
     assert all(record.step > 0 and record.reason for record in records)
     # The run is the same from any checkpoint on; before the record's step the file was still what it had been.
     first = min(record.step for record in records)
-    again = batches(manifest, Quarantine(manifest, path, 0.1), range(first, 12))
+    again = batches(manifest, RECIPE, range(first, 12), quarantine=Quarantine(manifest, path, 0.1))
     assert all_equal(again, made[first:]) and path.read_text().count("\n") == 3
 
 
@@ -188,7 +169,7 @@ def test_a_huge_image_takes_no_memory(tmp_path: Path, write_set: WriteSet, growt
         assert manifest.rejected == [("huge.jpg", "8000 x 8000 pixels, over the limit of 10000000")]
         assert grown() < 100e6
     plan, quarantine = Plan(RECIPE, manifest.sizes), Quarantine(manifest, None, 0.1)
-    with Loader(manifest, plan, RECIPE, ALONE, stop_step=12, quarantine=quarantine) as loader, growth() as grown:
+    with Loader(manifest, plan, ALONE, range(12), quarantine=quarantine) as loader, growth() as grown:
         next(loader)
         shutil.copy(tmp_path / "huge", manifest.path(plan.samples(10)[0]))
         assert len(list(loader)) == 11
@@ -220,8 +201,8 @@ def _harm(path: Path, harm: str) -> None:
 def test_too_many_bad_samples_stop_the_run(dirty: Manifest, tmp_path: Path) -> None:
     path = tmp_path / "quarantine.jsonl"
     with pytest.raises(DataError, match=r"4 of 19\d images are bad, and max_bad_share 0.016 allows 3; .*max-bad-share"):
-        batches(dirty, Quarantine(dirty, path, 0.016), range(10))
-    assert len(batches(dirty, Quarantine(dirty, path, 0.03), range(10))) == 10
+        batches(dirty, RECIPE, range(10), quarantine=Quarantine(dirty, path, 0.016))
+    assert len(batches(dirty, RECIPE, range(10), quarantine=Quarantine(dirty, path, 0.03))) == 10
     strict = Quarantine(dirty, None, 0.0)
     strict.add(0, 5, "torn")  # one is always allowed
     with pytest.raises(DataError, match="2 of"):
@@ -257,16 +238,17 @@ def test_the_file_survives_a_crash_and_its_damage_is_told(tmp_path: Path) -> Non
 
 
 def test_evaluation_warns_and_goes_on(dirty: Manifest) -> None:
-    with EvaluationLoader(dirty, 24, CPU, batch_size=64) as loader, warnings.catch_warnings(record=True) as told:
+    strict = dataclasses.replace(RECIPE, max_bad_share=Recipe.max_bad_share)
+    with EvaluationLoader(dirty, strict, CPU, batch_size=64) as loader, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         with pytest.raises(DataError, match="of 19\\d images are bad"):  # four where one in a thousand is allowed
             list(loader)
     assert len(told) <= 1
-    with EvaluationLoader(dirty, 24, CPU, batch_size=64, max_bad_share=0.1) as loader:
+    with EvaluationLoader(dirty, RECIPE, CPU, batch_size=64) as loader:
         with pytest.warns(UserWarning, match="evaluating"):
             assert sum(len(crops) for crops, _ in loader) == len(dirty)
     one = [i for i in range(len(dirty)) if i not in _inside(dirty) or "harmed png" in dirty.paths[i]]
-    with EvaluationLoader(dirty, 24, CPU, indices=np.array(one)) as loader:
+    with EvaluationLoader(dirty, strict, CPU, indices=np.array(one)) as loader:
         with pytest.warns(UserWarning, match="harmed png.jpg: damaged: cannot be decoded; evaluating"):
             crops, index = next(loader)
     assert len(crops) == len(index) == len(one)

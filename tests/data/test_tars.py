@@ -64,7 +64,7 @@ def shards(by_class: Path, tmp_path: Path) -> Path:
 
 
 def batches(manifest: Manifest) -> list[Batch]:
-    with Loader(manifest, Plan(RECIPE, manifest.sizes), RECIPE, ALONE, stop_step=4) as loader:
+    with Loader(manifest, Plan(RECIPE, manifest.sizes), ALONE, range(4)) as loader:
         return list(loader)
 
 
@@ -138,7 +138,7 @@ def test_bad_members_are_left_out_or_quarantined_by_their_names(tmp_path: Path, 
     assert manifest.rejected == [(members[jpegs[0]][0], "truncated")]
     quarantine = Quarantine(manifest, None, 0.1)
     plan = Plan(RECIPE, manifest.sizes)
-    with Loader(manifest, plan, RECIPE, ALONE, stop_step=6, quarantine=quarantine) as loader:
+    with Loader(manifest, plan, ALONE, range(6), quarantine=quarantine) as loader:
         assert len(list(loader)) == 6
     seen = {int(sample) for step in range(6) for sample in plan.samples(step)}
     name = members[jpegs[1]][0]

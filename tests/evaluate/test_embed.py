@@ -12,6 +12,7 @@ from PIL import Image
 from fastmoco.cli import main
 from fastmoco.contrast.step import Step
 from fastmoco.data import manifest
+from fastmoco.data.loader import Loading
 from fastmoco.evaluate.features import extract
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS
@@ -40,7 +41,7 @@ def test_rows_belong_to_their_files(trained, stripes, tmp_path):
     with np.load(tmp_path / "a.npz", allow_pickle=False) as data:
         assert data["files"].tolist() == images.paths and data["classes"].tolist() == ["across", "down"]
         assert data["labels"].tolist() == images.labels.tolist()
-        expected = extract(encoder, images, recipe, Parallel(), threads=1, normalise=False)[0]
+        expected = extract(encoder, images, recipe, Parallel(), loading=Loading(threads=1), normalise=False)[0]
         torch.testing.assert_close(torch.from_numpy(data["features"]), expected, rtol=0, atol=1e-5)
         assert np.abs(np.linalg.norm(data["features"], axis=1) - 1).min() > 1e-3
 

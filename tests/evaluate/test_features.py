@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fastmoco.data import loader, manifest
+from fastmoco.data.loader import Loading
 from fastmoco.data.pipeline import Decoding
 from fastmoco.encoder import build_encoder
 from fastmoco.evaluate import knn
@@ -46,7 +47,9 @@ def encoder():
 @pytest.mark.parametrize("which", ["backbone", "projection"])
 def test_features_are_those_of_the_eval_mode_encoder_on_the_pixels(images, encoder, which):
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    found, labels = extract(encoder, images, replace(RECIPE, knn_features=which), Parallel(), threads=1, batch_size=8)
+    found, labels = extract(
+        encoder, images, RECIPE, Parallel(), features=which, loading=Loading(threads=1), batch_size=8
+    )
     assert encoder.training and all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
     assert labels.tolist() == images.labels.tolist()
     pixels = np.stack([np.asarray(Image.open(images.path(index))) for index in range(len(images))])
@@ -62,8 +65,8 @@ def test_features_are_those_of_the_eval_mode_encoder_on_the_pixels(images, encod
 
 def test_the_batch_size_changes_nothing(images, encoder):
     """Batch statistics would: in training mode a sample's features depend on its neighbours."""
-    one = extract(encoder, images, RECIPE, Parallel(), threads=1, batch_size=23)[0]
-    other = extract(encoder, images, RECIPE, Parallel(), threads=2, batch_size=5)[0]
+    one = extract(encoder, images, RECIPE, Parallel(), loading=Loading(threads=1), batch_size=23)[0]
+    other = extract(encoder, images, RECIPE, Parallel(), loading=Loading(threads=2), batch_size=5)[0]
     torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
     assert (one[0] - one[1]).abs().max() > 1e-3, "all features alike would pass everything"
 
@@ -81,10 +84,10 @@ SHARES: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_share_the_images(images, encoder, world):
-    whole = extract(encoder, images, RECIPE, Parallel(), threads=1)[0]
+    whole = extract(encoder, images, RECIPE, Parallel(), loading=Loading(threads=1))[0]
     SHARES.clear()
     for rank in range(world):
-        gathered, labels = extract(encoder, images, RECIPE, OneOf(rank=rank, world=world), threads=1)
+        gathered, labels = extract(encoder, images, RECIPE, OneOf(rank=rank, world=world), loading=Loading(threads=1))
     assert labels.tolist() == images.labels.tolist()
     assert len(gathered) == len(images) and {len(share) for share in SHARES.values()} == {-(-23 // world)}
     torch.testing.assert_close(gathered, whole, rtol=0, atol=1e-5)
@@ -94,18 +97,18 @@ def test_ranks_share_the_images(images, encoder, world):
 def test_a_bad_image_has_features_and_label_of_the_next_good_one(images, encoder, tmp_path, batch_size):
     root = shutil.copytree(images.root, tmp_path / "images")
     copy = manifest.scan(root, cache=False)
-    whole, shown = encode(encoder, copy, RECIPE, Parallel(), threads=1)
+    whole, shown = encode(encoder, copy, RECIPE, Parallel(), loading=Loading(threads=1))
     assert shown.tolist() == list(range(23))  # the control
     bad = len([path for path in copy.paths if path.startswith("class0")]) - 1  # the last of its class
     data = bytearray((root / copy.paths[bad]).read_bytes())
     data[50:90] = bytes(40)
     (root / copy.paths[bad]).write_bytes(data)
     with pytest.warns(UserWarning, match=copy.paths[bad]):
-        found, shown = encode(encoder, copy, RECIPE, Parallel(), threads=1, batch_size=batch_size)
+        found, shown = encode(encoder, copy, RECIPE, Parallel(), loading=Loading(threads=1), batch_size=batch_size)
     assert shown.tolist() == [index if index != bad else bad + 1 for index in range(23)]
     torch.testing.assert_close(found, whole[shown], rtol=0, atol=1e-5)
     with pytest.warns(UserWarning):
-        labels = extract(encoder, copy, RECIPE, Parallel(), threads=1, batch_size=batch_size)[1]
+        labels = extract(encoder, copy, RECIPE, Parallel(), loading=Loading(threads=1), batch_size=batch_size)[1]
     assert labels[bad] == labels[bad + 1] != copy.labels[bad]
 
 
@@ -113,11 +116,11 @@ def test_images_are_decoded_as_the_recipe_and_the_run_say(images, encoder, monke
     used, original = [], loader.Pipeline
     monkeypatch.setattr(loader, "Pipeline", lambda *args, **options: used.append(options) or original(*args, **options))
     fancy = replace(RECIPE, fancy_upsampling=True, knn_k=3)
-    knn.evaluate(encoder, images, images, fancy, Parallel(), threads=1, hw_decoder_load=0.25)
-    encode(encoder, images, RECIPE, Parallel(), threads=1)  # the control
+    knn.evaluate(encoder, images, images, fancy, Parallel(), loading=Loading(1, hw_decoder_load=0.25))
+    encode(encoder, images, RECIPE, Parallel(), loading=Loading(threads=1))  # the control
     assert [options["decoding"] for options in used] == [Decoding(0.25, True)] * 2 + [Decoding(None, False)]
 
 
 def test_images_without_labels(images, encoder):
     unlabelled = replace(images, labels=None, classes=[])
-    assert extract(encoder, unlabelled, RECIPE, Parallel(), threads=1)[1].eq(-1).all()
+    assert extract(encoder, unlabelled, RECIPE, Parallel(), loading=Loading(threads=1))[1].eq(-1).all()

@@ -14,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 
 from fastmoco.cli import main
 from fastmoco.data import manifest
+from fastmoco.data.loader import Loading
 from fastmoco.data.pipeline import DecodeError
 from fastmoco.data.plan import Plan
 from fastmoco.encoder import build_encoder
@@ -274,7 +275,7 @@ def test_the_commands_write_figures_pictures_and_weights(trained, capsys):
     weights = load_file(trained / "linear.safetensors")
     encoder, _, _ = run_folder.load_encoder(trained, Parallel())
     val = manifest.scan(json.loads((trained / "recipe.json").read_text())["options"]["data"] + "/val")
-    features, labels = linear.extract(encoder, val, RECIPE, Parallel(), threads=1, normalise=False)
+    features, labels = linear.extract(encoder, val, RECIPE, Parallel(), loading=Loading(threads=1), normalise=False)
     top1 = (F.linear(features, weights["fc.weight"], weights["fc.bias"]).argmax(1) == labels).double().mean() * 100
     assert figures["top1"] == pytest.approx(top1.item())
     assert "conv1.weight" in load_file(trained / "finetune.safetensors")
