@@ -1,10 +1,11 @@
 """The step as it was published, in plain torch: what a user of the original code runs, and what we must beat.
 
-Order and operations follow He et al. (2020), algorithm 1, as the authors released it for several GPUs, here on one:
-momentum update tensor by tensor, key forward on shuffled images, logits materialised against a copy of the queue,
-cross-entropy, top-1 and top-5 by sorting, SGD as torch does it by default (on a CPU tensor by tensor, on a GPU in
-foreach operations), enqueue at a pointer read by the host. Nothing in it is slowed down on purpose and nothing is
-tuned; precision, memory format and torch.compile are the options a careful user would try first.
+Order and operations are those of the code that He et al. (2020) released for several GPUs, here on one: momentum update
+tensor by tensor, key forward on shuffled images, logits materialised against a copy of the queue, cross-entropy, top-1
+and top-5 by sorting, SGD as torch does it by default (on a CPU tensor by tensor, on a GPU in foreach operations),
+enqueue at a pointer read by the host. Algorithm 1 of the paper has the momentum update after SGD, which is the same
+arithmetic. Nothing in it is slowed down on purpose and nothing is tuned; precision, memory format and torch.compile are
+the options a careful user would try first.
 """
 
 from __future__ import annotations

@@ -201,9 +201,9 @@ def costs_of_parts(step: Step, machine: Machine) -> dict[str, Cost]:
     single = {
         # Of three channels: a fourth of zeros, where the step asks for one, is no work that must be done.
         "photometric": photometric.cost(2 * rows, recipe.crop_size, dtype=work, blurred=recipe.augmentation.blur_p),
-        "loss": info_nce.cost(rows, recipe.queue_size, recipe.dim, work, step.queue.keys.dtype),
+        "loss": info_nce.cost(rows, recipe.queue_size, recipe.dim, work, step.dictionary.queue.keys.dtype),
         "update": sgd_ema.cost(table, [copy.dtype for copy in copies[0]]),
-        "enqueue": enqueue.cost(recipe.queue_size, recipe.dim, rows, step.queue.keys.dtype, torch.float32),
+        "enqueue": enqueue.cost(recipe.queue_size, recipe.dim, rows, step.dictionary.queue.keys.dtype, torch.float32),
     }
     found = {name: Cost(*cost, machine.bound(*cost)) for name, cost in single.items()}
     forward_only = any(getattr(module, "forward_only", False) for module in step.encoder_k.modules())

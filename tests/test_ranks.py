@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import fastmoco.contrast.dictionary as queue_module
-import fastmoco.contrast.step as step_module
+import fastmoco.contrast.dictionary as dictionary_module
 import fastmoco.parallel as parallel_module
 from fastmoco.bench.traffic import WAYS, traffic
+from fastmoco.contrast.build import BUFFERS
 from fastmoco.contrast.step import Step
 from fastmoco.data.batch import Batch
 from fastmoco.data.loader import Loader, Loading
@@ -69,8 +69,8 @@ def known() -> dict:
 
 def in_float64() -> None:
     """These kernels refuse float64; their twins take it. Only for forked ranks: nothing is put back."""
-    step_module.info_nce = reference.info_nce
-    queue_module.enqueue = reference.enqueue
+    dictionary_module.info_nce = reference.info_nce
+    dictionary_module.enqueue = reference.enqueue
 
 
 def train(parallel: Parallel, recipe: Recipe, folder: Path, steps: int = STEPS, precision: str = "fp64") -> dict:
@@ -283,7 +283,7 @@ def train_published(parallel: Parallel, folder: Path, steps: int, dtype: torch.d
     plan, whole_plan = (Plan(RECIPE, images.sizes, world, rank) for world, rank in ((4, parallel.rank), (1, 0)))
     ours = Step(RECIPE, parallel, precision)
     start = {name: value.clone() for name, value in ours.state().items()}
-    model = DistributedDataParallel(PublishedMoCo(start, dtype), **{step_module.BUFFERS: buffers})
+    model = DistributedDataParallel(PublishedMoCo(start, dtype), **{BUFFERS: buffers})
     optimizer = torch.optim.SGD(
         model.module.encoder_q.parameters(), LR, RECIPE.sgd_momentum, weight_decay=RECIPE.weight_decay
     )
@@ -306,7 +306,7 @@ def train_published(parallel: Parallel, folder: Path, steps: int, dtype: torch.d
     statistics = {name: value for name, value in model.module.named_buffers() if "running" in name}
     return {
         "losses": losses,
-        "queues": (ours.queue.keys, model.module.queue.T.clone()),
+        "queues": (ours.dictionary.queue.keys, model.module.queue.T.clone()),
         "ours": {name: value.clone() for name, value in ours.state().items() if "running" in name},
         "theirs": {name: parallel.mean(value) for name, value in statistics.items()},
         "bytes": [wire.received for wire in wires],

@@ -84,16 +84,11 @@ def compare(parallel: Parallel, facts: Mapping[str, Tensor | int]) -> None:
 
 
 def check(step: Step, plan: Plan, at: int) -> None:
-    """DisagreementError where ranks part in queue, weights, velocity or the plan of step `at`. All ranks call it."""
+    """DisagreementError where ranks part in dictionary, weights, velocity or plan of step `at`. All ranks call it."""
     if step.parallel.world == 1:
         return
-    update, queue = step.update, step.queue
-    facts = {
-        "queue": digest(queue.keys),
-        "queue pointer": digest(queue.pointer, queue.count),
-        "query encoder": digest(*update.q.values()),
-        "key encoder": digest(*update.k.values()),
-        "velocity": digest(*update.velocity.values()),
-        "plan": plan_digest(plan, at),
-    }
-    compare(step.parallel, facts)
+    update = step.update
+    facts = {name.replace("_", " "): digest(value) for name, value in step.dictionary.tensors().items()}
+    groups = {"query encoder": update.q, "key encoder": update.k, "velocity": update.velocity}
+    facts |= {name: digest(*group.values()) for name, group in groups.items() if group}
+    compare(step.parallel, facts | {"plan": plan_digest(plan, at)})

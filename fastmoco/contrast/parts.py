@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ContextDecorator, ExitStack, contextmanager
 
 import torch
 
@@ -13,9 +13,27 @@ Range = Callable[[str], AbstractContextManager]
 _ranges: tuple[Range, ...] = ()
 
 
-def part(name: str) -> AbstractContextManager:
-    """Range called `name`, one of PARTS, for every profiler that `named` names parts to; nothing outside of it."""
-    return _range(name) if _ranges else nullcontext()
+class part(ContextDecorator):
+    """Range called `name`, one of PARTS, for every profiler that `named` names parts to; nothing outside of it.
+
+    Use it on a function, or around a block: `with part(name):`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name, self._opened = name, None
+
+    def _recreate_cm(self) -> part:
+        return part(self._name)
+
+    def __enter__(self) -> None:
+        if _ranges:
+            self._opened = ExitStack()
+            for each in _ranges:
+                self._opened.enter_context(each(self._name))
+
+    def __exit__(self, *raised: object) -> None:
+        if self._opened is not None:
+            self._opened.__exit__(*raised)
 
 
 @contextmanager
@@ -28,11 +46,3 @@ def named(*more: Range) -> Iterator[None]:
         yield
     finally:
         _ranges = ()
-
-
-@contextmanager
-def _range(name: str) -> Iterator[None]:
-    with ExitStack() as ranges:
-        for each in _ranges:
-            ranges.enter_context(each(name))
-        yield

@@ -1,7 +1,7 @@
 """`import FILE --out RUN`: published MoCo checkpoints and torchvision weights as a run of ours.
 
 The run can be evaluated, exported and continued with `pretrain --resume`. A MoCo checkpoint brings both encoders, the
-queue and the momentum; the momentum update that the published order still owes is applied. Weights of a plain network
+queue and the momentum; the momentum update that the released code still owes is applied. Weights of a plain network
 bring the backbone: both encoders start from it at step 0, with a fresh projection head and queue.
 """
 

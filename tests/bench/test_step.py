@@ -38,7 +38,7 @@ def test_a_gpu_has_the_published_step_in_every_form_and_ours_by_backend():
 
 
 def test_ours_on_finished_views_makes_none(monkeypatch):
-    monkeypatch.setattr("fastmoco.contrast.step.photometric", lambda *_, **__: pytest.fail("a view was made"))
+    monkeypatch.setattr("fastmoco.contrast.views.photometric", lambda *_, **__: pytest.fail("a view was made"))
     found = step.providers(SMALL, CPU)
     with pytest.raises(pytest.fail.Exception, match="a view was made"):
         found["fastmoco bf16"].start()()

@@ -55,9 +55,9 @@ def with_one_changed_key(parallel: Parallel, make_batch: Callable, culprit: int,
         agreement.check(step, plan, number)
     if parallel.rank == culprit:
         if what == "queue":
-            step.queue.keys[7, 3] += 2.0**-20
+            step.dictionary.queue.keys[7, 3] += 2.0**-20
         if what == "queue pointer":
-            step.queue.pointer += 1
+            step.dictionary.queue.pointer += 1
         if what == "query encoder":
             step.update.q["fc.weight"][0, 0] += 1e-3
         if what == "plan":

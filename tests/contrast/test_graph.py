@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmoco.contrast import graph
-from fastmoco.contrast import step as step_module
+from fastmoco.contrast import build, graph
 from fastmoco.contrast.graph import GraphStep, closed_at_the_end, runner
 from fastmoco.contrast.step import Metrics, Step
 from fastmoco.data.batch import Batch
@@ -196,7 +195,7 @@ def test_every_graph_is_freed_when_the_block_ends(make_batch: Callable) -> None:
 def test_all_steps_of_a_device_capture_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory freed on one stream is never used by another, so graphs of several streams share no pool."""
     monkeypatch.setattr("torch.cuda.Stream", lambda device: object())
-    first, second, keys = (step_module._stream(torch.device("cuda", 7), use) for use in ("capture", "capture", "keys"))
+    first, second, keys = (build.stream(torch.device("cuda", 7), use) for use in ("capture", "capture", "keys"))
     assert first is second and first is not keys
 
 

@@ -158,11 +158,11 @@ def test_no_tensor_that_persists_moves(precision: str, make_batch: Callable) -> 
     step = Step(RECIPE, Parallel(), precision)
     if step.update.scale is not None:
         step.update.scale.value.fill_(256)  # at the first scale these gradients overflow
-    held = [*step._tensors().values(), *step.update._advance._grads]
+    held = [*step.state().values(), *step.update._advance._grads]
     before, start = [value.data_ptr() for value in held], step.update.q["conv1.weight"].clone()
     for i in range(3):
         metrics = step.step(make_batch(RECIPE, i), LR)
-    held = [*step._tensors().values(), *step.update._advance._grads]
+    held = [*step.state().values(), *step.update._advance._grads]
     assert [value.data_ptr() for value in held] == before
     assert metrics.loss.isfinite() and not torch.equal(step.update.q["conv1.weight"], start)
 

@@ -23,7 +23,8 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import fastmoco.contrast.step as step_module
+import fastmoco.contrast.dictionary as dictionary_module
+import fastmoco.contrast.views as views_module
 from fastmoco.contrast.step import Step
 from fastmoco.data.batch import Batch
 from fastmoco.data.noise import noise_batch
@@ -130,11 +131,11 @@ CHANGED = {change.__name__: Case(change=change) for change in (read_back, copied
 
 def outcome(impl: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> str:
     """The device of the loss, or what was raised."""
-    for name in ("info_nce", "photometric"):
-        monkeypatch.setattr(step_module, name, functools.partial(getattr(step_module, name), impl=impl))
+    for module, name in ((dictionary_module, "info_nce"), (views_module, "photometric")):
+        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), impl=impl))
     monkeypatch.setattr(BatchNormAct, "impl", impl)
-    honest = step_module.positives
-    monkeypatch.setattr(step_module, "positives", lambda keys, *rest: honest(case.change(keys), *rest))
+    honest = dictionary_module.positives
+    monkeypatch.setattr(dictionary_module, "positives", lambda keys, *rest: honest(case.change(keys), *rest))
     recipe, parallel = tiny(**case.fields), Parallel()
     step, batch = Step(recipe, parallel, case.precision, **case.options), noise_batch(recipe, parallel)
     try:

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fastmoco.contrast.dictionary as queue_module
-import fastmoco.contrast.step as step_module
+import fastmoco.contrast.dictionary as dictionary_module
 from fastmoco.contrast.step import Step
 from fastmoco.data.plan import Plan
 from fastmoco.kernels import reference
@@ -169,8 +168,8 @@ def start_of(ours: Step) -> dict[str, Tensor]:
 
 def know_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """These kernels refuse float64; their twins take it."""
-    monkeypatch.setattr(step_module, "info_nce", reference.info_nce)
-    monkeypatch.setattr(queue_module, "enqueue", reference.enqueue)
+    monkeypatch.setattr(dictionary_module, "info_nce", reference.info_nce)
+    monkeypatch.setattr(dictionary_module, "enqueue", reference.enqueue)
 
 
 @pytest.fixture
@@ -187,8 +186,8 @@ def same_state(ours: Step, theirs: Published) -> None:
         same(ours.update.q[name], theirs.q[name].detach(), f"query {name}")
         same(ours.update.velocity[name], theirs.velocity[name], f"velocity {name}")
         same(dict(ours.encoder_q.named_parameters())[name].grad, theirs.gradients[name], f"gradient {name}")
-    same(ours.queue.keys, theirs.queue.T, "queue")
-    assert int(ours.queue.pointer) == theirs.pointer
+    same(ours.dictionary.queue.keys, theirs.queue.T, "queue")
+    assert int(ours.dictionary.queue.pointer) == theirs.pointer
     if ours.recipe.symmetric:
         return
     for net, encoder in ((theirs.nets_q, ours.encoder_q), (theirs.nets_k, ours.encoder_k)):
@@ -253,7 +252,7 @@ def test_fp32_strays_no_further_than_plain_fp32(
         with monkeypatch.context() as patch:
             know_float64(patch)
             exact = truth.step(make_batch(recipe, step), LR).loss
-        keys = truth.queue.keys
-        errors += torch.stack([(mine - exact).abs(), (ours.queue.keys - keys).abs().max()])
+        keys = truth.dictionary.queue.keys
+        errors += torch.stack([(mine - exact).abs(), (ours.dictionary.queue.keys - keys).abs().max()])
         budget += torch.stack([(plain.detach() - exact).abs(), (theirs.queue.T - keys).abs().max()])
     assert (errors <= 2 * budget + 1e-6).all(), f"{errors} against {budget}"

@@ -14,6 +14,7 @@ from fastmoco.contrast.backends import BACKENDS
 from fastmoco.contrast.parts import PARTS, named
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import PRECISIONS
+from fastmoco.contrast.views import Views
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS, Recipe, RecipeError
@@ -43,7 +44,7 @@ def tiny(**fields: object) -> Recipe:
 def test_a_queue_that_follows_data_needs_data():
     with pytest.raises(RecipeError, match="queue_size is 'auto': it follows the data, so give a number here"):
         Step(tiny(queue_size="auto"), Parallel())
-    assert len(Step(tiny(queue_size="auto").for_images(2000), Parallel()).queue.keys) == 112
+    assert len(Step(tiny(queue_size="auto").for_images(2000), Parallel()).dictionary.queue.keys) == 112
 
 
 # First losses and chance
@@ -100,8 +101,10 @@ def test_a_symmetric_step_adds_both_losses_and_enqueues_both_views(make_batch: C
         setattr(double, name, torch.cat([getattr(single, name)] * 2))
     loss, twice = plain.step(single, LR).loss, doubled.step(double, LR).loss
     torch.testing.assert_close(twice, 2 * loss, rtol=1e-5, atol=1e-6)
-    assert int(doubled.queue.count) == 2 * int(plain.queue.count) == 32
-    torch.testing.assert_close(doubled.queue.keys[:16], doubled.queue.keys[16:32], rtol=1e-5, atol=1e-6)
+    assert int(doubled.dictionary.queue.count) == 2 * int(plain.dictionary.queue.count) == 32
+    torch.testing.assert_close(
+        doubled.dictionary.queue.keys[:16], doubled.dictionary.queue.keys[16:32], rtol=1e-5, atol=1e-6
+    )
 
 
 # Nothing moves, nothing stays
@@ -138,7 +141,7 @@ def test_the_first_step_of_a_process_leaves_no_graph_of_autograds() -> None:
 
 
 def addresses(step: Step) -> dict[str, int]:
-    held = {name: value.data_ptr() for name, value in step._tensors().items()}
+    held = {name: value.data_ptr() for name, value in step.state().items()}
     for side, encoder in (("q", step.encoder_q), ("k", step.encoder_k)):
         held |= {f"work {side} {name}": value.data_ptr() for name, value in encoder.named_parameters()}
     return held | {"lr": step.update.lr.data_ptr(), "nonfinite": step.update.nonfinite.data_ptr()}
@@ -164,7 +167,7 @@ def test_the_optimiser_holds_working_copies_and_masters_apart_where_they_differ(
         assert (weight.data_ptr() == step.update.q["conv1.weight"].data_ptr()) is shared
         assert scale.data_ptr() == step.update.q["bn1.weight"].data_ptr()
         assert (weight.dtype, scale.dtype) == (PRECISIONS[precision].work, torch.float32)
-        assert step.queue.keys.dtype == PRECISIONS[precision].work
+        assert step.dictionary.queue.keys.dtype == PRECISIONS[precision].work
 
 
 # Precision
@@ -243,19 +246,19 @@ def test_an_infinite_gradient_moves_nothing_and_is_said(make_batch: Callable) ->
 @pytest.mark.parametrize("spoiled", ["query", "key"])
 def test_nothing_that_is_not_finite_outlives_its_step(spoiled: str, make_batch: Callable, monkeypatch) -> None:
     """Neither in weights, nor in running statistics, nor in the queue: the next steps are finite."""
-    step, views = Step(tiny(), Parallel()), Step._views
+    step, views = Step(tiny(), Parallel()), Views.__call__
     before = copied(step)
 
     def spoil(self: Step, crops: Tensor, parameters: Tensor, rows: Tensor | None = None) -> Tensor:
         return views(self, crops, parameters, rows) * (math.nan if (rows is None) == (spoiled == "query") else 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Step, "_views", spoil)
+        patch.setattr(Views, "__call__", spoil)
         assert step.step(make_batch(tiny(), 0), LR).nonfinite.item() == 1
     for name, value in step.state().items():
         if not name.startswith("queue") and not name.endswith("num_batches_tracked"):
             assert torch.equal(value, before[name]), name
-    assert step.queue.keys.isfinite().all()
+    assert step.dictionary.queue.keys.isfinite().all()
     for i in (1, 2):
         metrics = step.step(make_batch(tiny(), i), LR)
         assert metrics.nonfinite.item() == 0 and metrics.loss.isfinite() and 0 < metrics.spread.item() < 2
@@ -266,7 +269,7 @@ def test_the_spread_of_the_keys(make_batch: Callable) -> None:
     recipe = tiny(queue_size=16, batch_size=16)
     step = Step(recipe, Parallel())
     spread = step.step(make_batch(recipe, 0), LR).spread.item()
-    keys = step.queue.keys
+    keys = step.dictionary.queue.keys
     assert spread == pytest.approx((keys.std(0, correction=0).mean() * keys.shape[1] ** 0.5).item(), rel=1e-5)
     with torch.no_grad():
         step.update.k["fc.weight"].zero_()
@@ -405,7 +408,7 @@ def test_a_run_is_a_function_of_its_seed(make_batch: Callable) -> None:
     for step in (first, again):
         step.step(make_batch(tiny(seed=5), 0), LR)
     assert all(torch.equal(value, again.state()[name]) for name, value in first.state().items())
-    assert not torch.equal(first.queue.keys, other.queue.keys)
+    assert not torch.equal(first.dictionary.queue.keys, other.dictionary.queue.keys)
 
 
 # Ranks
@@ -415,7 +418,7 @@ def train(parallel: Parallel, recipe: Recipe, make_batch: Callable, steps: int, 
     step = Step(recipe, parallel, precision)
     batches = [make_batch(recipe, i, parallel.world, parallel.rank) for i in range(steps)]
     losses = [parallel.mean(step.step(batch, LR).loss) for batch in batches]
-    return {"losses": torch.stack(losses), "state": step.state(), "queue": step.queue.keys}
+    return {"losses": torch.stack(losses), "state": step.state(), "queue": step.dictionary.queue.keys}
 
 
 @pytest.mark.parametrize("fields", [{}, {"head": "mlp", "symmetric": True}], ids=["plain", "symmetric"])

@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import fastmoco.contrast.dictionary as queue_module
-import fastmoco.contrast.step as step_module
+import fastmoco.contrast.dictionary as dictionary_module
 from fastmoco.contrast.step import Step
 from fastmoco.encoder import BatchNormAct, forward_only
 from fastmoco.kernels import reference
@@ -31,8 +30,8 @@ RECIPE = Recipe(
 def twins(monkeypatch: pytest.MonkeyPatch) -> None:
     """They do not refuse float64, where what is left of a rounding is far below any other difference."""
     monkeypatch.setattr(BatchNormAct, "impl", "reference")
-    monkeypatch.setattr(step_module, "info_nce", reference.info_nce)
-    monkeypatch.setattr(queue_module, "enqueue", reference.enqueue)
+    monkeypatch.setattr(dictionary_module, "info_nce", reference.info_nce)
+    monkeypatch.setattr(dictionary_module, "enqueue", reference.enqueue)
 
 
 def assert_train_alike(plain: Step, other: Step, make_batch: Callable) -> None:

@@ -92,8 +92,8 @@ def test_a_published_checkpoint_goes_on_as_the_published_code(monkeypatch, make_
     theirs.update_keys()
     for name, value in theirs.k.items():
         torch.testing.assert_close(ours.update.k[name], value.detach(), rtol=0, atol=1e-6)
-    torch.testing.assert_close(ours.queue.keys, theirs.queue.T, rtol=0, atol=1e-5)
-    assert int(ours.queue.pointer) == theirs.pointer
+    torch.testing.assert_close(ours.dictionary.queue.keys, theirs.queue.T, rtol=0, atol=1e-5)
+    assert int(ours.dictionary.queue.pointer) == theirs.pointer
 
 
 def test_without_the_owed_update_it_goes_on_elsewhere(monkeypatch, make_recipe, tmp_path):
@@ -156,11 +156,11 @@ def continue_ours(ours: Step, recipe, pair: list[torch.Tensor]):
     z_q = ours.encoder_q(pair[0])
     from fastmoco.kernels import reference
 
-    losses, _ = reference.info_nce(z_q, z_k, ours.queue.keys, recipe.temperature)
+    losses, _ = reference.info_nce(z_q, z_k, ours.dictionary.queue.keys, recipe.temperature)
     ours.update.lr.fill_(0.03)
     ours.update.backward(losses.mean())
     ours.update.apply()
-    ours.queue.enqueue(z_k)
+    ours.dictionary.queue.enqueue(z_k)
     return losses.mean().detach(), z_k
 
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from fastmoco.contrast import backends
-from fastmoco.contrast import step as step_module
+from fastmoco.contrast import dictionary as dictionary_module
+from fastmoco.contrast import views as views_module
 from fastmoco.contrast.step import Step
 from fastmoco.options import Options
 from fastmoco.parallel import Parallel
@@ -62,7 +63,7 @@ STEPS, BAD = 9, 6
 @contextmanager
 def spoiled(what: str, on_rank: int, rank: int) -> Iterator[None]:
     """Make the loss, its gradient or an input NaN in step BAD, the first time that it is trained, on one rank."""
-    train, see, loss = Step.step, step_module.photometric, step_module.info_nce
+    train, see, loss = Step.step, views_module.photometric, dictionary_module.info_nce
     state = {"spoil": False, "spoilt": False}
 
     def spoiling(self: Step, batch, lr: float):
@@ -82,8 +83,8 @@ def spoiled(what: str, on_rank: int, rank: int) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Step, "step", spoiling)
-        patch.setattr(step_module, "photometric", seeing)
-        patch.setattr(step_module, "info_nce", losing)
+        patch.setattr(views_module, "photometric", seeing)
+        patch.setattr(dictionary_module, "info_nce", losing)
         yield
 
 
@@ -195,7 +196,9 @@ def test_rollbacks_have_an_end(recipe, images, tmp_path, monkeypatch):
         stop_after=20,
         on_nonfinite="rollback",
     )
-    loss = step_module.info_nce
-    monkeypatch.setattr(step_module, "info_nce", lambda *arguments: [each * math.nan for each in loss(*arguments)])
+    loss = dictionary_module.info_nce
+    monkeypatch.setattr(
+        dictionary_module, "info_nce", lambda *arguments: [each * math.nan for each in loss(*arguments)]
+    )
     with pytest.raises(NonFiniteError, match=f"in step {ROLLBACKS + 1}"):
         Run(recipe, options, "custom", Parallel()).train(StopRequest())

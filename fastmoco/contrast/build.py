@@ -1,0 +1,103 @@
+"""What a step is made of: encoders and who computes them, switches of torch, streams, DistributedDataParallel."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastmoco.contrast.dictionary import Dictionary, Queue, QueueDictionary
+from fastmoco.contrast.update import Numbers
+from fastmoco.contrast.views import Views
+from fastmoco.encoder import BatchNormAct, Bottleneck, Encoder, build_encoder
+from fastmoco.options import UsageError
+from fastmoco.parallel import Parallel
+from fastmoco.recipe import Recipe
+
+EncoderBackend = Literal["fused", "fused-key", "eager", "compile"]
+
+# What DDP calls copying the first rank's buffers to the others; torch 2.13 renamed it.
+BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
+QUEUE_SEED = 1 << 63  # added to the recipe's seed, which is smaller: the encoder draws from the seed itself
+
+
+def check_device(device: torch.device, *, key_stream: bool, apex: bool) -> None:
+    """UsageError where an option needs a GPU and `device` is none."""
+    for flag, wanted in (("--key-stream", key_stream), ("--update apex", apex)):
+        if wanted and device.type != "cuda":
+            raise UsageError(f"{flag} needs a GPU: leave it out")
+
+
+def set_switches(device: torch.device, tf32: bool) -> None:
+    """Set torch's switches, which are process-wide: TF32, and on a GPU cuDNN's choice of algorithms by timing."""
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    # Shapes never change, so cuDNN may time its algorithms once, as in the published code.
+    torch.backends.cudnn.benchmark = device.type == "cuda" or torch.backends.cudnn.benchmark
+
+
+def build_encoder_q(recipe: Recipe, device: torch.device) -> Encoder:
+    """The query encoder on `device`, in training mode."""
+    return build_encoder(recipe).to(device).train()
+
+
+def choose_backend(backend: EncoderBackend, *encoders: Encoder) -> None:
+    """Let `backend` compute batch norm in `encoders`, and compile them where it says so."""
+    if backend == "fused-key":
+        for module in encoders[-1].modules():
+            if isinstance(module, Bottleneck):
+                module.forward_only = True
+    if backend not in ("eager", "compile"):
+        return
+    for encoder in encoders:
+        for module in encoder.modules():
+            if isinstance(module, BatchNormAct):
+                module.impl = "torch"
+        if backend == "compile":
+            encoder.compile()
+
+
+def build_dictionary(
+    recipe: Recipe, parallel: Parallel, numbers: Numbers, encoder_q: Encoder, make_views: Views, key_stream: bool
+) -> Dictionary:
+    """The recipe's dictionary at its random start, drawn from the recipe's seed; keys start equal to queries."""
+    generator = torch.Generator().manual_seed(recipe.seed + QUEUE_SEED)
+    dtype = numbers.work if recipe.queue_dtype == "auto" else getattr(torch, recipe.queue_dtype)
+    queue = Queue(recipe.check_queue(), recipe.dim, dtype, generator).to(parallel.device)
+    encoder_k = copy.deepcopy(encoder_q).requires_grad_(False)
+    side = stream(parallel.device, "keys") if key_stream else None
+    return QueueDictionary(recipe, parallel, make_views, encoder_k, queue, numbers.master, side)
+
+
+def distributed(encoder: Encoder, parallel: Parallel) -> nn.Module:
+    """`encoder` with gradients averaged over ranks; itself where there is one rank.
+
+    Call it in the first step and so on that step's stream, a graph's or none: there DDP sums gradients from then on.
+    """
+    if parallel.world == 1:
+        return encoder
+    return DistributedDataParallel(
+        encoder,
+        device_ids=[parallel.device] if parallel.device.type == "cuda" else None,
+        **{BUFFERS: False},
+        gradient_as_bucket_view=True,
+        static_graph=True,
+    )
+
+
+@cache
+def stream(device: torch.device, purpose: str) -> torch.cuda.Stream | None:
+    """The stream of a GPU for `purpose`, one for all steps of a process; None on a CPU.
+
+    Memory never passes from one stream to another, not even in a shared pool.
+    """
+    return torch.cuda.Stream(device) if device.type == "cuda" else None

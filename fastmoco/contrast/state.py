@@ -1,0 +1,61 @@
+"""The state of a step, by name: everything that the next step depends on, to save, to load and to put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastmoco.contrast.step import Step
+
+LOSS_SCALE = ("loss_scale", "loss_scale_good_steps")
+
+
+def tensors(step: Step) -> dict[str, Tensor]:
+    """The live tensors of `step`: fp32 masters and batch-norm buffers of both encoders, velocity, dictionary."""
+    update = step.update
+    sides = {"encoder_q": (step.encoder_q, update.q), "encoder_k": (step.encoder_k, update.k)}
+    found = {
+        f"{side}.{name}": masters.get(name, value)
+        for side, (encoder, masters) in sides.items()
+        if encoder is not None
+        for name, value in encoder.state_dict().items()
+    }
+    found |= {f"velocity.{name}": value for name, value in update.velocity.items()}
+    found |= step.dictionary.tensors()
+    if update.scale is not None:
+        found |= dict(zip(LOSS_SCALE, (update.scale.value, update.scale.good_steps), strict=True))
+    return found
+
+
+@torch.no_grad()
+def load(step: Step, state: dict[str, Tensor]) -> None:
+    """Copy `state` into the tensors of `step`; ValueError where names or shapes do not fit its recipe.
+
+    A loss scale is taken where both sides have one, so that a run may go on in another precision.
+    """
+    live = tensors(step)
+    shared = live.keys() & state.keys()
+    wrong = sorted((live.keys() ^ state.keys()) - {*LOSS_SCALE})
+    wrong += sorted(name for name in shared if live[name].shape != state[name].shape)
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        names = ", ".join(wrong[:3]) + more
+        raise ValueError(f"the state does not fit the recipe: {names} missing, extra or of another shape")
+    for name in shared:
+        live[name].copy_(state[name])
+    step.update.refresh()
+
+
+@contextmanager
+def restored(step: Step) -> Iterator[None]:
+    """Put the state of `step` back, in place, when the block ends."""
+    before = {name: value.clone() for name, value in tensors(step).items()}
+    try:
+        yield
+    finally:
+        load(step, before)

@@ -1,0 +1,44 @@
+"""Running statistics of batch norm as one tensor: kept, restored and averaged over ranks at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmoco.encoder import Encoder
+from fastmoco.parallel import Parallel
+
+NAMES = ("running_mean", "running_var")
+
+
+class Statistics:
+    """The running means and variances of all batch norms of `encoders`.
+
+    They become views of one tensor, `joined` [n], in place: the encoders use them as before.
+    """
+
+    def __init__(self, *encoders: Encoder) -> None:
+        places = [
+            (module._buffers, name)
+            for encoder in encoders
+            for module in encoder.modules()
+            for name in NAMES
+            if module._buffers.get(name) is not None
+        ]
+        self.joined = torch.cat([buffers[name] for buffers, name in places])
+        parts = self.joined.split([buffers[name].numel() for buffers, name in places])
+        for (buffers, name), part in zip(places, parts, strict=True):
+            buffers[name] = part
+
+    def snapshot(self) -> Tensor:
+        """A copy [n], for `keep_finite`."""
+        return self.joined.clone()
+
+    def keep_finite(self, before: Tensor) -> None:
+        """Go back to the snapshot `before` where anything has become infinite or NaN since."""
+        self.joined.copy_(torch.where(self.joined.isfinite().all(), self.joined, before))
+
+    def merge(self, parallel: Parallel) -> None:
+        """Take the mean over the ranks, on all of them."""
+        if parallel.world > 1:
+            self.joined.copy_(parallel.mean(self.joined))
