@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmoco.encoder import forward_only
 from fastmoco.encoder.norm import BatchNormAct
 from fastmoco.encoder.projection import projection, reset_linear
 
@@ -69,9 +68,6 @@ class BasicBlock(Block):
 class Bottleneck(Block):
     """A 3x3 convolution between two 1x1 convolutions."""
 
-    forward_only: bool = False
-    """In training without gradients, take the path of `encoder/forward_only.py`, where kernels do the norms."""
-
     def __init__(self, entry: int, width: int, out: int, stride: int, group_size: int) -> None:
         super().__init__()
         self.conv1 = _conv(entry, width, 1)
@@ -84,8 +80,6 @@ class Bottleneck(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, out, H/stride, W/stride]."""
-        if self.forward_only and self.training and not torch.is_grad_enabled() and self.bn1.by_kernels(x):
-            return forward_only.bottleneck(self, x)
         y = self.bn2(self.conv2(self.bn1(self.conv1(x))))
         return self._join(self.bn3, self.conv3(y), x)
 
