@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastmoco.encoder.norm import BatchNormAct
 from fastmoco.encoder.projection import projection, reset_linear
+from fastmoco.kernels.convolution import conv2d
 
 STAGE_CHANNELS = (64, 128, 256, 512)
 
@@ -35,6 +36,14 @@ ARCHITECTURES = {
     "wide_resnet50_2": Architecture((3, 4, 6, 3), inner=2),
     "wide_resnet101_2": Architecture((3, 4, 23, 3), inner=2),
 }
+
+
+class Convolution(nn.Conv2d):
+    """nn.Conv2d without bias, computed by `kernels.convolution`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, out, H/stride, W/stride], channels-last."""
+        return conv2d(x, self.weight, stride=self.stride[0], padding=self.padding[0])
 
 
 class Block(nn.Module):
@@ -165,4 +174,4 @@ def _downsample(entry: int, out: int, stride: int, group_size: int) -> nn.Sequen
 
 
 def _conv(entry: int, out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(entry, out, kernel, stride, padding=kernel // 2, bias=False)
+    return Convolution(entry, out, kernel, stride, padding=kernel // 2, bias=False)
