@@ -99,7 +99,7 @@ def conv2d(
     ours = impl == "auto" and x.device.type == "cpu" and x.dtype == weight.dtype == torch.bfloat16 and x.numel() > 0
     if not ours or torch.compiler.is_compiling():
         return F.conv2d(x, weight, stride=stride, padding=padding)
-    return _Convolution.apply(x, weight, _ways(x.shape, weight.shape, stride, padding))
+    return _Convolution.apply(x, weight, _ways(x.shape, weight.shape, stride, padding, instructions()))
 
 
 class _Ways(NamedTuple):
@@ -110,9 +110,9 @@ class _Ways(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def _ways(x: torch.Size, weight: torch.Size, stride: int, padding: int) -> _Ways:
+def _ways(x: torch.Size, weight: torch.Size, stride: int, padding: int, by: Instructions) -> _Ways:
     layer = layer_of(x, weight, stride, padding)
-    return _Ways(layer, *(choose(layer, each, instructions()) for each in ("forward", "input", "weight")))
+    return _Ways(layer, *(choose(layer, each, by) for each in ("forward", "input", "weight")))
 
 
 def layer_of(x: torch.Size, weight: torch.Size, stride: int, padding: int) -> Layer:
