@@ -19,14 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastmoco import environment
+from fastmoco import environment, usage
 from fastmoco.options import Pretrain, PretrainFlags, UsageError, check_places, restarted
 from fastmoco.process import interrupt
-from fastmoco.recipe import PRESETS, Recipe, RecipeError
+from fastmoco.recipe import HARMLESS_ON_RESUME, PRESETS, Recipe, RecipeError
 
 PROG = "fastmoco"
-# Resuming may change these: they decide how the run is judged and when it gives up, not what is learnt.
-HARMLESS_ON_RESUME = {"knn_k", "knn_temperature", "knn_features", "max_bad_share"}
+HELP = {"-h", "--help", "--help-all"}
 
 
 class Command(NamedTuple):
@@ -128,8 +127,12 @@ def parse(argv: Sequence[str]) -> tuple[Command, Any]:
     command = COMMANDS[name]
     kind = load(command.options)
     if kind is not PretrainFlags:
-        return command, _flags(kind, name, rest)
+        return command, _flags(kind, name, ["--help" if word == "--help-all" else word for word in rest])
     preset = name.split()[1]
+    if HELP.intersection(rest):
+        settings = PretrainFlags(recipe=PRESETS[preset][1])
+        print(usage.page(f"{PROG} {name}", PRESETS[preset][0], settings, everything="--help-all" in rest))
+        raise SystemExit(0)
     chosen = _flags(kind, name, rest, PretrainFlags(recipe=PRESETS[preset][1]))
     if chosen.options.resume or _goes_on(chosen.options):
         chosen = _resumed(preset, rest, chosen)
@@ -174,11 +177,10 @@ def _resumed(preset: str, argv: Sequence[str], chosen: PretrainFlags) -> Pretrai
     chosen = _flags(PretrainFlags, f"pretrain {preset}", argv, PretrainFlags(recipe=before))
     if saved.get("images"):  # an imported run may know of none
         chosen = dataclasses.replace(chosen, recipe=chosen.recipe.for_images(saved["images"]))
-    for field in dataclasses.fields(Recipe):
-        old, new = getattr(before, field.name), getattr(chosen.recipe, field.name)
-        if old != new and field.name not in HARMLESS_ON_RESUME:
+    for name, (old, new) in before.differences(chosen.recipe).items():
+        if name not in HARMLESS_ON_RESUME:
             raise UsageError(
-                f"{run} was started with {field.name} {old}, not {new}: leave the flag out, or start another run"
+                f"{run} was started with {name} {old}, not {new}: leave the flag out, or start another run"
             )
     places = {key: Path(value) for key, value in saved["options"].items() if key in ("data", "val") and value}
     places |= {key: getattr(chosen.options, key) for key in ("data", "val") if getattr(chosen.options, key)}

@@ -1,8 +1,8 @@
 """Recipes: everything that decides the result of a run, as frozen data.
 
-A run is a pure function of (recipe, seed, step), so a field stands here if and only if changing it changes the
-numbers; where a run reads and writes, and how many threads it uses, stands elsewhere. Only the standard library is
-imported, so that `--help` is instant.
+A run is a pure function of (recipe, seed, step). So every field that changes what is learnt stands here, and also the
+few that decide how a run is judged (HARMLESS_ON_RESUME). Where a run reads and writes, and how many threads it uses,
+stands in `options.py`. Only the standard library is imported, so that `--help` is instant.
 
 Sources: MoCo v1 (He et al., 2020, arXiv:1911.05722), MoCo v2 (Chen et al., 2020, arXiv:2003.04297), and for `cifar`
 the authors' CIFAR-10 notebook.
@@ -19,6 +19,8 @@ ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "
 REFERENCE_BATCH, REFERENCE_LR = 256, 0.03
 MOST_PIXELS = 178_956_970  # of more Pillow reads no header
 PUBLISHED_KEYS, PUBLISHED_IMAGES = 65536, 1_281_167  # the queue and the set it was published with
+# Resuming may change these: they decide how a run is judged and when it gives up, not what it learns.
+HARMLESS_ON_RESUME = ("knn_k", "knn_temperature", "knn_features", "max_bad_share")
 LEAST_BATCHES = 4  # in a queue that follows the data: with fewer, all negatives are of the newest encoders
 
 
@@ -236,6 +238,11 @@ class Recipe:
     def as_dict(self) -> dict:
         """The recipe as plain JSON-ready data; `from_dict` is its inverse."""
         return dataclasses.asdict(self)
+
+    def differences(self, other: Recipe) -> dict[str, tuple[object, object]]:
+        """Fields in which two recipes differ, each with this one's value and the other's."""
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self)}
+        return {name: (mine, theirs) for name, (mine, theirs) in pairs.items() if mine != theirs}
 
     @classmethod
     def from_dict(cls, data: dict) -> Recipe:
