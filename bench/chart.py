@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastmoco import plots
 from fastmoco.bench.record_files import Record, Row, label
 
 OURS, OTHERS, BOUND = "#1f6f8b", "#b8c4cc", "#c0392b"
@@ -16,17 +17,14 @@ WIDTH, BAR, MARGIN = 8.0, 0.32, 1.3  # inches
 
 def draw(path: str | Path, records: Sequence[Record]) -> None:
     """Write the bars of all `records` to `path`; the ending (.svg, .png, .pdf) decides the format."""
-    from matplotlib.figure import Figure
-
     panels = _panels(records)
     heights = [BAR * len(rows) + MARGIN for _, rows in panels]
-    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+    figure = plots.figure(WIDTH, sum(heights))
     axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     for axis, (title, rows) in zip(axes, panels, strict=True):
         _panel(axis, rows)
         axis.set_title(title, fontsize=9, loc="left")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    plots.save(figure, Path(path))
 
 
 def _panels(records: Sequence[Record]) -> list[tuple[str, list[Row]]]:

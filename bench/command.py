@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from fastmoco import atomic
 from fastmoco.bench import comparison, record_files, traffic
 from fastmoco.bench.clocks import Clocks
 from fastmoco.bench.journal import Journal
@@ -97,7 +98,8 @@ def rewrite_readme(options: BenchReport) -> None:
     if not paths:
         raise ValueError(f"{options.records} holds no records: write one with bench SUBJECT --json FILE")
     text = options.readme.read_text()
-    options.readme.write_text(record_files.readme(text, [item for path in paths for item in record_files.load(path)]))
+    records = [item for path in paths for item in record_files.load(path)]
+    atomic.write_text(options.readme, record_files.readme(text, records))
     print(f"{options.readme}: the tables of {len(paths)} files")
 
 

@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastmoco.bench.roofline import ACTIVATION_BYTES, backward_work, convolutions, forward_work
+from fastmoco import plots
+from fastmoco.bench.roofline import ACTIVATION_BYTES, KEY_LEVEL, backward_work, convolutions, forward_work
 from fastmoco.bench.size import sized
 from fastmoco.bench.timeline import STEP, Row, kernels, leaves, seconds_of_parts
 from fastmoco.bench.timing import Machine, measure_machine
@@ -206,11 +207,12 @@ def costs_of_parts(step: Step, machine: Machine) -> dict[str, Cost]:
         "enqueue": enqueue.cost(recipe.queue_size, recipe.dim, rows, step.dictionary.queue.keys.dtype, torch.float32),
     }
     found = {name: Cost(*cost, machine.bound(*cost)) for name, cost in single.items()}
+    forward_only = any(getattr(module, "forward_only", False) for module in step.encoder_k.modules())
     layers = {"key encoder": forward_work, "query encoder": forward_work, "backward": backward_work}
     for name, count in layers.items():
+        level = KEY_LEVEL if forward_only and name == "key encoder" else "bnrelu"
         costs = [
-            (rows * layer.nbytes * size / ACTIVATION_BYTES, rows * layer.flops)
-            for layer in count(convs, "bnrelu", rows)
+            (rows * layer.nbytes * size / ACTIVATION_BYTES, rows * layer.flops) for layer in count(convs, level, rows)
         ]
         nbytes, flops = (sum(column) for column in zip(*costs, strict=True))
         found[name] = Cost(nbytes, flops, sum(machine.bound(*cost) for cost in costs))
@@ -275,9 +277,7 @@ def table_of_kernels(recording: Recording, count: int) -> list[str]:
 
 def draw(recording: Recording, costs: dict[str, Cost], title: str, path: Path) -> None:
     """A step as a stacked bar, part after part, in milliseconds of kernels; below it the least that each part costs."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure = plots.figure(9, 3.2)
     axis, steps = figure.add_subplot(), len(recording.seconds)
     parts = {name: seconds / steps for name, (seconds, _) in seconds_of_parts(recording.rows).items()}
     total, measured, bound = sum(parts.values()), 0.0, 0.0
@@ -294,7 +294,7 @@ def draw(recording: Recording, costs: dict[str, Cost], title: str, path: Path) -
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=9)
-    figure.savefig(path)
+    plots.save(figure, path)
 
 
 def nsight_command(preset: str, options: Profile, python: str = "python") -> list[str]:

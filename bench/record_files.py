@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import shlex
 import statistics
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastmoco import atomic
 from fastmoco.environment import commit, cores, moment, processor, versions
 
 SCHEMA = 1
@@ -172,12 +172,11 @@ def save(path: str | Path, records: Sequence[Record]) -> None:
     """Write `records` as JSON, or one line a row where the name ends in .csv; a file is replaced whole or not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    if path.suffix == ".csv":
-        _save_csv(unfinished, records)
-    else:
-        unfinished.write_text(json.dumps([asdict(item) for item in records], indent=1) + "\n")
-    unfinished.replace(path)
+    with atomic.replacing(path) as draft:
+        if path.suffix == ".csv":
+            _save_csv(draft, records)
+        else:
+            draft.write_text(json.dumps([asdict(item) for item in records], indent=1) + "\n")
 
 
 def partial(path: str | Path) -> Path:

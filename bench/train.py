@@ -20,7 +20,7 @@ from fastmoco.data.plan import Plan
 from fastmoco.environment import cores
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
-from fastmoco.train.monitor import Pace
+from fastmoco.train.metrics import Pace
 
 STEPS = 3  # in a sample
 LOADED, ALONE = "fastmoco, loader and step", "fastmoco, step alone"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from fastmoco import atomic
 from fastmoco.bench.kernels import OURS, PROVIDED, Size
 from fastmoco.bench.timing import interleave
 from fastmoco.kernels.tiles import TABLE, Tiles, tiles
@@ -36,7 +37,7 @@ def run(options: BenchTune) -> None:
         lines.append(_tuned(name, capability, device, options.rounds))
         print(lines[-1], flush=True)
     if options.out is not None:
-        Path(options.out).write_text("\n".join(lines) + "\n")
+        atomic.write_text(Path(options.out), "\n".join(lines) + "\n")
 
 
 def climb(start: Tiles, seconds: Callable[[Tiles], float | None]) -> tuple[Tiles, float, float]:

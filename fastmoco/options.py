@@ -57,8 +57,9 @@ class Options:
     """What computes flip, colours, blur and normalisation: our kernel in the step, or DALI's operators before it."""
     graph: Literal["auto", "on", "off"] = "auto"
     """Replay the step as one CUDA graph; auto does on a GPU."""
-    encoder: Literal["fused", "eager", "compile"] = "fused"
-    """Batch norm by our kernels, in plain torch, or in plain torch through torch.compile."""
+    encoder: Literal["fused", "fused-key", "eager", "compile"] = "fused"
+    """Batch norm by our kernels, in plain torch, or in plain torch through torch.compile; fused-key: on a GPU the key
+    encoder's 1x1 convolutions by our kernels, too."""
     update: Literal["fused", "torch", "apex"] = "fused"
     """Update by our kernel, by torch's fused SGD, or by NVIDIA's apex where it is installed."""
     key_stream: bool = False
@@ -431,8 +432,9 @@ class Profile:
     """Where to compute; auto is the GPU where there is one."""
     graph: Literal["auto", "on", "off"] = "off"
     """Profile the CUDA graph; its kernels cannot be told apart by part of the step."""
-    encoder: Literal["fused", "eager", "compile"] = "fused"
-    """Batch norm by our kernels, in plain torch, or in plain torch through torch.compile."""
+    encoder: Literal["fused", "fused-key", "eager", "compile"] = "fused"
+    """Batch norm by our kernels, in plain torch, or in plain torch through torch.compile; fused-key: on a GPU the key
+    encoder's 1x1 convolutions by our kernels, too."""
     update: Literal["fused", "torch", "apex"] = "fused"
     """Update by our kernel, by torch's fused SGD, or by NVIDIA's apex where it is installed."""
     key_stream: bool = False
@@ -484,6 +486,13 @@ def check_places(preset: str, options: Options, is_main: bool = True) -> None:
         raise UsageError(f"{options.out} does not exist: check --out, or leave --resume out")
     if is_main and not options.resume and options.out is not None and options.out.exists():
         raise UsageError(f"{options.out} exists: continue it with --resume, or give --out another name")
+
+
+def require_new(path: Path) -> None:
+    """UsageError if there is something at the place that a command is to write; its folder is made."""
+    if path.exists():
+        raise UsageError(f"{path} exists: give --out another name, or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _require(ok: bool, name: str, value: object, remedy: str) -> None:

@@ -10,13 +10,16 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from fastmoco import atomic
 from fastmoco.interop.card import accuracies
 from fastmoco.options import Report
-from fastmoco.page import Level, Series, chart, page, picture, section, table, tiles
+from fastmoco.page import chart, page, picture, section, table, tiles
+from fastmoco.plots import GREEN, ORANGE, Level, Series
 from fastmoco.recipe import PRESETS, Recipe
 from fastmoco.runs import checkpoint
 from fastmoco.runs import run_folder as runs
-from fastmoco.train.monitor import KNN, LOG, chance_level, read_lines
+from fastmoco.runs.lines import KNN, LOG, read_lines
+from fastmoco.train.monitor import chance_level
 
 PAIRS, TILE = 8, 150
 PICTURES = {
@@ -33,9 +36,7 @@ def run(options: Report) -> None:
     """Write the page and say where; UsageError where RUN is no run."""
     out = options.out or options.run / "report.html"
     text = render(options.run, views=options.views)
-    draft = out.with_name(f"{out.name}.writing")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(out)
+    atomic.write_text(out, text)
     print(f"{out}: {len(text) / 1e6:.1f} MB, opens in any browser and needs no network")
 
 
@@ -93,19 +94,16 @@ def _learning(recipe: Recipe, log: list[dict], knn: list[dict]) -> str:
     found = [
         chart("InfoNCE loss", [Series("loss", steps, _column(log, "loss"))], level=Level(chance, "chance, ln(K+1)")),
         chart(
-            "Contrast accuracy",
-            [Series("top-5", steps, _column(log, "top5"), "b"), Series("top-1", steps, _column(log, "top1"))],
+            "Contrast accuracy (%)",
+            [Series("top-5", steps, _column(log, "top5"), ORANGE), Series("top-1", steps, _column(log, "top1"))],
             high=100,
-            percent=True,
         ),
     ]
     if knn:
         level = Level(100 / knn[-1]["classes"], "chance") if knn[-1].get("classes") else None
-        line = Series("kNN", [one["step"] for one in knn], _column(knn, "top1"), "c")
+        line = Series("kNN", [one["step"] for one in knn], _column(knn, "top1"), GREEN)
         found.append(
-            chart(
-                "kNN top-1 on validation images", [line], level=level, high=100, end=max(steps, default=0), percent=True
-            )
+            chart("kNN top-1 on validation images (%)", [line], level=level, high=100, end=max(steps, default=0))
         )
     found.append(chart("Learning rate", [Series("lr", steps, _column(log, "lr"))]))
     return "".join(found)
@@ -116,8 +114,8 @@ def _speed(log: list[dict]) -> str:
     wait = [100 * value for value in _column(log, "data_wait")]
     return (
         chart("Image pairs a second", [Series("pairs/s", steps, _column(log, "pairs_per_s"))])
-        + chart("Time spent waiting for data", [Series("wait", steps, wait, "b")], high=100, percent=True)
-        + chart("Peak memory (GiB)", [Series("memory", steps, _column(log, "memory"), "c")])
+        + chart("Time spent waiting for data (%)", [Series("wait", steps, wait, ORANGE)], high=100)
+        + chart("Peak memory (GiB)", [Series("memory", steps, _column(log, "memory"), GREEN)])
     )
 
 

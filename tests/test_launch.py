@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from fastmoco.runs import checkpoint
-from fastmoco.train.monitor import read_lines
+from fastmoco.runs.lines import read_lines
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--width 0.125 --batch-size 32 --bn-group 8 --queue-size 100 --crop-size 16 --no-knn --device cpu"

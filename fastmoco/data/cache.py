@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+
+from fastmoco import atomic
 
 
 def folder() -> Path:
@@ -34,16 +35,9 @@ def save(path: Path, **arrays: np.ndarray) -> None:
 
 
 def write(path: Path, **arrays: np.ndarray) -> None:
-    """Replace a file, whole or not at all; OSError where that fails."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-        try:
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    """Replace a file, whole or not at all; OSError if that fails."""
+    with atomic.replacing(path) as draft, draft.open("wb") as file:  # NumPy adds .npz to a name
+        np.savez(file, **arrays)
 
 
 def packed(names: Iterable[str]) -> np.ndarray:

@@ -11,7 +11,7 @@ import bisect
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,8 @@ CHUNK_FILES = 256  # files per task of the header threads
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many files are done and how many there are."""
+Decode = Callable[["Manifest", "int | None"], Iterable[str]]
+"""Given images and a number of threads; says of each image why it cannot be decoded, or ""."""
 
 
 @dataclass
@@ -121,7 +123,7 @@ def scan(
     max_pixels: int = Recipe.max_pixels,
     threads: int | None = None,
     cache: bool = True,
-    full: bool = False,
+    decode: Decode | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Manifest of a folder, a tar or a text list; DataError where nothing in it can be used.
@@ -129,8 +131,9 @@ def scan(
     In a folder of sub-folders only, the first level names the classes (as torchvision's ImageFolder has it); a single
     class tells nothing and counts as none. A line of a list is a path, relative to the list, or path, tab, class. A
     tar stands for what it holds (`tars.py`). Hidden files and folders are passed over. `classes` fixes the numbering,
-    so that a validation part agrees with its training part. Headers are read; `full` also decodes every image once.
-    Files that the cache knows are not opened.
+    so that a validation part agrees with its training part. Headers are read. `decode`
+    (`pipeline.undecodable`) is given the images whose headers are good, and says of each in turn why it cannot be
+    decoded, or "". Files that the cache knows are not opened.
     """
     source = os.path.abspath(os.fspath(path))
     rejected: list[tuple[str, str]] = []
@@ -139,8 +142,8 @@ def scan(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, on headers that are odd but readable
         _read_headers(files, known, max_pixels, threads, progress)
-    if full:
-        _decode(files, known, threads, progress)
+    if decode is not None:
+        _decode(decode, files, known, threads, progress)
     known.store()
     bad = np.flatnonzero(known.codes)
     rejected += [(files.paths[i], known.reasons[known.codes[i]]) for i in bad.tolist()]
@@ -247,16 +250,14 @@ def _in_threads(
                 progress(what, done, len(indices))
 
 
-def _decode(files: Files, known: _Results, threads: int | None, progress: Progress | None) -> None:
-    from fastmoco.data.pipeline import undecodable  # DALI takes seconds to import, and a plain scan needs none
-
+def _decode(decode: Decode, files: Files, known: _Results, threads: int | None, progress: Progress | None) -> None:
     missing = np.flatnonzero((known.codes == 0) & ~known.decoded)
     if not len(missing):
         return
     places = np.concatenate([files.places, files.bytes[:, None]], 1)[missing] if files.archives else None
     names = [files.paths[i] for i in missing.tolist()]
     part = Manifest(files.root, names, known.sizes[missing], archives=files.archives, places=places)
-    for done, reason in enumerate(undecodable(part, threads), 1):
+    for done, reason in enumerate(decode(part, threads), 1):
         index = int(missing[done - 1])
         known.note(index, (0, 0) if reason else tuple(known.sizes[index]), reason, True)
         if progress and (done % CHUNK_FILES == 0 or done == len(missing)):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from fastmoco import atomic
 from fastmoco.data import manifest
 from fastmoco.data.manifest import Manifest
 from fastmoco.options import DataScan
@@ -22,20 +21,22 @@ GIB = 2**30
 def run(options: DataScan) -> None:
     """Print what the images in `options.path`, and in the val/ beside its train/, are; write them to `options.json`."""
     train, val = manifest.split(options.path)
-    parts, classes = {}, None
+    parts, classes, decode = {}, None, None
+    if options.full:
+        from fastmoco.data.pipeline import undecodable as decode  # DALI takes seconds to import
     for name, path in (("training", train), ("validation", val)):
         if path is None:
             continue
         began = time.perf_counter()
         with Bar() as bar:
             found = manifest.scan(
-                path, classes=classes, max_pixels=options.max_pixels, full=options.full, progress=bar.show
+                path, classes=classes, max_pixels=options.max_pixels, decode=decode, progress=bar.show
             )
         classes = found.classes or None
         parts[name] = facts(found, options.full) | {"seconds": time.perf_counter() - began}
         print("\n".join(_lines(name if val else "images", parts[name])))
     if options.json is not None:
-        Path(options.json).write_text(json.dumps(parts, indent=2) + "\n")
+        atomic.write_json(options.json, parts)
 
 
 def facts(found: Manifest, full: bool) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from numpy.random import RandomState
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastmoco import atomic
+
 VERSION = 2
 """Goes up whenever the pixels change; an older set is made again."""
 SEED = 20200309
@@ -205,7 +207,7 @@ def _write(folder: Path) -> None:
     for path, rng, family in _files(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         _save(Image.fromarray(render(family, rng)), path, rng)
-    (folder / STAMP).write_text(json.dumps(_stamp(), indent=1) + "\n")
+    atomic.write_json(folder / STAMP, _stamp())
 
 
 def _save(image: Image.Image, path: Path, rng: RandomState) -> None:

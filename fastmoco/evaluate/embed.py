@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from fastmoco import atomic
 from fastmoco.data import manifest
 from fastmoco.data.loader import Loading
 from fastmoco.data.manifest import Manifest
 from fastmoco.evaluate.features import encode
 from fastmoco.evaluate.labels import subset
-from fastmoco.interop import foreign
-from fastmoco.options import Embed, UsageError
+from fastmoco.options import Embed, UsageError, require_new
 from fastmoco.runs.run_folder import load_encoder, one_rank
 
 
@@ -24,8 +24,7 @@ def run(options: Embed) -> None:
 
     UsageError where the file exists or pyarrow is missing; DataError where there are no images.
     """
-    if options.out.exists():
-        raise UsageError(f"{options.out} exists: give --out another name, or remove it")
+    require_new(options.out)
     save = _save_npz if options.out.suffix == ".npz" else _parquet_writer()
     parallel = one_rank(options.device)
     encoder, recipe, step = load_encoder(options.run, parallel)
@@ -46,7 +45,8 @@ def run(options: Embed) -> None:
     good = np.flatnonzero(shown.cpu().numpy() == np.arange(len(images)))
     left_out = len(images.rejected) + len(images) - len(good)
     rows, images = features.cpu().numpy()[good], subset(images, good)
-    foreign.write(options.out, lambda path: save(path, rows, images))
+    with atomic.replacing(options.out) as draft:
+        save(draft, rows, images)
     print(
         f"{options.out}: {rows.shape[0]} images, {rows.shape[1]} {options.features} features each, encoder of "
         f"{options.run} after step {step}; {left_out} files left out"

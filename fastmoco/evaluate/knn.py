@@ -7,7 +7,6 @@ not approximate: similarities are computed for a chunk of queries at a time agai
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmoco import atomic
 from fastmoco.data.loader import Loading
 from fastmoco.data.manifest import Manifest
 from fastmoco.encoder import Encoder
@@ -126,7 +126,7 @@ def _write(run: Path, step: int, recipe: Recipe, train: Side, val: Side, untrain
         "data": images.root,
         "val": shown.root,
     }
-    (run / f"{knn}.json").write_text(json.dumps({**facts, **scores.as_dict(images.classes)}, indent=2) + "\n")
+    atomic.write_json(run / f"{knn}.json", {**facts, **scores.as_dict(images.classes)})
     draw_confusion(run / f"{knn}.png", scores.confusion, images.classes)
     rows = np.linspace(0, len(shown) - 1, min(SHOWN, len(shown))).astype(np.int64)
     near = (queries[torch.from_numpy(rows).to(queries.device)] @ bank.T).topk(min(SHOWN, len(bank)), dim=1).indices

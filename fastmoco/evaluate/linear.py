@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastmoco import atomic
 from fastmoco.data.loader import Loader, Loading
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.plan import Plan
@@ -356,13 +357,14 @@ def _write(
 ) -> None:
     best = max(line["top1"] for line in probe.curve)
     data = {**facts, "best_top1": best, **probe.scores.as_dict(classes), "curve": probe.curve}
-    (folder / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n")
+    atomic.write_json(folder / f"{name}.json", data)
     draw_probe(folder / f"{name}.png", probe.curve, probe.scores.confusion, classes)
     weights = {f"fc.{key}": value.detach().cpu() for key, value in probe.classifier.named_parameters()}
     if encoder is not None:
         backbone = {key: value.cpu().contiguous() for key, value in encoder.state_dict().items()}
         weights |= {key: value for key, value in backbone.items() if not key.startswith("fc.")}
-    save_file(weights, folder / f"{name}.safetensors", metadata={"format": "pt", "step": str(facts["step"])})
+    with atomic.replacing(folder / f"{name}.safetensors") as draft:
+        save_file(weights, draft, metadata={"format": "pt", "step": str(facts["step"])})
 
 
 def _agreement(folder: Path, evaluation: Evaluation, step: int, pair: list[str]) -> float | None:

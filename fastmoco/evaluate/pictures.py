@@ -11,10 +11,11 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from fastmoco import atomic, plots
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.plan import centre_boxes
+from fastmoco.plots import BLUE, ORANGE, Level, Series
 
-BLUE, ORANGE, GREY = "#2f6db5", "#dd8452", "#8a8f98"
 RIGHT, WRONG, QUERY = (58, 138, 95), (196, 70, 60), (120, 126, 136)
 NAMED_CLASSES = 30  # beyond, a name beside each row is unreadable
 TILE, FRAME, GAP = 96, 4, 6
@@ -22,22 +23,18 @@ TILE, FRAME, GAP = 96, 4, 6
 
 def draw_probe(path: Path, curve: Sequence[Mapping[str, float]], confusion: Tensor, classes: Sequence[str]) -> None:
     """Accuracy over epochs beside the confusion matrix, as a PNG file."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 5), dpi=120, layout="constrained")
+    figure = plots.figure(12, 5, dpi=120)
     left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
     _draw_curve(left, curve, len(classes))
     _draw_confusion(figure, right, confusion, classes)
-    figure.savefig(path)
+    plots.save(figure, path)
 
 
 def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str]) -> None:
     """The confusion matrix as a PNG file."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 5.4), dpi=120, layout="constrained")
+    figure = plots.figure(6.4, 5.4, dpi=120)
     _draw_confusion(figure, figure.subplots(), confusion, classes)
-    figure.savefig(path)
+    plots.save(figure, path)
 
 
 def draw_neighbours(path: Path, val: Manifest, bank: Manifest, queries: np.ndarray, nearest: np.ndarray) -> None:
@@ -50,7 +47,8 @@ def draw_neighbours(path: Path, val: Manifest, bank: Manifest, queries: np.ndarr
         for column, index in enumerate(nearest[row].tolist(), start=1):
             colour = RIGHT if bank.labels[index] == val.labels[query] else WRONG
             sheet.paste(_tile(bank, index, colour), (column * step + 2 * GAP, row * step + GAP))
-    sheet.save(path)
+    with atomic.replacing(path) as draft:
+        sheet.save(draft)
 
 
 def _tile(images: Manifest, index: int, frame: tuple[int, int, int]) -> Image.Image:
@@ -62,16 +60,12 @@ def _tile(images: Manifest, index: int, frame: tuple[int, int, int]) -> Image.Im
 
 def _draw_curve(axes: Any, curve: Sequence[Mapping[str, float]], classes: int) -> None:
     epochs = [line["epoch"] for line in curve]
-    axes.set_title("Validation accuracy (%)", loc="left", fontsize=10)
-    for name, colour, text in (("top5", ORANGE, "top-5"), ("top1", BLUE, "top-1")):
-        axes.plot(epochs, [line[name] for line in curve], color=colour, linewidth=1.6, label=text)
-    axes.axhline(100 / classes, color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="chance, top-1")
-    axes.set_ylim(0, 102)
-    axes.set_xlabel("epoch", fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.grid(axis="y", color="#e8eaee", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    series = [
+        Series(label, epochs, [line[name] for line in curve], colour)
+        for name, colour, label in (("top5", ORANGE, "top-5"), ("top1", BLUE, "top-1"))
+    ]
+    level = Level(100 / classes, "chance, top-1")
+    plots.line_chart(axes, "Validation accuracy (%)", series, level=level, high=100, unit="epoch")
 
 
 def _draw_confusion(figure: Any, axes: Any, confusion: Tensor, classes: Sequence[str]) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco import environment
+from fastmoco.runs.lines import KNN, read_lines
 from fastmoco.runs.run_folder import Saved, read_json
-from fastmoco.train.monitor import KNN, read_lines
 
 FIGURES = {
     "knn.json": "kNN",

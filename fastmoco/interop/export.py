@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastmoco import atomic
 from fastmoco.encoder.resnet import ARCHITECTURES, STAGE_CHANNELS
-from fastmoco.interop import foreign, upstream
+from fastmoco.interop import upstream
 from fastmoco.interop.card import model_card
 from fastmoco.interop.names import backbone, to_detectron2
-from fastmoco.options import Export, UsageError
+from fastmoco.options import Export, UsageError, require_new
 from fastmoco.recipe import Recipe
 from fastmoco.runs import run_folder
 from fastmoco.runs.run_folder import Saved
@@ -38,7 +40,11 @@ def export(folder: Path, form: str, out: Path) -> Path:
     run has no good checkpoint.
     """
     saved = run_folder.load(folder)
-    return foreign.write(out, WRITERS[form](folder, saved))
+    require_new(out)
+    save = WRITERS[form](folder, saved)
+    with atomic.replacing(out) as draft:
+        save(draft)
+    return out
 
 
 def backbone_weights(saved: Saved) -> dict[str, Tensor]:
@@ -109,11 +115,16 @@ def _moco(_: Path, saved: Saved) -> Callable[[Path], None]:
     per_epoch = max(1, saved.facts.get("steps", 0) // saved.recipe.epochs)
     lr = saved.recipe.learning_rate(max(saved.step - 1, 0), per_epoch)
     content = upstream.pack(saved.state, saved.recipe, saved.step, saved.step // per_epoch, lr, saved.precision)
-    return lambda path: torch.save(content, path)
+    return partial(_torch_file, content)
 
 
 def _torchvision(_: Path, saved: Saved) -> Callable[[Path], None]:
-    return lambda path: torch.save(backbone_weights(saved), path)
+    return partial(_torch_file, backbone_weights(saved))
+
+
+def _torch_file(content: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:  # given a name, torch would write it into the file
+        torch.save(content, file)
 
 
 def _detectron2(_: Path, saved: Saved) -> Callable[[Path], None]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +14,6 @@ from safetensors.torch import load_file
 from fastmoco.options import UsageError
 
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
-TEMPORARY = ".writing"
 
 
 class ForeignFileError(ValueError):
@@ -47,28 +44,6 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ForeignFileError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
     return content
-
-
-def write(path: Path, save: Callable[[Path], Any]) -> Path:
-    """Let `save` write a new file or folder, which appears whole or not at all; UsageError where `path` exists."""
-    if path.exists():
-        raise UsageError(f"{path} exists: give --out another name, or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}{TEMPORARY}")
-    _remove(draft)
-    try:
-        save(draft)
-        os.replace(draft, path)
-    except BaseException:
-        _remove(draft)
-        raise
-    return path
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
 
 
 def _verify_zip(path: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,17 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmoco import environment
+from fastmoco import atomic, environment
 from fastmoco.contrast.step import Step
 from fastmoco.data import manifest
 from fastmoco.interop import foreign, upstream
 from fastmoco.interop.foreign import ForeignFileError
-from fastmoco.interop.names import KEY, QUERY, backbone, is_parameter, recognise, without
+from fastmoco.interop.names import backbone, is_parameter, recognise
 from fastmoco.options import Import, UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS, Recipe, RecipeError
 from fastmoco.runs import checkpoint
-from fastmoco.runs.run_folder import RECIPE
+from fastmoco.runs.run_folder import KEY, QUERY, RECIPE, without
 
 FIRST_NORM = "encoder_q.bn1.num_batches_tracked"  # advances once a step, so it counts the steps of a published file
 IMAGENET = 1_281_167  # images that published checkpoints were trained on
@@ -99,7 +98,7 @@ def write(found: Imported, options: Import, images: int | None) -> None:
         "device": "imported",
         "imported": {"file": options.file.name, "sha256": _sha256(options.file), "notes": found.notes},
     }
-    (options.out / RECIPE).write_text(json.dumps(facts, indent=2) + "\n")
+    atomic.write_json(options.out / RECIPE, facts)
 
 
 def _own(content: Mapping[str, Any], weights: dict, own: dict, options: Import) -> Imported:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from fastmoco.encoder.resnet import ARCHITECTURES, STAGE_CHANNELS
 
-QUERY, KEY = "encoder_q.", "encoder_k."
 MODULE = "module."  # what DistributedDataParallel puts before every name
 HEAD = "fc."
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -50,11 +49,6 @@ def backbone(names: Iterable[str]) -> list[str]:
 def is_parameter(name: str) -> bool:
     """Whether a weight is trained, rather than a statistic of batch norm."""
     return not name.endswith(STATISTICS)
-
-
-def without(prefix: str, weights: Mapping[str, object]) -> dict[str, object]:
-    """The entries whose names start with `prefix`, without it."""
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def recognise(shapes: Mapping[str, Shape]) -> Network | None:

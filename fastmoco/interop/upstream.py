@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from fastmoco.encoder import build_encoder
-from fastmoco.interop.names import KEY, MODULE, QUERY, without
+from fastmoco.interop.names import MODULE
 from fastmoco.recipe import Recipe
+from fastmoco.runs.run_folder import KEY, QUERY, without
 
 OWN = "fastmoco"
 """Entry of our own files: recipe, step, precision, and what the layout has no place for."""

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastmoco.encoder import Encoder, build_encoder
-from fastmoco.interop.names import QUERY, without
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 from fastmoco.runs import checkpoint
 from fastmoco.runs.checkpoint import CheckpointError
 
+T = TypeVar("T")
 RECIPE = "recipe.json"
+QUERY, KEY = "encoder_q.", "encoder_k."  # what stands before the names of either encoder's weights in a checkpoint
 
 
 class Saved(NamedTuple):
@@ -60,6 +62,11 @@ def read_facts(run: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise UsageError(f"{path} is damaged ({error}): restore it") from error
+
+
+def without(prefix: str, weights: Mapping[str, T]) -> dict[str, T]:
+    """The entries whose names start with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def read_json(path: Path) -> dict[str, Any]:

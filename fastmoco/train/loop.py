@@ -7,7 +7,6 @@ The loop decides when things happen; what a step is stands in `contrast/step.py`
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import gc
 import sys
 import time
@@ -15,46 +14,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from fastmoco import atomic
 from fastmoco.contrast import agreement
 from fastmoco.contrast.graph import closed_at_the_end, runner
 from fastmoco.contrast.step import Step
-from fastmoco.data import manifest, quarantine, synthetic
-from fastmoco.data.loader import Loader, Loading
-from fastmoco.data.manifest import Manifest
+from fastmoco.data import manifest, quarantine
+from fastmoco.data.loader import Loader
 from fastmoco.data.noise import noise_batch
-from fastmoco.data.plan import Plan
 from fastmoco.data.quarantine import Quarantine
-from fastmoco.environment import share_of_cores
 from fastmoco.evaluate import knn
-from fastmoco.options import Options, Pretrain, UsageError, check_places, restarted
+from fastmoco.options import Options, Pretrain
 from fastmoco.parallel import Parallel
 from fastmoco.process import crash_points
 from fastmoco.process.stop import STOPPED, Stopped, StopRequest, Vote, stop_on_signal
 from fastmoco.process.watchdog import Watchdog
 from fastmoco.recipe import Recipe
-from fastmoco.runs import checkpoint
+from fastmoco.runs.lines import KNN, read_lines
 from fastmoco.train import record
+from fastmoco.train.curves import draw_curves
 from fastmoco.train.health import ROLLBACKS, Health, NonFiniteError
-from fastmoco.train.monitor import (
-    KNN,
-    Fault,
-    Meter,
-    Monitor,
-    Pace,
-    Reading,
-    Stopwatch,
-    draw_curves,
-    fill_steps,
-    memory,
-    read_lines,
-)
-from fastmoco.train.saver import SaveError, Saver
-
-RUNS = Path("runs")
-DEMO_IMAGES = RUNS / "images"
+from fastmoco.train.job import places, prepare
+from fastmoco.train.metrics import BadStep, Meter, Pace, Reading, Stopwatch, memory
+from fastmoco.train.monitor import Monitor, fill_steps
+from fastmoco.train.saving import Saving
 
 
 def run(command: Pretrain) -> int:
@@ -72,55 +56,46 @@ def pretrain(recipe: Recipe, options: Options, preset: str = "custom") -> dict[s
     is asked to stop, it saves and returns with `stopped` true.
     """
     with Parallel.start(options.device) as parallel, closed_at_the_end():
-        options = _places(options, preset, parallel)
+        options = places(options, preset, parallel)
         with stop_on_signal() as asked:
             return Run(recipe, options, preset, parallel).train(asked)
 
 
 class Run:
-    """One run on this rank: what it trains on, where it stands, where it writes."""
+    """One run on this rank: where it stands, and what it does next."""
 
     def __init__(self, recipe: Recipe, options: Options, preset: str, parallel: Parallel) -> None:
-        self.options, self.parallel = options, parallel
-        self.out = Path(options.out)
-        self.loading = Loading(
-            threads=options.threads or share_of_cores(),
-            prefetch=options.prefetch,
-            hw_decoder_load=options.hw_decoder_load,
-            photometric=options.photometric,
-            decoded_bytes=int(options.decoded_cache * 1e9),
-        )
-        self.train_set, self.val_set, note = _images(options, recipe.max_pixels)
-        asked, recipe = recipe, recipe.for_images(len(self.train_set))
-        self.recipe = recipe
+        job = prepare(recipe, options, preset, parallel)
+        self.job, self.options, self.parallel, self.recipe, self.plan = job, options, parallel, job.recipe, job.plan
         self.quarantine = None
         if options.quarantine:
-            self.quarantine = Quarantine(self.train_set, self.out / quarantine.NAME, recipe.max_bad_share)
-        self.plan = Plan(recipe, self.train_set.sizes, parallel.world, parallel.rank)
-        self.total = recipe.epochs * self.plan.steps_per_epoch
-        self.last = min(self.total, options.stop_after or self.total)
+            self.quarantine = Quarantine(job.train_set, job.out / quarantine.NAME, job.recipe.max_bad_share)
         self.step = Step(
-            recipe, parallel, encoder=options.encoder, update=options.update, key_stream=options.key_stream
+            job.recipe, parallel, encoder=options.encoder, update=options.update, key_stream=options.key_stream
         )
         # Before any DALI pipeline runs, which a capture would not survive.
         graph = options.graph if options.photometric == "kernel" else "off"
-        self.advance = runner(self.step, partial(noise_batch, recipe, parallel), graph, options.update)
-        self.done = self._restore() if options.resume else 0
-        self.copied = self.done  # newest step of which a copy went to the saver
-        self.health, self.rollbacks = Health(recipe), 0
-        self._started = False
-        self.meter = Meter(parallel.device)
-        self.watch = Stopwatch()
-        self.save_due = time.perf_counter() + 60 * options.save_minutes
-        self.monitor = self.saver = None
+        self.advance = runner(self.step, partial(noise_batch, job.recipe, parallel), graph, options.update)
+        self.saving = Saving(job, self.step)
+        self.done = self.saving.restore() if options.resume else 0
+        self.health, self.rollbacks = Health(job.recipe), 0
+        self.meter, self.watch = Meter(parallel.device), Stopwatch()
+        self._first_step_done = False
+        self.asked, self.watchdog = StopRequest(), Watchdog(0, StopRequest())
+        self.monitor: Monitor | None = None
         if parallel.is_main:
-            record.write(self, preset)
-            if not (self.out / manifest.NAME).exists():
-                self.train_set.save(self.out / manifest.NAME)
-            self.saver = Saver(self.out, options.keep, options.keep_every, self._say, self.done or None)
-            self.monitor = Monitor(self.out, self.last, self.done, tensorboard=options.tensorboard, track=options.track)
-            record.announce(self, preset, f"{record.queue_note(asked, recipe, len(self.train_set))}{note}")
+            self._open_folder()
         parallel.barrier()  # from here on RUN exists, and any rank may write to it
+
+    def _open_folder(self) -> None:
+        job, options = self.job, self.options
+        record.write(job, self.step.precision, self.done)
+        if not (job.out / manifest.NAME).exists():
+            job.train_set.save(job.out / manifest.NAME)
+        self.saving.open(self._say)
+        self.monitor = Monitor(job.out, job.last, self.done, tensorboard=options.tensorboard, track=options.track)
+        for line in record.announcement(job, self.step.precision, self.done):
+            self._say(line)
 
     def train(self, asked: StopRequest) -> dict[str, Any]:
         """Train to the end, or until asked to stop; save, evaluate, sum up."""
@@ -131,20 +106,20 @@ class Run:
                 stopped = self._train() or self._evaluated_last()
                 return self._finish(stopped)
         finally:
-            for each in (self.saver, self.monitor):
-                if each is not None:
-                    each.close()
+            self.saving.close()
+            if self.monitor is not None:
+                self.monitor.close()
 
     def _train(self) -> bool:
         if self.options.on_nonfinite == "rollback" and self.done == 0:
-            self.copied = -1  # so that there is a state to go back to
+            self.saving.copied = -1  # so that there is a state to go back to
             self._save()
         with _controlled_gc():
             while True:
                 try:
                     stopped = self._to_the_end()
                     self._save()
-                    self._finish_saving()
+                    self.saving.finish()
                     return stopped
                 except NonFiniteError as error:
                     self._roll_back(error)
@@ -168,9 +143,8 @@ class Run:
 
     def _steps(self) -> bool:
         vote, pace = Vote(self.parallel), Pace(self.parallel.device)
-        steps = range(self.done, self.last)
-        loader = Loader(self.train_set, self.plan, self.parallel, steps, self.loading, self.quarantine)
-        with loader:
+        job, steps = self.job, range(self.done, self.job.last)
+        with Loader(job.train_set, job.plan, self.parallel, steps, job.loading, self.quarantine) as loader:
             self.watch.skip()
             for batch in self._timed(loader):
                 self._tell_quarantine()
@@ -182,14 +156,14 @@ class Run:
                 crash_points.reach("after step")
                 self.watchdog.beat()
                 self._after_the_first_step()
-                if self.done % self.options.log_every == 0 or self.done == self.last:
+                if self.done % self.options.log_every == 0 or self.done == self.job.last:
                     self._interval(rate)
                 if self.monitor is not None:
                     self.monitor.advance()
-                    self.saver.check()
-                stop, save = vote.cast(bool(self.asked), self._time_to_save())
-                if self.done == self.last or stop:
-                    return stop and self.done < self.last
+                self.saving.check()
+                stop, save = vote.cast(bool(self.asked), self.saving.clock.due())
+                if self.done == self.job.last or stop:
+                    return stop and self.done < self.job.last
                 self._between_steps(save)
         return False
 
@@ -201,7 +175,7 @@ class Run:
 
     def _timed(self, batches: Any) -> Iterator[Any]:
         batches = iter(batches)
-        while self.done < self.last:
+        while self.done < self.job.last:
             began = time.perf_counter()
             batch = next(batches)
             self.watch.waited(time.perf_counter() - began)
@@ -209,15 +183,15 @@ class Run:
 
     def _agree_on_the_start(self) -> None:
         # Machines that see other files, or another newest checkpoint, would train on different things.
-        files = agreement.bytes_digest("\n".join(self.train_set.paths).encode(), self.train_set.sizes.tobytes())
+        files = agreement.bytes_digest("\n".join(self.job.train_set.paths).encode(), self.job.train_set.sizes.tobytes())
         agreement.compare(self.parallel, {"the list of images": files, "the step to go on from": self.done})
         agreement.check(self.step, self.plan, self.done)
 
     def _after_the_first_step(self) -> None:
         # By then kernels are compiled and caches warm on every rank; who is silent for long is dead.
-        if self._started or not self.options.timeout_seconds:
+        if self._first_step_done or not self.options.timeout_seconds:
             return
-        self._started = True
+        self._first_step_done = True
         self.parallel.set_timeout(timedelta(seconds=self.options.timeout_seconds))
 
     def _between_steps(self, save: bool) -> None:
@@ -264,103 +238,60 @@ class Run:
             self._interval(self.recipe.learning_rate(self.done - 1, self.plan.steps_per_epoch))
         self._report(everything=True)
 
-    def _diverged(self, found: list[Fault]) -> NonFiniteError:
-        if self.saver is not None:
-            self.saver.wait()
-        good = self.copied or None if self.saver is None else self.saver.good
+    def _diverged(self, bad: list[BadStep]) -> NonFiniteError:
+        self.saving.wait()
+        good = self.saving.good
         where = f"the last good checkpoint is of step {good}" if good is not None else "no checkpoint was written yet"
         return NonFiniteError(
-            f"{self.out}: {found[0]}, its update was left out; {where}: resume it with --on-nonfinite skip or "
+            f"{self.job.out}: {bad[0]}, its update was left out; {where}: resume it with --on-nonfinite skip or "
             f"rollback, or start another run with a smaller --lr or another --precision",
-            found[-1].step,
+            bad[-1].step,
         )
 
     def _roll_back(self, error: NonFiniteError) -> None:
         if self.options.on_nonfinite != "rollback" or self.rollbacks == ROLLBACKS:
             raise error
         self.rollbacks += 1
-        if self.saver is not None:
-            self.saver.wait()
-        self.copied = self._restore()
+        self.saving.wait()
+        restored = self.saving.restore()
         self.done, self.meter = error.step, Meter(self.parallel.device)
         if self.monitor is not None:
             self.monitor.jump(self.done)
-        self._say(f"warning: {error}. Went back to the state after step {self.copied}, on with step {self.done + 1}")
-
-    def _time_to_save(self) -> bool:
-        due = bool(self.options.save_minutes) and self.parallel.is_main and time.perf_counter() >= self.save_due
-        if due:  # said once: the answer of the ranks may come a step later, and a second wish would be a second save
-            self._start_interval()
-        return due
-
-    def _start_interval(self) -> None:
-        self.save_due = time.perf_counter() + 60 * self.options.save_minutes
+        self._say(f"warning: {error}. Went back to the state after step {restored}, on with step {self.done + 1}")
 
     def _save(self) -> None:
-        self._start_interval()
-        if self.done == self.copied:
+        self.saving.clock.restart()
+        if self.done == self.saving.copied:
             return
         # A wait for the device, once an interval of minutes, so that no bad state is kept.
         if self.options.on_nonfinite != "skip" and self.parallel.any(self.meter.nonfinite()):
             self._drain()
         agreement.check(self.step, self.plan, self.done)
-        state = self.step.state()
-        if self.saver is not None:
-            meta = {"recipe": self.recipe.as_dict(), "precision": self.step.precision}
-            self.saver.start(self.done, state, meta)
-        self.copied = self.done
-
-    def _finish_saving(self) -> None:
-        failed = None
-        if self.saver is not None:
-            try:
-                self.saver.finish()
-            except SaveError as error:
-                failed = error
-        if self.parallel.any(failed is not None):
-            raise failed or SaveError(f"{self.out}: the first rank could not write the last state")
+        self.saving.start(self.done)
 
     def _say(self, text: str) -> None:
         if self.monitor is not None:
             self.monitor.say(text)
-
-    def _restore(self) -> int:
-        crash_points.reach("before load")
-        # The first rank sets damaged ones aside before the others look.
-        path = checkpoint.latest(self.out) if self.parallel.is_main else None
-        self.parallel.barrier()
-        if not self.parallel.is_main:
-            path = checkpoint.latest(self.out)
-        if path is None:
-            return 0
-        crash_points.reach("verified")
-        saved = checkpoint.load(path, verified=True)
-        _same_recipe(Recipe.from_dict(saved.meta["recipe"]), self.recipe, path)
-        self.step.load(saved.state)
-        if saved.step > self.last:
-            raise UsageError(f"{path} is already past step {self.last}: give a later --stop-after, or none")
-        crash_points.reach("after load")
-        return saved.step
 
     def _knn_due(self) -> bool:
         every = self.options.knn_every * self.plan.steps_per_epoch
         return self.done == 0 or bool(every) and self.done % every == 0
 
     def _knn(self) -> None:
-        if self.val_set is None or not self.options.knn:
+        if self.job.val_set is None or not self.options.knn:
             return
-        done = self.parallel.is_main and any(line["step"] == self.done for line in read_lines(self.out / KNN))
+        done = self.parallel.is_main and any(line["step"] == self.done for line in read_lines(self.job.out / KNN))
         if self.parallel.any(done):
             return
         if self.parallel.world > 1:
             self.step.state()  # makes the ranks' running statistics one, so that they evaluate one encoder
         figures = knn.evaluate(
             self.step.encoder_q,
-            self.train_set,
-            self.val_set,
+            self.job.train_set,
+            self.job.val_set,
             self.recipe,
             self.parallel,
-            loading=self.loading,
+            loading=self.job.loading,
             progress=self._stop_between,
         )
         if self.monitor is not None:
@@ -374,58 +305,15 @@ class Run:
     def _finish(self, stopped: bool) -> dict[str, Any]:
         if self.monitor is None:
             return {"stopped": stopped}
-        summary = {**record.summary(self), "stopped": stopped}
+        out = self.job.out
+        summary = record.summary(self.job, self.done, self.monitor.seconds, self.rollbacks) | {"stopped": stopped}
         if stopped:  # without curves: whoever asked waits, and drawing takes longer than all the rest
-            self.monitor.say(f"asked to stop: saved after step {self.done}; go on with --resume --out {self.out}")
+            self._say(f"asked to stop: saved after step {self.done}; go on with --resume --out {out}")
             return summary
-        draw_curves(self.out, self.recipe)
-        record.write_json(self.out / "summary.json", summary)
-        self.monitor.say(record.closing(summary, self.out))
+        draw_curves(out, self.recipe)
+        atomic.write_json(out / record.SUMMARY, summary)
+        self._say(record.closing(summary, out))
         return summary
-
-
-def _places(options: Options, preset: str, parallel: Parallel) -> Options:
-    check_places(preset, options, parallel.is_main and not restarted())
-    return dataclasses.replace(
-        options,
-        data=Path(options.data or synthetic.make(DEMO_IMAGES)),
-        out=Path(options.out or fresh(RUNS / preset)),
-    )
-
-
-def fresh(path: Path) -> Path:
-    """`path`, or path-2, path-3 ... where it exists."""
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
-
-
-def _images(options: Options, max_pixels: int) -> tuple[Manifest, Manifest | None, str]:
-    train, val = manifest.split(options.data)
-    kept = Path(options.out) / manifest.NAME
-    # A run keeps its samples, and so its plan, when files are lost or added between two of its parts.
-    found = Manifest.load(kept, train) if kept.exists() else manifest.scan(train, max_pixels=max_pixels)
-    val = options.val or val
-    note = f"{len(found.rejected)} files were left out: fastmoco data scan {options.data} lists them. "
-    note = note if found.rejected else ""
-    if not options.knn:
-        return found, None, note
-    if val is None or found.labels is None:
-        why = "no val/ folder beside train/, nor --val" if val is None else f"no classes in {train}"
-        return found, None, f"{note}no kNN evaluation: {why}"
-    against = manifest.scan(val, classes=found.classes, max_pixels=max_pixels)
-    if against.labels is None:
-        return found, None, f"{note}no kNN evaluation: no classes in {val}"
-    return found, against, note
-
-
-def _same_recipe(saved: Recipe, now: Recipe, path: Path) -> None:
-    for field in dataclasses.fields(Recipe):
-        old, new = getattr(saved, field.name), getattr(now, field.name)
-        if old != new and not field.name.startswith("knn_") and field.name != "max_bad_share":
-            raise UsageError(f"{path} was made with {field.name} {old}, not {new}: resume it with the same recipe")
 
 
 @contextmanager

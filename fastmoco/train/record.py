@@ -3,101 +3,96 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from fastmoco import environment
-from fastmoco.options import UsageError, restarted
+from fastmoco import atomic, environment
+from fastmoco.options import Options, UsageError, restarted
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import Recipe
-from fastmoco.train.monitor import KNN, LOG, chance_level, expectation, read_lines
+from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.runs.lines import KNN, LOG, read_lines
+from fastmoco.runs.run_folder import RECIPE, read_facts
+from fastmoco.train.job import Job
+from fastmoco.train.monitor import chance_level, expectation
 
-if TYPE_CHECKING:
-    from fastmoco.train.loop import Run
+SUMMARY = "summary.json"
 
 
-def write(run: Run, preset: str) -> None:
-    """Make RUN with recipe.json in it, or note there that the run goes on; UsageError where RUN is another run's."""
+def write(job: Job, precision: str, done: int) -> None:
+    """Make RUN with recipe.json in it, or note there that the run goes on; UsageError if RUN is another run's."""
     facts = {
-        "preset": preset,
-        "recipe": run.recipe.as_dict(),
+        "preset": job.preset,
+        "recipe": job.recipe.as_dict(),
         "options": {
             name: str(value) if isinstance(value, Path) else value
-            for name, value in dataclasses.asdict(run.options).items()
+            for name, value in dataclasses.asdict(job.options).items()
         },
-        "ranks": run.parallel.world,
-        "images": len(run.train_set),
-        "steps": run.total,
-        "precision": run.step.precision,
+        "ranks": job.parallel.world,
+        "images": len(job.train_set),
+        "steps": job.total,
+        "precision": precision,
         "versions": environment.versions(),
         "commit": environment.commit(),
         "command": environment.command(),
-        "device": _device_name(run.parallel),
+        "device": _device_name(job.parallel),
     }
-    path = run.out / "recipe.json"
+    path = job.out / RECIPE
     if path.exists():
-        first = json.loads(path.read_text())
-        keys = ("commit", "command", "device", "versions", "ranks")
-        first.setdefault("resumed", []).append({"step": run.done, **{key: facts[key] for key in keys}})
+        first = read_facts(job.out)
+        names = ("commit", "command", "device", "versions", "ranks")
+        first.setdefault("resumed", []).append({"step": done, **{name: facts[name] for name in names}})
         facts = first
     else:
-        _create(run.out, run.options.resume or restarted())
-    write_json(path, facts)
+        _create(job.out, job.options.resume or restarted())
+    atomic.write_json(path, facts)
 
 
-def announce(run: Run, preset: str, note: str) -> None:
-    """Say every setting, and what a healthy loss looks like."""
-    say = run.monitor.say
-    say(f"recipe ({preset}):")
-    for name, value in _flat(run.recipe.as_dict()).items():
-        say(f"  {name:<22}{value}")
-    if run.recipe.lr == "auto":
-        say(f"  {'lr (auto)':<22}{run.recipe.base_lr:g}")
-    say("options:")
-    for name, value in dataclasses.asdict(run.options).items():
-        say(f"  {name:<22}{value}")
-    per_rank = run.recipe.batch_size // run.parallel.world
-    say(
-        f"{len(run.train_set)} images, {run.plan.steps_per_epoch} steps an epoch, {run.total} steps; "
-        f"{run.parallel.world} rank(s) of {per_rank} on {_device_name(run.parallel)}, {run.step.precision}; "
-        f"writing {run.out}"
+def announcement(job: Job, precision: str, done: int) -> Iterator[str]:
+    """Lines for the start of a run: what differs from its preset, its size, and what a healthy loss looks like."""
+    yield f"{job.preset}: {_changes(job) or 'as the preset has it'} (every setting: {job.out / RECIPE})"
+    per_rank = job.recipe.batch_size // job.parallel.world
+    yield (
+        f"{len(job.train_set)} images, {job.plan.steps_per_epoch} steps an epoch, {job.total} steps; "
+        f"{job.parallel.world} rank(s) of {per_rank} on {_device_name(job.parallel)}, {precision}; "
+        f"lr {job.recipe.base_lr:g}; writing {job.out}"
     )
-    say(expectation(run.recipe, run.plan.steps_per_epoch))
-    for line in (note, f"resumed after step {run.done}" if run.options.resume else ""):
-        if line:
-            say(line)
+    yield expectation(job.recipe, job.plan.steps_per_epoch)
+    yield from job.notes
+    if job.options.resume:
+        yield f"resumed after step {done}"
 
 
-def queue_note(asked: Recipe, recipe: Recipe, images: int) -> str:
-    """What `--queue-size auto` came to, and whether it is more than suits so few images; empty where not asked for."""
-    if asked.queue_size != "auto":
-        return ""
-    many = 4 * recipe.queue_size > images
-    remedy = ", more than a quarter of them: a smaller --batch-size makes the queue smaller" if many else ""
-    return f"queue_size auto: {recipe.queue_size} keys for {images} images{remedy}. "
+def _changes(job: Job) -> str:
+    """The flags that make this run from its preset."""
+    preset = PRESETS[job.preset][1] if job.preset in PRESETS else Recipe()
+    recipe, usual, options = _flat(job.recipe.as_dict()), _flat(preset.as_dict()), dataclasses.asdict(job.options)
+    changed = {name: value for name, value in recipe.items() if value != usual[name]}
+    changed |= {name: value for name, value in options.items() if value != getattr(Options(), name, None)}
+    for name in ("out", "resume"):  # told in lines of their own
+        changed.pop(name, None)
+    return ", ".join(f"{name} {value}" for name, value in changed.items())
 
 
-def summary(run: Run) -> dict[str, Any]:
+def summary(job: Job, done: int, seconds: float, rollbacks: int) -> dict[str, Any]:
     """What RUN/summary.json holds, but for whether the run was stopped."""
-    log, neighbours = read_lines(run.out / LOG), read_lines(run.out / KNN)
+    log, neighbours = read_lines(job.out / LOG), read_lines(job.out / KNN)
     end = log[-1] if log else {}
     return {
-        "steps": run.done,
-        "epochs": run.done / run.plan.steps_per_epoch,
+        "steps": done,
+        "epochs": done / job.plan.steps_per_epoch,
         "pairs_per_s": statistics.median(line["pairs_per_s"] for line in log) if log else None,
         "data_wait": statistics.median(line["data_wait"] for line in log) if log else None,
         **{name: end.get(name) for name in ("loss", "top1", "top5")},
-        "chance_loss": chance_level(run.recipe),
+        "chance_loss": chance_level(job.recipe),
         "knn_before": neighbours[0]["top1"] if neighbours and neighbours[0]["step"] == 0 else None,
-        "knn_after": neighbours[-1]["top1"] if neighbours and neighbours[-1]["step"] == run.done else None,
-        "seconds": run.monitor.seconds,
+        "knn_after": neighbours[-1]["top1"] if neighbours and neighbours[-1]["step"] == done else None,
+        "seconds": seconds,
         "skipped_steps": sum(line.get("nonfinite", 0) for line in log),
-        "rollbacks": run.rollbacks,
+        "rollbacks": rollbacks,
     }
 
 
@@ -117,16 +112,6 @@ def _device_name(parallel: Parallel) -> str:
 def _flat(data: dict[str, Any]) -> dict[str, Any]:
     inner = data.get("augmentation", {})
     return {name: value for name, value in {**data, **inner}.items() if name != "augmentation"}
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write `data` whole or not at all."""
-    draft = path.with_name(path.name + ".writing")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(data, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
 
 
 def closing(summary: dict[str, Any], out: Path) -> str:

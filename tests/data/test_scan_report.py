@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
 from fastmoco.cli import main
-from fastmoco.data import pipeline
-from fastmoco.data.manifest import scan
+from fastmoco.data.manifest import Manifest, scan
+from fastmoco.data.pipeline import undecodable
 
 INSIDE = {"no tables", "no scan", "harmed png", "cut tiff"}
 
@@ -22,7 +22,7 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def check_full_scan(folder: Path, names: dict[str, str], broken: set[str]) -> None:
-    quick, full = scan(folder), scan(folder, full=True)
+    quick, full = scan(folder), scan(folder, decode=undecodable)
     by_file = {name: kind for kind, name in names.items()}
     assert {by_file[path] for path, _ in quick.rejected} == broken - INSIDE
     assert {by_file[path] for path, _ in full.rejected} == broken  # no more: the odd ones are good
@@ -49,22 +49,21 @@ def test_a_full_scan_of_2000_files(tmp_path: Path, write_set: Callable[[Path, in
 
 
 def test_a_second_full_scan_decodes_only_what_is_new(
-    tmp_path: Path, write_set: Callable[[Path, int], dict[str, str]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, write_set: Callable[[Path, int], dict[str, str]]
 ) -> None:
     write_set(tmp_path / "data", 200)
-    first, decode, asked = scan(tmp_path / "data", full=True), pipeline.undecodable, []
+    first, asked = scan(tmp_path / "data", decode=undecodable), []
 
-    def counted(manifest: object, threads: int | None) -> object:
+    def counted(manifest: Manifest, threads: int | None) -> Iterable[str]:
         asked.append(list(manifest.paths))
-        return decode(manifest, threads)
+        return undecodable(manifest, threads)
 
-    monkeypatch.setattr(pipeline, "undecodable", counted)
-    again = scan(tmp_path / "data", full=True)
+    again = scan(tmp_path / "data", decode=counted)
     assert again.rejected == first.rejected and again.paths == first.paths and asked == []
     assert scan(tmp_path / "data").rejected == first.rejected  # a quick scan knows what a full one found
     (tmp_path / "data" / "new.jpg").write_bytes((tmp_path / "data" / first.paths[0]).read_bytes())
     assert len(scan(tmp_path / "data")) == len(first) + 1 and asked == []
-    assert len(scan(tmp_path / "data", full=True)) == len(first) + 1 and asked == [["new.jpg"]]
+    assert len(scan(tmp_path / "data", decode=counted)) == len(first) + 1 and asked == [["new.jpg"]]
 
 
 def test_the_command_prints_and_writes_what_it_found(

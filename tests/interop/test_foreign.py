@@ -95,19 +95,3 @@ def test_safetensors_and_other_contents(tmp_path):
         foreign.read(tmp_path / "list.pth")
     with pytest.raises(UsageError, match="no such file"):
         foreign.read(tmp_path / "none.pth")
-
-
-def test_what_exists_is_not_overwritten_and_a_failure_leaves_nothing(tmp_path):
-    path = foreign.write(tmp_path / "deep/a.txt", lambda draft: draft.write_text("one"))
-    with pytest.raises(UsageError, match="exists"):
-        foreign.write(path, lambda draft: draft.write_text("two"))
-    assert path.read_text() == "one"
-
-    def fail(draft):
-        draft.mkdir()
-        (draft / "part").write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError):
-        foreign.write(tmp_path / "b", fail)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["deep"]

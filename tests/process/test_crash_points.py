@@ -11,8 +11,8 @@ import torch
 from fastmoco.options import Options
 from fastmoco.process import crash_points
 from fastmoco.runs import checkpoint
+from fastmoco.runs.lines import read_lines
 from fastmoco.train.loop import pretrain
-from fastmoco.train.monitor import read_lines
 
 STEPS = 7
 QUICK = {"after load", "half a log line", "state written"}

@@ -15,8 +15,8 @@ from fastmoco.parallel import Parallel
 from fastmoco.process import stop
 from fastmoco.process.stop import SIGNALS, StopRequest, Vote, stop_on_signal
 from fastmoco.runs import checkpoint
+from fastmoco.runs.lines import read_lines
 from fastmoco.train import loop
-from fastmoco.train.monitor import read_lines
 
 ASKING = """
 import os, signal, sys, time

@@ -16,9 +16,9 @@ from fastmoco.parallel import Parallel
 from fastmoco.process.stop import StopRequest, stop_on_signal
 from fastmoco.recipe import PRESETS
 from fastmoco.runs import checkpoint
+from fastmoco.runs.lines import read_lines
 from fastmoco.train.health import BAD_IN_A_ROW, ROLLBACKS, Health, NonFiniteError
 from fastmoco.train.loop import Run
-from fastmoco.train.monitor import read_lines
 
 RECIPE = replace(PRESETS["demo"][1], queue_size=999, batch_size=100, bn_group=50)  # 5 in 1000 queries hit by chance
 CHANCE = 0.5

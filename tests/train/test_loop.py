@@ -25,10 +25,12 @@ from fastmoco.parallel import Parallel
 from fastmoco.process.stop import StopRequest
 from fastmoco.recipe import RecipeError
 from fastmoco.runs import checkpoint
-from fastmoco.train import loop
+from fastmoco.runs.lines import read_lines
+from fastmoco.train import job, loop
 from fastmoco.train.loop import NonFiniteError, pretrain
-from fastmoco.train.monitor import Monitor, read_lines
+from fastmoco.train.monitor import Monitor
 from fastmoco.train.saver import Saver
+from fastmoco.train.saving import SaveClock
 
 STEPS = 30
 LINE = {
@@ -270,18 +272,20 @@ def test_auto_does_not_change_a_queue_that_was_given(images, recipe, whole, caps
 
 def test_a_save_that_is_due_is_wished_for_once():
     """On GPUs the ranks' answer comes a step later; a second wish would then be a second save, and a wait for both."""
-    run = object.__new__(loop.Run)
-    run.options, run.parallel, run.save_due = Options(save_minutes=10), Parallel(), 0.0
-    assert [run._time_to_save() for _ in range(3)] == [True, False, False]
-    run.parallel, run.save_due = Parallel(rank=1, world=2), 0.0
-    assert not run._time_to_save()
+    clock = SaveClock(minutes=10)
+    assert not clock.due()
+    clock.at = 0.0
+    assert [clock.due() for _ in range(3)] == [True, False, False]
+    never = SaveClock(minutes=0)
+    never.at = 0.0
+    assert not never.due()
 
 
 def test_fresh_names(tmp_path):
-    assert loop.fresh(tmp_path / "demo") == tmp_path / "demo"
+    assert job.fresh(tmp_path / "demo") == tmp_path / "demo"
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo-2").mkdir()
-    assert loop.fresh(tmp_path / "demo") == tmp_path / "demo-3"
+    assert job.fresh(tmp_path / "demo") == tmp_path / "demo-3"
 
 
 @pytest.mark.slow

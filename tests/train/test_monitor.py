@@ -12,19 +12,10 @@ from PIL import Image
 
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS
-from fastmoco.train.monitor import (
-    Fault,
-    Lines,
-    Meter,
-    Monitor,
-    Pace,
-    Stopwatch,
-    chance_level,
-    draw_curves,
-    expectation,
-    read_lines,
-    truncate,
-)
+from fastmoco.runs.lines import Lines, read_lines, truncate
+from fastmoco.train.curves import draw_curves
+from fastmoco.train.metrics import BadStep, Meter, Pace, Stopwatch
+from fastmoco.train.monitor import Monitor, chance_level, expectation
 
 V1, CIFAR, DEMO = (PRESETS[name][1] for name in ("v1", "cifar", "demo"))
 
@@ -60,7 +51,7 @@ def test_a_step_that_is_not_finite_is_named_and_left_out_of_the_means():
     assert meter.nonfinite()
     [reading] = meter.read()
     assert reading.line["loss"] == 2.0 and reading.line["nonfinite"] == 2 and reading.finite == 2
-    assert reading.faults == [Fault(12, (0,)), Fault(14, ())]
+    assert reading.faults == [BadStep(12, (0,)), BadStep(14, ())]
     assert str(reading.faults[0]) == "the loss of rank 0 became infinite or NaN in step 12"
     assert not meter.nonfinite() and list(meter.read(everything=True)) == []
 
@@ -69,7 +60,7 @@ def test_the_rank_whose_loss_is_bad_is_named(run_ranks):
     """On either rank, and the means are over both."""
     for bad in (0, 1):
         for reading in run_ranks(2, read_two_steps, bad):
-            assert reading.faults == [Fault(2, (bad,))] and reading.line["loss"] == 0.5 and reading.finite == 1
+            assert reading.faults == [BadStep(2, (bad,))] and reading.line["loss"] == 0.5 and reading.finite == 1
 
 
 def read_two_steps(parallel: Parallel, bad: int):

@@ -14,9 +14,9 @@ from fastmoco.parallel import Parallel
 from fastmoco.process.stop import StopRequest
 from fastmoco.recipe import Recipe
 from fastmoco.runs import checkpoint
+from fastmoco.runs.lines import read_lines
 from fastmoco.train import loop
 from fastmoco.train.loop import Run
-from fastmoco.train.monitor import read_lines
 
 LEGS = (2, 4, 6)  # the steps after which a run is cut
 

@@ -1,0 +1,122 @@
+"""What a run trains on and how: all that is settled before its first step."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from fastmoco.data import manifest, synthetic
+from fastmoco.data.loader import Loading
+from fastmoco.data.manifest import Manifest
+from fastmoco.data.plan import Plan
+from fastmoco.environment import share_of_cores
+from fastmoco.options import Options, check_places, restarted
+from fastmoco.parallel import Parallel
+from fastmoco.recipe import Recipe
+
+RUNS = Path("runs")
+DEMO_IMAGES = RUNS / "images"
+
+
+@dataclass(frozen=True)
+class Job:
+    """The facts of one run on one rank."""
+
+    preset: str
+    recipe: Recipe
+    """The recipe with every number known: its queue has a size."""
+    options: Options
+    parallel: Parallel
+    train_set: Manifest
+    val_set: Manifest | None
+    """Labelled images for kNN; None if there are none, or none are wanted."""
+    notes: tuple[str, ...]
+    """Lines about the images and the queue, for people."""
+
+    @property
+    def out(self) -> Path:
+        """The folder of the run."""
+        return Path(self.options.out)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Which images each step of this rank sees."""
+        return Plan(self.recipe, self.train_set.sizes, self.parallel.world, self.parallel.rank)
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole schedule."""
+        return self.recipe.epochs * self.plan.steps_per_epoch
+
+    @property
+    def last(self) -> int:
+        """The step after which this run ends, or pauses."""
+        return min(self.total, self.options.stop_after or self.total)
+
+    @property
+    def loading(self) -> Loading:
+        """How batches are prepared."""
+        return Loading(
+            threads=self.options.threads or share_of_cores(),
+            prefetch=self.options.prefetch,
+            hw_decoder_load=self.options.hw_decoder_load,
+            photometric=self.options.photometric,
+            decoded_bytes=int(self.options.decoded_cache * 1e9),
+        )
+
+
+def prepare(recipe: Recipe, options: Options, preset: str, parallel: Parallel) -> Job:
+    """Look at the images and settle everything; DataError on bad images, RecipeError if recipe and data do not fit."""
+    train_set, val_set, notes = _images(options, recipe.max_pixels)
+    settled = recipe.for_images(len(train_set))
+    notes += _queue_notes(recipe, settled, len(train_set))
+    return Job(preset, settled, options, parallel, train_set, val_set, tuple(notes))
+
+
+def places(options: Options, preset: str, parallel: Parallel) -> Options:
+    """`options` with the folders that a demo brings itself; UsageError if one is missing, or RUN is another run's."""
+    check_places(preset, options, parallel.is_main and not restarted())
+    return dataclasses.replace(
+        options,
+        data=Path(options.data or synthetic.make(DEMO_IMAGES)),
+        out=Path(options.out or fresh(RUNS / preset)),
+    )
+
+
+def fresh(path: Path) -> Path:
+    """`path`, or path-2, path-3 ... if it exists."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def _images(options: Options, max_pixels: int) -> tuple[Manifest, Manifest | None, list[str]]:
+    train, val = manifest.split(options.data)
+    kept = Path(options.out) / manifest.NAME
+    # A run keeps its samples, and so its plan, when files are lost or added between two of its parts.
+    images = Manifest.load(kept, train) if kept.exists() else manifest.scan(train, max_pixels=max_pixels)
+    val = options.val or val
+    notes = []
+    if images.rejected:
+        notes.append(f"{len(images.rejected)} files were left out: fastmoco data scan {options.data} lists them")
+    if not options.knn:
+        return images, None, notes
+    if val is None or images.labels is None:
+        why = "no val/ folder beside train/, nor --val" if val is None else f"no classes in {train}"
+        return images, None, [*notes, f"no kNN evaluation: {why}"]
+    against = manifest.scan(val, classes=images.classes, max_pixels=max_pixels)
+    if against.labels is None:
+        return images, None, [*notes, f"no kNN evaluation: no classes in {val}"]
+    return images, against, notes
+
+
+def _queue_notes(asked: Recipe, settled: Recipe, images: int) -> list[str]:
+    if asked.queue_size != "auto":
+        return []
+    many = 4 * settled.check_queue() > images
+    remedy = ", more than a quarter of them: a smaller --batch-size makes the queue smaller" if many else ""
+    return [f"queue_size auto: {settled.queue_size} keys for {images} images{remedy}"]
