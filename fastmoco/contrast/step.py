@@ -19,8 +19,8 @@ from fastmoco.contrast import build, state
 from fastmoco.contrast.backends import Backend
 from fastmoco.contrast.build import EncoderBackend
 from fastmoco.contrast.dictionary import Contrast
+from fastmoco.contrast.norm_statistics import Statistics
 from fastmoco.contrast.parts import part
-from fastmoco.contrast.statistics import Statistics
 from fastmoco.contrast.update import PRECISIONS, Precision, Update, resolve_precision
 from fastmoco.contrast.views import Views
 from fastmoco.encoder import Encoder
