@@ -38,7 +38,7 @@ SECONDS = {True: 120, False: 540}  # that the whole check may take, quick or not
 TO_REPORT = 5  # seconds of them that are kept for the tables
 GATE, NO_TIME = "gate: graph and step tests", "no time left"
 # One test of each kind in bf16, and the three providers that the targets compare at 256 pairs.
-QUICK_TESTS = "bf16-plain-sgd or forward_only or hundred_steps"
+QUICK_TESTS = "bf16-plain-sgd or hundred_steps"
 QUICK_STEPS = ("--only", "fp16 autocast, fastmoco bf16", "--skip", "graph, key", "--rounds", "5")
 MORE_TESTS = ("tests/data", "tests/train", "tests/process", "tests/runs", "tests/bench/test_profiler.py")
 

@@ -6,7 +6,6 @@ the kernel's own `cost`. `PROVIDED` has one entry per kernel file; a test fails 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
 from collections import Counter
@@ -26,8 +25,7 @@ from fastmoco.bench.timing import Machine, interleave, measure_machine
 from fastmoco.contrast.graph import captured
 from fastmoco.data.plan import Plan
 from fastmoco.encoder import build_encoder
-from fastmoco.encoder.resnet import ARCHITECTURES
-from fastmoco.kernels import batch_norm, conv1x1, enqueue, info_nce, photometric, sgd_ema
+from fastmoco.kernels import batch_norm, enqueue, info_nce, photometric, sgd_ema
 from fastmoco.recipe import Recipe
 
 OURS = "fastmoco"
@@ -246,32 +244,6 @@ def batch_norm_cases(size: Size, device: torch.device) -> list[Case]:
     return [Case("batch_norm", config, providers, "native", nbytes, flops, launches=True)]
 
 
-def conv1x1_cases(size: Size, device: torch.device) -> list[Case]:
-    """1x1 convolutions with what stands before and behind them, over all shapes that a key encoder fuses, forward.
-
-    Those that enter a block end in statistics; those that leave it begin with batch norm and ReLU, too. Resnet50 stands
-    in for a recipe whose encoder has none. Very wide encoders fuse none of a kind, and then there is no case of it.
-    """
-    recipe = size.recipe
-    if ARCHITECTURES[recipe.arch].expansion == 1:
-        recipe = dataclasses.replace(recipe, arch="resnet50")
-    convs = [c for c in convolutions(build_encoder(recipe), recipe.crop_size) if c.fused]
-    config = {"encoder": recipe.arch, "N": size.batch, "dtype": short_name(size.dtype)}
-    cases = []
-    for name, leaving in (("conv1x1", False), ("batch norm + conv1x1", True)):
-        shapes = Counter((c.entry, c.channels, c.side) for c in convs if (c.place == "last") == leaving)
-        if not shapes:
-            continue
-        layers = [_PointwiseLayer(size, device, *key, leaving, repeats=n) for key, n in shapes.items()]
-        methods = {OURS: "ours", "separate": "apart"}
-        providers = {key: functools.partial(_each, layers, method) for key, method in methods.items()}
-        costs = [layer.cost() for layer in layers]
-        given = {**config, "layers": sum(shapes.values())}
-        nbytes, flops = (sum(column) for column in zip(*costs, strict=True))
-        cases.append(Case(name, given, providers, "separate", nbytes, flops, launches=True))
-    return cases
-
-
 def photometric_cases(size: Size, device: torch.device) -> list[Case]:
     """All photometric operations of one batch of views."""
     n, s, augmentation = size.batch, size.recipe.crop_size, size.recipe.augmentation
@@ -299,7 +271,6 @@ PROVIDED: dict[str, Callable[[Size, torch.device], list[Case]]] = {
     "info_nce": info_nce_cases,
     "sgd_ema": sgd_ema_cases,
     "batch_norm": batch_norm_cases,
-    "conv1x1": conv1x1_cases,
     "photometric": photometric_cases,
     "enqueue": enqueue_cases,
 }
@@ -354,37 +325,7 @@ class _NormLayer:
         return self.repeats * (forward[0] + backward[0]), self.repeats * (forward[1] + backward[1])
 
 
-class _PointwiseLayer:
-    """One 1x1 convolution of an encoder, with the batch norm behind it and, with `normalised`, the one before it."""
-
-    def __init__(
-        self, size: Size, device: torch.device, inputs: int, outputs: int, side: int, normalised: bool, *, repeats: int
-    ) -> None:
-        self.repeats, self.groups = repeats, size.batch // size.recipe.bn_group
-        shape = (size.batch, inputs, side, side)
-        self.x = torch.randn(shape, device=device, dtype=size.dtype).to(memory_format=torch.channels_last)
-        self.kernel = torch.randn(outputs, inputs, 1, 1, device=device, dtype=size.dtype) * inputs**-0.5
-        zeros, ones = (functools.partial(make, device=device) for make in (torch.zeros, torch.ones))
-        self.norm = batch_norm.Norm(ones(outputs), zeros(outputs), (zeros(outputs), ones(outputs)))
-        moments = torch.stack([zeros(self.groups, inputs), ones(self.groups, inputs)])
-        self.entry = batch_norm.Measured(ones(inputs), zeros(inputs), moments) if normalised else None
-
-    def ours(self) -> None:
-        for _ in range(self.repeats):
-            conv1x1.conv1x1(self.x, self.kernel, self.norm, self.groups, entry=self.entry)
-
-    def apart(self) -> None:
-        for _ in range(self.repeats):
-            x = self.x if self.entry is None else batch_norm.normalise(self.x, self.entry)
-            batch_norm.measure(F.conv2d(x, self.kernel), self.norm, self.groups)
-
-    def cost(self) -> tuple[float, float]:
-        shape, outputs = self.x.shape, self.kernel.shape[0]
-        found = conv1x1.cost(shape, outputs, self.x.itemsize, self.groups, normalised=self.entry is not None)
-        return self.repeats * found[0], self.repeats * found[1]
-
-
-def _each(layers: list[_NormLayer] | list[_PointwiseLayer], method: str) -> None:
+def _each(layers: list[_NormLayer], method: str) -> None:
     for layer in layers:
         getattr(layer, method)()
 

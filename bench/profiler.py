@@ -30,7 +30,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastmoco import plots
-from fastmoco.bench.roofline import ACTIVATION_BYTES, KEY_LEVEL, backward_work, convolutions, forward_work
+from fastmoco.bench.roofline import ACTIVATION_BYTES, backward_work, convolutions, forward_work
 from fastmoco.bench.size import sized
 from fastmoco.bench.timeline import STEP, Row, kernels, leaves, seconds_of_parts
 from fastmoco.bench.timing import Machine, measure_machine
@@ -207,12 +207,11 @@ def costs_of_parts(step: Step, machine: Machine) -> dict[str, Cost]:
         "enqueue": enqueue.cost(recipe.queue_size, recipe.dim, rows, step.dictionary.queue.keys.dtype, torch.float32),
     }
     found = {name: Cost(*cost, machine.bound(*cost)) for name, cost in single.items()}
-    forward_only = any(getattr(module, "forward_only", False) for module in step.encoder_k.modules())
     layers = {"key encoder": forward_work, "query encoder": forward_work, "backward": backward_work}
     for name, count in layers.items():
-        level = KEY_LEVEL if forward_only and name == "key encoder" else "bnrelu"
         costs = [
-            (rows * layer.nbytes * size / ACTIVATION_BYTES, rows * layer.flops) for layer in count(convs, level, rows)
+            (rows * layer.nbytes * size / ACTIVATION_BYTES, rows * layer.flops)
+            for layer in count(convs, "bnrelu", rows)
         ]
         nbytes, flops = (sum(column) for column in zip(*costs, strict=True))
         found[name] = Cost(nbytes, flops, sum(machine.bound(*cost) for cost in costs))

@@ -9,9 +9,6 @@ is fused with what:
   stats    and the statistics in the convolutions' epilogues, forward and backward
   main     and normalise + ReLU in the next convolution's prologue, so that inner activations are never written
 
-  key      bnrelu, and the key encoder's bottlenecks as `encoder/forward_only.py` runs them: stats and main for those of
-           its 1x1 convolutions where that pays, as there is no backward to mind
-
 A kernel takes the larger of its arithmetic and its memory time. Assumed: activations of `ACTIVATION_BYTES` each,
 weights read once a batch, nothing stays in the cache from one kernel to the next, no gaps between launches. The key
 encoder runs forward only. Per image pair: query forward, query backward, key forward.
@@ -24,13 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastmoco.kernels.conv1x1 import pays
-
-LEVELS = ("eager", "bnrelu", "stats", "main")
-KEY_LEVEL, KEY_LEVEL_OF_QUERIES = "key", "bnrelu"
-BY_FUSION = ("eager", "bnrelu", KEY_LEVEL, "stats", "main")  # what fuses more comes later
+LEVELS = ("eager", "bnrelu", "stats", "main")  # what fuses more comes later
 ACTIVATION_BYTES = 2
-WIDENS = 4  # a bottleneck's last convolution, by so much
 
 # Passes over a convolution's output, beside the convolution itself, by level and by the place of the convolution:
 # stem, inner (followed by BN + ReLU), last (of a block: BN + add + ReLU), shortcut (BN alone, or fused with the last).
@@ -69,16 +61,6 @@ class Conv:
     def outputs(self) -> int:
         """Output elements."""
         return self.channels * self.side**2
-
-    @property
-    def entry(self) -> int:
-        """Input channels."""
-        return self.weights // (self.channels * self.kernel**2)
-
-    @property
-    def fused(self) -> bool:
-        """Whether a key encoder of `encoder/forward_only.py` has our kernel convolve."""
-        return self.kernel == self.stride == 1 and pays(self.entry, self.channels)
 
     @property
     def sampled(self) -> float:
@@ -126,21 +108,9 @@ def forward_work(convs: list[Conv], level: str, batch: int) -> list[Work]:
     for conv in convs:
         nbytes = ACTIVATION_BYTES * (conv.sampled + conv.outputs + conv.weights / batch)
         works.append(Work("conv", conv.flops, nbytes))
-        works.append(Work("norm", 0, ACTIVATION_BYTES * _forward_passes(conv, level) * conv.outputs))
+        works.append(Work("norm", 0, ACTIVATION_BYTES * FORWARD_PASSES[level][conv.place] * conv.outputs))
         works += _pool(conv, level)
     return works
-
-
-def _forward_passes(conv: Conv, level: str) -> int:
-    if level != KEY_LEVEL:
-        return FORWARD_PASSES[level][conv.place]
-    if conv.place == "shortcut":
-        return int(not conv.fused)  # statistics, where cuDNN convolves; the block's last pass reads it as a residual
-    if conv.fused:
-        return 2 if conv.place == "inner" else 3  # in place; or with the residual into the block's output
-    if conv.place == "inner" and conv.after_inner and pays(conv.channels, WIDENS * conv.channels):
-        return 1  # statistics, of a bottleneck's 3x3
-    return FORWARD_PASSES[KEY_LEVEL_OF_QUERIES][conv.place]
 
 
 def backward_work(convs: list[Conv], level: str, batch: int) -> list[Work]:
@@ -166,13 +136,11 @@ def seconds_per_pair(
     convs: list[Conv], level: str, batch: int, flops: float, bandwidth: float, element_bytes: int = ACTIVATION_BYTES
 ) -> float:
     """Least seconds for one image pair on a machine of so many flops and bytes a second; ValueError on the level."""
-    if level not in (*LEVELS, KEY_LEVEL):
-        raise ValueError(f"level is {level!r}: use one of {', '.join(LEVELS)}, {KEY_LEVEL}")
-    query_level = KEY_LEVEL_OF_QUERIES if level == KEY_LEVEL else level
-    query, key = (forward_work(convs, each, batch) for each in (query_level, level))
-    backward = backward_work(convs, query_level, batch)
+    if level not in LEVELS:
+        raise ValueError(f"level is {level!r}: use one of {', '.join(LEVELS)}")
+    forward, backward = forward_work(convs, level, batch), backward_work(convs, level, batch)
     bandwidth *= ACTIVATION_BYTES / element_bytes  # wider elements are as many more bytes
-    return sum(max(work.flops / flops, work.nbytes / bandwidth) for work in [*query, *key, *backward])
+    return sum(max(work.flops / flops, work.nbytes / bandwidth) for work in [*forward, *forward, *backward])
 
 
 def flops_per_pair(convs: list[Conv]) -> float:

@@ -18,7 +18,7 @@ import torch
 from fastmoco.bench.baseline import PublishedStep
 from fastmoco.bench.journal import Journal
 from fastmoco.bench.record_files import Row, named
-from fastmoco.bench.roofline import BY_FUSION, KEY_LEVEL, convolutions, seconds_per_pair
+from fastmoco.bench.roofline import LEVELS, convolutions, seconds_per_pair
 from fastmoco.bench.timing import Machine, Timing, interleave, measure_machine
 from fastmoco.contrast.graph import GraphMode, runner
 from fastmoco.contrast.step import Step
@@ -151,8 +151,8 @@ def providers(recipe: Recipe, device: torch.device) -> dict[str, Provider]:
 
 
 def _gpu_providers(published_step: Callable, ours_step: Callable) -> dict[str, Provider]:
-    def low(group: str = "more", level: str = LEVEL, **options) -> Provider:
-        return Provider(functools.partial(ours_step, "bf16", **options), "bf16", level, group)
+    def low(group: str = "more", **options) -> Provider:
+        return Provider(functools.partial(ours_step, "bf16", **options), "bf16", group=group)
 
     return {
         **_autocast(published_step, torch.float16, "fp16", "core"),
@@ -165,7 +165,6 @@ def _gpu_providers(published_step: Callable, ours_step: Callable) -> dict[str, P
         "fastmoco fp16": Provider(functools.partial(ours_step, "fp16"), "fp16"),
         "fastmoco bf16, no graph": low("core", graph="off"),
         "fastmoco bf16, key stream": low(key_stream=True),
-        "fastmoco bf16, fused key encoder": low("core", KEY_LEVEL, encoder="fused-key"),
         "fastmoco bf16, eager encoder": low(encoder="eager"),
         "fastmoco bf16, compiled encoder": low("compiled", encoder="compile"),
         "fastmoco bf16, torch update": low(update="torch"),
@@ -256,7 +255,7 @@ def _row(recipe: Recipe, chosen: dict[str, Provider], machines: dict[str, Machin
     bound = functools.partial(pairs_bound, recipe, machines[precision], WORK[precision].itemsize)
     config = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size, "queue": recipe.queue_size}
     rates = tuple(recipe.batch_size / sample for sample in timing.samples)
-    extra = {"level": level, "bounds": {each: bound(each) for each in BY_FUSION}}
+    extra = {"level": level, "bounds": {each: bound(each) for each in LEVELS}}
     return Row("step", name, "pairs/s", rates, config, _baseline(chosen), bound(level), extra)
 
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 from fastmoco.bench.comparison import FEWEST
 from fastmoco.bench.proof import EAGER, EQUAL, GRAPH, OTHER, READ, READS, REPLAYED, WAITS
 from fastmoco.bench.record_files import Record, Row
-from fastmoco.bench.roofline import BY_FUSION
+from fastmoco.bench.roofline import LEVELS
 
-OURS, OURS_KEY = "fastmoco bf16", "fastmoco bf16, fused key encoder"
+OURS = "fastmoco bf16"
 PUBLISHED, CHANNELS_LAST = "published fp16 autocast", "channels-last fp16 autocast"
 ARCH, PIXELS, LARGE, SMALL = "resnet50", 224, 256, 32
 RATES = {"floor": 3600, "good": 4400, "aim": 5400}  # pairs/s
@@ -90,19 +90,17 @@ def targets(records: Sequence[Record]) -> list[Target]:
 def levels(records: Sequence[Record]) -> list[str]:
     """Lines on the fusion that was reached and on the bounds of the next levels, or on that none was timed."""
     found = _found(records, "step", OURS)
-    reached = [found.rows[name] for name in (OURS, OURS_KEY) if name in found.rows]
-    if not reached:
+    if OURS not in found.rows:
         return ["Level of fusion: not measured."]
-    lines = [
-        f"Level of fusion {row.extra['level']} ({row.provider}): {row.median:,.0f} of at most {row.bound:,.0f} pairs/s "
-        f"({row.share:.0%}) {found.note(row.provider)}."
-        for row in reached
-    ]
-    last = reached[-1]
-    after = BY_FUSION[BY_FUSION.index(last.extra["level"]) + 1 :]
-    bounds = last.extra["bounds"]
+    row = found.rows[OURS]
+    level, bounds = row.extra["level"], row.extra["bounds"]
+    after = LEVELS[LEVELS.index(level) + 1 :]
     following = ", ".join(f"{name} at most {bounds[name]:,.0f} pairs/s" for name in after if name in bounds)
-    return [*lines, f"What more fusion could bring, by roofline.py on this machine: {following}."]
+    return [
+        f"Level of fusion {level} ({OURS}): {row.median:,.0f} of at most {row.bound:,.0f} pairs/s "
+        f"({row.share:.0%}) {found.note(OURS)}.",
+        f"What more fusion could bring, by roofline.py on this machine: {following}.",
+    ]
 
 
 def _ratio(found: Found, baseline: str, wanted: float, batch: int) -> Target:

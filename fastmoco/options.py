@@ -57,9 +57,8 @@ class Options:
     """What computes flip, colours, blur and normalisation: our kernel in the step, or DALI's operators before it."""
     graph: Literal["auto", "on", "off"] = "auto"
     """Replay the step as one CUDA graph; auto does on a GPU."""
-    encoder: Literal["fused", "fused-key", "eager", "compile"] = "fused"
-    """Batch norm by our kernels, in plain torch, or in plain torch through torch.compile; fused-key: on a GPU the key
-    encoder's 1x1 convolutions by our kernels, too."""
+    encoder: Literal["fused", "eager", "compile"] = "fused"
+    """Batch norm by our kernels, in plain torch, or in plain torch through torch.compile."""
     update: Literal["fused", "torch", "apex"] = "fused"
     """Update by our kernel, by torch's fused SGD, or by NVIDIA's apex where it is installed."""
     key_stream: bool = False
@@ -432,9 +431,8 @@ class Profile:
     """Where to compute; auto is the GPU where there is one."""
     graph: Literal["auto", "on", "off"] = "off"
     """Profile the CUDA graph; its kernels cannot be told apart by part of the step."""
-    encoder: Literal["fused", "fused-key", "eager", "compile"] = "fused"
-    """Batch norm by our kernels, in plain torch, or in plain torch through torch.compile; fused-key: on a GPU the key
-    encoder's 1x1 convolutions by our kernels, too."""
+    encoder: Literal["fused", "eager", "compile"] = "fused"
+    """Batch norm by our kernels, in plain torch, or in plain torch through torch.compile."""
     update: Literal["fused", "torch", "apex"] = "fused"
     """Update by our kernel, by torch's fused SGD, or by NVIDIA's apex where it is installed."""
     key_stream: bool = False

@@ -43,17 +43,6 @@ class Norm(NamedTuple):
     running: tuple[Tensor, Tensor] | None = None
 
 
-class Measured(NamedTuple):
-    """A batch norm whose statistics are known: weight and bias fp32 [C], and moments fp32 [2, groups, C].
-
-    The moments are the mean of each group of consecutive samples and 1 / sqrt(variance + eps).
-    """
-
-    weight: Tensor
-    bias: Tensor
-    moments: Tensor
-
-
 def batch_norm_act(
     x: Tensor,
     weight: Tensor,
@@ -105,60 +94,6 @@ def batch_norm_act(
     return apply(x, weight, bias, moments, residual, *side, relu, training)
 
 
-def measure(
-    x: Tensor,
-    norm: Norm,
-    groups: int = 1,
-    *,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    impl: Literal["auto", "triton", "reference"] = "auto",
-) -> Measured:
-    """The first pass of `batch_norm_act` in training, alone: the statistics of x, which also move `norm.running`.
-
-    Not differentiable in x. Tensors and errors as there.
-    """
-    _check(x, *norm, groups, training=True)
-    with torch.no_grad():
-        if by_kernel(x, impl):
-            moments = statistics(x, *(norm.running or (None, None)), groups, momentum, eps)
-        else:
-            moments = reference.measure(x, norm.running, groups, momentum=momentum, eps=eps)
-    return Measured(norm.weight, norm.bias, moments)
-
-
-def normalise(
-    x: Tensor,
-    norm: Measured,
-    *,
-    residual: Tensor | None = None,
-    residual_norm: Measured | None = None,
-    relu: bool = True,
-    overwrite: bool = False,
-    impl: Literal["auto", "triton", "reference"] = "auto",
-) -> Tensor:
-    """The second pass of `batch_norm_act`, alone, forward only: by given statistics, whoever measured them.
-
-    With `overwrite` the result may take the place of x. ValueError where a gradient would be wanted; else as there.
-    """
-    check_measured(x, norm, norm.moments.shape[1])
-    if residual is not None:
-        _check_residual(x, residual)
-    if residual_norm is not None:
-        if residual is None:
-            raise ValueError("residual_norm needs a residual")
-        check_measured(residual, residual_norm, norm.moments.shape[1])
-    check_forward_only("normalise", x, *norm, residual, *(residual_norm or ()))
-    side = (residual, *(residual_norm or (None, None, None)))
-    with torch.no_grad():
-        if not by_kernel(x, impl):
-            return reference.normalise(x, norm, residual=residual, residual_norm=residual_norm, relu=relu)
-        if not overwrite:
-            return apply(x, *norm, *side, relu, True)
-        apply_in_place(x, *norm, *side, relu)
-        return x
-
-
 def cost(
     shape: tuple[int, ...],
     element_size: int,
@@ -208,12 +143,6 @@ def machine(device: torch.device) -> tuple[tuple[int, int] | None, int]:
     return (found.major, found.minor), found.multi_processor_count
 
 
-def check_forward_only(name: str, *tensors: Tensor | None) -> None:
-    """ValueError where gradients of `tensors` would be wanted."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise ValueError(f"{name} has no backward: call it under torch.no_grad()")
-
-
 def check_vector(name: str, vector: Tensor, x: Tensor, channels: int) -> None:
     """ValueError unless `vector` is contiguous [channels], fp32 beside an x that the kernels take, and where x is."""
     dtypes = (torch.float32,) if x.dtype in DTYPES else (torch.float32, torch.float64)
@@ -221,14 +150,6 @@ def check_vector(name: str, vector: Tensor, x: Tensor, channels: int) -> None:
         raise ValueError(f"{name} must be contiguous [{channels}], not {list(vector.shape)}")
     if vector.dtype not in dtypes or vector.device != x.device:
         raise ValueError(f"{name} must be fp32 on {x.device}, not {vector.dtype} on {vector.device}")
-
-
-def check_measured(x: Tensor, norm: Measured, groups: int) -> None:
-    """ValueError unless x may be normalised by `norm`, whose statistics are those of `groups` groups."""
-    _check(x, norm.weight, norm.bias, None, groups, training=True)
-    if norm.moments.shape != (2, groups, x.shape[1]) or not norm.moments.is_contiguous():
-        raise ValueError(f"moments must be contiguous [2, {groups}, {x.shape[1]}], not {list(norm.moments.shape)}")
-    check_vector("moments", norm.moments[0, 0], x, x.shape[1])
 
 
 def _check(
@@ -346,27 +267,6 @@ def apply(
 @apply.register_fake
 def _(x, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, relu, training):
     return torch.empty_like(x)
-
-
-@torch.library.custom_op("fastmoco::batch_norm_apply_in_place", mutates_args=("x",))
-def apply_in_place(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    moments: Tensor,
-    residual: Tensor | None,
-    residual_weight: Tensor | None,
-    residual_bias: Tensor | None,
-    residual_moments: Tensor | None,
-    relu: bool,
-) -> None:
-    """`apply` into x itself, whose tiles each program reads before it writes them. Not differentiable."""
-    _apply(x, x, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, relu)
-
-
-@apply_in_place.register_fake
-def _(x, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, relu):
-    return None
 
 
 def _apply(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, *rest: Any) -> None:

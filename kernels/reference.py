@@ -181,56 +181,6 @@ def batch_norm_act(
     return y
 
 
-def measure(
-    x: Tensor, running: tuple[Tensor, Tensor] | None, groups: int = 1, *, momentum: float = 0.1, eps: float = 1e-5
-) -> Tensor:
-    """Mean and 1 / sqrt(variance + eps) of each group of samples, [2, groups, C]; moves the running statistics."""
-    mean, variance = _moments(x, groups)
-    if running is not None:
-        _update_running(running, mean, variance, x.numel() // mean.numel(), momentum)
-    return torch.stack([mean, torch.rsqrt(variance + eps)])
-
-
-def normalise(
-    x: Tensor,
-    norm: tuple[Tensor, Tensor, Tensor],
-    *,
-    residual: Tensor | None = None,
-    residual_norm: tuple[Tensor, Tensor, Tensor] | None = None,
-    relu: bool = True,
-) -> Tensor:
-    """ReLU(batch norm(x) + residual or batch norm(residual)) by given (weight, bias, moments)."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    scale, shift = _by_moments(*norm, wide)
-    residual_scale = None
-    if residual_norm is not None:
-        residual_scale, residual_shift = _by_moments(*residual_norm, wide)
-        shift = shift + residual_shift
-    return _affine_act(x, scale, shift, residual, residual_scale, relu)
-
-
-def _by_moments(weight: Tensor, bias: Tensor, moments: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    mean, invstd = moments.to(wide)
-    scale = weight.to(wide) * invstd
-    return scale, bias.to(wide) - mean * scale
-
-
-def conv1x1(
-    x: Tensor,
-    kernel: Tensor,
-    running: tuple[Tensor, Tensor] | None,
-    groups: int = 1,
-    *,
-    entry: tuple[Tensor, Tensor, Tensor] | None = None,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
-    """Convolution of x, or of ReLU(batch norm(x)) by `entry`, and the moments of the result."""
-    y = F.conv2d(x if entry is None else normalise(x, entry), kernel)
-    y = y.contiguous(memory_format=torch.channels_last)
-    return y, measure(y, running, groups, momentum=momentum, eps=eps)
-
-
 def _eval_batch_norm(x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor], eps: float) -> Tensor:
     return F.batch_norm(x, running[0].to(x.dtype), running[1].to(x.dtype), weight, bias, False, 0.0, eps)
 

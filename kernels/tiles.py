@@ -108,17 +108,6 @@ TABLE: dict[str, dict[int, Tiles]] = {
     "batch_norm.gradient": {
         80: Tiles((16, 128), 4, 1, "three tensors in, two out: 16 values a thread keep the registers under 128"),
     },
-    # block: rows, output channels, input channels a step, programs per multiprocessor.
-    "conv1x1": {
-        80: Tiles((128, 64, 64, 2), 4, 3, "64 sums a thread; bound by memory, so two blocks are resident"),
-    },
-    "conv1x1.wide": {
-        80: Tiles((128, 64, 64, 2), 4, 3, "128 channels need 250 of 255 registers, and leave one block of two"),
-        90: Tiles((128, 128, 64, 1), 8, 3, "128 channels read x half as often, and L2 is what bounds wide layers"),
-    },
-    "conv1x1.fp32": {
-        80: Tiles((64, 64, 32, 2), 4, 1, "three-term tf32 holds both terms of its operands in registers"),
-    },
     # block: elements of a chunk (one program), elements a program takes at a time.
     "sgd_ema": {
         80: Tiles((4096, 512), 4, 1, "4 elements a thread: 16-byte fp32 accesses without a gap, 8-byte bf16; 8 turns"),

@@ -14,12 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from fastmoco.contrast.dictionary import Dictionary, Queue, QueueDictionary
 from fastmoco.contrast.update import Numbers
 from fastmoco.contrast.views import Views
-from fastmoco.encoder import BatchNormAct, Bottleneck, Encoder, build_encoder
+from fastmoco.encoder import BatchNormAct, Encoder, build_encoder
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 
-EncoderBackend = Literal["fused", "fused-key", "eager", "compile"]
+EncoderBackend = Literal["fused", "eager", "compile"]
 
 # What DDP calls copying the first rank's buffers to the others; torch 2.13 renamed it.
 BUFFERS = next(
@@ -52,10 +52,6 @@ def build_encoder_q(recipe: Recipe, device: torch.device) -> Encoder:
 
 def choose_backend(backend: EncoderBackend, *encoders: Encoder) -> None:
     """Let `backend` compute batch norm in `encoders`, and compile them where it says so."""
-    if backend == "fused-key":
-        for module in encoders[-1].modules():
-            if isinstance(module, Bottleneck):
-                module.forward_only = True
     if backend not in ("eager", "compile"):
         return
     for encoder in encoders:

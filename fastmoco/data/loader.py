@@ -8,6 +8,7 @@ turns out to be bad is replaced in the batch that it spoils, and from then on (`
 from __future__ import annotations
 
 import atexit
+import math
 import threading
 import time
 import warnings
@@ -39,10 +40,12 @@ if TYPE_CHECKING:
 
 Views = Callable[[Tensor, Tensor], Tensor]
 READERS = 16  # threads that read files; they wait for the disk, not for a core
-# They bound the rate: so many files in the time that one takes to come. A GPU decodes thousands a second, and 16 would
-# fetch so many only where a file comes within a few milliseconds.
-GPU_READERS = 64
-READ_AHEAD = 1  # batches whose files are being read while another is decoded
+# On a GPU at least and at most. They bound the rate: so many files in the time that one takes to come. Where files come
+# from a cache, many threads spend more time on handing Python's lock to each other than on reading.
+GPU_READERS = (8, 64)
+FILES_PER_SECOND = 8000  # that readers for a GPU should be able to fetch: more than it decodes
+READ_AHEAD = 1  # calls of DALI whose files are being read while another is decoded
+DECODED_AT_ONCE = 128  # images in a call of DALI for a GPU at least; smaller batches are decoded several at a time
 EVALUATION_BATCH = 256
 
 
@@ -272,9 +275,10 @@ def _evaluation(source: _Source, recipe: Recipe, batches: list[np.ndarray], load
 def _crops(
     source: _Source, wanted: Iterable[tuple[int, np.ndarray]], views: int, batch: int, recipe: Recipe, loading: Loading
 ) -> Iterator[Pipeline]:
-    with _on(_side_stream(source.device)), ThreadPoolExecutor(source.readers) as readers:
+    joined = in_one_call(batch, source.device)
+    with _on(_side_stream(source.device)), ThreadPoolExecutor(source.readers.most) as readers:
         pipeline = Pipeline(
-            source.requests(readers, wanted),
+            source.requests(readers, wanted, joined),
             views=views,
             batch_size=batch,
             crop_size=recipe.crop_size,
@@ -283,9 +287,15 @@ def _crops(
             repair=source.repair,
             decoding=Decoding(loading.hw_decoder_load, recipe.fancy_upsampling),
             kept=source.kept,
+            joined=joined,
         )
         with closing(pipeline):
             yield pipeline
+
+
+def in_one_call(batch: int, device: torch.device) -> int:
+    """Batches of so many images that one call of DALI decodes: on a GPU as many as make DECODED_AT_ONCE images."""
+    return -(-DECODED_AT_ONCE // batch) if device.type == "cuda" else 1
 
 
 def _dali_views(plan: Plan, parallel: Parallel, threads: int | None) -> Views:
@@ -338,6 +348,27 @@ def _assemble(plan: Plan, step: int, crops: Tensor) -> tuple[Batch, Route]:
     return batch, routed
 
 
+class Readers:
+    """How many threads read files: enough for FILES_PER_SECOND at the time that a file takes to come, within bounds.
+
+    The time is a running mean over the last reads of all threads.
+    """
+
+    def __init__(self, least: int, most: int) -> None:
+        self.least, self.most = least, most
+        self._seconds = 0.0  # that a file takes
+
+    @property
+    def count(self) -> int:
+        """Threads that the next batch is dealt out to."""
+        return min(self.most, max(self.least, math.ceil(FILES_PER_SECOND * self._seconds)))
+
+    def took(self, seconds: float, files: int) -> None:
+        """A thread has read so many files in so much time."""
+        if files:
+            self._seconds += (seconds / files - self._seconds) / 8
+
+
 class _Source:
     """What to decode: reads ahead, and puts substitutes in the place of bad samples."""
 
@@ -350,19 +381,22 @@ class _Source:
         kept: Decoded | None = None,
     ) -> None:
         self.manifest, self.quarantine, self.boxes, self.device, self.kept = manifest, quarantine, boxes, device, kept
-        self.readers = GPU_READERS if device.type == "cuda" else READERS
+        self.readers = Readers(*(GPU_READERS if device.type == "cuda" else (READERS, READERS)))
 
     @property
     def repair(self) -> Repair | None:
         return self._repair if self.quarantine is not None else None
 
-    def requests(self, readers: ThreadPoolExecutor, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[Request]:
+    def requests(
+        self, readers: ThreadPoolExecutor, wanted: Iterable[tuple[int, np.ndarray]], joined: int = 1
+    ) -> Iterator[Request]:
         reading: deque = deque()
         for step, samples in wanted:
             used = samples if self.quarantine is None else self.quarantine.replaced(step, samples)
-            chunks = np.array_split(used, min(self.readers, len(used)))
+            # The readers are shared by the batches of one call.
+            chunks = np.array_split(used, min(-(-self.readers.count // joined), len(used)))
             reading.append((step, used, readers.map(self._read, chunks)))
-            if len(reading) > READ_AHEAD:
+            if len(reading) > READ_AHEAD * joined:
                 yield self._request(*reading.popleft())
         while reading:
             yield self._request(*reading.popleft())
@@ -374,7 +408,11 @@ class _Source:
 
     def _read(self, indices: np.ndarray) -> list[np.ndarray | OSError]:
         known = () if self.kept is None else self.kept
-        return [PIXEL if index in known else read(self.manifest, index) for index in indices.tolist()]
+        wanted = [None if index in known else index for index in indices.tolist()]
+        started = time.perf_counter()
+        found = [PIXEL if index is None else read(self.manifest, index) for index in wanted]
+        self.readers.took(time.perf_counter() - started, len(wanted) - wanted.count(None))
+        return found
 
     def _repair(self, request: Request, faults: dict[int, str]) -> Request:
         samples, encoded = request.samples.copy(), list(request.encoded)

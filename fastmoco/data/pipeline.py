@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastmoco.data.decoded import PIXEL, Decoded
 from fastmoco.data.manifest import DataError, Manifest
-from fastmoco.data.probe import is_cut_bmp
+from fastmoco.data.probe import is_cut_bmp, is_cut_jpeg
 from fastmoco.environment import share_of_cores
 
 DEPTH = 2  # batches that DALI works on at once
@@ -32,12 +32,14 @@ RESIZED_AT_ONCE = 64  # images a GPU resizes in one launch; bounds the memory of
 CPU_BATCH = 32  # images decoded at once on a CPU; bounds the memory that decoded images take
 # Share of JPEGs for the GPU's decoding engines, by its name and the least number of decoding threads: the rest goes to
 # the multiprocessors, where each image needs a thread for its entropy coding. GPUs without an engine ignore it. Not
-# ours: A100 7,000 a second at 0.75 against 5,000 at 1 (NVIDIA/DALI#5362), MLPerf's H100 at 0.99 with six threads, and
-# 0.65, DALI's default, for even times where threads abound (NVIDIA/DALI#6366).
+# ours: A100 7,000 a second at 0.75 against 5,000 at 1 (NVIDIA/DALI#5362), and 0.65, DALI's default, for even times
+# where threads abound (NVIDIA/DALI#6366). An H100 and an H200 have seven engines, and beside a training step the
+# multiprocessors have better things to do: MLPerf trained at 0.99 with six threads, and 0.9 was faster end to end than
+# 0.65 in NVIDIA/DALI#6366. `bench train` sweeps the share on a GPU.
 HW_DECODER_LOADS = {
     "A100": ((6, 0.75), (3, 0.9), (0, 1.0)),
-    "H100": ((12, 0.65), (6, 0.99), (0, 1.0)),
-    "H200": ((12, 0.65), (6, 0.99), (0, 1.0)),
+    "H100": ((6, 0.95), (0, 1.0)),
+    "H200": ((6, 0.95), (0, 1.0)),
     "": ((12, 0.65), (6, 0.8), (3, 0.9), (0, 1.0)),
 }
 SAMPLE = re.compile(r"sample #(\d+)")  # what DALI's error says of an image it cannot decode
@@ -104,7 +106,8 @@ class Decoding(NamedTuple):
 class Pipeline:
     """Iterator of uint8 crops [V, n, S, S, 3] on `device`, one tensor for each request, in order.
 
-    Requests are drawn while earlier ones are being decoded; `batch_size` bounds their n, `views` is their V. What
+    Requests are drawn while earlier ones are being decoded; `batch_size` bounds their n, `views` is their V. On a GPU
+    DALI decodes `joined` requests in one call, because a call has a fixed cost and small ones starve the engine. What
     cannot be decoded is given to `repair`, and only the requests under way are decoded again; without one it raises
     DecodeError once all before it are handed out, and ends the iterator; so does an error from `requests`. On a GPU
     the crops are ordered on the stream current in the calling thread. `kept`, on `device`, has the pixels of the images
@@ -123,11 +126,13 @@ class Pipeline:
         repair: Repair | None = None,
         decoding: Decoding = Decoding(),
         kept: Decoded | None = None,
+        joined: int = 1,
     ) -> None:
         checked, threads = _checked(requests, repair), threads or share_of_cores()
         if device.type == "cuda":
             options = decoding.options(threads, torch.cuda.get_device_name(device))
-            self._crops = _dali_crops(checked, repair, batch_size, crop_size, views, device, threads, options, kept)
+            shape = (batch_size, crop_size, views)
+            self._crops = _dali_crops(checked, repair, *shape, device, threads, options, kept, joined)
         else:
             self._crops = _cpu_crops(checked, repair, batch_size, crop_size, views, threads, kept)
 
@@ -155,7 +160,7 @@ def _cpu_crops(
     with ThreadPoolExecutor(threads) as pool:
         run = map if threads == 1 else pool.map
         for part, (images,) in _outputs(build, _Feed(_parts(requests), _encoded), repair):
-            request, first, total = part
+            request, first, total, _ = part
             if first == 0:
                 crops = torch.empty(views, total, crop_size, crop_size, 3, dtype=torch.uint8)
             decoded = _tensors(images)
@@ -195,12 +200,14 @@ def _dali_crops(
     threads: int,
     decoding: dict[str, object],
     kept: Decoded | None,
+    joined: int = 1,
 ) -> Iterator[Tensor]:
     # Tests run it on a CPU too.
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     device_id, decoder = (None, "cpu") if stream is None else (device.index or 0, "mixed")
-    parts = (_Part(request, 0, len(request.encoded)) for request in requests)
+    parts = _joined(requests, joined)
     decode = partial(_decode_graph, device=decoder, **decoding)
+    batch_size *= joined
     resize = partial(_resize_graph, crop_size=crop_size, at_once=min(batch_size, RESIZED_AT_ONCE))
     build = partial(_dali, batch_size, threads, device_id)
     if kept is None:
@@ -210,11 +217,14 @@ def _dali_crops(
         decoded = _outputs(partial(build, 1, decode), _Feed(parts, _encoded), repair, stream)
         outputs = _cut_kept(decoded, kept, _cutter(batch_size, device_id, 2 * views, resize), stream)
     for part, resized in outputs:
-        crops = torch.empty(views, part.total, crop_size, crop_size, 3, dtype=torch.uint8, device=device)
-        # The one copy: from here on the memory is torch's, which knows when a later stream is done with it.
-        for crop, made in zip(crops, resized, strict=True):
-            crop.copy_(torch.from_dlpack(made.as_tensor()))
-        yield crops
+        made = [torch.from_dlpack(each.as_tensor()) for each in resized]
+        lengths = [len(request.encoded) for request in part.requests]
+        for rows in zip(*(each.split(lengths) for each in made), strict=True):
+            crops = torch.empty(views, len(rows[0]), crop_size, crop_size, 3, dtype=torch.uint8, device=device)
+            # The one copy: from here on the memory is torch's, which knows when a later stream is done with it.
+            for crop, row in zip(crops, rows, strict=True):
+                crop.copy_(row)
+            yield crops
 
 
 def _cut_kept(
@@ -235,11 +245,17 @@ def _cut_kept(
 
 
 class _Part(NamedTuple):
-    """Consecutive images of a request: what DALI gets at once."""
+    """What DALI gets at once: consecutive images of one request, or several requests."""
 
     request: Request
     first: int
     total: int
+    several: tuple[Request, ...] = ()
+    """What `request` was made of, where DALI gets several at once."""
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        return self.several or (self.request,)
 
 
 def _parts(requests: Iterable[Request]) -> Iterator[_Part]:
@@ -247,6 +263,32 @@ def _parts(requests: Iterable[Request]) -> Iterator[_Part]:
         total = len(request.encoded)
         for at in range(0, total, CPU_BATCH):
             yield _Part(request.rows(slice(at, at + CPU_BATCH)), at, total)
+
+
+def _joined(requests: Iterator[Request], count: int) -> Iterator[_Part]:
+    waiting: list[Request] = []
+    try:
+        for request in requests:
+            waiting.append(request)
+            if len(waiting) == count:
+                yield _together(waiting)
+                waiting = []
+    except Exception:
+        if waiting:  # what comes before the error is handed out before it
+            yield _together(waiting)
+        raise
+    if waiting:
+        yield _together(waiting)
+
+
+def _together(requests: Sequence[Request]) -> _Part:
+    first, total = requests[0], sum(len(request.encoded) for request in requests)
+    if len(requests) == 1:
+        return _Part(first, 0, total)
+    names, encoded = ([item for request in requests for item in request[field]] for field in (0, 1))
+    sizes, samples = (np.concatenate([request[field] for request in requests]) for field in (2, 5))
+    boxes = np.concatenate([request.boxes for request in requests], 1)
+    return _Part(Request(names, encoded, sizes, boxes, first.step, samples), 0, total, tuple(requests))
 
 
 def _encoded(part: _Part) -> tuple:
@@ -266,17 +308,33 @@ def _with_corners(part: _Part) -> tuple:
 
 
 class _Feed:
-    """DALI's source callback. It keeps the parts whose results are still to come."""
+    """DALI's source callback. It keeps the parts whose results are still to come, and their bytes until DALI is done.
+
+    DALI reads the bytes where they are: its own copy takes as long as all else that Python does for a batch, and holds
+    Python's lock meanwhile.
+    """
 
     def __init__(self, parts: Iterator[_Part], inputs: Callable[[_Part], tuple]) -> None:
         self.parts, self.inputs = parts, inputs
         self.pending: deque[_Part] = deque()
         self.error: Exception | None = None
+        self._given: deque[tuple] = deque()  # of the pending parts, in their order
+        self._read: deque[tuple[tuple, Any]] = deque()  # of those handed out, until a GPU has passed the event
+
+    def taken(self, stream: Any) -> None:
+        # The first pending part was used. What DALI enqueued for it lies before the event, reads of its bytes included.
+        given = self._given.popleft()
+        if stream is None:
+            return
+        self._read.append((given, stream.record_event()))
+        while self._read and self._read[0][1].query():
+            self._read.popleft()
 
     def forget(self) -> None:
         # DALI's graph holds itself and with it this until Python looks for cycles, and the parts hold decoded images.
         self.parts = iter(())
-        self.pending.clear()
+        for kept in (self.pending, self._given, self._read):
+            kept.clear()
 
     def __call__(self) -> tuple:
         try:
@@ -287,11 +345,12 @@ class _Feed:
             # Raised from here it would take the batches before it along, so it waits until they are handed out.
             self.error = error
             raise StopIteration from None
-        return self.inputs(self.pending[-1])
+        self._given.append(self.inputs(self.pending[-1]))
+        return self._given[-1]
 
 
 def _outputs(
-    build: Callable[[_Feed], DaliPipeline], feed: _Feed, repair: Repair | None, stream: object = None
+    build: Callable[[_Feed], DaliPipeline], feed: _Feed, repair: Repair | None, stream: Any = None
 ) -> Iterator[tuple[_Part, tuple]]:
     pipe = build(feed)
     try:
@@ -302,26 +361,48 @@ def _outputs(
             except StopIteration:
                 break
             except RuntimeError as error:
-                feed = _repaired(feed, repair, _faults(build, feed, error, stream))
+                faults = _faults(build, feed, error, stream)
+                pipe._shutdown()  # waits for what it still reads
+                feed = _repaired(feed, repair, faults)
                 pipe = build(feed)  # a failure ends a DALI pipeline
                 continue
             yield feed.pending.popleft(), outputs
             pipe.release_outputs()
+            feed.taken(stream)
         if feed.error:
             raise feed.error
     finally:
+        pipe._shutdown()
         feed.forget()
 
 
 def _repaired(feed: _Feed, repair: Repair | None, faults: dict[int, str]) -> _Feed:
-    part = feed.pending[0]
-    if repair is None:
-        raise DecodeError.of(part.request.names, faults, part.first)
-    feed.pending[0] = part._replace(request=repair(part.request, faults))
-    again = _Feed(itertools.chain([*feed.pending], feed.parts), feed.inputs)
+    part = feed.pending.popleft()
+    wrong = _by_request(part, faults)
+    first = min(wrong)
+    if repair is None and first == 0:
+        raise DecodeError.of(part.requests[0].names, wrong[0], part.first)
+    if repair is None:  # those before it are handed out first
+        mended = [_together(part.several[:first]), _together(part.several[first:])]
+    elif part.several:
+        mended = [_together([repair(one, wrong[i]) if i in wrong else one for i, one in enumerate(part.several)])]
+    else:
+        mended = [part._replace(request=repair(part.request, faults))]
+    again = _Feed(itertools.chain([*mended, *feed.pending], feed.parts), feed.inputs)
     again.error = feed.error
     feed.forget()
     return again
+
+
+def _by_request(part: _Part, faults: dict[int, str]) -> dict[int, dict[int, str]]:
+    # Of positions in the part: the request of each, and the position there.
+    ends = np.cumsum([len(request.encoded) for request in part.requests])
+    found: dict[int, dict[int, str]] = {}
+    for position, reason in faults.items():
+        number = int(np.searchsorted(ends, position, side="right"))
+        begin = 0 if number == 0 else int(ends[number - 1])
+        found.setdefault(number, {})[position - begin] = reason
+    return found
 
 
 def _faults(build: Callable[[_Feed], DaliPipeline], feed: _Feed, error: RuntimeError, stream: object) -> dict[int, str]:
@@ -333,7 +414,7 @@ def _faults(build: Callable[[_Feed], DaliPipeline], feed: _Feed, error: RuntimeE
     if not named or not given:
         raise error
     position = given[int(named[1])]
-    alone = part._replace(request=part.request.rows(slice(position, position + 1)))
+    alone = part._replace(request=part.request.rows(slice(position, position + 1)), several=())
     if _failure(partial(_dali, 1, 1, None, 1, _decode_graph), _Feed(iter([alone]), _encoded)):
         return {position: "damaged: cannot be decoded"}
     if stream is not None:
@@ -355,6 +436,7 @@ def _failure(build: Callable[[_Feed], DaliPipeline], feed: _Feed) -> str:
     except RuntimeError as error:
         return str(error)
     finally:
+        pipe._shutdown()
         feed.forget()
 
 
@@ -362,10 +444,14 @@ def _dali(
     batch_size: int, threads: int, device_id: int | None, inputs: int, graph: Callable, source: Callable
 ) -> DaliPipeline:
     pipe = DaliPipeline(batch_size, threads, device_id, prefetch_queue_depth=DEPTH)
+    # Streams as DALI chooses them: one for what the decoder makes, one for what follows. Do not ask for a stream_policy
+    # of SINGLE or PER_OPERATOR: an H100's engine for JPEG writes when it is called, not in the order of its stream
+    # (pytorch/vision#9606), and where decoder and resizing share a stream, DALI gives the memory of one batch to the
+    # next without waiting for an event. Pixels would be overwritten while they are read, with no error.
     kinds = [types.UINT8] + [types.FLOAT] * (inputs - 1)
     with pipe:
-        # On a CPU without a copy: the feed keeps what it gave until the results are there.
-        options = {"batch": True, "dtype": kinds, "ndim": [1] * inputs, "no_copy": device_id is None}
+        # Without a copy: the feed keeps what it gave until DALI has read it.
+        options = {"batch": True, "dtype": kinds, "ndim": [1] * inputs, "no_copy": True}
         nodes = fn.external_source(source=source, num_outputs=inputs, **options)
         pipe.set_outputs(*graph(*nodes))
     pipe.build()
@@ -430,7 +516,9 @@ def fault(data: np.ndarray | OSError, size: Sequence[int]) -> str:
         return "not an image that can be decoded"
     if (height, width) != tuple(size):
         return f"is {width} x {height} pixels, but was {size[1]} x {size[0]} when it was scanned"
-    return "truncated" if is_cut_bmp(data[:64].tobytes(), len(data)) else ""
+    # A GPU's engine for JPEG calls every image a success, whatever its scan holds.
+    cut_short = is_cut_bmp(data[:64].tobytes(), len(data)) or is_cut_jpeg(data)
+    return "truncated" if cut_short else ""
 
 
 def undecodable(manifest: Manifest, threads: int | None = None) -> Iterator[str]:

@@ -6,6 +6,7 @@ import io
 import os
 import struct
 
+import numpy as np
 from PIL import Image
 
 from fastmoco.recipe import Recipe
@@ -91,7 +92,7 @@ def _is_complete(file: io.RawIOBase, head: bytes) -> bool:
     file.seek(max(end - 12, 0))
     tail = file.read(12)
     if head[:2] == b"\xff\xd8":
-        return tail[-2:] == b"\xff\xd9" or _ends_before_garbage(file)
+        return tail[-2:] == b"\xff\xd9" or _ends_before_garbage(_whole(file))
     if head[:4] == b"\x89PNG":
         return tail[4:8] == b"IEND" or b"IEND\xae\x42\x60\x82" in _whole(file)
     if head[:4] == b"RIFF":
@@ -112,8 +113,15 @@ def is_cut_bmp(head: bytes, size: int) -> bool:
     return start + (abs(width) * bits + 31) // 32 * 4 * abs(height) > size
 
 
-def _ends_before_garbage(file: io.RawIOBase) -> bool:
-    data, at = _whole(file), 2
+def is_cut_jpeg(data: np.ndarray) -> bool:
+    """Whether `data`, uint8 [n], is a JPEG file without the marker that ends its scan. Microseconds, if it has one."""
+    if data[:2].tobytes() != b"\xff\xd8" or data[-2:].tobytes() == b"\xff\xd9":
+        return False
+    return not _ends_before_garbage(data.tobytes())
+
+
+def _ends_before_garbage(data: bytes) -> bool:
+    at = 2
     # Skip the segments before the first scan: a thumbnail in one of them has an end of its own.
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")

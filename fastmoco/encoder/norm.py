@@ -46,10 +46,6 @@ class BatchNormAct(nn.Module):
         """What another layer needs to apply this one to its residual."""
         return Norm(self.weight, self.bias, (self.running_mean, self.running_var))
 
-    def by_kernels(self, x: Tensor) -> bool:
-        """Whether x is normalised by our kernels, or by their twins because `impl` asks for them."""
-        return self.impl != "torch" and (x.is_cuda or self.impl != "auto")
-
     def groups(self, samples: int) -> int:
         """Groups among `samples`; ValueError where they do not divide."""
         if not self.training or not self.group_size:

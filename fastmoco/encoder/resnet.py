@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmoco.encoder import forward_only
 from fastmoco.encoder.norm import BatchNormAct
 from fastmoco.encoder.projection import projection, reset_linear
+from fastmoco.kernels.convolution import conv2d
 
 STAGE_CHANNELS = (64, 128, 256, 512)
 
@@ -36,6 +36,14 @@ ARCHITECTURES = {
     "wide_resnet50_2": Architecture((3, 4, 6, 3), inner=2),
     "wide_resnet101_2": Architecture((3, 4, 23, 3), inner=2),
 }
+
+
+class Convolution(nn.Conv2d):
+    """nn.Conv2d without bias, computed by `kernels.convolution`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, out, H/stride, W/stride], channels-last."""
+        return conv2d(x, self.weight, stride=self.stride[0], padding=self.padding[0])
 
 
 class Block(nn.Module):
@@ -69,9 +77,6 @@ class BasicBlock(Block):
 class Bottleneck(Block):
     """A 3x3 convolution between two 1x1 convolutions."""
 
-    forward_only: bool = False
-    """In training without gradients, take the path of `encoder/forward_only.py`, where kernels do the norms."""
-
     def __init__(self, entry: int, width: int, out: int, stride: int, group_size: int) -> None:
         super().__init__()
         self.conv1 = _conv(entry, width, 1)
@@ -84,8 +89,6 @@ class Bottleneck(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, out, H/stride, W/stride]."""
-        if self.forward_only and self.training and not torch.is_grad_enabled() and self.bn1.by_kernels(x):
-            return forward_only.bottleneck(self, x)
         y = self.bn2(self.conv2(self.bn1(self.conv1(x))))
         return self._join(self.bn3, self.conv3(y), x)
 
@@ -171,4 +174,4 @@ def _downsample(entry: int, out: int, stride: int, group_size: int) -> nn.Sequen
 
 
 def _conv(entry: int, out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(entry, out, kernel, stride, padding=kernel // 2, bias=False)
+    return Convolution(entry, out, kernel, stride, padding=kernel // 2, bias=False)

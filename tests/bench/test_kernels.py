@@ -115,7 +115,7 @@ def test_many_short_kernels_are_timed_as_a_graph_and_a_row_that_is_not_says_so(c
     calls, how = kernels._replayed({OURS: "ours", "other": "unruly"})
     assert calls == {OURS: "ours, replayed", "other": "unruly"}
     assert how == {OURS: "a CUDA graph", "other": "the host"}
-    assert {name for name, case in cases.items() if case.launches} == {"batch_norm", "conv1x1", "batch norm + conv1x1"}
+    assert {name for name, case in cases.items() if case.launches} == {"batch_norm"}
     row = Row("batch_norm", "other", "ms", (1.0,), extra={"launched by": how["other"]})
     assert "| other (launched by the host) |" in record_files.table(
         [record_files.record("kernels", [row], record_files.environment())]
@@ -131,15 +131,6 @@ def test_a_case_that_fails_costs_its_own_rows(monkeypatch):
     rows = kernels.run(SMALL, CPU, rounds=2, dtype=torch.float32, only="photometric, enqueue", journal=journal)
     assert {row.name for row in rows} == {"enqueue"}
     assert journal.failures == {"photometric": "OutOfMemoryError: no room"}
-
-
-def test_an_encoder_that_fuses_no_convolution_has_no_case_of_it(cases, monkeypatch):
-    monkeypatch.setattr("fastmoco.bench.roofline.pays", lambda inputs, outputs: (inputs, outputs) == (32, 8))
-    (entering,) = kernels.conv1x1_cases(Size(SMALL, torch.float32), CPU)
-    assert entering.name == "conv1x1" and entering.config["layers"] == 2
-    monkeypatch.setattr("fastmoco.bench.roofline.pays", lambda *_: False)
-    assert kernels.conv1x1_cases(Size(SMALL, torch.float32), CPU) == []
-    assert "conv1x1" in cases
 
 
 def test_the_photometric_bound_is_of_three_channels_whatever_is_written(cases, monkeypatch):

@@ -26,14 +26,13 @@ def test_every_provider_runs_also_where_the_queue_is_no_multiple_of_the_batch():
 def test_the_bound_of_an_h100_is_the_known_one():
     assert step.pairs_bound(V2, Machine("h100", 3e12, 790e12), 2) == pytest.approx(6291, rel=1e-3)
     assert step.pairs_bound(V2, Machine("h100", 3e12, 790e12), 4) < 3400
-    assert step.pairs_bound(V2, Machine("h100", 3e12, 790e12), 2, "key") == pytest.approx(6513, rel=1e-3)
 
 
 def test_a_gpu_has_the_published_step_in_every_form_and_ours_by_backend():
     names = set(step.providers(SMALL, torch.device("cuda", 0)))
     assert {"published tf32", "published fp16 autocast", "channels-last fp16 autocast"} <= names
     assert {"compiled channels-last fp16 autocast", "published bf16 autocast", "fastmoco bf16"} <= names
-    encoders = ("eager encoder", "compiled encoder", "fused key encoder")
+    encoders = ("eager encoder", "compiled encoder")
     assert {f"fastmoco bf16, {how}" for how in ("no graph", "finished views", *encoders)} <= names
 
 
@@ -60,7 +59,6 @@ def test_the_groups_share_the_baseline_alone_and_leave_nothing_out():
         "fastmoco bf16",
         "fastmoco fp16",
         "fastmoco bf16, no graph",
-        "fastmoco bf16, fused key encoder",
     }
     assert core & more == more & compiled == core & compiled == {"published fp16 autocast"}
     assert core | more | compiled == chosen("all") and all("compiled" in name for name in compiled - core)
@@ -69,7 +67,7 @@ def test_the_groups_share_the_baseline_alone_and_leave_nothing_out():
 
 
 def test_words_choose_and_leave_out():
-    assert chosen("core", "fp16 autocast, fastmoco bf16", "graph, key") == {
+    assert chosen("core", "fp16 autocast, fastmoco bf16", "graph") == {
         "published fp16 autocast",
         "channels-last fp16 autocast",
         "fastmoco bf16",
@@ -77,7 +75,6 @@ def test_words_choose_and_leave_out():
     assert chosen("core", skip="autocast, no graph") == {
         "fastmoco bf16",
         "fastmoco fp16",
-        "fastmoco bf16, fused key encoder",
     }
     with pytest.raises(ValueError, match="nothing to time is left: the providers are published tf32; "):
         chosen("core", "nonsense")
@@ -113,7 +110,7 @@ def test_where_all_fail_there_are_no_rows(monkeypatch):
 def test_a_row_knows_the_bounds_of_all_levels(monkeypatch):
     stand_ins(monkeypatch, good=lambda: lambda: None)
     (row,) = step.run(SMALL, CPU, rounds=1)
-    assert row.extra["bounds"]["bnrelu"] == row.bound and list(row.extra["bounds"]) == list(step.BY_FUSION)
+    assert row.extra["bounds"]["bnrelu"] == row.bound and list(row.extra["bounds"]) == list(step.LEVELS)
     assert sorted(row.extra["bounds"].values()) == list(row.extra["bounds"].values())
 
 

@@ -8,10 +8,10 @@ from fastmoco.bench import record_files, targets
 from fastmoco.bench.comparison import FEWEST
 from fastmoco.bench.proof import EAGER, EQUAL, GRAPH, OTHER, READ, REPLAYED, WAITS
 from fastmoco.bench.record_files import Record, Row
-from fastmoco.bench.targets import ABSENT, CHANNELS_LAST, OURS, OURS_KEY, PUBLISHED
+from fastmoco.bench.targets import ABSENT, CHANNELS_LAST, OURS, PUBLISHED
 
 SIZE = {"arch": "resnet50", "px": 224, "batch": 256}
-BOUNDS = {"eager": 3000.0, "bnrelu": 6000.0, "key": 6250.0, "stats": 6500.0, "main": 8000.0}
+BOUNDS = {"eager": 3000.0, "bnrelu": 6000.0, "stats": 6500.0, "main": 8000.0}
 H100 = "NVIDIA H100 80GB HBM3"
 
 
@@ -24,9 +24,8 @@ def record(rows: list[Row], device: str = H100, kind: str = "cuda", **more: obje
 def step(rates: dict[str, float], device: str = H100, n: int = FEWEST, **size: object) -> Record:
     rows = []
     for provider, rate in rates.items():
-        level = "key" if provider == OURS_KEY else "bnrelu"
-        extra = {"level": level, "bounds": BOUNDS}
-        rows.append(Row("step", provider, "pairs/s", (rate,) * n, SIZE | size, PUBLISHED, BOUNDS[level], extra))
+        extra = {"level": "bnrelu", "bounds": BOUNDS}
+        rows.append(Row("step", provider, "pairs/s", (rate,) * n, SIZE | size, PUBLISHED, BOUNDS["bnrelu"], extra))
     return record(rows, device)
 
 
@@ -51,7 +50,7 @@ def unfinished(item: Record) -> Record:
 
 
 GOOD = [
-    step({PUBLISHED: 2000.0, CHANNELS_LAST: 3000.0, OURS: 4500.0, OURS_KEY: 4700.0}),
+    step({PUBLISHED: 2000.0, CHANNELS_LAST: 3000.0, OURS: 4500.0}),
     step({PUBLISHED: 500.0, OURS: 1600.0}, batch=32),
     proof(),
     watch(),
@@ -163,6 +162,4 @@ def test_waits_count_only_where_a_reading_is_seen_and_over_all_steps():
 def test_the_level_of_fusion_is_said_and_what_the_next_would_bring():
     text = targets.table(GOOD)
     assert "fusion bnrelu (fastmoco bf16): 4,500 of at most 6,000 pairs/s (75%) (n = 5)." in text
-    assert "fusion key (fastmoco bf16, fused key encoder): 4,700 of at most 6,250 pairs/s (75%) (n = 5)." in text
     assert text.endswith("on this machine: stats at most 6,500 pairs/s, main at most 8,000 pairs/s.")
-    assert "machine: key at most 6,250" in targets.table([step({OURS: 4500.0})])

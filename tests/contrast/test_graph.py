@@ -90,13 +90,6 @@ def test_twenty_replays_equal_twenty_steps_bit_for_bit(
 
 @pytest.mark.gpu
 @needs_gpu
-def test_replays_with_keys_forward_only_equal_steps_bit_for_bit(make_batch: Callable) -> None:
-    bottlenecks = dataclasses.replace(RECIPE, arch="resnet50")
-    assert_runs_alike(make_batch, bottlenecks, "bf16", 5, encoder="fused-key")
-
-
-@pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("mode", ["on", "off"])
 def test_a_hundred_steps_wait_for_nothing(mode: str, make_batch: Callable) -> None:
     parallel = Parallel(device=torch.device("cuda", 0))

@@ -123,7 +123,6 @@ HONEST = {
     "bf16 four channels": Case("bf16", options={"channels": 4}),
     "fp16 symmetric": Case("fp16", {"symmetric": True}),
     "fp16 lars": Case("fp16", {"optimizer": "lars"}),
-    "bf16 fused-key": Case("bf16", {"arch": "resnet50"}, {"encoder": "fused-key"}),
     "bf16 eager": Case("bf16", options={"encoder": "eager"}),
 }
 CHANGED = {change.__name__: Case(change=change) for change in (read_back, copied_in, scalar_of_the_host)}

@@ -107,23 +107,60 @@ def test_an_epochs_order_is_computed_once(photo_manifest: Manifest, monkeypatch:
     assert len(computed) > 6
 
 
-@pytest.mark.parametrize(("kind", "least", "most"), [("cpu", 2, 16), ("cuda", 17, 64)])
-def test_more_files_are_read_at_once_for_a_gpu(
-    photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch, kind: str, least: int, most: int
+@pytest.mark.parametrize(
+    ("kind", "seconds", "least", "most"),
+    [("cpu", 0.02, 2, 16), ("cuda", 0.02, 17, 64), ("cuda", 0.0, 1, 16)],  # 8, of each of two batches
+)
+def test_more_files_are_read_at_once_for_a_gpu_where_they_come_slowly(
+    photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch, kind: str, seconds: float, least: int, most: int
 ) -> None:
     reading, seen = [], []
 
     def read(*_: object) -> np.ndarray:
         reading.append(1)
         seen.append(len(reading))
-        time.sleep(0.02)
+        time.sleep(seconds)
         return np.zeros(reading.pop(), np.uint8)
 
     monkeypatch.setattr(Manifest, "read", read)
     source = loader_module._Source(photo_manifest, None, lambda *_: np.empty(0), torch.device(kind))
-    with ThreadPoolExecutor(source.readers) as readers:
-        assert len(next(source.requests(readers, [(0, np.arange(100))])).encoded) == 100
+    with ThreadPoolExecutor(source.readers.most) as readers:
+        wanted = [(step, np.arange(100)) for step in range(4)]
+        assert [len(asked.encoded) for asked in source.requests(readers, wanted)] == [100] * 4
     assert least <= max(seen) <= most
+
+
+def test_so_many_readers_as_the_time_of_a_file_asks_for() -> None:
+    readers = loader_module.Readers(8, 64)
+    assert readers.count == 8
+    for seconds, expected in ((2e-5, 8), (4e-3, 32), (1.0, 64), (2e-5, 8)):
+        for _ in range(200):
+            readers.took(10 * seconds, 10)
+        assert readers.count == expected
+    readers.took(5.0, 0)  # all of them were decoded already
+    assert readers.count == 8
+
+
+@pytest.mark.parametrize(("per_rank", "expected"), [(256, 1), (128, 1), (100, 2), (32, 4), (4, 32)])
+def test_small_batches_are_decoded_several_at_a_time_on_a_gpu(per_rank: int, expected: int) -> None:
+    assert loader_module.in_one_call(per_rank, torch.device("cuda", 0)) == expected
+    assert loader_module.in_one_call(per_rank, CPU) == 1
+
+
+def test_the_files_of_the_next_call_are_read_while_one_is_decoded(photo_manifest: Manifest) -> None:
+    source = loader_module._Source(photo_manifest, None, lambda *_: np.empty(0), CPU)
+    for joined in (1, 4):
+        drawn = []
+
+        def wanted() -> Iterator[tuple[int, np.ndarray]]:
+            for step in range(20):
+                drawn.append(step)
+                yield step, np.arange(2)
+
+        with ThreadPoolExecutor(2) as readers:
+            asked = source.requests(readers, wanted(), joined)
+            assert [next(asked).step for _ in range(joined)] == list(range(joined))
+            assert len(drawn) == 2 * joined
 
 
 class FakeRanks:

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -138,13 +139,15 @@ def test_undecodable_images_are_named_and_nothing_else(
     found = [p for p in positions if fault(bad.encoded[p], bad.sizes[p].tolist())] or positions[:1]
     assert caught.value.positions == found and len(caught.value.reasons) == len(found)
     assert caught.value.names == [bad.names[position] for position in found]
-    assert str(caught.value).startswith(f"{bad.names[positions[0]]}: ") and "be decoded" in str(caught.value)
+    assert str(caught.value).startswith(f"{bad.names[positions[0]]}: ")
+    assert "be decoded" in str(caught.value) or "truncated" in str(caught.value)
     assert "\n" not in str(caught.value) and caught.value.exit_code == 3
     with pytest.raises(StopIteration):
         next(made)
 
 
 VICTIMS: dict[bytes, int] = {}
+JOINED = [1]  # requests that a call of DALI decodes
 MESSAGE = "Error in MIXED operator `nvidia.dali.fn.decoders.image`\n\nFailed to decode sample #{} : \nCurrent pipeline"
 
 
@@ -159,6 +162,7 @@ class Gpu:
     def __init__(self, pipe: object, feed: object) -> None:
         self.pipe, self.feed = pipe, feed
         self.schedule_run, self.release_outputs = pipe.schedule_run, pipe.release_outputs
+        self._shutdown = pipe._shutdown
 
     def share_outputs(self, stream: object = None) -> object:
         given = self.feed.inputs(self.feed.pending[0])[0] if self.feed.pending else []
@@ -182,10 +186,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return Gpu(original(batch_size, *options), feed)
 
     def as_on_gpu(requests: object, repair: object, batch: int, size: int, views: int, *rest: object) -> object:
-        return pipeline_module._dali_crops(requests, repair, batch, size, views, CPU, rest[0], {}, rest[1])
+        return pipeline_module._dali_crops(requests, repair, batch, size, views, CPU, rest[0], {}, rest[1], JOINED[0])
 
     monkeypatch.setattr(pipeline_module, "_dali", build)
     monkeypatch.setattr(pipeline_module, "_cpu_crops", as_on_gpu)
+    JOINED[0] = 1
     VICTIMS.clear()
     return searched
 
@@ -205,25 +210,26 @@ def test_what_only_a_gpu_cannot_decode_is_named_or_repaired(
 ) -> None:
     asked = request(photo_manifest, np.arange(40))._replace(samples=np.arange(40))
     data, kept = [*asked.encoded], None
-    data[26] = data[26][: len(data[26]) // 2].copy() if damaged else data[26]
+    data[36] = data[36][: len(data[36]) // 2].copy() if damaged else data[36]  # of WebP no end is looked for
     bad = asked._replace(encoded=data)
-    VICTIMS[data[26].tobytes()] = 1
+    VICTIMS[data[36].tobytes()] = 1
     if cached:
         bad, kept = kept_at(photo_manifest, bad, [0, 7, 8, 30])
     options = {"batch_size": 40, "crop_size": 32, "views": 2, "device": CPU, "threads": 1, "kept": kept}
     reason = "damaged: cannot be decoded" if damaged else "cannot be decoded on the GPU"
     with pytest.raises(DecodeError) as caught:
         list(Pipeline([bad], **options))
-    assert caught.value.names == [asked.names[26]] and caught.value.positions == [26]
+    assert caught.value.names == [asked.names[36]] and caught.value.positions == [36]
     assert caught.value.reasons == [reason]
     told = []
 
     def repair(request: Request, faults: dict[int, str]) -> Request:
         told.append(faults)
-        return request._replace(encoded=[d if i != 26 else asked.encoded[13] for i, d in enumerate(request.encoded)])
+        other = np.append(asked.encoded[36], np.uint8(0))  # the same picture: its boxes must fit it
+        return request._replace(encoded=[d if i != 36 else other for i, d in enumerate(request.encoded)])
 
     (made,) = Pipeline([bad], repair=repair, **options)
-    assert made.shape[1] == 40 and told == [{26: reason}]
+    assert made.shape[1] == 40 and told == [{36: reason}]
     assert gpu == [1, 1]  # no other image was decoded to look for the damage
 
 
@@ -252,6 +258,112 @@ def test_where_the_gpu_is_to_blame_no_image_is(photo_manifest: Manifest, monkeyp
 
     with pytest.raises(RuntimeError, match="illegal memory access"):
         pipeline_module._faults(pytest.fail, feed, RuntimeError(MESSAGE.format(3)), Failed())
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("cached", [False, True])
+def test_several_requests_in_one_call_make_the_crops_of_each_alone(photo_manifest: Manifest, cached: bool) -> None:
+    """With a last call that is short, and sizes that differ; decoded images come from a cache or not."""
+    counts = [4, 7, 1, 7, 3, 6, 2]
+    starts = np.cumsum([0, *counts[:-1]])
+    asked = [
+        request(photo_manifest, np.arange(start, start + n), seed=n)._replace(samples=np.arange(start, start + n))
+        for start, n in zip(starts, counts, strict=True)
+    ]
+    options = {"batch_size": 7, "crop_size": 32, "views": 2, "device": CPU, "threads": 1}
+
+    def made(count: int) -> list[torch.Tensor]:
+        JOINED[0] = count
+        kept = None
+        if cached:
+            _, kept = kept_at(photo_manifest, request(photo_manifest, np.arange(30)), [0, 5, 6, 12, 29])
+        given = [
+            one._replace(encoded=[PIXEL if kept and i in kept else data for i, data in zip(one.samples, one.encoded)])
+            for one in asked
+        ]
+        return list(Pipeline(given, kept=kept, **options))
+
+    alone = made(1)
+    assert [each.shape[1] for each in alone] == counts
+    for count in (2, 3, 8):
+        together = made(count)
+        assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True)), count
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("bad", [0, 1, 3])
+def test_a_bad_image_among_several_requests_is_the_one_of_its_request(photo_manifest: Manifest, bad: int) -> None:
+    """Without a repair the requests before it come first, those of the same call too; with one they all come."""
+    asked = [request(photo_manifest, np.arange(10 * i, 10 * i + 10))._replace(step=i) for i in range(4)]
+    victim = asked[bad].encoded[6]
+    VICTIMS[victim.tobytes()] = 1
+    JOINED[0] = 3
+    options = {"batch_size": 10, "crop_size": 32, "views": 2, "device": CPU, "threads": 1}
+    pipe = Pipeline(asked, **options)
+    good = [next(pipe) for _ in range(bad)]
+    assert all(each.shape[1] == 10 for each in good)
+    with pytest.raises(DecodeError) as caught:
+        next(pipe)
+    assert caught.value.positions == [6] and caught.value.names == [asked[bad].names[6]]
+    told = []
+
+    def repair(request: Request, faults: dict[int, str]) -> Request:
+        told.append((request.step, list(faults)))
+        # The same picture in other bytes: the boxes must fit what takes its place.
+        data = [np.append(each, np.uint8(0)) if each is victim else each for each in request.encoded]
+        return request._replace(encoded=data)
+
+    mended = list(Pipeline(asked, repair=repair, **options))
+    assert told == [(bad, [6])] and [each.shape[1] for each in mended] == [10] * 4
+    assert all(torch.equal(a, b) for a, b in zip(good, mended, strict=False))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_an_error_of_the_requests_waits_for_those_of_its_call(photo_manifest: Manifest) -> None:
+    def requests() -> Iterator[Request]:
+        yield request(photo_manifest, np.arange(3))
+        yield request(photo_manifest, np.arange(4))
+        raise OSError("the disk is gone")
+
+    JOINED[0] = 4
+    made = pipeline(requests())
+    assert [next(made).shape[1], next(made).shape[1]] == [3, 4]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(made)
+
+
+def test_bytes_are_kept_until_the_gpu_has_passed_what_reads_them() -> None:
+    """DALI reads them where they are, and a GPU is behind the host. A feed that let go of them would lose them here."""
+    passed: list[bool] = []
+
+    class Event:
+        def __init__(self) -> None:
+            self.number = len(passed)
+            passed.append(False)
+
+        def query(self) -> bool:
+            return passed[self.number]
+
+    class Stream:
+        record_event = staticmethod(Event)
+
+    def inputs(_: object) -> tuple:
+        given.append(np.zeros(3))
+        return (given[-1],)
+
+    given: list[np.ndarray] = []
+    feed = pipeline_module._Feed(iter([None] * 4), inputs)
+    alive = []
+    for _ in range(3):
+        alive.append(weakref.ref(feed()[0]))
+        given.clear()
+        feed.pending.popleft()
+        feed.taken(Stream())
+    assert all(each() is not None for each in alive)
+    passed[0] = passed[1] = True
+    feed()
+    feed.taken(Stream())
+    assert [each() is None for each in alive] == [True, True, False]
 
 
 @pytest.mark.usefixtures("gpu")
@@ -317,7 +429,8 @@ def test_ranks_share_the_cores_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_decoding_engine_takes_more_where_threads_are_few() -> None:
     expected = {
         "NVIDIA A100-SXM4-80GB": [1.0, 0.9, 0.75, 0.75, 0.75],
-        "NVIDIA H100 80GB HBM3": [1.0, 1.0, 0.99, 0.65, 0.65],
+        "NVIDIA H100 80GB HBM3": [1.0, 1.0, 0.95, 0.95, 0.95],
+        "NVIDIA H200": [1.0, 1.0, 0.95, 0.95, 0.95],
         "NVIDIA GeForce RTX 4090": [1.0, 0.9, 0.8, 0.65, 0.65],
     }
     for gpu, loads in expected.items():

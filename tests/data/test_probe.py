@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmoco.data.probe import Slice, probe
+from fastmoco.data.probe import Slice, is_cut_jpeg, probe
 from fastmoco.options import DataScan
 from fastmoco.recipe import MOST_PIXELS, Recipe
 
@@ -140,6 +140,23 @@ def test_a_bmp_without_all_its_rows_is_truncated(tmp_path: Path) -> None:
         whole = encode("BMP", mode=mode)
         assert probe(str(write(tmp_path / "x", whole))) == (48, 64, "")
         assert probe(str(write(tmp_path / "x", whole[:-1]))) == (0, 0, "truncated")
+
+
+@pytest.mark.parametrize(
+    ("data", "cut"),
+    [
+        (JPEG, False),
+        (JPEG + b"trailing garbage", False),
+        (WITH_THUMBNAIL, False),
+        (JPEG[:-2], True),
+        (JPEG[: len(JPEG) // 2], True),
+        (WITH_THUMBNAIL[:-2], True),  # the thumbnail's own end is none of the image's
+        (encode("PNG")[:-9], False),  # not asked
+        (b"", False),
+    ],
+)
+def test_a_jpeg_without_its_end_is_noticed_in_memory(data: bytes, cut: bool) -> None:
+    assert is_cut_jpeg(np.frombuffer(data, np.uint8)) is cut
 
 
 def test_a_limit_of_pixels_that_pillow_would_not_read_is_refused() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmoco.kernels import batch_norm, batch_norm_kernels, reference
-from fastmoco.kernels.batch_norm import Measured, Norm, batch_norm_act, cost, measure, normalise
+from fastmoco.kernels.batch_norm import Norm, batch_norm_act, cost
 from fastmoco.kernels.tiles import TABLE
 
 FORMS = ("none", "plain", "dual")
@@ -363,25 +363,6 @@ def test_what_is_saved(dtype: torch.dtype, form: str, impl: str, device: torch.d
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("form", FORMS)
-def test_the_two_passes_apart_are_the_whole(form: str, impl: str, device: torch.device) -> None:
-    """Statistics and application as calls of their own: the same output and running statistics, in place too."""
-    case, apart = (make_case((4, 24, 6, 5), form, torch.bfloat16, device) for _ in range(2))
-    with torch.no_grad():
-        y = batch_norm_act(case.x, *case.main, 2, residual=case.residual, residual_norm=case.side, impl=impl)
-        main = measure(apart.x, apart.main, 2, impl=impl)
-        side = None if apart.side is None else measure(apart.residual, apart.side, 2, impl=impl)
-        options = {"residual": apart.residual, "residual_norm": side, "impl": impl}
-        assert torch.equal(normalise(apart.x, main, **options), y) and torch.equal(apart.x, case.x)
-        swapped = main._replace(moments=main.moments.flip(1))
-        assert not torch.equal(normalise(apart.x, swapped, **options), y)  # each group has its own
-        overwritten = normalise(apart.x, main, overwrite=True, **options)
-    assert torch.equal(overwritten, y) and (overwritten is apart.x) == (impl == "triton")
-    for ours, theirs in zip((apart.main, apart.side), (case.main, case.side)):
-        assert ours is None or all(torch.equal(*pair) for pair in zip(ours.running, theirs.running))
-
-
-@pytest.mark.parametrize("impl", IMPLS)
 def test_nan_stays_nan(impl: str, device: torch.device) -> None:
     x = make_case((2, 2, 2, 2), "none", torch.float32, device).x
     x[0, 0, 0, 0] = torch.nan
@@ -414,24 +395,6 @@ def test_refusals(change: dict[str, object], text: str) -> None:
         batch_norm_act(**arguments)
 
 
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ({"norm": Measured(torch.ones(3), torch.ones(3), torch.ones(2, 1, 4))}, "moments must be contiguous"),
-        ({"norm": Measured(torch.ones(3), torch.ones(3), torch.ones(2, 1, 3).bfloat16())}, "moments must be fp32"),
-        ({"norm": Measured(torch.ones(3), torch.ones(3), torch.ones(2, 3, 3))}, "do not divide into 3"),
-        ({"norm": Measured(torch.ones(3, requires_grad=True), torch.ones(3), torch.ones(2, 1, 3))}, "no backward"),
-        ({"residual": torch.ones(2, 3)}, "residual must be"),
-        ({"residual_norm": Measured(torch.ones(3), torch.ones(3), torch.ones(2, 1, 3))}, "needs a residual"),
-        ({"impl": "cuda"}, "impl must be"),
-    ],
-)
-def test_refusals_of_given_statistics(change: dict[str, object], text: str) -> None:
-    norm = Measured(torch.ones(3), torch.ones(3), torch.ones(2, 1, 3))
-    with pytest.raises(ValueError, match=text):
-        normalise(**{"x": torch.zeros(4, 3), "norm": norm} | change)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_operators_are_well_registered(form: str, device: torch.device) -> None:
     case = make_case((4, 6, 3, 3), form, torch.float32, device)
@@ -440,8 +403,6 @@ def test_operators_are_well_registered(form: str, device: torch.device) -> None:
     torch.library.opcheck(batch_norm.statistics, (case.x, None, None, 2, 0.1, EPS))
     moments = batch_norm.statistics(*statistics)
     side = (None, None, None) if case.side is None else (*case.side[:2], moments)
-    in_place = (case.x.clone(), *case.main[:2], moments, case.residual, *side, True)
-    torch.library.opcheck(batch_norm.apply_in_place, in_place)
     weight = case.main.weight.requires_grad_()
     torch.library.opcheck(batch_norm.apply, (case.x, weight, case.main.bias, moments, case.residual, *side, True, True))
 

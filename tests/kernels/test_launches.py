@@ -11,9 +11,8 @@ from triton.runtime import interpreter
 from triton.runtime.jit import KernelInterface
 
 from fastmoco.kernels import reference
-from fastmoco.kernels.batch_norm import Norm, batch_norm_act, measure, normalise
+from fastmoco.kernels.batch_norm import Norm, batch_norm_act
 from fastmoco.kernels.compile_gate import kernel_modules
-from fastmoco.kernels.conv1x1 import conv1x1
 from fastmoco.kernels.enqueue import enqueue
 from fastmoco.kernels.info_nce import info_nce
 from fastmoco.kernels.photometric import photometric
@@ -36,14 +35,6 @@ def launch_batch_norm(device: torch.device) -> None:
     x, side = (torch.randn(4, 5, device=device, requires_grad=True) for _ in range(2))
     norm = Norm(torch.ones(5, device=device), torch.zeros(5, device=device))
     batch_norm_act(x, *norm, 2, residual=side, residual_norm=norm, impl="triton").sum().backward()
-    with torch.no_grad():
-        normalise(x, measure(x, norm, 2, impl="triton"), overwrite=True, impl="triton")
-
-
-def launch_conv1x1(device: torch.device) -> None:
-    x = torch.randn(2, 3, 2, 2, device=device).contiguous(memory_format=torch.channels_last)
-    norm = Norm(torch.ones(3, device=device), torch.zeros(3, device=device))
-    conv1x1(x, torch.randn(3, 3, 1, 1, device=device), norm, 2, entry=measure(x, norm, 2), impl="triton")
 
 
 def launch_sgd_ema(device: torch.device) -> None:
@@ -61,7 +52,7 @@ def launch_photometric(device: torch.device) -> None:
     photometric(crops, parameters, (0.5,) * 3, (0.5,) * 3, impl="triton")
 
 
-LAUNCHERS = (launch_info_nce, launch_enqueue, launch_batch_norm, launch_conv1x1, launch_sgd_ema, launch_photometric)
+LAUNCHERS = (launch_info_nce, launch_enqueue, launch_batch_norm, launch_sgd_ema, launch_photometric)
 
 
 class Watch:

@@ -1,0 +1,209 @@
+"""Convolution of bf16 activations on a CPU, each of its three products by the fastest of three ways.
+
+A convolution makes three products: of the input and the weights (forward), of the gradient and the weights (the
+input's gradient), and of the gradient and the input (the weights' gradient). Three ways compute each:
+
+    direct     torch's own convolution, which is oneDNN's
+    product    one matrix product, of the weights and the windows of the input laid out as rows [N H W, k k C]
+    widened    the direct one in fp32, of bf16 tensors that are widened before it and rounded after it
+
+All accumulate in fp32 and round once to bf16, so that they differ as two orders of a sum differ. Which is fastest
+depends on the instructions of a processor (`Instructions`) and on the layer; `choose` is the rule, and bench/NOTES.md
+has the times that it was taken from. Direct is what everything that was not measured takes.
+
+The windows of a 3x3 layer are nine times its input. Each row of a window is k C consecutive numbers in channels-last
+memory, so they are copied in runs, and of channels-last weights the matrix is a view.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Layer", "choose", "conv2d", "instructions"]
+
+Way = Literal["direct", "product", "widened"]
+Pass = Literal["forward", "input", "weight"]
+Instructions = Literal["amx", "bf16 at full rate", "bf16 at half rate", "none"]
+
+
+class Layer(NamedTuple):
+    """Sizes of a convolution with square kernels, strides and paddings; `rows` is N x H x W of its output."""
+
+    inputs: int
+    outputs: int
+    kernel: int
+    stride: int
+    padding: int
+    rows: int
+
+
+@functools.cache
+def instructions() -> Instructions:
+    """What this processor multiplies bf16 numbers with.
+
+    "bf16 at half rate" is AVX-512's dot product of bf16 pairs on Intel's processors without AMX, or with AMX hidden by
+    a virtual machine: half as many multiplications a second as in fp32, where AMD's Zen 5 makes twice as many.
+    """
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    if found.get("amx_bf16"):
+        return "amx"
+    if not found.get("avx512_bf16"):
+        return "none"
+    return "bf16 at half rate" if "Intel" in str(found.get("cpu_name")) else "bf16 at full rate"
+
+
+def choose(layer: Layer, product: Pass, by: Instructions) -> Way:
+    """The fastest way to make one of the three products of a layer of bf16 tensors, on a processor with `by`."""
+    if by == "bf16 at full rate":
+        return _at_full_rate(layer, product)
+    if by == "bf16 at half rate":
+        return _at_half_rate(layer, product)
+    return "direct"
+
+
+def _at_full_rate(layer: Layer, product: Pass) -> Way:
+    if product == "input" and layer.stride > 1:
+        return "direct"
+    if layer.kernel == 1:
+        few = layer.rows <= 4 * max(layer.inputs, layer.outputs)
+        return "product" if few or product == "weight" and layer.rows <= 25088 else "direct"
+    few = layer.rows <= (8 if product == "weight" else 2) * layer.outputs
+    return "product" if few else "direct"
+
+
+def _at_half_rate(layer: Layer, product: Pass) -> Way:
+    # Multiplications for each number that is widened or rounded; strided, most of the input is only that.
+    area = layer.kernel**2 * layer.inputs * layer.outputs
+    worth = area >= 90 * (layer.stride**2 * layer.inputs + layer.outputs)
+    if product == "weight":
+        return "product" if layer.rows < 512 else "widened" if worth else "direct"
+    many = layer.rows >= min(1024, 2 * layer.outputs)  # for fewer, widening the weights takes too large a part
+    return "widened" if worth and many else "direct"
+
+
+def conv2d(
+    x: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 0, impl: Literal["auto", "reference"] = "auto"
+) -> Tensor:
+    """Convolution without bias of x [N, C, H, W] and weight [O, C, k, k], channels-last; differentiable in both.
+
+    impl="auto" is `choose`'s ways for bf16 on a CPU, where torch.compile does not trace it, and torch's own
+    convolution otherwise; "reference" is always that. Raises ValueError on another impl.
+    """
+    if impl not in ("auto", "reference"):
+        raise ValueError(f"impl must be auto or reference, not {impl!r}")
+    ours = impl == "auto" and x.device.type == "cpu" and x.dtype == weight.dtype == torch.bfloat16 and x.numel() > 0
+    if not ours or torch.compiler.is_compiling():
+        return F.conv2d(x, weight, stride=stride, padding=padding)
+    return _Convolution.apply(x, weight, _ways(x.shape, weight.shape, stride, padding, instructions()))
+
+
+class _Ways(NamedTuple):
+    layer: Layer
+    forward: Way
+    input: Way
+    weight: Way
+
+
+@functools.lru_cache(1024)
+def _ways(x: torch.Size, weight: torch.Size, stride: int, padding: int, by: Instructions) -> _Ways:
+    layer = layer_of(x, weight, stride, padding)
+    return _Ways(layer, *(choose(layer, each, by) for each in ("forward", "input", "weight")))
+
+
+def layer_of(x: torch.Size, weight: torch.Size, stride: int, padding: int) -> Layer:
+    """The `Layer` of an input [N, C, H, W] and weights [O, C, k, k]."""
+    samples, inputs, *sides = x
+    outputs, _, kernel, _ = weight
+    height, width = ((side + 2 * padding - kernel) // stride + 1 for side in sides)
+    return Layer(inputs, outputs, kernel, stride, padding, samples * height * width)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, ways: _Ways) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.ways = ways
+        return forward(x, weight, ways.layer, ways.forward)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (x, weight), (layer, _, by_input, by_weight) = ctx.saved_tensors, ctx.ways
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        wanted = ctx.needs_input_grad[:2]
+        if by_input == by_weight != "product":
+            return *_by_torch(grad, x, weight, layer, wanted, by_input), None
+        grad_x = input_gradient(grad, x, weight, layer, by_input) if wanted[0] else None
+        grad_weight = weight_gradient(grad, x, weight, layer, by_weight) if wanted[1] else None
+        return grad_x, grad_weight, None
+
+
+def forward(x: Tensor, weight: Tensor, layer: Layer, way: Way) -> Tensor:
+    """The convolution [N, O, H, W], channels-last, made in the way asked for."""
+    if way == "product":
+        product = _windows(x, layer.kernel, layer.stride, layer.padding) @ _rows(weight).T
+        return _as_images(product, x.shape[0], _side(x.shape[2], layer))
+    options = {"stride": layer.stride, "padding": layer.padding}
+    if way == "widened":
+        return F.conv2d(x.float(), weight.float(), **options).to(x.dtype)
+    return F.conv2d(x, weight, **options)
+
+
+def input_gradient(grad: Tensor, x: Tensor, weight: Tensor, layer: Layer, way: Way) -> Tensor:
+    """The gradient of x, made in the way asked for; "product" only at stride 1."""
+    if way != "product":
+        return _by_torch(grad, x, weight, layer, (True, False), way)[0]
+    # The convolution of the gradient and the weights mirrored, inputs and outputs exchanged.
+    mirrored = weight.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, layer.inputs)
+    product = _windows(grad, layer.kernel, 1, layer.kernel - 1 - layer.padding) @ mirrored
+    return _as_images(product, x.shape[0], x.shape[2])
+
+
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, layer: Layer, way: Way) -> Tensor:
+    """The gradient of the weights, channels-last, made in the way asked for."""
+    if way != "product":
+        return _by_torch(grad, x, weight, layer, (False, True), way)[1]
+    rows = grad.permute(0, 2, 3, 1).reshape(-1, layer.outputs)
+    product = rows.T @ _windows(x, layer.kernel, layer.stride, layer.padding)
+    return product.view(layer.outputs, layer.kernel, layer.kernel, layer.inputs).permute(0, 3, 1, 2)
+
+
+def _by_torch(grad: Tensor, x: Tensor, weight: Tensor, layer: Layer, wanted: tuple[bool, bool], way: Way) -> tuple:
+    inputs = (grad.float(), x.float(), weight.float()) if way == "widened" else (grad, x, weight)
+    sizes = ([side] * 2 for side in (layer.stride, layer.padding, 1))
+    grads = torch.ops.aten.convolution_backward(*inputs, None, *sizes, False, [0, 0], 1, [*wanted, False])[:2]
+    return tuple(each if each is None else each.to(x.dtype) for each in grads)
+
+
+def _windows(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    # [N H W of the output, kernel kernel C]
+    samples, channels, height, width = x.shape
+    images = x.permute(0, 2, 3, 1)
+    if kernel == 1:
+        return images[:, ::stride, ::stride].reshape(-1, channels)
+    padded = F.pad(images, (0, 0, padding, padding, padding, padding)) if padding else images.contiguous()
+    height, width = height + 2 * padding, width + 2 * padding
+    down, right = (height - kernel) // stride + 1, (width - kernel) // stride + 1
+    row = width * channels
+    windows = padded.as_strided(
+        (samples, down, right, kernel, kernel * channels),
+        (height * row, stride * row, stride * channels, row, 1),
+    )
+    return windows.reshape(samples * down * right, -1)
+
+
+def _rows(weight: Tensor) -> Tensor:
+    return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+
+
+def _as_images(product: Tensor, samples: int, height: int) -> Tensor:
+    return product.view(samples, height, -1, product.shape[1]).permute(0, 3, 1, 2)
+
+
+def _side(side: int, layer: Layer) -> int:
+    return (side + 2 * layer.padding - layer.kernel) // layer.stride + 1

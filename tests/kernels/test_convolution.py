@@ -1,0 +1,149 @@
+"""Convolutions on a CPU, by each of their ways, against float64."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastmoco.kernels import convolution
+from fastmoco.kernels.convolution import Instructions, Layer, choose, conv2d
+
+WAYS = ("direct", "product", "widened")
+KINDS: tuple[Instructions, ...] = ("amx", "bf16 at full rate", "bf16 at half rate", "none")
+# inputs, outputs, kernel, stride, height, width, samples
+SHAPES = [
+    (8, 16, 3, 1, 5, 7, 3),
+    (5, 3, 3, 2, 7, 6, 2),
+    (16, 8, 1, 1, 4, 3, 2),
+    (7, 9, 1, 2, 5, 5, 2),
+    (3, 8, 7, 2, 11, 9, 2),
+    (6, 4, 3, 1, 1, 1, 1),
+]
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, int, int]:
+    inputs, outputs, kernel, stride, height, width, samples = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    x = torch.randn(samples, inputs, height, width, generator=generator)
+    weight = torch.randn(outputs, inputs, kernel, kernel, generator=generator)
+    x, weight = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    return x, weight, stride, kernel // 2
+
+
+def results(x: Tensor, weight: Tensor, stride: int, padding: int, function=F.conv2d) -> dict[str, Tensor]:
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    y = function(x, weight, stride=stride, padding=padding)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).to(y.dtype)
+    grads = torch.autograd.grad(y, (x, weight), grad.contiguous(memory_format=torch.channels_last))
+    return {"y": y.detach(), "x": grads[0], "weight": grads[1]}
+
+
+def assert_within_budget(ours: dict[str, Tensor], shape: tuple[int, ...]) -> None:
+    """error(ours) <= error(torch in bf16) + one rounding to bf16."""
+    x, weight, stride, padding = make(shape)
+    truth, torchs = results(x.double(), weight.double(), stride, padding), results(x, weight, stride, padding)
+    for name, exact in truth.items():
+        error, budget = ((t[name].double() - exact).abs().max() for t in (ours, torchs))
+        epsilon = torch.finfo(torch.bfloat16).eps * exact.abs().max()
+        assert error <= budget + epsilon, f"{name}: {error:.3e} > {budget:.3e} + {epsilon:.3e}"
+
+
+@pytest.fixture
+def by(monkeypatch):
+    """by(forward, input, weight): every layer takes these ways from now on."""
+
+    def take(*ways: str) -> None:
+        chosen = dict(zip(("forward", "input", "weight"), ways, strict=True))
+        monkeypatch.setattr(convolution, "choose", lambda layer, product, by: chosen[product])
+        convolution._ways.cache_clear()
+
+    yield take
+    convolution._ways.cache_clear()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_error_budget(way: str, shape: tuple[int, ...], by) -> None:
+    by(way, way if shape[3] == 1 else "direct", way)
+    ours = results(*make(shape), function=conv2d)
+    assert_within_budget(ours, shape)
+    assert all(ours[name].is_contiguous(memory_format=torch.channels_last) for name in ("y", "x", "weight"))
+    assert {t.dtype for t in ours.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("input_way", "weight_way"), list(itertools.permutations(WAYS, 2)))
+def test_gradients_may_take_different_ways(input_way: str, weight_way: str, by) -> None:
+    by("direct", input_way, weight_way)
+    assert_within_budget(results(*make(SHAPES[0]), function=conv2d), SHAPES[0])
+
+
+def test_the_budget_rejects_a_wrong_product(by, monkeypatch) -> None:
+    by("product", "product", "product")
+    windows = convolution._windows
+    monkeypatch.setattr(convolution, "_windows", lambda *given: windows(*given).flip(1))
+    with pytest.raises(AssertionError, match=" > "):
+        assert_within_budget(results(*make(SHAPES[0]), function=conv2d), SHAPES[0])
+
+
+@pytest.mark.parametrize("needs", ["x", "weight"])
+def test_only_the_gradient_that_is_wanted(needs: str, by) -> None:
+    by("direct", "product", "product")
+    x, weight, stride, padding = make(SHAPES[0])
+    leaf = (x if needs == "x" else weight).requires_grad_()
+    conv2d(x, weight, stride=stride, padding=padding).float().sum().backward()
+    assert leaf.grad is not None and (weight if needs == "x" else x).grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_other_types_are_torchs_to_the_bit(dtype: torch.dtype) -> None:
+    x, weight, stride, padding = make(SHAPES[0], dtype)
+    expected = F.conv2d(x, weight, stride=stride, padding=padding)
+    assert torch.equal(conv2d(x, weight, stride=stride, padding=padding), expected)
+
+
+def test_the_reference_is_torchs(by) -> None:
+    by("product", "product", "product")
+    x, weight, stride, padding = make(SHAPES[0])
+    expected = F.conv2d(x, weight, stride=stride, padding=padding)
+    assert torch.equal(conv2d(x, weight, stride=stride, padding=padding, impl="reference"), expected)
+    with pytest.raises(ValueError, match="impl must be"):
+        conv2d(x, weight, impl="triton")
+
+
+def test_fake_tensors_have_the_shape(by) -> None:
+    by("product", "product", "product")
+    with FakeTensorMode():
+        x, weight = torch.empty(2, 8, 9, 9, dtype=torch.bfloat16), torch.empty(4, 8, 3, 3, dtype=torch.bfloat16)
+        y = conv2d(x.contiguous(memory_format=torch.channels_last), weight.requires_grad_(), stride=2, padding=1)
+        y.sum().backward()
+    assert y.shape == (2, 4, 5, 5) and weight.grad.shape == weight.shape
+
+
+@pytest.mark.parametrize("by", KINDS)
+def test_the_rule_names_a_way_that_there_is(by: Instructions) -> None:
+    """No product for the input's gradient of a strided layer; nothing but torch's where nothing was measured."""
+    for inputs, outputs, kernel, stride in itertools.product((3, 64, 512), (16, 512, 2048), (1, 3, 7), (1, 2)):
+        for rows in (1, 128, 512, 2048, 100352):
+            layer = Layer(inputs, outputs, kernel, stride, kernel // 2, rows)
+            ways = {product: choose(layer, product, by) for product in ("forward", "input", "weight")}
+            assert set(ways.values()) <= set(WAYS)
+            assert stride == 1 or ways["input"] != "product"
+            assert by not in ("amx", "none") or set(ways.values()) == {"direct"}
+
+
+@pytest.mark.parametrize(
+    ("found", "kind"),
+    [
+        ({}, "none"),
+        ({"avx512_bf16": False, "cpu_name": "Intel Xeon"}, "none"),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, "bf16 at half rate"),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, "bf16 at full rate"),
+        ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, "amx"),
+    ],
+)
+def test_processors(found: dict, kind: str, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    assert convolution.instructions.__wrapped__() == kind
