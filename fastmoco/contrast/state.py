@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from fastmoco.contrast.step import Step
+from fastmoco.contrast.dictionary import Dictionary
+from fastmoco.contrast.update import Update
 
 LOSS_SCALE = ("loss_scale", "loss_scale_good_steps")
 
 
-def tensors(step: Step) -> dict[str, Tensor]:
+class Stateful(Protocol):
+    """What a step holds that the next one depends on."""
+
+    encoder_q: nn.Module
+    update: Update
+    dictionary: Dictionary
+
+    @property
+    def encoder_k(self) -> nn.Module | None:
+        """The momentum encoder, or None if the dictionary needs none."""
+
+
+def tensors(step: Stateful) -> dict[str, Tensor]:
     """The live tensors of `step`: fp32 masters and batch-norm buffers of both encoders, velocity, dictionary."""
     update = step.update
     sides = {"encoder_q": (step.encoder_q, update.q), "encoder_k": (step.encoder_k, update.k)}
@@ -33,7 +45,7 @@ def tensors(step: Step) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load(step: Step, state: dict[str, Tensor]) -> None:
+def load(step: Stateful, state: dict[str, Tensor]) -> None:
     """Copy `state` into the tensors of `step`; ValueError where names or shapes do not fit its recipe.
 
     A loss scale is taken where both sides have one, so that a run may go on in another precision.
@@ -52,7 +64,7 @@ def load(step: Step, state: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def restored(step: Step) -> Iterator[None]:
+def restored(step: Stateful) -> Iterator[None]:
     """Put the state of `step` back, in place, when the block ends."""
     before = {name: value.clone() for name, value in tensors(step).items()}
     try:
