@@ -26,9 +26,9 @@ from torch import Tensor
 
 from fastmoco.kernels import batch_norm_kernels as kernels
 from fastmoco.kernels import reference
+from fastmoco.kernels.dispatch import NAMES, Impl, machine, takes_kernel
 from fastmoco.kernels.tiles import Tiles, Variant, tiles
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FINISH_CHANNELS = 4  # one 16-byte load of fp32 a row: few partials are left for a program, which is all latency
 PROGRAMS_PER_MULTIPROCESSOR = 4  # of the reductions: all resident at once, so that none is a tail
 MAX_SPLITS = 512  # a program of the second stage holds this many partials of a channel in registers, of one group
@@ -56,7 +56,7 @@ def batch_norm_act(
     momentum: float = 0.1,
     eps: float = 1e-5,
     training: bool = True,
-    impl: Literal["auto", "triton", "reference"] = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:
     """ReLU(BN(x) + residual), or ReLU(BN(x) + BN'(residual)) with `residual_norm`, in the layout and dtype of x.
 
@@ -72,7 +72,7 @@ def batch_norm_act(
         _check_residual(x, residual)
     if residual_norm is not None:
         _check(residual, *residual_norm, groups, training)
-    if not by_kernel(x, impl):
+    if not takes_kernel(impl, x.device, x.dtype):
         return reference.batch_norm_act(
             x,
             weight,
@@ -123,29 +123,9 @@ def cost(
     return element_size * elements * passes + 4 * channels * small, elements * (10 * norms + 2)
 
 
-def by_kernel(x: Tensor, impl: str) -> bool:
-    """Whether `impl` means the Triton kernel for x, not the twin; ValueError where it can mean neither."""
-    if impl == "reference" or (impl == "auto" and not x.is_cuda):
-        return False
-    if impl not in ("auto", "triton"):
-        raise ValueError(f"impl must be auto, triton or reference, not {impl!r}")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"the Triton kernel takes fp32, bf16 or fp16, not {x.dtype}")
-    return True
-
-
-@functools.cache
-def machine(device: torch.device) -> tuple[tuple[int, int] | None, int]:
-    """Compute capability and multiprocessors of a GPU; of a CPU None, and 4, so that there is something to split."""
-    if device.type != "cuda":
-        return None, 4
-    found = torch.cuda.get_device_properties(device)
-    return (found.major, found.minor), found.multi_processor_count
-
-
 def check_vector(name: str, vector: Tensor, x: Tensor, channels: int) -> None:
     """ValueError unless `vector` is contiguous [channels], fp32 beside an x that the kernels take, and where x is."""
-    dtypes = (torch.float32,) if x.dtype in DTYPES else (torch.float32, torch.float64)
+    dtypes = (torch.float32,) if x.dtype in NAMES else (torch.float32, torch.float64)
     if vector.shape != (channels,) or not vector.is_contiguous():
         raise ValueError(f"{name} must be contiguous [{channels}], not {list(vector.shape)}")
     if vector.dtype not in dtypes or vector.device != x.device:

@@ -4,11 +4,11 @@ Every block must read the pointer before any block moves it. The pointer itself 
 to its high bits, which returns the position (low bits) and how many blocks have read it (high bits); the last of them
 stores the new position. So there is no second launch, no scratch memory, and nothing to reset between replays of a
 CUDA graph. Which block comes last is open, what it stores is not.
+
+Bytes: each key that stays is read once and written once.
 """
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 import triton
@@ -16,16 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmoco.kernels import reference
+from fastmoco.kernels.dispatch import NAMES, Impl, cast, check_dtype, launch_options, machine, takes_kernel, variant
 from fastmoco.kernels.tiles import Variant, tiles
 
 __all__ = ["cost", "enqueue", "variants"]
 
-_TYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
 
 @triton.jit(do_not_specialize=["size", "rows", "skipped"])
 def _enqueue_kernel(
-    queue, pointer, keys, size, rows, skipped, dim: tl.constexpr, padded: tl.constexpr, block: tl.constexpr
+    queue, pointer, keys, size, rows, skipped, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr
 ):
     one_reader: tl.constexpr = 1 << 40
     ticket = tl.atomic_add(pointer, one_reader)
@@ -33,45 +32,39 @@ def _enqueue_kernel(
     if ticket // one_reader == tl.num_programs(0) - 1:
         tl.store(pointer, (position + rows) % size)
 
-    row = skipped + tl.program_id(0) * block + tl.arange(0, block)
-    column = tl.arange(0, padded)
-    mask = (row < rows)[:, None] & (column < dim)[None, :]
+    row = skipped + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, PADDED)
+    mask = (row < rows)[:, None] & (column < DIM)[None, :]
     target = (position + row) % size
-    values = tl.load(keys + row.to(tl.int64)[:, None] * dim + column[None, :], mask=mask, other=0.0)
-    tl.store(queue + target[:, None] * dim + column[None, :], values.to(queue.dtype.element_ty), mask=mask)
+    values = tl.load(keys + row.to(tl.int64)[:, None] * DIM + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(queue + target[:, None] * DIM + column[None, :], cast(values, queue.dtype.element_ty), mask=mask)
 
 
-@torch.library.custom_op("fastmoco::enqueue", mutates_args=("queue", "pointer"))
-def _enqueue(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
+def _launch(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
     (size, dim), rows = queue.shape, keys.shape[0]
-    capability = torch.cuda.get_device_capability(queue.device) if queue.is_cuda else None
-    tile = tiles("enqueue", capability)
+    row = tiles("enqueue", machine(queue.device).capability)
     skipped = max(0, rows - size)
     with torch.cuda.device_of(queue):
-        _enqueue_kernel[(triton.cdiv(rows - skipped, tile.block[0]),)](
-            queue,
-            pointer,
-            keys,
-            size,
-            rows,
-            skipped,
-            dim,
-            triton.next_power_of_2(dim),
-            tile.block[0],
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+        _enqueue_kernel[(triton.cdiv(rows - skipped, row.block[0]),)](
+            queue, pointer, keys, size, rows, skipped, **_constants(dim, row.block[0]), **launch_options(row)
         )
 
 
-@_enqueue.register_fake
-def _enqueue_fake(queue, pointer, keys) -> None:
+def _constants(dim: int, block: int) -> dict[str, int]:
+    return {"DIM": dim, "PADDED": triton.next_power_of_2(dim), "BLOCK": block}
+
+
+_operator = torch.library.custom_op("fastmoco::enqueue", _launch, mutates_args=("queue", "pointer"))
+
+
+@_operator.register_fake
+def _(queue, pointer, keys) -> None:
     return None
 
 
 def _check(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
     for name, tensor in (("queue", queue), ("keys", keys)):
-        if tensor.dtype not in _TYPE_NAMES:
-            raise ValueError(f"enqueue: {name} must be fp32, fp16 or bf16, not {tensor.dtype}")
+        check_dtype(f"enqueue: {name}", tensor.dtype)
         if tensor.dim() != 2 or not tensor.numel():
             raise ValueError(f"enqueue: {name} must be [rows, D], not empty, not {tuple(tensor.shape)}")
     if keys.shape[1] != queue.shape[1]:
@@ -84,21 +77,19 @@ def _check(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
         raise ValueError(f"enqueue: queue on {queue.device}, pointer on {pointer.device}, keys on {keys.device}")
 
 
-def enqueue(
-    queue: Tensor, pointer: Tensor, keys: Tensor, *, impl: Literal["auto", "triton", "reference"] = "auto"
-) -> None:
+def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor, *, impl: Impl = "auto") -> None:
     """Write keys [B, D] into the ring queue [K, D] from row `pointer` (int64 [1], 0 <= pointer < K) on, in place.
 
     Rows wrap at the end; of more than K keys the last K stay, where they would have come to lie one by one. Keys are
-    cast to the queue's dtype (fp32, fp16 or bf16). The pointer becomes (pointer + B) % K and is never read back to
-    the host. Raises ValueError for a wrong dtype, shape, stride or device.
+    cast to the queue's dtype: fp32, fp16 or bf16 (the twin also takes fp64). The pointer becomes (pointer + B) % K and
+    is never read back to the host. Raises ValueError for a wrong dtype, shape, stride or device.
     """
     _check(queue, pointer, keys)
     keys = keys.detach()
-    if impl == "reference" or (impl == "auto" and not queue.is_cuda):
-        reference.enqueue(queue, pointer, keys)
+    if takes_kernel(impl, queue.device, queue.dtype, keys.dtype):
+        _operator(queue, pointer, keys.contiguous())
     else:
-        _enqueue(queue, pointer, keys.contiguous())
+        reference.enqueue(queue, pointer, keys)
 
 
 def cost(size: int, dim: int, rows: int, queue_dtype: torch.dtype, keys_dtype: torch.dtype) -> tuple[int, int]:
@@ -108,13 +99,17 @@ def cost(size: int, dim: int, rows: int, queue_dtype: torch.dtype, keys_dtype: t
 
 def variants(arch: int) -> list[Variant]:
     """What the compile gate compiles: the usual D = 128, in each dtype of the queue, from keys in fp32 and in that."""
-    tile = tiles("enqueue", arch)
-    constants = {"dim": 128, "padded": 128, "block": tile.block[0]}
-    integers = dict.fromkeys(("size", "rows", "skipped"), "i32")
-    found = []
-    for name, keys in dict.fromkeys((name, keys) for name in _TYPE_NAMES.values() for keys in (name, "fp32")):
-        pointers = {"queue": f"*{name}", "pointer": "*i64", "keys": f"*{keys}"}
-        signature = pointers | integers | dict.fromkeys(constants, "constexpr")
-        label = f"enqueue {name} keys={keys}"
-        found.append(Variant(label, _enqueue_kernel, signature, constants, tile.num_warps, 1, streaming=True))
-    return found
+    row = tiles("enqueue", arch)
+    types = {"pointer": "*i64"} | dict.fromkeys(("size", "rows", "skipped"), "i32")
+    pairs = dict.fromkeys((name, keys) for name in NAMES.values() for keys in (name, "fp32"))
+    return [
+        variant(
+            f"enqueue {name} keys={keys}",
+            _enqueue_kernel,
+            row,
+            types | {"queue": f"*{name}", "keys": f"*{keys}"},
+            _constants(128, row.block[0]),
+            streaming=True,
+        )
+        for name, keys in pairs
+    ]

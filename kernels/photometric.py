@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,12 +32,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmoco.kernels import reference
+from fastmoco.kernels.dispatch import NAMES, Impl, cast, check_dtype, launch_options, machine, takes_kernel, variant
 from fastmoco.kernels.tiles import Tiles, Variant, tiles
 
 __all__ = ["cost", "photometric", "variants"]
 
 FLOPS_PER_PIXEL, BLUR_FLOPS_PER_PIXEL = 94, 156  # four jitters and normalisation; two passes of 13 taps on 3 channels
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 COLUMNS = tl.constexpr(8)
 FLIP, GRAY, ORDER = (tl.constexpr(column) for column in (reference.FLIP, reference.GRAY, reference.ORDER))
 FACTORS, SIGMA = tl.constexpr(reference.BRIGHTNESS), tl.constexpr(reference.SIGMA)
@@ -45,7 +45,6 @@ GRAY_BEFORE_JITTER = tl.constexpr(reference.GRAY_BEFORE_JITTER)
 GRAY_AFTER_JITTER = tl.constexpr(reference.GRAY_AFTER_JITTER)
 MIN_SIGMA = tl.constexpr(reference.MIN_SIGMA)
 CONTRAST_CODE = tl.constexpr(1)
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -114,14 +113,6 @@ def _jittered_pixels(crop, offset, mask, drawn, sums, blocks: tl.constexpr, lane
 
 
 @triton.jit
-def _cast(x, dtype: tl.constexpr):
-    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter truncates
-        bits = x.to(tl.uint32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-    return x.to(dtype)
-
-
-@triton.jit
 def _flipped(drawn, pixel, size: tl.constexpr):
     return tl.where(tl.load(drawn + FLIP) > 0, pixel + (size - 1 - 2 * (pixel % size)), pixel)
 
@@ -133,6 +124,22 @@ def _destination(rows, view):
     else:
         row = tl.load(rows + view)
     return row
+
+
+@triton.jit
+def _band(offset, radius, sigma, operand: tl.constexpr):
+    ratio = offset.to(tl.float32) / sigma
+    return tl.where(tl.abs(offset) <= radius, tl.exp2(-0.7213475204444817 * ratio * ratio), 0.0).to(operand)
+
+
+@triton.jit
+def _reflected(index, size: tl.constexpr):
+    return tl.maximum(size - 1 - tl.abs(size - 1 - tl.abs(index)), 0)  # 0 only where no valid pixel looks
+
+
+@triton.jit
+def _pick(channel, first, second, third):
+    return tl.where(channel == 0, first, tl.where(channel == 1, second, third))
 
 
 @triton.jit
@@ -190,25 +197,9 @@ def _color_kernel(
         tl.store(plane + pixels, g.to(scratch.dtype.element_ty), mask=mask)
         tl.store(plane + 2 * pixels, b.to(scratch.dtype.element_ty), mask=mask)
     else:
-        tl.store(place, _cast(r * scale_r + shift_r, views.dtype.element_ty), mask=mask)
-        tl.store(place + 1, _cast(g * scale_g + shift_g, views.dtype.element_ty), mask=mask)
-        tl.store(place + 2, _cast(b * scale_b + shift_b, views.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _band(offset, radius, sigma, operand: tl.constexpr):
-    ratio = offset.to(tl.float32) / sigma
-    return tl.where(tl.abs(offset) <= radius, tl.exp2(-0.7213475204444817 * ratio * ratio), 0.0).to(operand)
-
-
-@triton.jit
-def _reflected(index, size: tl.constexpr):
-    return tl.maximum(size - 1 - tl.abs(size - 1 - tl.abs(index)), 0)  # 0 only where no valid pixel looks
-
-
-@triton.jit
-def _pick(channel, first, second, third):
-    return tl.where(channel == 0, first, tl.where(channel == 1, second, third))
+        tl.store(place, cast(r * scale_r + shift_r, views.dtype.element_ty), mask=mask)
+        tl.store(place + 1, cast(g * scale_g + shift_g, views.dtype.element_ty), mask=mask)
+        tl.store(place + 2, cast(b * scale_b + shift_b, views.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -253,81 +244,7 @@ def _blur_kernel(
         x = x * _pick(channel, scale_r, scale_g, scale_b) + _pick(channel, shift_r, shift_g, shift_b)
         place = views + _destination(rows, view) * (size * size * channels) + channel + (top + at) * (size * channels)
         mask = ((at < step) & (top + at < size))[:, None] & ((at < step) & (left + at < size))[None, :]
-        tl.store(place[:, None] + ((left + at) * channels)[None, :], _cast(x, views.dtype.element_ty), mask=mask)
-
-
-def photometric(
-    crops: Tensor,
-    parameters: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    *,
-    dtype: torch.dtype = torch.float32,
-    channels: int = 3,
-    rows: Tensor | None = None,
-    max_sigma: float = reference.MAX_SIGMA,
-    impl: Literal["auto", "triton", "reference"] = "auto",
-) -> Tensor:
-    """Augmented, normalised views [N, channels, S, S], channels-last, of uint8 crops [N, S, S, 3].
-
-    Row i of `parameters` (float32 [N, 8], columns named in `kernels.reference`) says what happens to crop i: grey
-    before the jitters, the jitters in the drawn order with torchvision's semantics (brightness x f; contrast about the
-    mean grey of the crop at that moment; saturation about grey 0.299 R + 0.587 G + 0.114 B; HSV hue shift in turns;
-    each clamped to [0, 1]), grey after them, a Gaussian blur of deviation SIGMA pixels (none at 0) over a radius of
-    ceil(3 SIGMA) pixels (at most S - 1) with reflected borders, horizontal flip, (x - mean) / std, cast. A SIGMA above
-    `max_sigma` (at most 4) is taken for it: the largest that is drawn, given here, spares the kernel work.
-    View i goes to row rows[i] (int64 [N], a permutation; on a GPU that is not checked), or i. With 4 channels the last
-    is zero. impl="auto" is Triton on a GPU, the reference on a CPU; float64 is served by the reference alone.
-    Raises ValueError for what does not fit.
-    """
-    _check(crops, parameters, mean, std, dtype, channels, rows, max_sigma)
-    if impl not in ("auto", "triton", "reference"):
-        raise ValueError(f"impl must be auto, triton or reference, not {impl!r}")
-    compiled = impl == "triton" or impl == "auto" and crops.is_cuda
-    if compiled and dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype} needs impl='reference'")
-    if compiled and not (crops.is_cuda or INTERPRETED.value):
-        raise ValueError(f"impl='triton' needs crops on a GPU, not on {crops.device}")
-    mean, std = [float(value) for value in mean], [float(value) for value in std]
-    return _photometric(crops, parameters, mean, std, dtype, channels, rows, float(max_sigma), compiled)
-
-
-@torch.library.custom_op("fastmoco::photometric", mutates_args=())
-def _photometric(
-    crops: Tensor,
-    parameters: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-    channels: int,
-    rows: Tensor | None,
-    max_sigma: float,
-    compiled: bool,
-) -> Tensor:
-    if not compiled:
-        options = {"dtype": dtype, "channels": channels, "rows": rows, "max_sigma": max_sigma}
-        return reference.photometric(crops, parameters, mean, std, **options)
-    n, size = crops.shape[:2]
-    views = _empty_views(crops, dtype, channels)
-    capability = torch.cuda.get_device_capability(crops.device) if crops.is_cuda else None
-    gray, color, blur = _plans(size, channels, dtype, max_sigma, capability)
-    sums = crops.new_empty((n, gray.constants["blocks"]), dtype=torch.float32)
-    scratch = crops.new_empty((n, 3, size, size), dtype=_scratch_dtype(dtype))
-    affine = [1 / value for value in std] + [-center / value for center, value in zip(mean, std)]
-    with torch.cuda.device_of(crops):
-        gray.launch(n, crops, parameters, sums)
-        color.launch(n, crops, parameters, sums, rows, views, scratch, *affine)
-        blur.launch(n, parameters, rows, views, scratch, *affine)
-    return views
-
-
-@_photometric.register_fake
-def _(crops, parameters, mean, std, dtype, channels, rows, max_sigma, compiled):
-    return _empty_views(crops, dtype, channels)
-
-
-def _empty_views(crops: Tensor, dtype: torch.dtype, channels: int) -> Tensor:
-    return crops.new_empty((*crops.shape[:3], channels), dtype=dtype).permute(0, 3, 1, 2)
+        tl.store(place[:, None] + ((left + at) * channels)[None, :], cast(x, views.dtype.element_ty), mask=mask)
 
 
 class _Plan(NamedTuple):
@@ -337,13 +254,7 @@ class _Plan(NamedTuple):
     constants: dict[str, Any]
 
     def launch(self, views: int, *arguments: Any) -> None:
-        self.kernel[(views * self.programs,)](
-            *arguments, **self.constants, num_warps=self.tile.num_warps, num_stages=self.tile.num_stages
-        )
-
-
-def _scratch_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype is torch.float32 else torch.float16
+        self.kernel[(views * self.programs,)](*arguments, **self.constants, **launch_options(self.tile))
 
 
 def _plans(
@@ -367,6 +278,47 @@ def _plans(
     ]
 
 
+def _scratch_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype is torch.float32 else torch.float16
+
+
+def _empty_views(crops: Tensor, dtype: torch.dtype, channels: int) -> Tensor:
+    return crops.new_empty((*crops.shape[:3], channels), dtype=dtype).permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("fastmoco::photometric", mutates_args=())
+def _photometric(
+    crops: Tensor,
+    parameters: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    channels: int,
+    rows: Tensor | None,
+    max_sigma: float,
+    compiled: bool,
+) -> Tensor:
+    if not compiled:
+        options = {"dtype": dtype, "channels": channels, "rows": rows, "max_sigma": max_sigma}
+        return reference.photometric(crops, parameters, mean, std, **options)
+    n, size = crops.shape[:2]
+    views = _empty_views(crops, dtype, channels)
+    gray, color, blur = _plans(size, channels, dtype, max_sigma, machine(crops.device).capability)
+    sums = crops.new_empty((n, gray.constants["blocks"]), dtype=torch.float32)
+    scratch = crops.new_empty((n, 3, size, size), dtype=_scratch_dtype(dtype))
+    affine = [1 / value for value in std] + [-center / value for center, value in zip(mean, std)]
+    with torch.cuda.device_of(crops):
+        gray.launch(n, crops, parameters, sums)
+        color.launch(n, crops, parameters, sums, rows, views, scratch, *affine)
+        blur.launch(n, parameters, rows, views, scratch, *affine)
+    return views
+
+
+@_photometric.register_fake
+def _(crops, parameters, mean, std, dtype, channels, rows, max_sigma, compiled):
+    return _empty_views(crops, dtype, channels)
+
+
 def _check(crops, parameters, mean, std, dtype, channels, rows, max_sigma):
     n = crops.shape[0] if crops.dim() else 0
     if crops.dtype != torch.uint8 or crops.dim() != 4 or crops.shape[3] != 3 or crops.shape[1] != crops.shape[2]:
@@ -386,12 +338,41 @@ def _check(crops, parameters, mean, std, dtype, channels, rows, max_sigma):
         raise ValueError(f"max_sigma must be from 0 to {reference.MAX_SIGMA:g}, not {max_sigma}")
     if channels not in (3, 4):
         raise ValueError(f"channels must be 3 or 4, not {channels}")
-    if dtype not in DTYPES and dtype is not torch.float64:
-        raise ValueError(f"dtype must be a floating-point type of 16, 32 or 64 bits, not {dtype}")
+    check_dtype("dtype", dtype)
 
 
 def _kind(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} of strides {tensor.stride()}"
+
+
+def photometric(
+    crops: Tensor,
+    parameters: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    dtype: torch.dtype = torch.float32,
+    channels: int = 3,
+    rows: Tensor | None = None,
+    max_sigma: float = reference.MAX_SIGMA,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Augmented, normalised views [N, channels, S, S], channels-last, of uint8 crops [N, S, S, 3].
+
+    Row i of `parameters` (float32 [N, 8], columns named in `kernels.reference`) says what happens to crop i: grey
+    before the jitters, the jitters in the drawn order with torchvision's semantics (brightness x f; contrast about the
+    mean grey of the crop at that moment; saturation about grey 0.299 R + 0.587 G + 0.114 B; HSV hue shift in turns;
+    each clamped to [0, 1]), grey after them, a Gaussian blur of deviation SIGMA pixels (none at 0) over a radius of
+    ceil(3 SIGMA) pixels (at most S - 1) with reflected borders, horizontal flip, (x - mean) / std, cast. A SIGMA above
+    `max_sigma` (at most 4) is taken for it: the largest that is drawn, given here, spares the kernel work.
+    View i goes to row rows[i] (int64 [N], a permutation; on a GPU that is not checked), or i. With 4 channels the last
+    is zero. impl="auto" is Triton on a GPU, the reference on a CPU; float64 is served by the reference alone.
+    Raises ValueError for what does not fit.
+    """
+    _check(crops, parameters, mean, std, dtype, channels, rows, max_sigma)
+    compiled = takes_kernel(impl, crops.device, dtype)
+    mean, std = [float(value) for value in mean], [float(value) for value in std]
+    return _photometric(crops, parameters, mean, std, dtype, channels, rows, float(max_sigma), compiled)
 
 
 def cost(
@@ -419,12 +400,10 @@ def variants(arch: int) -> list[Variant]:
 
 
 def _variant(plan: _Plan, dtype: torch.dtype, channels: int, permuted: bool) -> Variant:
-    known = {"crops": "*u8", "parameters": "*fp32", "sums": "*fp32", "rows": "*i64", "views": f"*{DTYPES[dtype]}"}
-    known |= {"scratch": f"*{DTYPES[_scratch_dtype(dtype)]}"}
     arguments = plan.kernel.arg_names
+    types = dict.fromkeys(arguments, "fp32") | {"crops": "*u8", "parameters": "*fp32", "sums": "*fp32", "rows": "*i64"}
+    types |= {"views": f"*{NAMES[dtype]}", "scratch": f"*{NAMES[_scratch_dtype(dtype)]}"}
     constants = plan.constants | ({"rows": None} if "rows" in arguments and not permuted else {})
-    known |= dict.fromkeys(constants, "constexpr")
-    signature = {argument: known.get(argument, "fp32") for argument in arguments}
     phase = plan.kernel.__name__.removeprefix("_").removesuffix("_kernel")
-    label = f"photometric.{phase} {DTYPES[dtype]} C={channels}{' permuted' * permuted}"
-    return Variant(label, plan.kernel, signature, constants, plan.tile.num_warps, plan.tile.num_stages, streaming=True)
+    label = f"photometric.{phase} {NAMES[dtype]} C={channels}{' permuted' * permuted}"
+    return variant(label, plan.kernel, plan.tile, types, constants, streaming=True)

@@ -62,7 +62,7 @@ TABLE: dict[str, dict[int, Tiles]] = {
     },
     "info_nce.128": {
         80: Tiles((64, 64, 2, 128), 4, 3, "232 registers x 128 threads: two blocks a processor; 57 KB also fits sm_86"),
-        90: Tiles((128, 64, 1, 128), 8, 3, "128 rows halve the reads from L2; 128 keys a step need 255 registers"),
+        90: Tiles((64, 64, 2, 128), 4, 3, "two blocks without a common barrier: exponentials beside wgmma"),
         100: Tiles((128, 32, 1, 128), 8, 3, "with 64 keys triton 3.6's ptxas spills 8 bytes to stay at 128 registers"),
     },
     "info_nce.256": {

@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import fastmoco.contrast.dictionary as dictionary_module
 import fastmoco.parallel as parallel_module
 from fastmoco.bench.traffic import WAYS, traffic
 from fastmoco.contrast.build import BUFFERS
@@ -67,15 +66,7 @@ def known() -> dict:
     return {}
 
 
-def in_float64() -> None:
-    """These kernels refuse float64; their twins take it. Only for forked ranks: nothing is put back."""
-    dictionary_module.info_nce = reference.info_nce
-    dictionary_module.enqueue = reference.enqueue
-
-
 def train(parallel: Parallel, recipe: Recipe, folder: Path, steps: int = STEPS, precision: str = "fp64") -> dict:
-    if precision == "fp64":
-        in_float64()
     images = scan(folder, cache=False)
     plan = Plan(recipe, images.sizes, parallel.world, parallel.rank)
     step, losses, batches = Step(recipe, parallel, precision), [], []
@@ -277,8 +268,6 @@ class Wire:
 def train_published(parallel: Parallel, folder: Path, steps: int, dtype: torch.dtype, buffers: bool) -> dict:
     """Losses, keys and statistics of the published way and of ours, fed alike, and the bytes of both."""
     precision = "fp64" if dtype == torch.float64 else "fp32"
-    if precision == "fp64":
-        in_float64()
     images, wires = scan(folder, cache=False), (Wire(), Wire())
     plan, whole_plan = (Plan(RECIPE, images.sizes, world, rank) for world, rank in ((4, parallel.rank), (1, 0)))
     ours = Step(RECIPE, parallel, precision)

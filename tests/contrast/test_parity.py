@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fastmoco.contrast.dictionary as dictionary_module
 from fastmoco.contrast.step import Step
 from fastmoco.data.plan import Plan
 from fastmoco.kernels import reference
@@ -166,17 +165,6 @@ def start_of(ours: Step) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in ours.state().items()}
 
 
-def know_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These kernels refuse float64; their twins take it."""
-    monkeypatch.setattr(dictionary_module, "info_nce", reference.info_nce)
-    monkeypatch.setattr(dictionary_module, "enqueue", reference.enqueue)
-
-
-@pytest.fixture
-def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    know_float64(monkeypatch)
-
-
 def same(ours: Tensor, theirs: Tensor, what: str) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9, msg=lambda text: f"{what}: {text}")
 
@@ -198,7 +186,6 @@ def same_state(ours: Step, theirs: Published) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.usefixtures("in_float64")
 def test_ten_steps_of_the_published_algorithm(method: str, make_batch: Callable, make_crops: Callable) -> None:
     """Loss, gradients, parameters, velocity, running statistics, queue and pointer, after every step.
 
@@ -218,7 +205,6 @@ def test_ten_steps_of_the_published_algorithm(method: str, make_batch: Callable,
         same(ours.update.k[name], value.detach(), f"key {name}")
 
 
-@pytest.mark.usefixtures("in_float64")
 def test_without_the_shuffle_it_is_another_algorithm(make_batch: Callable, make_crops: Callable) -> None:
     recipe = Recipe(**TINY, **METHODS["v2"])
     plain_recipe = Recipe(**TINY, **METHODS["v2"], shuffle_bn=False)
@@ -249,9 +235,7 @@ def test_fp32_strays_no_further_than_plain_fp32(
         theirs = Published(recipe, start, torch.float32)
         plain, plain_keys = theirs.forward(*inputs(recipe, crops, step, torch.float32))
         theirs.enqueue(plain_keys)
-        with monkeypatch.context() as patch:
-            know_float64(patch)
-            exact = truth.step(make_batch(recipe, step), LR).loss
+        exact = truth.step(make_batch(recipe, step), LR).loss
         keys = truth.dictionary.queue.keys
         errors += torch.stack([(mine - exact).abs(), (ours.dictionary.queue.keys - keys).abs().max()])
         budget += torch.stack([(plain.detach() - exact).abs(), (theirs.queue.T - keys).abs().max()])

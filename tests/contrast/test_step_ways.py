@@ -6,10 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-import fastmoco.contrast.dictionary as dictionary_module
 from fastmoco.contrast.step import Step
 from fastmoco.encoder import BatchNormAct
-from fastmoco.kernels import reference
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 
@@ -28,10 +26,8 @@ RECIPE = Recipe(
 
 @pytest.fixture(autouse=True)
 def twins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They do not refuse float64, where what is left of a rounding is far below any other difference."""
+    """In float64 what is left of a rounding is far below any other difference."""
     monkeypatch.setattr(BatchNormAct, "impl", "reference")
-    monkeypatch.setattr(dictionary_module, "info_nce", reference.info_nce)
-    monkeypatch.setattr(dictionary_module, "enqueue", reference.enqueue)
 
 
 def assert_train_alike(plain: Step, other: Step, make_batch: Callable) -> None:

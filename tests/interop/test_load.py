@@ -67,10 +67,9 @@ def test_without_our_flag_the_owed_update_is_applied(make_run, make_recipe, tmp_
     assert found.recipe.queue_size == 20 and found.recipe.head == "mlp" and found.recipe.dim == 16
 
 
-def test_a_published_checkpoint_goes_on_as_the_published_code(monkeypatch, make_recipe, tmp_path):
+def test_a_published_checkpoint_goes_on_as_the_published_code(make_recipe, tmp_path):
     """Three steps of the published code, its checkpoint, then three steps here and there, in float64."""
     code = published_code()
-    code.know_float64(monkeypatch)
     recipe = make_recipe("mlp", batch_size=16, queue_size=40)
     theirs = code.Published(recipe, fp64_start(recipe), torch.float64)
     draw = torch.Generator().manual_seed(3)
@@ -99,7 +98,6 @@ def test_a_published_checkpoint_goes_on_as_the_published_code(monkeypatch, make_
 def test_without_the_owed_update_it_goes_on_elsewhere(monkeypatch, make_recipe, tmp_path):
     """The control: leave the update out and the first loss is another."""
     code = published_code()
-    code.know_float64(monkeypatch)
     recipe = make_recipe("mlp", batch_size=16, queue_size=40, ema_momentum=0.9)
     theirs = code.Published(recipe, fp64_start(recipe), torch.float64)
     draw = torch.Generator().manual_seed(3)

@@ -4,10 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmoco.kernels import info_nce as module
+from fastmoco.kernels import info_nce_kernels as kernels
 from fastmoco.kernels import reference
-from fastmoco.kernels.info_nce import _info_nce, cost, info_nce, scratch_bytes
+from fastmoco.kernels.dispatch import Machine
+from fastmoco.kernels.info_nce import _operator, cost, info_nce, scratch_bytes
 
 LOW = [torch.bfloat16, torch.float16]
 EPSILON = {torch.float32: 3e-7, torch.bfloat16: 2**-9, torch.float16: 2**-12}  # one rounding of one number
@@ -186,7 +189,7 @@ def _empty(*shape, dtype=torch.float32):
         (_empty(2, 528), _empty(2, 528), _empty(4, 528), 0.1, "multiple of 16"),
         (_empty(2, 16), _empty(3, 16), _empty(4, 16), 0.1, r"needs z_q \[N, D\]"),
         (_empty(2, 16), _empty(2, 16), _empty(4, 32), 0.1, r"needs z_q \[N, D\]"),
-        (_empty(2, 16).double(), _empty(2, 16), _empty(4, 16), 0.1, "z_q must be fp32"),
+        (_empty(2, 16).long(), _empty(2, 16), _empty(4, 16), 0.1, "z_q must be fp32"),
         (_empty(2, 16), _empty(2, 16), _empty(16, 16).T[::2], 0.1, "contiguous"),
         (_empty(2, 16), _empty(2, 16), _empty(4, 16), 0.0, "positive"),
         (_empty(2, 16), _empty(2, 16), _empty(4, 16), float("nan"), "positive"),
@@ -199,9 +202,48 @@ def test_refuses(z, k, queue, temperature, what, impl):
         info_nce(z, k, queue, temperature, impl=impl)
 
 
+def test_the_twin_takes_float64_and_the_kernel_does_not(device):
+    z, k, queue = _inputs(4, 100, 32, torch.float64, device)
+    loss, rank = info_nce(z.double(), k, queue, 0.07)
+    exact, exact_rank = reference.info_nce(z.double(), k, queue, 0.07)
+    assert loss.dtype == torch.float64 and torch.equal(loss, exact) and torch.equal(rank, exact_rank)
+    with pytest.raises(ValueError, match="not torch.float64"):
+        info_nce(z.double(), k, queue, 0.07, impl="triton")
+
+
+def test_large_projections_of_another_dtype_do_not_overflow_fp16(device):
+    z, k, queue = _inputs(5, 90, 32, torch.float16, device)
+    (loss, rank, gradient), (other, other_rank, turned) = (_ours(z * s, k, queue, 0.07) for s in (1.0, 2.0**20))
+    assert torch.equal(loss, other) and torch.equal(rank, other_rank) and torch.equal(gradient, turned * 2.0**20)
+
+
+def test_backward_is_one_kernel_and_differentiates_once(device):
+    z, k, queue = _inputs(4, 100, 32, torch.bfloat16, device)
+    z = z.bfloat16().requires_grad_()
+    loss, _ = info_nce(z, k, queue, 0.07, impl="triton")
+    ones = torch.ones_like(loss, requires_grad=True)
+    with Calls() as calls:
+        (gradient,) = torch.autograd.grad(loss, z, ones, create_graph=True)
+    assert [name for name in calls.names if name not in ("empty_like", "detach", "unsqueeze")] == ["mul"]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.float().sum().backward()
+
+
+class Calls(TorchDispatchMode):
+    """The names of all operators that are called."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
 def test_operator_contract(device):
     z, k, queue = _inputs(3, 70, 16, torch.float32, device)
-    torch.library.opcheck(_info_nce, (z.requires_grad_(), k, queue, 0.07, None))
+    torch.library.opcheck(_operator, (z, k, queue, 0.07, None))
 
 
 def test_traces_whole(device):
@@ -236,13 +278,8 @@ def test_fake_tensors_pass(device):
 
 
 def test_extra_memory_stays_under_ten_megabytes(monkeypatch):
-    class Processors:
-        multi_processor_count = 0
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Processors)
-    for processors, capability in ((108, (8, 0)), (132, (9, 0)), (148, (10, 0))):
-        Processors.multi_processor_count = processors
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+    for gpu in (Machine((8, 0), 108), Machine((9, 0), 132), Machine((10, 0), 148)):
+        monkeypatch.setattr(module, "machine", lambda device, gpu=gpu: gpu)
         for running in (False, True):
             extra = scratch_bytes(256, 65536, 128, torch.bfloat16, torch.device("cuda", 0), running)
             assert extra <= 10 * 2**20
@@ -252,7 +289,7 @@ def test_extra_memory_stays_under_ten_megabytes(monkeypatch):
 def test_extra_memory_formula_counts_what_is_allocated(device, temperature, monkeypatch):
     z, k, queue = _inputs(20, 500, 48, torch.bfloat16, device)
     seen = []
-    launch = module._sweep_kernel, module._combine_kernel
+    launch = kernels.sweep_kernel, kernels.combine_kernel
 
     class Spy:
         def __init__(self, kernel):
@@ -265,9 +302,9 @@ def test_extra_memory_formula_counts_what_is_allocated(device, temperature, monk
 
             return call
 
-    monkeypatch.setattr(module, "_sweep_kernel", Spy(launch[0]))
-    monkeypatch.setattr(module, "_combine_kernel", Spy(launch[1]))
-    loss, rank, _ = _info_nce(z, k, queue, temperature, None)
+    monkeypatch.setattr(kernels, "sweep_kernel", Spy(launch[0]))
+    monkeypatch.setattr(kernels, "combine_kernel", Spy(launch[1]))
+    loss, rank, _ = _operator(z, k, queue, temperature, None)
     given = {t.data_ptr() for t in (z, k, queue, loss, rank)}
     allocated = {t.data_ptr(): t.nbytes for t in seen if t.data_ptr() not in given}
     assert sum(allocated.values()) == scratch_bytes(20, 500, 48, queue.dtype, z.device, temperature < 0.025)
@@ -276,7 +313,7 @@ def test_extra_memory_formula_counts_what_is_allocated(device, temperature, monk
 def test_cost_counts_the_bytes_of_the_tensors(device):
     z, k, queue = _inputs(6, 90, 48, torch.bfloat16, device)
     k = k.float()
-    loss, rank, gradient = _info_nce(z, k, queue, 0.07, None)
+    loss, rank, gradient = _operator(z, k, queue, 0.07, None)
     moved, flops = cost(6, 90, 48, torch.float32, torch.bfloat16)
     assert moved == sum(t.nbytes for t in (z, k, queue, loss, rank, gradient))
     # Scores and gradient are a product each, of N rows with the queue and the positive.

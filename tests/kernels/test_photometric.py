@@ -10,7 +10,8 @@ from PIL import Image, ImageEnhance, ImageFilter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmoco.kernels import reference
-from fastmoco.kernels.photometric import DTYPES, cost, photometric
+from fastmoco.kernels.dispatch import NAMES as DTYPES
+from fastmoco.kernels.photometric import cost, photometric
 from fastmoco.kernels.reference import (
     BRIGHTNESS,
     CONTRAST,

@@ -25,22 +25,6 @@ MASTERS = ("q", "velocity", "k")
 GROUPS = (*MASTERS, "q_work", "k_work")
 
 
-@pytest.fixture(autouse=True)
-def round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter truncates where the GPU rounds fp32 to bf16; let it round as well."""
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def nearest(x: Any, source: Any, target: Any, rounding: Any) -> Any:
-        if (str(source), str(target)) != ("fp32", "bf16"):
-            return convert(x, source, target, rounding)
-        rounded = torch.tensor(x.view("float32")).bfloat16()
-        return rounded.view(torch.int16).numpy().view("uint16").reshape(x.shape)
-
-    monkeypatch.setattr(interpreter, "_convert_float", nearest)
-
-
 def randoms(shapes: Sequence[tuple[int, ...]], seed: int, device: torch.device) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     drawn = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
@@ -435,7 +419,7 @@ def test_tables_that_cannot_work_are_refused(build: Callable[[], TensorTable], t
         ({"nonfinite": torch.zeros(1)}, "nonfinite is torch.float32"),
         ({"lr": torch.zeros(2)}, "a scalar is"),
         ({"ema_momentum": torch.zeros((), device="meta")}, "a scalar is"),
-        ({"impl": "cuda"}, "impl is 'cuda'"),
+        ({"impl": "cuda"}, "impl must be .* not 'cuda'"),
     ],
 )
 def test_calls_that_cannot_work_are_refused(change: dict[str, Any], text: str) -> None:
@@ -455,7 +439,7 @@ def test_strides_of_single_elements_do_not_matter(device: torch.device) -> None:
 
 def test_double_precision_is_for_the_reference(device: torch.device) -> None:
     table = make_table(None, device, masters=torch.float64)
-    with pytest.raises(ValueError, match="float32 masters"):
+    with pytest.raises(ValueError, match="not torch.float64"):
         ema(table, M, impl="triton")
 
 

@@ -7,8 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import fastmoco.contrast.dictionary as dictionary_module
-from fastmoco.kernels import reference
 from fastmoco.options import Options
 from fastmoco.parallel import Parallel
 from fastmoco.process.stop import StopRequest
@@ -23,8 +21,6 @@ LEGS = (2, 4, 6)  # the steps after which a run is cut
 
 def go_on(parallel: Parallel, recipe: Recipe, data: Path, out: Path, stop: int) -> list[list[int]]:
     """Train `out` up to step `stop`; the samples of this rank, step by step."""
-    if recipe.precision == "fp64":  # these kernels refuse it, their twins do not
-        dictionary_module.info_nce, dictionary_module.enqueue = reference.info_nce, reference.enqueue
     loop.draw_curves = lambda *_: None
     options = Options(
         data=data, out=out, resume=out.exists(), knn=False, stop_after=stop, log_every=1, threads=1, save_minutes=0

@@ -1,0 +1,278 @@
+"""The Triton kernels of info_nce.py.
+
+Read `sweep_kernel` first, as a training step runs it: D = 128 columns in one CHUNK, a bf16 queue, projections as they
+are (RAW: 1 / |z| is part of a row's scale), a fixed shift (not RUNNING), and a queue of whole tiles (WHOLE). The other
+forms:
+
+- not RAW: projections are normalised before they are rounded to fp16, not after, or large ones would overflow.
+- RUNNING: where the fixed shift would leave the range of the dtype, a running maximum takes its place.
+- D > CHUNK: accumulators of all columns do not fit the registers, so further programs have the other columns, and
+  each computes the scores anew.
+
+Z, A and p are those of info_nce.py. A logit is in powers of two: a score times log2(e) / T.
+"""
+
+import triton
+import triton.language as tl
+
+from fastmoco.kernels.dispatch import dot
+
+LN2, LOG2_E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _load_rows(
+    base, start, count, column, ROWS: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr
+):
+    # Rows [start, start + ROWS) and columns [column, column + CHUNK) of a matrix [count, DIM]; zeros beyond.
+    row, columns = tl.arange(0, ROWS), column + tl.arange(0, CHUNK)
+    pointers = base + tl.cast(start, tl.int64) * DIM + (row[:, None] * DIM + columns[None, :])
+    if DIM % CHUNK == 0:
+        if WHOLE:
+            return tl.load(pointers)
+        return tl.load(pointers, mask=(start + row < count)[:, None], other=0.0)
+    return tl.load(pointers, mask=(start + row < count)[:, None] & (columns < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _inverse_norm(squares):
+    return tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(squares), 1e-12))  # F.normalize's
+
+
+@triton.jit
+def _inverse_norms(z_q, start, n, ROWS: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr):
+    squares = tl.zeros([ROWS], tl.float32)
+    for column in tl.static_range(0, DIM, CHUNK):
+        z = _load_rows(z_q, start, n, column, ROWS, DIM, CHUNK, False).to(tl.float32)
+        squares += tl.sum(z * z, 1)
+    return _inverse_norm(squares)
+
+
+@triton.jit
+def _queries(
+    z_q,
+    inverse,
+    start,
+    n,
+    column,
+    OPERAND: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RAW: tl.constexpr,
+):
+    z = _load_rows(z_q, start, n, column, ROWS, DIM, CHUNK, False)
+    if not RAW:
+        z = z.to(tl.float32) * inverse[:, None]
+    return z.to(OPERAND)
+
+
+@triton.jit
+def _scores(
+    q,
+    keys,
+    z_q,
+    inverse,
+    start,
+    n,
+    matrix,
+    key_start,
+    key_count,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr,
+    RAW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # q @ keys'. Of several chunks, q and keys are this program's alone: all are loaded again.
+    if DIM <= CHUNK:
+        return dot(q, tl.trans(keys), None, PRECISION)
+    s = tl.zeros([ROWS, KEYS], tl.float32)
+    for column in range(0, DIM, CHUNK):
+        part = _queries(z_q, inverse, start, n, column, OPERAND, ROWS, DIM, CHUNK, RAW)
+        others = _load_rows(matrix, key_start, key_count, column, KEYS, DIM, CHUNK, WHOLE).to(OPERAND)
+        s = dot(part, tl.trans(others), s, PRECISION)
+    return s
+
+
+@triton.jit
+def _diagonal(square, ROWS: tl.constexpr):
+    index = tl.arange(0, ROWS)
+    return tl.sum(tl.where(index[:, None] == index[None, :], square, 0.0), 1)
+
+
+@triton.jit
+def _log2_scale(temperature, ON_DEVICE: tl.constexpr):
+    if ON_DEVICE:
+        scale = LOG2_E / tl.load(temperature)
+    else:
+        scale = LOG2_E / temperature
+    return scale
+
+
+@triton.jit(do_not_specialize=["n", "size", "tiles_per_piece"])
+def sweep_kernel(
+    z_q,
+    k,
+    queue,
+    temperature,
+    z_part,
+    a_part,
+    rank_part,
+    shift_part,
+    positive_out,
+    n,
+    size,
+    tiles_per_piece,
+    DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ON_DEVICE: tl.constexpr,
+    RAW: tl.constexpr,
+    RUNNING: tl.constexpr,
+    HEADROOM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    start, piece, column = tl.program_id(0) * BLOCK_N, tl.program_id(1), tl.program_id(2) * CHUNK
+    operand: tl.constexpr = queue.dtype.element_ty
+    inverse = _inverse_norms(z_q, start, n, BLOCK_N, DIM, CHUNK)
+    q = _queries(z_q, inverse, start, n, column, operand, BLOCK_N, DIM, CHUNK, RAW)
+    # Logits are in powers of two: of a score s, s * scale.
+    log2_scale = _log2_scale(temperature, ON_DEVICE)
+    scale = tl.full([BLOCK_N], 1.0, tl.float32) * log2_scale
+    if RAW:
+        scale = inverse * log2_scale
+
+    # The positive goes through the same instruction as the negatives, so that equal keys score equally.
+    own = _load_rows(k, start, n, column, BLOCK_N, DIM, CHUNK, False).to(operand)
+    positive = _diagonal(
+        _scores(
+            q, own, z_q, inverse, start, n, k, start, n, BLOCK_N, BLOCK_N, operand, DIM, CHUNK, False, RAW, PRECISION
+        ),
+        BLOCK_N,
+    )
+
+    shift = positive * scale
+    z = tl.zeros([BLOCK_N], tl.float32)
+    a = tl.zeros([BLOCK_N, CHUNK], tl.float32)
+    rank = tl.zeros([BLOCK_N], tl.float32)  # exact up to 2^24 keys a piece, and fewer instructions than an integer
+    first = piece * tiles_per_piece
+    for tile in range(first, tl.minimum(first + tiles_per_piece, tl.cdiv(size, BLOCK_K))):
+        keys = _load_rows(queue, tile * BLOCK_K, size, column, BLOCK_K, DIM, CHUNK, WHOLE)
+        s = _scores(
+            q,
+            keys,
+            z_q,
+            inverse,
+            start,
+            n,
+            queue,
+            tile * BLOCK_K,
+            size,
+            BLOCK_N,
+            BLOCK_K,
+            operand,
+            DIM,
+            CHUNK,
+            WHOLE,
+            RAW,
+            PRECISION,
+        )
+        if not WHOLE:
+            s = tl.where((tile * BLOCK_K + tl.arange(0, BLOCK_K) < size)[None, :], s, float("-inf"))
+        rank += tl.sum(tl.where(s > positive[:, None], 1.0, 0.0), 1)
+        if RUNNING:
+            new_shift = tl.maximum(shift, tl.max(s, 1) * scale)
+            z *= tl.exp2(shift - new_shift)
+            a *= tl.exp2(shift - new_shift)[:, None]
+            shift = new_shift
+            p = tl.exp2(s * scale[:, None] - (shift - HEADROOM)[:, None])
+        else:
+            p = tl.exp2(s * scale[:, None] - log2_scale)
+        z += tl.sum(p, 1)
+        a = dot(p.to(operand), keys, a, PRECISION)
+
+    rows = start + tl.arange(0, BLOCK_N)
+    columns = column + tl.arange(0, CHUNK)
+    slot = piece.to(tl.int64) * n + rows
+    tl.store(a_part + slot[:, None] * DIM + columns[None, :], a, mask=(rows < n)[:, None] & (columns < DIM)[None, :])
+    held = (rows < n) & (column == 0)
+    tl.store(z_part + slot, z, mask=held)
+    tl.store(rank_part + slot, rank.to(tl.int32), mask=held)
+    if RUNNING:
+        tl.store(shift_part + slot, shift, mask=held)
+    tl.store(positive_out + rows, positive * scale, mask=held & (piece == 0))
+
+
+@triton.jit(do_not_specialize=["n", "pieces"])
+def combine_kernel(
+    z_q,
+    k,
+    temperature,
+    z_part,
+    a_part,
+    rank_part,
+    shift_part,
+    positive_in,
+    loss_out,
+    rank_out,
+    gradient_out,
+    n,
+    pieces,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr,
+    ON_DEVICE: tl.constexpr,
+    RUNNING: tl.constexpr,
+    HEADROOM: tl.constexpr,
+):
+    row = tl.program_id(0)
+    log2_scale = _log2_scale(temperature, ON_DEVICE)
+    positive = tl.load(positive_in + row)
+    columns, lanes = tl.arange(0, PADDED), tl.arange(0, BLOCK_PIECES)
+
+    shift = log2_scale
+    if RUNNING:
+        shift = positive
+        for start in range(0, pieces, BLOCK_PIECES):
+            piece = start + lanes
+            shifts = tl.load(shift_part + piece.to(tl.int64) * n + row, mask=piece < pieces, other=float("-inf"))
+            shift = tl.maximum(shift, tl.max(shifts, 0))
+
+    z = tl.zeros([BLOCK_PIECES], tl.float32)
+    a = tl.zeros([BLOCK_PIECES, PADDED], tl.float32)
+    rank = tl.zeros([BLOCK_PIECES], tl.int32)
+    for start in range(0, pieces, BLOCK_PIECES):
+        piece = start + lanes
+        slot = piece.to(tl.int64) * n + row
+        held = piece < pieces
+        mask = held[:, None] & (columns < DIM)[None, :]
+        z_piece = tl.load(z_part + slot, mask=held, other=0.0)
+        a_piece = tl.load(a_part + slot[:, None] * DIM + columns[None, :], mask=mask, other=0.0)
+        if RUNNING:
+            weight = tl.exp2(tl.load(shift_part + slot, mask=held, other=float("-inf")) - shift)
+            z_piece *= weight
+            a_piece *= weight[:, None]
+        z += z_piece
+        a += a_piece
+        rank += tl.load(rank_part + slot, mask=held, other=0)
+
+    negatives = tl.sum(z, 0)
+    total = negatives + tl.exp2(positive - shift + HEADROOM)
+    tl.store(loss_out + row, (tl.log2(total) - HEADROOM - (positive - shift)) * LN2)
+    tl.store(rank_out + row, tl.sum(rank, 0))
+
+    at = row.to(tl.int64) * DIM + columns
+    raw = tl.load(z_q + at, mask=columns < DIM, other=0.0).to(tl.float32)
+    key = tl.load(k + at, mask=columns < DIM, other=0.0).to(tl.float32)
+    inverse = _inverse_norm(tl.sum(raw * raw, 0))
+    q = raw * inverse
+    # p_0 - 1 = -negatives / total, without the cancellation.
+    towards = (tl.sum(a, 0) - negatives * key) * (log2_scale * LN2 / total)
+    gradient = (towards - q * tl.sum(q * towards, 0)) * inverse
+    tl.store(gradient_out + at, gradient, mask=columns < DIM)
