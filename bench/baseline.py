@@ -110,14 +110,14 @@ class PublishedStep:
         self.recipe, self.device, self.autocast = recipe, device, autocast
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         torch.backends.cudnn.benchmark = device.type == "cuda" or torch.backends.cudnn.benchmark
-        self.encoder_q = PlainResNet(recipe).to(device, memory_format=self.memory_format)
-        self.encoder_k = PlainResNet(recipe).to(device, memory_format=self.memory_format)
+        self.encoder_q = PlainResNet(recipe).to(device).to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.encoder_k = PlainResNet(recipe).to(device).to(memory_format=self.memory_format)  # type: ignore[call-overload]
         for key, query in zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True):
             key.data.copy_(query.data)
             key.requires_grad = False
         wrap: Callable = torch.compile if compiled else (lambda module: module)
         self.forward_q, self.forward_k = wrap(self.encoder_q), wrap(self.encoder_k)
-        self.queue = F.normalize(torch.randn(recipe.dim, recipe.queue_size, device=device), dim=0)
+        self.queue = F.normalize(torch.randn(recipe.dim, recipe.check_queue(), device=device), dim=0)
         self.pointer = torch.zeros(1, dtype=torch.long, device=device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
         self.optimizer = torch.optim.SGD(
@@ -160,7 +160,7 @@ class PublishedStep:
         if self.recipe.queue_size % count:
             raise ValueError(f"the published queue needs a size that the batch {count} divides")
         self.queue[:, start : start + count] = keys.T.to(self.queue.dtype)
-        self.pointer[0] = (start + count) % self.recipe.queue_size
+        self.pointer[0] = (start + count) % self.recipe.check_queue()
 
 
 def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,7 @@ def _panels(records: Sequence[Record]) -> list[tuple[str, list[Row]]]:
     return found
 
 
-def _panel(axis: object, rows: list[Row]) -> None:
+def _panel(axis: Any, rows: list[Row]) -> None:
     places = np.arange(len(rows))[::-1]
     low, middle, high = np.array([(row.spread[0], row.median, row.spread[1]) for row in rows]).T
     colours = [OURS if row.provider.startswith("fastmoco") else OTHERS for row in rows]

@@ -73,6 +73,7 @@ class Clocks:
         return found | self._facts
 
     def _note(self, name: str, ask: Callable[[], object]) -> None:
+        assert self._nvml is not None
         with contextlib.suppress(self._nvml.NVMLError):
             self._facts[name] = ask()
 

@@ -6,7 +6,7 @@ of the ratio of median costs B / A.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,5 +141,5 @@ def _described(env: dict) -> dict[str, object]:
     return facts | env.get("versions", {})
 
 
-def _joined(values: object) -> str:
+def _joined(values: Iterable[object]) -> str:
     return " / ".join(dict.fromkeys(map(str, values)))

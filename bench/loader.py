@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -116,7 +116,7 @@ def pillow(recipe: Recipe, manifest: Manifest, threads: int | None = None) -> It
     def pair(sample: int, boxes: np.ndarray) -> np.ndarray:
         image = Image.open(manifest.path(sample)).convert("RGB")
         corners = [(left, top, left + width, top + height) for top, left, height, width in boxes.tolist()]
-        return np.stack([np.asarray(image.resize((size, size), Image.BILINEAR, box=box)) for box in corners])
+        return np.stack([np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box)) for box in corners])
 
     def batch(each: Callable) -> np.ndarray:
         step = next(steps)
@@ -185,7 +185,7 @@ def _wait(device: torch.device) -> None:
 
 @contextmanager
 def _ours(
-    recipe: Recipe, manifest: Manifest, device: torch.device, photometric: str = "kernel"
+    recipe: Recipe, manifest: Manifest, device: torch.device, photometric: Literal["kernel", "dali"] = "kernel"
 ) -> Iterator[Callable[[], Batch]]:
     parallel, plan = Parallel(device=device), Plan(recipe, manifest.sizes)
     loading = Loading(cores(), PREFETCH, photometric=photometric)
@@ -233,7 +233,7 @@ def _dali(recipe: Recipe, manifest: Manifest, device: torch.device, *, crops: bo
     @pipeline_def(
         batch_size=recipe.batch_size,
         num_threads=cores(),
-        device_id=(device.index or 0) if on_gpu else None,
+        device_id=(device.index or 0) if on_gpu else None,  # type: ignore[arg-type]
         prefetch_queue_depth=PREFETCH,
         seed=recipe.seed,
     )
@@ -242,7 +242,12 @@ def _dali(recipe: Recipe, manifest: Manifest, device: torch.device, *, crops: bo
         image = fn.decoders.image(encoded, output_type=types.RGB, **decoding)
         if not crops:
             return image
-        cut = {"size": recipe.crop_size, "random_area": scale, "random_aspect_ratio": ratio, "antialias": True}
+        cut: dict[str, Any] = {
+            "size": recipe.crop_size,
+            "random_area": scale,
+            "random_aspect_ratio": ratio,
+            "antialias": True,
+        }
         return tuple(fn.random_resized_crop(image, **cut) for _ in range(2))
 
     pipeline = graph()

@@ -96,7 +96,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device, prepare: Callab
 
 
 def _loss_cases(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> dict[Names, Callable[[], Row]]:
-    n, k, d, t = recipe.batch_size, recipe.queue_size, recipe.dim, recipe.temperature
+    n, k, d, t = recipe.batch_size, recipe.check_queue(), recipe.dim, recipe.temperature
     z = torch.randn(n, d, device=device, dtype=dtype).requires_grad_()
     keys, queue = (F.normalize(torch.randn(rows, d, device=device), dim=1).to(dtype) for rows in (n, k))
     calls = {

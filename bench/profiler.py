@@ -145,7 +145,7 @@ def stepped(
     On a GPU it is the device's, from one step's end to the next: waiting for each step would leave gaps in the trace.
     """
     on_gpu = device.type == "cuda"
-    moment = _event if on_gpu else time.perf_counter
+    moment: Callable[[], Any] = _event if on_gpu else time.perf_counter
     moments = [moment()]
     for number in range(1, steps + 1):
         with mark(f"{STEP}{number}"):
@@ -195,6 +195,7 @@ def costs_of_parts(step: Step, machine: Machine) -> dict[str, Cost]:
     The bound of the encoders is that of our fusion, layer by layer: `bench/roofline.py`, level bnrelu, or key.
     """
     recipe, update, work = step.recipe, step.update, PRECISIONS[step.precision].work
+    keys = recipe.check_queue()
     rows, size = recipe.views * recipe.batch_size, work.itemsize
     convs = convolutions(build_encoder(recipe), recipe.crop_size)
     copies = [list(encoder.parameters()) for encoder in (step.encoder_q, step.encoder_k)]
@@ -202,9 +203,11 @@ def costs_of_parts(step: Step, machine: Machine) -> dict[str, Cost]:
     single = {
         # Of three channels: a fourth of zeros, where the step asks for one, is no work that must be done.
         "photometric": photometric.cost(2 * rows, recipe.crop_size, dtype=work, blurred=recipe.augmentation.blur_p),
-        "loss": info_nce.cost(rows, recipe.queue_size, recipe.dim, work, step.dictionary.queue.keys.dtype),
+        "loss": info_nce.cost(rows, keys, recipe.dim, work, step.dictionary.queue.keys.dtype),
         "update": sgd_ema.cost(table, [copy.dtype for copy in copies[0]]),
-        "enqueue": enqueue.cost(recipe.queue_size, recipe.dim, rows, step.dictionary.queue.keys.dtype, torch.float32),
+        "enqueue": enqueue.cost(
+            recipe.check_queue(), recipe.dim, rows, step.dictionary.queue.keys.dtype, torch.float32
+        ),
     }
     found = {name: Cost(*cost, machine.bound(*cost)) for name, cost in single.items()}
     layers = {"key encoder": forward_work, "query encoder": forward_work, "backward": backward_work}

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,7 +108,7 @@ def turned(batch: Batch, number: int) -> Batch:
 
     Equal shifts of what belongs together, crops and their destination rows, say, would undo each other.
     """
-    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    tensors: dict[str, Any] = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
     return dataclasses.replace(
         batch, **{name: value.roll(number * turns, 0) for turns, (name, value) in enumerate(tensors.items(), 1)}
     )

@@ -12,10 +12,11 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from fastmoco.environment import commit, cores, moment, processor, versions
 
 SCHEMA = 1
 SHOWN = ("fastmoco", "torch", "triton", "nvidia-dali-cuda130")
-RECORD_SCHEMA = {
+RECORD_SCHEMA: dict[str, tuple[type, ...]] = {
     "schema": (int,),
     "subject": (str,),
     "rows": (list,),
@@ -228,7 +229,9 @@ def readme(text: str, records: Sequence[Record]) -> str:
 def _rows(item: Record) -> str:
     lines = ["| what | provider | median | 20 % to 80 % | n | against baseline | share of bound |"]
     lines.append("|---|---|---:|---:|---:|---:|---:|")
-    medians = {(row.name, json.dumps(row.config), row.provider): row.median for row in item.rows}
+    medians: dict[tuple[str, str, str | None], float] = {
+        (row.name, json.dumps(row.config), row.provider): row.median for row in item.rows
+    }
     for row in item.rows:
         base = medians.get((row.name, json.dumps(row.config), row.baseline))
         lines.append(
@@ -341,7 +344,7 @@ def _json(path: str | Path) -> object:
         raise ValueError(f"{path}: not JSON") from None
 
 
-def _record(item: object) -> Record:
+def _record(item: Any) -> Record:
     _check("record", item, RECORD_SCHEMA)
     if item["schema"] != SCHEMA:
         raise ValueError(f"its schema is {item['schema']}, and this version reads {SCHEMA}")
@@ -353,7 +356,7 @@ def _record(item: object) -> Record:
     return Record(**{**item, "rows": rows})
 
 
-def _check(what: str, item: object, schema: dict[str, tuple[type, ...]]) -> None:
+def _check(what: str, item: object, schema: Mapping[str, tuple[type, ...]]) -> None:
     if not isinstance(item, dict):
         raise ValueError(f"a {what} is no object")
     if set(item) != set(schema):

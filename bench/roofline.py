@@ -156,7 +156,7 @@ def _pool(conv: Conv, level: str) -> list[Work]:
 
 
 def _last_in_block(names: list[str]) -> dict[str, str]:
-    last = {}
+    last: dict[str, str] = {}
     for name in names:
         block, _, layer = name.rpartition(".conv")
         if block:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def work(task: dict) -> list[float]:
         return [_sample(parallel, recipe, lambda: advance(batch, 1e-3)) for _ in range(task["rounds"])]
 
 
-def _sample(parallel: Parallel, recipe: Recipe, advance: object) -> float:
+def _sample(parallel: Parallel, recipe: Recipe, advance: Callable[[], object]) -> float:
     parallel.barrier()
     started = time.perf_counter()
     for _ in range(STEPS):

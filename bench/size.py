@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -11,12 +12,12 @@ from fastmoco.recipe import Recipe
 
 # Flags override them. Much smaller views would time layers of 2 x 2 pixels, whose weights outweigh their activations:
 # nothing that anyone trains.
-ON_A_CPU = {"arch": "resnet18", "batch_size": 32, "crop_size": 112, "queue_size": 4096}
+ON_A_CPU: dict[str, Any] = {"arch": "resnet18", "batch_size": 32, "crop_size": 112, "queue_size": 4096}
 
 
 def sized(recipe: Recipe, options: Bench | Profile, device: torch.device) -> Recipe:
     """`recipe` at the size that `options` ask for: left out, its own on a GPU, and on a CPU no larger than ON_A_CPU."""
-    small = {}
+    small: dict[str, Any] = {}
     if device.type != "cuda":
         small = {name: value for name, value in ON_A_CPU.items() if name == "arch" or getattr(recipe, name) > value}
         # The batch stays whole batch-norm groups.
@@ -24,6 +25,6 @@ def sized(recipe: Recipe, options: Bench | Profile, device: torch.device) -> Rec
     return dataclasses.replace(recipe, **small | given(options))
 
 
-def given(options: Bench | Profile) -> dict[str, object]:
+def given(options: Bench | Profile) -> dict[str, Any]:
     """The sizes that `options` name."""
     return {name: getattr(options, name) for name in ON_A_CPU if getattr(options, name) is not None}

@@ -85,8 +85,7 @@ def run(
 
     if not calls:
         return []
-    how = {"rounds": rounds, "warmup": warmup, "device": device}
-    times = interleave(calls, **how, after_round=after_round, failed=failed)
+    times = interleave(calls, rounds=rounds, warmup=warmup, device=device, after_round=after_round, failed=failed)
     return [row(name, timing) for name, timing in times.items()]
 
 
@@ -184,7 +183,9 @@ def _autocast(published_step: Callable, dtype: torch.dtype, name: str, group: st
 def published(recipe: Recipe, device: torch.device, **options) -> Callable[[], object]:
     """The call that trains one published step on random views; `options` are those of `PublishedStep`."""
     # Its queue must be a multiple of the batch.
-    recipe = dataclasses.replace(recipe, queue_size=max(1, recipe.queue_size // recipe.batch_size) * recipe.batch_size)
+    recipe = dataclasses.replace(
+        recipe, queue_size=max(1, recipe.check_queue() // recipe.batch_size) * recipe.batch_size
+    )
     step = PublishedStep(recipe, device, **options)
     shape = (recipe.batch_size, 3, recipe.crop_size, recipe.crop_size)
     views = [torch.randn(shape, device=device) for _ in range(2)]

@@ -117,6 +117,7 @@ def _share(found: Found) -> Target:
     if OURS not in found.rows:
         return target
     row = found.rows[OURS]
+    assert row.share is not None, "the step has a bound"
     measured = f"{row.share:.1%} of {row.bound:,.0f} pairs/s {found.note(OURS)}"
     return target._replace(measured=measured, verdict=_verdict(row.share >= 0.65, found.sound(OURS)))
 

@@ -57,7 +57,7 @@ def interleave(
     timer = _GpuTimer(cold) if torch.device(device).type == "cuda" else _CpuTimer()
     samples: dict[str, list[float]] = {name: [] for name in live}
 
-    def attempt(name: str, work: Callable[[str, Callable], object]) -> object:
+    def attempt(name: str, work: Callable[[str, Callable], float | None]) -> float | None:
         try:
             return work(name, live[name])
         except Exception as error:  # whatever it is, the others are still to be timed
@@ -65,6 +65,7 @@ def interleave(
                 raise
             del live[name]
             failed(name, error)
+            return None
 
     def warm(name: str, call: Callable) -> None:
         for _ in range(warmup):

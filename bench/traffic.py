@@ -103,7 +103,7 @@ def table(recipe: Recipe, gpus: tuple[int, ...] = GPUS, per_rank: int | None = N
 def _published(recipe: Recipe, gpus: int, counted: Sizes) -> list[tuple[str, str, float]]:
     batch, others = recipe.batch_size, (gpus - 1) / gpus
     image, key = 3 * recipe.crop_size**2 * 4, recipe.dim * 4
-    state = 2 * counted.buffers + recipe.queue_size * key + LABEL
+    state = 2 * counted.buffers + recipe.check_queue() * key + LABEL
     passes = recipe.views
     return [
         ("all-gather of float images", "ring", passes * others * batch * image),

@@ -161,7 +161,7 @@ def _flags(kind: type, name: str, argv: Sequence[str], default: Any = None) -> A
         raise
 
 
-def _cause(error: BaseException) -> Exception | None:
+def _cause(error: BaseException | None) -> Exception | None:
     while error is not None and not isinstance(error, (RecipeError, UsageError)):
         error = error.__context__
     return error
@@ -169,6 +169,7 @@ def _cause(error: BaseException) -> Exception | None:
 
 def _resumed(preset: str, argv: Sequence[str], chosen: PretrainFlags) -> PretrainFlags:
     run = chosen.options.out
+    assert run is not None, "--resume without --out is refused"
     saved = _saved(run)
     if saved["preset"] in PRESETS and saved["preset"] != preset:
         raise UsageError(f"{run} was started with preset {saved['preset']}, not {preset}: give that one")
@@ -182,7 +183,9 @@ def _resumed(preset: str, argv: Sequence[str], chosen: PretrainFlags) -> Pretrai
             raise UsageError(
                 f"{run} was started with {name} {old}, not {new}: leave the flag out, or start another run"
             )
-    places = {key: Path(value) for key, value in saved["options"].items() if key in ("data", "val") and value}
+    places: dict[str, Any] = {
+        key: Path(value) for key, value in saved["options"].items() if key in ("data", "val") and value
+    }
     places |= {key: getattr(chosen.options, key) for key in ("data", "val") if getattr(chosen.options, key)}
     return PretrainFlags(dataclasses.replace(chosen.options, resume=True, **places), chosen.recipe)
 

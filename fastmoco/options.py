@@ -480,7 +480,7 @@ def check_places(preset: str, options: Options, is_main: bool = True) -> None:
     for name in ("data", "out"):
         if getattr(options, name) is None and preset != "demo":
             raise UsageError(f"pretrain {preset} needs --{name} PATH: only pretrain demo brings its own")
-    if options.resume and not options.out.is_dir():
+    if options.resume and options.out is not None and not options.out.is_dir():
         raise UsageError(f"{options.out} does not exist: check --out, or leave --resume out")
     if is_main and not options.resume and options.out is not None and options.out.exists():
         raise UsageError(f"{options.out} exists: continue it with --resume, or give --out another name")

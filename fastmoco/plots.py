@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastmoco import atomic
 
@@ -64,7 +64,15 @@ def line_chart(
     drawn = [one for one in map(thinned, series) if len(one.x)]
     for one in drawn:
         marker = "o" if len(one.x) <= FEW else ""
-        axes.plot(one.x, one.y, color=one.colour, linewidth=1.6, label=one.name, marker=marker, markersize=3.5)
+        axes.plot(
+            list(one.x),
+            [value or 0.0 for value in one.y],
+            color=one.colour,
+            linewidth=1.6,
+            label=one.name,
+            marker=marker,
+            markersize=3.5,
+        )
     if level is not None:
         axes.axhline(level.y, color=GREY, linewidth=1, linestyle=DASHED)
         note(axes, level.text, (0.99, level.y), ("axes fraction", "data"), ha="right", va="bottom", xytext=(0, 2))
@@ -79,7 +87,7 @@ def line_chart(
 
 
 def note(
-    axes: Axes, text: str, at: tuple, coordinates: tuple[str, str] | str, colour: str = GREY, **place: object
+    axes: Axes, text: str, at: tuple, coordinates: tuple[str, str] | str, colour: str = GREY, **place: Any
 ) -> None:
     """Small text beside a point."""
     axes.annotate(text, at, xycoords=coordinates, textcoords="offset points", color=colour, fontsize=8, **place)
@@ -97,7 +105,7 @@ def dress(axes: Axes, unit: str) -> None:
 
 def thinned(series: Series) -> Series:
     """At most POINTS points, each the mean of as many neighbours."""
-    rows = [(x, y) for x, y in zip(series.x, series.y, strict=True) if y is not None and math.isfinite(y)]
+    rows = [(float(x), y) for x, y in zip(series.x, series.y, strict=True) if y is not None and math.isfinite(y)]
     size = -(-len(rows) // POINTS) or 1
     chunks = [rows[at : at + size] for at in range(0, len(rows), size)]
     x, y = ([sum(row[side] for row in chunk) / len(chunk) for chunk in chunks] for side in (0, 1))

@@ -73,7 +73,7 @@ def _tiles(folder: Path, recipe: Recipe, log: list[dict], knn: list[dict]) -> st
     if log:
         end = log[-1]
         shown.append(("InfoNCE loss", f"{end['loss']:.3f}", f"chance {chance_level(recipe):.3f}"))
-        shown.append(("contrast top-1", f"{end['top1']:.1f}%", f"1 of {recipe.queue_size + 1}"))
+        shown.append(("contrast top-1", f"{end['top1']:.1f}%", f"1 of {recipe.check_queue() + 1}"))
         rate = statistics.median(line["pairs_per_s"] for line in log)
         wait = statistics.median(line["data_wait"] for line in log)
         shown.append(("throughput", f"{rate:,.0f}", "pairs/s, median"))

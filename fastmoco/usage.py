@@ -63,7 +63,7 @@ def page(command: str, about: str, settings: Any, everything: bool = False) -> s
 
 def flags(settings: Any) -> Iterator[Flag]:
     """The fields of a dataclass object as flags, those of dataclasses inside it among them."""
-    texts = field_help(type(settings))
+    texts = field_help(settings.__class__)
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):

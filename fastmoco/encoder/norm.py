@@ -23,6 +23,10 @@ class BatchNormAct(nn.Module):
     impl: Literal["auto", "triton", "reference", "torch"] = "auto"
     """Who does it: our kernel on a GPU and its twin on a CPU, one of them, or torch's batch norm, group by group."""
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
     def __init__(self, channels: int, *, group_size: int = 0, relu: bool = True) -> None:
         super().__init__()
         self.group_size, self.relu = group_size, relu

@@ -120,9 +120,10 @@ class Encoder(nn.Module):
         self._norms = [module for module in self.modules() if isinstance(module, BatchNormAct)]
         self.to_empty(device="cpu")
         self._reset(generator)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _add_stem(self, stem: str, channels: int, group_size: int) -> None:
+        self.maxpool: nn.Module
         if stem == "imagenet":
             self.conv1, self.maxpool = _conv(3, channels, 7, 2), nn.MaxPool2d(3, stride=2, padding=1)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -24,6 +25,7 @@ def run(options: Embed) -> None:
 
     UsageError where the file exists or pyarrow is missing; DataError where there are no images.
     """
+    assert options.out is not None and options.data is not None
     require_new(options.out)
     save = _save_npz if options.out.suffix == ".npz" else _parquet_writer()
     parallel = one_rank(options.device)
@@ -54,7 +56,7 @@ def run(options: Embed) -> None:
 
 
 def _save_npz(path: Path, features: np.ndarray, images: Manifest) -> None:
-    columns = {"features": features, "files": np.array(images.paths)}
+    columns: dict[str, Any] = {"features": features, "files": np.array(images.paths)}
     if images.labels is not None:
         columns |= {"labels": images.labels, "classes": np.array(images.classes)}
     with path.open("wb") as file:  # given a name, NumPy would append .npz to it

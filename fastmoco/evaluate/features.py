@@ -72,8 +72,8 @@ def encode(
             if progress is not None:
                 progress(len(rows))
     assert rows_of_rank is not None and done == share
-    shown = torch.from_numpy(shown).to(parallel.device)
-    return parallel.all_gather(rows_of_rank)[: len(manifest)], parallel.all_gather(shown)[: len(manifest)]
+    origins = torch.from_numpy(shown).to(parallel.device)
+    return parallel.all_gather(rows_of_rank)[: len(manifest)], parallel.all_gather(origins)[: len(manifest)]
 
 
 def _plain(crops: Tensor, encoder: Encoder, recipe: Recipe) -> Tensor:

@@ -138,5 +138,9 @@ def _write(run: Path, step: int, recipe: Recipe, train: Side, val: Side, untrain
 
 
 def _chosen(recipe: Recipe, options: EvaluateKnn) -> Recipe:
-    given = {"knn_k": options.k, "knn_temperature": options.temperature, "knn_features": options.features}
+    given: dict[str, Any] = {
+        "knn_k": options.k,
+        "knn_temperature": options.temperature,
+        "knn_features": options.features,
+    }
     return dataclasses.replace(recipe, **{name: value for name, value in given.items() if value is not None})

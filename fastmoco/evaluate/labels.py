@@ -29,11 +29,11 @@ def both_sides(
     if source is None:
         raise UsageError(f"{run} does not say what it was trained on: name labelled images with --data PATH")
     train, beside = manifest.split(source)
-    val = val or beside
-    if val is None:
+    against = val or beside
+    if against is None:
         raise UsageError(f"{source} has no val/ beside a train/: name labelled images with --val PATH")
     bank = one_side(Path(train), labels, max_pixels=max_pixels)
-    queries = one_side(Path(val), labels, bank.classes, max_pixels)
+    queries = one_side(Path(against), labels, bank.classes, max_pixels)
     if os.path.realpath(bank.root) == os.path.realpath(queries.root):
         known = len(set(bank.paths) & set(queries.paths))
         if known:

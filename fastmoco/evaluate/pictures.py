@@ -39,6 +39,7 @@ def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str]) -> Non
 
 def draw_neighbours(path: Path, val: Manifest, bank: Manifest, queries: np.ndarray, nearest: np.ndarray) -> None:
     """Each query image (int64 [m]) with its neighbours (int64 [m, k]): a framed contact sheet, green of its class."""
+    assert bank.labels is not None and val.labels is not None
     rows, columns = len(queries), nearest.shape[1] + 1
     step = TILE + 2 * FRAME + GAP
     sheet = Image.new("RGB", (columns * step + 2 * GAP, rows * step + GAP), "white")

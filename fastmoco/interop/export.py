@@ -96,6 +96,7 @@ def is_standard(recipe: Recipe) -> bool:
 
 def command(options: Export) -> None:
     """`export RUN`: write the file and say what it is."""
+    assert options.out is not None
     out = export(options.run, options.format, options.out)
     print(f"{out}: {DESCRIPTIONS[options.format].format(out=out)}")
     recipe = run_folder.load(options.run).recipe
@@ -129,7 +130,11 @@ def _torch_file(content: dict[str, Any], path: Path) -> None:
 
 def _detectron2(_: Path, saved: Saved) -> Callable[[Path], None]:
     content = detectron2_content(backbone_weights(saved))
-    return lambda path: path.write_bytes(pickle.dumps(content))
+    return partial(_bytes_file, pickle.dumps(content))
+
+
+def _bytes_file(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
 
 
 def _timm(folder: Path, saved: Saved) -> Callable[[Path], None]:

@@ -22,7 +22,7 @@ from fastmoco.data import manifest
 from fastmoco.interop import foreign, upstream
 from fastmoco.interop.foreign import ForeignFileError
 from fastmoco.interop.names import backbone, is_parameter, recognise
-from fastmoco.options import Import, UsageError
+from fastmoco.options import Import, UsageError, require_new
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS, Recipe, RecipeError
 from fastmoco.runs import checkpoint
@@ -67,8 +67,8 @@ def convert(content: Mapping[str, Any], options: Import, images: int | None = No
 
 def command(options: Import) -> None:
     """`import FILE`: write RUN and say what was found."""
-    if options.out.exists():
-        raise UsageError(f"{options.out} exists: give --out another name")
+    assert options.out is not None
+    require_new(options.out)
     content = foreign.read(options.file)
     data = None if options.data is None else manifest.scan(manifest.split(options.data)[0])
     found = convert(content, options, None if data is None else len(data))
@@ -81,6 +81,7 @@ def command(options: Import) -> None:
 
 def write(found: Imported, options: Import, images: int | None) -> None:
     """RUN/recipe.json and one checkpoint at the imported step."""
+    assert options.out is not None
     options.out.mkdir(parents=True)
     meta = {"recipe": found.recipe.as_dict(), "precision": found.precision}
     checkpoint.save(options.out, found.step, found.state, meta)
@@ -102,7 +103,7 @@ def write(found: Imported, options: Import, images: int | None) -> None:
 
 
 def _own(content: Mapping[str, Any], weights: dict, own: dict, options: Import) -> Imported:
-    flags = {"--epochs": options.epochs, "--batch-size": options.batch_size}
+    flags: dict[str, Any] = {"--epochs": options.epochs, "--batch-size": options.batch_size}
     flags["--preset"] = None if options.preset == "auto" else options.preset
     given = [flag for flag, value in flags.items() if value is not None]
     if given:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastmoco.process.watchdog import STUCK
 
@@ -54,13 +54,15 @@ def _stopped_ranks(patience: float) -> Iterator[dict[int, int]]:
     # torchrun takes a stopped process for a working one; it takes no SIGTERM, and only 30 s later would be killed.
     from torch.distributed.elastic.multiprocessing.api import PContext
 
-    wait, close, stopped, since = PContext.wait, PContext.close, {}, {}
+    stopped: dict[int, int] = {}
+    since: dict[int, float] = {}
+    wait, close = PContext.wait, PContext.close
 
     def kill(pid: int) -> None:
         stopped[pid] = _rank_of(pid)
         os.kill(pid, signal.SIGKILL)
 
-    def look_and_wait(self: PContext, *args: object, **kwargs: object) -> object:
+    def look_and_wait(self: PContext, *args: Any, **kwargs: Any) -> object:
         now = time.monotonic()
         for pid in self.pids().values():
             if not _is_stopped(pid):
@@ -69,16 +71,16 @@ def _stopped_ranks(patience: float) -> Iterator[dict[int, int]]:
                 kill(pid)
         return wait(self, *args, **kwargs)
 
-    def close_all(self: PContext, *args: object, **kwargs: object) -> None:
+    def close_all(self: PContext, *args: Any, **kwargs: Any) -> None:
         for pid in filter(_is_stopped, self.pids().values()):
             kill(pid)
         close(self, *args, **kwargs)
 
-    PContext.wait, PContext.close = look_and_wait, close_all
+    PContext.wait, PContext.close = look_and_wait, close_all  # type: ignore[method-assign,assignment]
     try:
         yield stopped
     finally:
-        PContext.wait, PContext.close = wait, close
+        PContext.wait, PContext.close = wait, close  # type: ignore[method-assign]
 
 
 def _is_stopped(pid: int) -> bool:

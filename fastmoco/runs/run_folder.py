@@ -95,7 +95,7 @@ def load_encoder(run: Path, parallel: Parallel, untrained: bool = False) -> tupl
     encoder = build_encoder(recipe)
     if saved:
         encoder.load_state_dict(without(QUERY, saved.state))
-    encoder = encoder.to(parallel.device, memory_format=torch.channels_last)
+    encoder = encoder.to(parallel.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return encoder.eval().requires_grad_(False), recipe, saved.step if saved else 0
 
 

@@ -28,7 +28,7 @@ def draw_curves(run: Path, recipe: Recipe) -> Path:
         Series(label, steps, [line[name] for line in log], colour)
         for name, colour, label in (("top5", ORANGE, "top-5"), ("top1", BLUE, "top-1"))
     ]
-    plots.line_chart(accuracy, f"Contrast accuracy, 1 of {recipe.queue_size + 1} (%)", series, high=100)
+    plots.line_chart(accuracy, f"Contrast accuracy, 1 of {recipe.check_queue() + 1} (%)", series, high=100)
     _draw_knn(neighbours, knn)
     plots.save(figure, run / NAME)
     return run / NAME

@@ -38,7 +38,8 @@ class Job:
     @property
     def out(self) -> Path:
         """The folder of the run."""
-        return Path(self.options.out)
+        assert self.options.out is not None, "places() names one"
+        return self.options.out
 
     @cached_property
     def plan(self) -> Plan:
@@ -95,11 +96,12 @@ def fresh(path: Path) -> Path:
 
 
 def _images(options: Options, max_pixels: int) -> tuple[Manifest, Manifest | None, list[str]]:
-    train, val = manifest.split(options.data)
-    kept = Path(options.out) / manifest.NAME
+    assert options.data is not None and options.out is not None, "places() names both"
+    train, beside = manifest.split(options.data)
+    kept = options.out / manifest.NAME
     # A run keeps its samples, and so its plan, when files are lost or added between two of its parts.
     images = Manifest.load(kept, train) if kept.exists() else manifest.scan(train, max_pixels=max_pixels)
-    val = options.val or val
+    val = options.val or beside
     notes = []
     if images.rejected:
         notes.append(f"{len(images.rejected)} files were left out: fastmoco data scan {options.data} lists them")

@@ -82,6 +82,7 @@ class Saver:
         writing, self._writing = self._writing, None
         if writing is None:
             return
+        assert self._job is not None
         step = self._job[0]
         try:
             writing.result()
@@ -102,7 +103,7 @@ class Saver:
         if self._refused is not None:
             self._writing = self._thread.submit(self._write)
             self.wait()
-        if self._refused is not None:
+        if self._refused is not None and self._job is not None:
             raise SaveError(
                 f"{self.run}: the state after step {self._job[0]} could not be written ({_answer(self._refused)}); "
                 f"{self._last()}: mend the disk, then go on from there with --resume"
@@ -123,6 +124,7 @@ class Saver:
         return torch.cuda.current_stream().record_event() if on_gpu else None
 
     def _write(self) -> None:
+        assert self._job is not None
         step, meta, arrived = self._job
         if arrived is not None:
             arrived.synchronize()
