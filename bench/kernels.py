@@ -22,7 +22,7 @@ from fastmoco.bench.record_files import BY_HOST, Row, named
 from fastmoco.bench.roofline import convolutions
 from fastmoco.bench.step import tf32
 from fastmoco.bench.timing import Machine, interleave, measure_machine
-from fastmoco.contrast.graph import captured
+from fastmoco.contrast.graph import CaptureError, captured
 from fastmoco.data.plan import Plan
 from fastmoco.encoder import build_encoder
 from fastmoco.kernels import batch_norm, enqueue, info_nce, photometric, sgd_ema
@@ -124,7 +124,7 @@ def rows(
 
 
 def replayed(call: Callable[[], object], stream: torch.cuda.Stream, pool: tuple[int, int]) -> Callable[[], object]:
-    """`call` as a CUDA graph, captured on `stream` after a warm-up there; RuntimeError where it cannot be."""
+    """`call` as a CUDA graph, captured on `stream` after a warm-up there; CaptureError where it cannot be."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(CAPTURE_WARMUP):
@@ -139,7 +139,7 @@ def _replayed(providers: dict[str, Callable]) -> tuple[dict[str, Callable], dict
     for name, call in providers.items():
         try:
             calls[name], how[name] = replayed(call, stream, pool), "a CUDA graph"
-        except RuntimeError as error:
+        except (CaptureError, RuntimeError) as error:
             print(f"{name} is timed without a CUDA graph: {error}", file=sys.stderr)
             calls[name], how[name] = call, BY_HOST
     return calls, how

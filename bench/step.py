@@ -20,6 +20,7 @@ from fastmoco.bench.journal import Journal
 from fastmoco.bench.record_files import Row, named
 from fastmoco.bench.roofline import LEVELS, convolutions, seconds_per_pair
 from fastmoco.bench.timing import Machine, Timing, interleave, measure_machine
+from fastmoco.contrast.algorithms import algorithms
 from fastmoco.contrast.graph import GraphMode, runner
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import resolve_precision
@@ -163,6 +164,7 @@ def _gpu_providers(published_step: Callable, ours_step: Callable) -> dict[str, P
         "fastmoco tf32": Provider(functools.partial(ours_step, "tf32"), "tf32", group="more"),
         "fastmoco fp16": Provider(functools.partial(ours_step, "fp16"), "fp16"),
         "fastmoco bf16, no graph": low("core", graph="off"),
+        "fastmoco bf16, deterministic": low("core", deterministic=True),
         "fastmoco bf16, key stream": low(key_stream=True),
         "fastmoco bf16, eager encoder": low(encoder="eager"),
         "fastmoco bf16, compiled encoder": low("compiled", encoder="compile"),
@@ -191,7 +193,7 @@ def published(recipe: Recipe, device: torch.device, **options) -> Callable[[], o
     views = [torch.randn(shape, device=device) for _ in range(2)]
 
     def call() -> float:
-        with tf32(convolutions=True, products=False):  # torch's defaults
+        with tf32(convolutions=True, products=False), algorithms(device, False):  # torch's defaults; cuDNN by trial
             return step(*views)
 
     return call
@@ -205,6 +207,7 @@ def ours(
     graph: GraphMode = "off",
     pool: Callable | None = None,
     finished_views: bool = False,
+    deterministic: bool = False,
     **options,
 ) -> Callable[[], object]:
     """The call that trains one step of ours on random crops, or views; `options` are those of `Step`.
@@ -212,16 +215,16 @@ def ours(
     `pool` gives the one pool of memory for all graphs, or a GPU would not hold them beside each other.
     """
     allowed = precision == "tf32"
-    with tf32(convolutions=allowed, products=allowed):
+    with tf32(convolutions=allowed, products=allowed), algorithms(device, deterministic):
         parallel = Parallel(device=device)
-        step = Step(recipe, parallel, resolve_precision(precision, device), **options)
+        step = Step(recipe, parallel, resolve_precision(precision, device), deterministic=deterministic, **options)
         batch = noise_batch(recipe, parallel)
         if finished_views:
             batch = _with_finished_views(batch)
         advance = runner(step, lambda: batch, graph, pool=None if pool is None else pool())
 
     def call() -> object:
-        with tf32(convolutions=allowed, products=allowed):
+        with tf32(convolutions=allowed, products=allowed), algorithms(device, deterministic):
             return advance(batch, 1e-3)
 
     return call

@@ -187,6 +187,8 @@ def _resumed(preset: str, argv: Sequence[str], chosen: PretrainFlags) -> Pretrai
         key: Path(value) for key, value in saved["options"].items() if key in ("data", "val") and value
     }
     places |= {key: getattr(chosen.options, key) for key in ("data", "val") if getattr(chosen.options, key)}
+    if saved["options"].get("deterministic") == "on":  # or what was promised of the run would end here
+        places["deterministic"] = "on"
     return PretrainFlags(dataclasses.replace(chosen.options, resume=True, **places), chosen.recipe)
 
 

@@ -63,6 +63,9 @@ class Options:
     """Update by our kernel, by torch's fused SGD, or by NVIDIA's apex where it is installed."""
     key_stream: bool = False
     """Encode keys on a CUDA stream of their own, beside the queries."""
+    deterministic: Literal["on", "off"] = "off"
+    """On a GPU: take only algorithms that give the same bits each time, so that a resumed run equals an undisturbed one
+    bit for bit, as it always does on a CPU; off lets cuDNN time its algorithms in every process."""
     timeout_seconds: float = 120.0
     """Seconds that ranks wait for each other after the first step before the run fails; 0 leaves ten minutes."""
 
@@ -99,12 +102,20 @@ class Options:
             _require(self.stop_after >= 1, "stop_after", self.stop_after, "use a number of at least 1")
         load = self.hw_decoder_load
         _require(load is None or 0 <= load <= 1, "hw_decoder_load", load, "use a share from 0 to 1")
+        if self.deterministic == "on" and load not in (None, 0, 1):
+            # Which images the engine gets depends on the batch, and its pixels are not those of the multiprocessors.
+            raise UsageError(f"--hw-decoder-load is {load}, which is not deterministic: use 0 or 1, or leave it out")
         if self.photometric == "dali" and self.graph == "on":
             raise UsageError(
                 "--photometric dali does not go with --graph on, whose graph holds the kernel: use --graph off"
             )
         if self.resume and self.out is None:
             raise UsageError("--resume needs the run to continue: add --out RUN")
+
+    @property
+    def decoder_load(self) -> float | None:
+        """Share of the JPEGs for a GPU's decoding engine: as given, or all where runs are to be deterministic."""
+        return 1.0 if self.deterministic == "on" and self.hw_decoder_load is None else self.hw_decoder_load
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,16 @@ def test_resume_takes_the_recipe_of_the_run(tmp_path):
         parse(argv)
 
 
+def test_a_run_that_was_started_deterministic_stays_so(tmp_path):
+    run = started(tmp_path / "run", PRESETS["v2"][1])
+    saved = json.loads((run / "recipe.json").read_text())
+    for before, after in (("off", "off"), ("on", "on"), (None, "off")):
+        saved["options"] = {key: value for key, value in saved["options"].items() if key != "deterministic"}
+        saved["options"] |= {} if before is None else {"deterministic": before}
+        (run / "recipe.json").write_text(json.dumps(saved))
+        assert parse(["pretrain", "v2", "--resume", "--out", str(run)])[1].options.deterministic == after
+
+
 def test_a_run_from_before_lars_is_one_of_sgd(tmp_path):
     """Its recipe.json has no such fields; whoever resumes it can ask for nothing else."""
     run = started(tmp_path / "run", PRESETS["v2"][1])

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastmoco.contrast.algorithms import choose_algorithms
 from fastmoco.contrast.dictionary import Dictionary, Queue, QueueDictionary
 from fastmoco.contrast.update import Numbers
 from fastmoco.contrast.views import Views
@@ -37,12 +38,11 @@ def check_device(device: torch.device, *, key_stream: bool, apex: bool) -> None:
             raise UsageError(f"{flag} needs a GPU: leave it out")
 
 
-def set_switches(device: torch.device, tf32: bool) -> None:
-    """Set torch's switches, which are process-wide: TF32, and on a GPU cuDNN's choice of algorithms by timing."""
+def set_switches(device: torch.device, tf32: bool, deterministic: bool) -> None:
+    """Set torch's switches, which are process-wide: TF32, and on a GPU how algorithms are chosen."""
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
-    # Shapes never change, so cuDNN may time its algorithms once, as in the published code.
-    torch.backends.cudnn.benchmark = device.type == "cuda" or torch.backends.cudnn.benchmark
+    choose_algorithms(device, deterministic)
 
 
 def build_encoder_q(recipe: Recipe, device: torch.device) -> Encoder:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +31,10 @@ _open: weakref.WeakSet[GraphStep] = weakref.WeakSet()
 
 WARMUP = 3  # steps before the capture: kernels are compiled and cuDNN has chosen its algorithms
 WARMUP_RANKS = 11  # with several ranks torch asks for so many, until DDP has settled its buckets
+
+
+class CaptureError(UsageError):
+    """A step that has run could not be captured as a CUDA graph; the message says why and what to do."""
 
 
 class GraphStep:
@@ -90,9 +93,9 @@ def runner(
 ) -> Runner:
     """The call that trains one step: a CUDA graph's, captured with `make_batch()`, or `step.step` itself.
 
-    "auto" captures on a GPU, and goes on without a graph, with a warning, where that fails; over several ranks that is
-    a UsageError, since a collective must be in a graph on all ranks or on none. UsageError also where "on" cannot be:
-    on a CPU, and with apex's update, which takes its learning rate from the host.
+    "auto" captures on a GPU, "on" only differs where that cannot be: UsageError on a CPU, and with apex's update, which
+    takes its learning rate from the host. CaptureError where a capture fails: torch then keeps the memory of the graph
+    for good, and other ranks may have captured. An error of a step itself is raised as it is.
     """
     on_gpu, fixed = step.capture_stream is not None, update == "apex"
     if mode == "on" and not on_gpu:
@@ -101,15 +104,7 @@ def runner(
         raise UsageError("--graph on does not go with --update apex, which takes its learning rate from the host")
     if mode == "off" or not on_gpu or fixed:
         return step.step
-    try:
-        return GraphStep(step, make_batch(), pool).step
-    except RuntimeError as error:
-        if mode == "on":
-            raise
-        if step.parallel.world > 1:
-            raise UsageError(f"the step could not be captured as a CUDA graph ({error}): use --graph off") from error
-        warnings.warn(f"going on without a CUDA graph, since it could not be captured: {error}", stacklevel=2)
-        return step.step
+    return GraphStep(step, make_batch(), pool).step
 
 
 @contextmanager
@@ -125,14 +120,20 @@ def closed_at_the_end() -> Iterator[None]:
 def captured(
     call: Callable[[], object], stream: torch.cuda.Stream, pool: tuple[int, int] | None = None
 ) -> torch.cuda.CUDAGraph:
-    """The graph of `call` on `stream`, where it has run before; RuntimeError where it cannot be captured.
+    """The graph of `call` on `stream`, where it has run before; CaptureError where it cannot be captured.
 
     Graphs of one stream and one `pool` that never run at the same time share their memory.
     """
-    graph = torch.cuda.CUDAGraph()
-    # Other threads (NCCL's watchdog, the progress bar) may call CUDA meanwhile.
-    with _no_collection(), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        call()
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        # Other threads (NCCL's watchdog, the progress bar) may call CUDA meanwhile.
+        with _no_collection(), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            call()
+    except RuntimeError as error:
+        torch.cuda.set_stream(current)  # torch leaves the capture's stream the current one where ending it fails
+        if isinstance(error, torch.OutOfMemoryError):
+            raise  # without a graph it would need as much
+        raise CaptureError(f"the step could not be captured as a CUDA graph ({error}): use --graph off") from error
     return graph
 
 

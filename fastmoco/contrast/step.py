@@ -57,8 +57,9 @@ class Step:
 
     The rest is how, and changes rounding at most. `encoder`: batch norm by our kernels, in plain torch, or plain torch
     through torch.compile. `update`: see `contrast/backends.py`. `key_stream`: keys are encoded on a CUDA stream of
-    their own, beside the queries. `channels`: of the views; left out, 4 on a GPU. UsageError where the device or the
-    installation lacks what these need.
+    their own, beside the queries. `channels`: of the views; left out, 4 on a GPU. `deterministic`: on a GPU, only
+    algorithms that give the same bits each time, as `contrast/algorithms.py` sets them for the process. UsageError
+    where the device or the installation lacks what these need.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Step:
         update: Backend = "fused",
         key_stream: bool = False,
         channels: Literal[3, 4] | None = None,
+        deterministic: bool = False,
     ) -> None:
         # The first custom operator imports it, and the import keeps the frames of all callers alive: that step's graph.
         import torch._dynamo  # noqa: F401
@@ -80,7 +82,7 @@ class Step:
         self.recipe, self.parallel = recipe, parallel
         self.precision = resolve_precision(precision or recipe.precision, parallel.device)
         numbers = PRECISIONS[self.precision]
-        build.set_switches(parallel.device, numbers.tf32)
+        build.set_switches(parallel.device, numbers.tf32, deterministic)
         self.channels = channels or (4 if parallel.device.type == "cuda" else 3)
         make_views = Views(recipe.augmentation, numbers.work, self.channels)
         self.encoder_q: Encoder = build.build_encoder_q(recipe, parallel.device)

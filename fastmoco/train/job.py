@@ -62,7 +62,7 @@ class Job:
         return Loading(
             threads=self.options.threads or share_of_cores(),
             prefetch=self.options.prefetch,
-            hw_decoder_load=self.options.hw_decoder_load,
+            hw_decoder_load=self.options.decoder_load,
             photometric=self.options.photometric,
             decoded_bytes=int(self.options.decoded_cache * 1e9),
         )

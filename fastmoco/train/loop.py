@@ -40,6 +40,11 @@ from fastmoco.train.metrics import BadStep, Meter, Pace, Reading, Stopwatch, mem
 from fastmoco.train.monitor import Monitor, fill_steps
 from fastmoco.train.saving import Saving
 
+TURN_SECONDS = 0.0005  # that a thread may keep Python's lock when another waits for it
+FIRST_MINUTE = (
+    "compiling kernels and capturing the step: about a minute the first time on this machine, then some ten seconds"
+)
+
 
 def run(command: Pretrain) -> int:
     """`pretrain PRESET`: exit code 0, or 143 where the run was asked to stop."""
@@ -70,12 +75,18 @@ class Run:
         self.quarantine = None
         if options.quarantine:
             self.quarantine = Quarantine(job.train_set, job.out / quarantine.NAME, job.recipe.max_bad_share)
-        self.step = Step(
-            job.recipe, parallel, encoder=options.encoder, update=options.update, key_stream=options.key_stream
-        )
-        # Before any DALI pipeline runs, which a capture would not survive.
-        graph = options.graph if options.photometric == "kernel" else "off"
-        self.advance = runner(self.step, partial(noise_batch, job.recipe, parallel), graph, options.update)
+        with _first_minute(parallel):
+            self.step = Step(
+                job.recipe,
+                parallel,
+                encoder=options.encoder,
+                update=options.update,
+                key_stream=options.key_stream,
+                deterministic=options.deterministic == "on",
+            )
+            # Before any DALI pipeline runs, which a capture would not survive.
+            graph = options.graph if options.photometric == "kernel" else "off"
+            self.advance = runner(self.step, partial(noise_batch, job.recipe, parallel), graph, options.update)
         self.saving = Saving(job, self.step)
         self.done = self.saving.restore() if options.resume else 0
         self.health, self.rollbacks = Health(job.recipe), 0
@@ -114,7 +125,7 @@ class Run:
         if self.options.on_nonfinite == "rollback" and self.done == 0:
             self.saving.copied = -1  # so that there is a state to go back to
             self._save()
-        with _controlled_gc():
+        with _controlled_gc(), _short_turns():
             while True:
                 try:
                     stopped = self._to_the_end()
@@ -314,6 +325,29 @@ class Run:
         atomic.write_json(out / record.SUMMARY, summary)
         self._say(record.closing(summary, out))
         return summary
+
+
+@contextmanager
+def _first_minute(parallel: Parallel) -> Iterator[None]:
+    if not parallel.is_main or parallel.device.type != "cuda":
+        yield
+        return
+    print(FIRST_MINUTE, file=sys.stderr, flush=True)
+    started = time.perf_counter()
+    yield
+    print(f"ready after {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _short_turns() -> Iterator[None]:
+    # The loader's thread prepares a batch in Python, while steps of a few milliseconds are launched: whoever waits for
+    # Python's lock otherwise waits five.
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(TURN_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 @contextmanager

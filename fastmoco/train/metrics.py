@@ -102,7 +102,7 @@ class Meter:
         if self.device.type == "cuda":
             pinned = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
             rows = pinned.copy_(rows, non_blocking=True)
-            arrived = torch.cuda.Event()
+            arrived = torch.cuda.Event(blocking=True)
             arrived.record()
         self._pending.append(Interval(step, rows, arrived, dict(facts)))
         self._rows = []

@@ -59,6 +59,7 @@ def test_the_groups_share_the_baseline_alone_and_leave_nothing_out():
         "fastmoco bf16",
         "fastmoco fp16",
         "fastmoco bf16, no graph",
+        "fastmoco bf16, deterministic",
     }
     assert core & more == more & compiled == core & compiled == {"published fp16 autocast"}
     assert core | more | compiled == chosen("all") and all("compiled" in name for name in compiled - core)
@@ -67,12 +68,12 @@ def test_the_groups_share_the_baseline_alone_and_leave_nothing_out():
 
 
 def test_words_choose_and_leave_out():
-    assert chosen("core", "fp16 autocast, fastmoco bf16", "graph") == {
+    assert chosen("core", "fp16 autocast, fastmoco bf16", "graph, deterministic") == {
         "published fp16 autocast",
         "channels-last fp16 autocast",
         "fastmoco bf16",
     }
-    assert chosen("core", skip="autocast, no graph") == {
+    assert chosen("core", skip="autocast, no graph, deterministic") == {
         "fastmoco bf16",
         "fastmoco fp16",
     }

@@ -29,10 +29,12 @@ def step(rates: dict[str, float], device: str = H100, n: int = FEWEST, **size: o
     return record(rows, device)
 
 
-def proof(again: int = 0, graph: int = 0, other: int = 9, steps: int = 20, precision: str = "bf16") -> Record:
+def proof(
+    again: int = 0, graph: int = 0, other: int = 9, steps: int = 20, precision: str = "bf16", deterministic: str = "on"
+) -> Record:
     found = {EAGER: again, GRAPH: graph, OTHER: other}
     extra = {"largest": 0.25, "compared": 500}
-    config = SIZE | {"steps": steps, "precision": precision}
+    config = SIZE | {"steps": steps, "precision": precision, "deterministic": deterministic}
     return record([Row(EQUAL, name, "tensors differ", (float(n),), config, extra=extra) for name, n in found.items()])
 
 
@@ -137,9 +139,24 @@ def test_providers_of_two_records_are_not_compared():
     assert verdicts(apart)[0] == ABSENT and verdicts(apart[::-1])[0] == ABSENT
 
 
-def test_the_rates_are_asked_of_an_h100_alone():
-    other = step({PUBLISHED: 2000.0, CHANNELS_LAST: 3000.0, OURS: 4500.0}, "NVIDIA H200")
-    assert verdicts([other])[:2] == ["met", "met"] and verdicts([other])[4:7] == [ABSENT] * 3
+def test_each_gpu_has_rates_of_its_own_and_others_none():
+    rates = {PUBLISHED: 2000.0, CHANNELS_LAST: 3000.0, OURS: 4500.0}
+    expected = {H100: ["met", "met", "missed"], "NVIDIA H200": ["met", "missed", "missed"], "NVIDIA A100": [ABSENT] * 3}
+    for device, wanted in expected.items():
+        other = step(rates, device)
+        assert verdicts([other])[:2] == ["met", "met"] and verdicts([other])[4:7] == wanted
+
+
+def test_equality_is_asked_of_deterministic_algorithms():
+    assert verdicts([proof(graph=3, again=3, deterministic="off")])[-2] == ABSENT
+    assert verdicts([proof(graph=3, again=3, deterministic="off"), proof()])[-2] == "met"
+
+
+@pytest.mark.parametrize(("rate", "says"), [(4450.0, "1.1 %: under 2 %"), (4300.0, "4.4 %: not under 2 %")])
+def test_what_deterministic_algorithms_cost_is_said(rate, says):
+    text = targets.table([step({PUBLISHED: 2000.0, OURS: 4500.0, targets.DETERMINISTIC: rate})])
+    assert f"--deterministic on costs {says}" in text
+    assert "deterministic" not in targets.table([step({PUBLISHED: 2000.0, OURS: 4500.0})])
 
 
 def test_bytes_of_a_step_are_no_rates():

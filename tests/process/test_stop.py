@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastmoco.contrast.step import Step
 from fastmoco.options import Options, Pretrain
 from fastmoco.parallel import Parallel
 from fastmoco.process import stop
-from fastmoco.process.stop import SIGNALS, StopRequest, Vote, stop_on_signal
+from fastmoco.process.stop import EVERY, SIGNALS, StopRequest, Vote, stop_on_signal
 from fastmoco.runs import checkpoint
 from fastmoco.runs.lines import read_lines
 from fastmoco.train import loop
@@ -164,14 +165,35 @@ def test_each_signal_is_a_request_and_the_handlers_are_put_back(number):
     assert signal.getsignal(number) is before
 
 
-def vote(parallel: Parallel) -> list[list[bool]]:
-    ballot = Vote(parallel)
-    return [ballot.cast(parallel.rank == 1 and step == 2, False) for step in range(4)]
+def vote(parallel: Parallel, every: int, wished_at: int, calls: int) -> tuple[list[int], int]:
+    """Calls that returned a wish, and how many collectives that took; the second rank wishes once."""
+    asked, plain = [], Parallel.mean
+
+    def mean(self: Parallel, value: object) -> object:
+        asked.append(1)
+        return plain(self, value)
+
+    Parallel.mean = mean
+    ballot = Vote(parallel, every)
+    found = [ballot.cast(parallel.rank == 1 and call == wished_at, False) for call in range(calls)]
+    Parallel.mean = plain
+    assert not any(second for _, second in found)
+    return [call for call, (first, _) in enumerate(found) if first], len(asked)
 
 
 def test_one_ranks_wish_counts_for_all_at_one_step(run_ranks):
-    expected = [[False, False], [False, False], [True, False], [False, False]]
-    assert run_ranks(2, vote) == [expected, expected]
+    assert run_ranks(2, vote, 1, 2, 4) == [([2], 4)] * 2
+
+
+@pytest.mark.parametrize(("wished_at", "known_at"), [(0, 15), (7, 15), (8, 23), (14, 23)])
+def test_ranks_on_gpus_vote_now_and_then_and_read_it_later(run_ranks, wished_at, known_at):
+    """No wish is lost between two votes, all learn of it in the same step, and it counts once."""
+    assert run_ranks(2, vote, EVERY, wished_at, 40) == [([known_at], 5)] * 2
+
+
+def test_how_often_ranks_vote_follows_from_the_device():
+    assert Vote(Parallel(world=2))._every == 1
+    assert Vote(Parallel(world=2, device=torch.device("cuda", 0)))._every == EVERY
 
 
 def test_an_echo_is_measured_from_the_first(monkeypatch):

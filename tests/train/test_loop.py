@@ -383,3 +383,21 @@ def test_two_ranks_resume_bit_equal(images, recipe, run_ranks, tmp_path):
             run_ranks(2, train_ranks, recipe, where)
     one, other = (checkpoint.load(checkpoint.latest(tmp_path / out)) for out in ("whole", "cut"))
     assert one.step == other.step == 7 and differing(one.state, other.state) == []
+
+
+def test_a_gpus_first_minute_is_told_by_the_first_rank_alone(capsys):
+    gpu = torch.device("cuda", 0)
+    ranks = {Parallel(device=gpu): True, Parallel(rank=1, world=2, device=gpu): False, Parallel(): False}
+    for parallel, told in ranks.items():
+        with loop._first_minute(parallel):
+            assert capsys.readouterr().err == (loop.FIRST_MINUTE + "\n") * told
+        assert re.fullmatch(r"ready after \d+ s\n" if told else "", capsys.readouterr().err)
+    assert "about a minute the first time" in loop.FIRST_MINUTE
+
+
+def test_threads_wait_briefly_for_each_other_while_a_run_trains():
+    before = sys.getswitchinterval()
+    with pytest.raises(KeyError), loop._short_turns():
+        assert sys.getswitchinterval() == pytest.approx(loop.TURN_SECONDS)
+        raise KeyError
+    assert sys.getswitchinterval() == before
