@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -73,14 +74,7 @@ def _padded(dim: int) -> int:
 
 
 def _sweep_constants(
-    tile: Tiles,
-    dim: int,
-    z_dtype: torch.dtype,
-    queue_dtype: torch.dtype,
-    *,
-    whole: bool,
-    on_device: bool,
-    running: bool,
+    tile: Tiles, dim: int, queue_dtype: torch.dtype, *, whole: bool, on_device: bool, running: bool
 ) -> dict[str, Any]:
     block_n, block_k, _, chunk = tile.block
     return {
@@ -92,8 +86,6 @@ def _sweep_constants(
         "ON_DEVICE": on_device,
         "RUNNING": running,
         "HEADROOM": FP16_HEADROOM if queue_dtype is torch.float16 else 0,
-        # A large projection of another dtype would overflow fp16.
-        "RAW": z_dtype is queue_dtype or queue_dtype is not torch.float16,
         "PRECISION": "tf32x3" if queue_dtype is torch.float32 else "tf32",
     }
 
@@ -122,50 +114,26 @@ def _launch(
     shift_part = torch.empty_like(z_part) if running else z_part  # unused where the shift is fixed
     positive = z_q.new_empty(n, dtype=torch.float32)
     loss, rank, gradient = _outputs(z_q)
-    constants = _sweep_constants(
-        plan.sweep,
-        dim,
-        z_q.dtype,
-        queue.dtype,
-        whole=size % plan.sweep.block[1] == 0,
-        on_device=on_device,
-        running=running,
-    )
+    whole = size % plan.sweep.block[1] == 0
+    constants = _sweep_constants(plan.sweep, dim, queue.dtype, whole=whole, on_device=on_device, running=running)
+    partials = (z_part, a_part, rank_part, shift_part, positive)
+    sweep = (_operand(z_q, queue.dtype), k, queue, given, *partials, n, size, plan.tiles_per_piece)
+    combine = (z_q, k, given, *partials, loss, rank, gradient, n, plan.pieces)
     with torch.cuda.device_of(z_q):
         kernels.sweep_kernel[(plan.row_tiles, plan.pieces, plan.chunks)](
-            z_q,
-            k,
-            queue,
-            given,
-            z_part,
-            a_part,
-            rank_part,
-            shift_part,
-            positive,
-            n,
-            size,
-            plan.tiles_per_piece,
-            **constants,
-            **launch_options(plan.sweep),
+            *sweep, **constants, **launch_options(plan.sweep)
         )
         kernels.combine_kernel[(n,)](
-            z_q,
-            k,
-            given,
-            z_part,
-            a_part,
-            rank_part,
-            shift_part,
-            positive,
-            loss,
-            rank,
-            gradient,
-            n,
-            plan.pieces,
-            **_combine_constants(plan.combine, dim, constants),
-            **launch_options(plan.combine),
+            *combine, **_combine_constants(plan.combine, dim, constants), **launch_options(plan.combine)
         )
     return loss, rank, gradient
+
+
+def _operand(z_q: Tensor, dtype: torch.dtype) -> Tensor:
+    # Of the queue's dtype, which in training it is. A large projection would overflow fp16 unless it is normalised.
+    if z_q.dtype is dtype:
+        return z_q
+    return (F.normalize(z_q.float(), dim=1) if dtype is torch.float16 else z_q).to(dtype)
 
 
 def _outputs(z_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,7 +216,10 @@ def info_nce(
 
 
 def scratch_bytes(n: int, size: int, dim: int, queue_dtype: torch.dtype, device: torch.device, running: bool) -> int:
-    """Bytes one call allocates beyond its loss and rank: the partial sums, the positives and the stored gradient."""
+    """Bytes one call allocates beyond its loss and rank: the partial sums, the positives and the stored gradient.
+
+    Projections of another dtype than the queue's are copied besides.
+    """
     pieces = _plan(n, size, dim, queue_dtype, device).pieces
     return 4 * (pieces * n * (dim + 2 + running) + n + n * dim)
 
@@ -275,7 +246,6 @@ def variants(arch: int) -> list[Variant]:
     gate += [_sweep_variant(arch, dim, fp32, running=True, whole=False) for dim in (128, 512)]
     gate.append(_sweep_variant(arch, 128, bf16, running=True, on_device=True))
     gate += [_sweep_variant(arch, 128, bf16, k=fp32), _sweep_variant(arch, 128, fp16, running=True, k=fp32)]
-    gate += [_sweep_variant(arch, 512, bf16, z_q=fp32, k=fp32), _sweep_variant(arch, 128, fp16, z_q=fp32, running=True)]
     return gate + [_combine_variant(arch, 128, running=False), _combine_variant(arch, 512, running=True, k="fp32")]
 
 
@@ -287,25 +257,21 @@ def _sweep_variant(
     dim: int,
     dtype: torch.dtype,
     *,
-    z_q: torch.dtype | None = None,
     k: torch.dtype | None = None,
     running: bool = False,
     on_device: bool = False,
     whole: bool = True,
 ) -> Variant:
     row = _sweep_tiles(dim, dtype, arch)
-    z_dtype, k_dtype = z_q or dtype, k or dtype
-    constants = _sweep_constants(row, dim, z_dtype, dtype, whole=whole, on_device=on_device, running=running)
-    types = {
-        "z_q": f"*{NAMES[z_dtype]}",
-        "k": f"*{NAMES[k_dtype]}",
-        "queue": f"*{NAMES[dtype]}",
+    constants = _sweep_constants(row, dim, dtype, whole=whole, on_device=on_device, running=running)
+    types = dict.fromkeys(("z_q", "queue"), f"*{NAMES[dtype]}") | {
+        "k": f"*{NAMES[k or dtype]}",
         "positive_out": "*fp32",
     }
     types |= _PARTIAL_TYPES | {"temperature": "*fp32" if on_device else "fp32"}
     types |= dict.fromkeys(("n", "size", "tiles_per_piece"), "i32")
     label = f"info_nce.sweep {NAMES[dtype]} D={dim}" + " running" * running + " ragged" * (not whole)
-    label += (f" z={NAMES[z_q]}" if z_q else "") + (f" k={NAMES[k]}" if k else "")
+    label += f" k={NAMES[k]}" if k else ""
     return variant(label, kernels.sweep_kernel, row, types, constants, native_mma=dtype is not torch.float32)
 
 

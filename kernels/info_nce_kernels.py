@@ -1,10 +1,9 @@
 """The Triton kernels of info_nce.py.
 
-Read `sweep_kernel` first, as a training step runs it: D = 128 columns in one CHUNK, a bf16 queue, projections as they
-are (RAW: 1 / |z| is part of a row's scale), a fixed shift (not RUNNING), and a queue of whole tiles (WHOLE). The other
-forms:
+Read `sweep_kernel` first, as a training step runs it: D = 128 columns in one CHUNK, bf16 projections and queue, a fixed
+shift (not RUNNING), and a queue of whole tiles (WHOLE). Projections are operands as they are, of the queue's dtype, and
+1 / |z| is part of a row's scale: so tensor cores read them from shared memory. The other forms:
 
-- not RAW: projections are normalised before they are rounded to fp16, not after, or large ones would overflow.
 - RUNNING: where the fixed shift would leave the range of the dtype, a running maximum takes its place.
 - D > CHUNK: accumulators of all columns do not fit the registers, so further programs have the other columns, and
   each computes the scores anew.
@@ -15,7 +14,7 @@ Z, A and p are those of info_nce.py. A logit is in powers of two: a score times 
 import triton
 import triton.language as tl
 
-from fastmoco.kernels.dispatch import dot
+from fastmoco.kernels.dispatch import cast, dot
 
 LN2, LOG2_E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
 
@@ -49,30 +48,10 @@ def _inverse_norms(z_q, start, n, ROWS: tl.constexpr, DIM: tl.constexpr, CHUNK: 
 
 
 @triton.jit
-def _queries(
-    z_q,
-    inverse,
-    start,
-    n,
-    column,
-    OPERAND: tl.constexpr,
-    ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-    CHUNK: tl.constexpr,
-    RAW: tl.constexpr,
-):
-    z = _load_rows(z_q, start, n, column, ROWS, DIM, CHUNK, False)
-    if not RAW:
-        z = z.to(tl.float32) * inverse[:, None]
-    return z.to(OPERAND)
-
-
-@triton.jit
 def _scores(
     q,
     keys,
     z_q,
-    inverse,
     start,
     n,
     matrix,
@@ -80,11 +59,9 @@ def _scores(
     key_count,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    OPERAND: tl.constexpr,
     DIM: tl.constexpr,
     CHUNK: tl.constexpr,
     WHOLE: tl.constexpr,
-    RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # q @ keys'. Of several chunks, q and keys are this program's alone: all are loaded again.
@@ -92,8 +69,8 @@ def _scores(
         return dot(q, tl.trans(keys), None, PRECISION)
     s = tl.zeros([ROWS, KEYS], tl.float32)
     for column in range(0, DIM, CHUNK):
-        part = _queries(z_q, inverse, start, n, column, OPERAND, ROWS, DIM, CHUNK, RAW)
-        others = _load_rows(matrix, key_start, key_count, column, KEYS, DIM, CHUNK, WHOLE).to(OPERAND)
+        part = _load_rows(z_q, start, n, column, ROWS, DIM, CHUNK, False)
+        others = _load_rows(matrix, key_start, key_count, column, KEYS, DIM, CHUNK, WHOLE).to(part.dtype)
         s = dot(part, tl.trans(others), s, PRECISION)
     return s
 
@@ -133,29 +110,20 @@ def sweep_kernel(
     BLOCK_K: tl.constexpr,
     WHOLE: tl.constexpr,
     ON_DEVICE: tl.constexpr,
-    RAW: tl.constexpr,
     RUNNING: tl.constexpr,
     HEADROOM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     start, piece, column = tl.program_id(0) * BLOCK_N, tl.program_id(1), tl.program_id(2) * CHUNK
     operand: tl.constexpr = queue.dtype.element_ty
-    inverse = _inverse_norms(z_q, start, n, BLOCK_N, DIM, CHUNK)
-    q = _queries(z_q, inverse, start, n, column, operand, BLOCK_N, DIM, CHUNK, RAW)
-    # Logits are in powers of two: of a score s, s * scale.
+    q = _load_rows(z_q, start, n, column, BLOCK_N, DIM, CHUNK, False)
     log2_scale = _log2_scale(temperature, ON_DEVICE)
-    scale = tl.full([BLOCK_N], 1.0, tl.float32) * log2_scale
-    if RAW:
-        scale = inverse * log2_scale
+    scale = _inverse_norms(z_q, start, n, BLOCK_N, DIM, CHUNK) * log2_scale  # a score s is the logit s * scale
 
     # The positive goes through the same instruction as the negatives, so that equal keys score equally.
-    own = _load_rows(k, start, n, column, BLOCK_N, DIM, CHUNK, False).to(operand)
-    positive = _diagonal(
-        _scores(
-            q, own, z_q, inverse, start, n, k, start, n, BLOCK_N, BLOCK_N, operand, DIM, CHUNK, False, RAW, PRECISION
-        ),
-        BLOCK_N,
-    )
+    own = cast(_load_rows(k, start, n, column, BLOCK_N, DIM, CHUNK, False).to(tl.float32), operand)
+    square = _scores(q, own, z_q, start, n, k, start, n, BLOCK_N, BLOCK_N, DIM, CHUNK, False, PRECISION)
+    positive = _diagonal(square, BLOCK_N)
 
     shift = positive * scale
     z = tl.zeros([BLOCK_N], tl.float32)
@@ -164,25 +132,7 @@ def sweep_kernel(
     first = piece * tiles_per_piece
     for tile in range(first, tl.minimum(first + tiles_per_piece, tl.cdiv(size, BLOCK_K))):
         keys = _load_rows(queue, tile * BLOCK_K, size, column, BLOCK_K, DIM, CHUNK, WHOLE)
-        s = _scores(
-            q,
-            keys,
-            z_q,
-            inverse,
-            start,
-            n,
-            queue,
-            tile * BLOCK_K,
-            size,
-            BLOCK_N,
-            BLOCK_K,
-            operand,
-            DIM,
-            CHUNK,
-            WHOLE,
-            RAW,
-            PRECISION,
-        )
+        s = _scores(q, keys, z_q, start, n, queue, tile * BLOCK_K, size, BLOCK_N, BLOCK_K, DIM, CHUNK, WHOLE, PRECISION)
         if not WHOLE:
             s = tl.where((tile * BLOCK_K + tl.arange(0, BLOCK_K) < size)[None, :], s, float("-inf"))
         rank += tl.sum(tl.where(s > positive[:, None], 1.0, 0.0), 1)
@@ -195,7 +145,7 @@ def sweep_kernel(
         else:
             p = tl.exp2(s * scale[:, None] - log2_scale)
         z += tl.sum(p, 1)
-        a = dot(p.to(operand), keys, a, PRECISION)
+        a = dot(cast(p, operand), keys, a, PRECISION)
 
     rows = start + tl.arange(0, BLOCK_N)
     columns = column + tl.arange(0, CHUNK)
