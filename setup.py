@@ -5,6 +5,7 @@ They are imported as `fastmoco.kernels` and `fastmoco.bench`, since the bare nam
 Symbolic links inside `fastmoco/` make that so, for Python, for setuptools and for static tools alike.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -13,13 +14,14 @@ HERE = Path(__file__).parent
 
 setup(
     name="fastmoco",
-    version="0.1.0",
+    version=re.search(r'^__version__ = "(.*)"', (HERE / "fastmoco/__init__.py").read_text(), re.M)[1],
     description="The fastest honest way to pretrain an image encoder with Momentum Contrast (MoCo v1, v2)",
     long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["fastmoco", "fastmoco.*"]),
+    package_data={"fastmoco": ["py.typed"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
@@ -40,6 +42,7 @@ setup(
             "hypothesis>=6.100",
             "scikit-learn>=1.5",
         ],
+        "lint": ["ruff>=0.15", "mypy>=1.18", "pre-commit>=4"],
         "tensorboard": ["tensorboard>=2.15"],
         "export": ["timm>=1.0"],
         "gpu": ["nvidia-ml-py>=12"],

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastmoco import environment, usage
+from fastmoco import __version__, environment, usage
 from fastmoco.options import Pretrain, PretrainFlags, UsageError, check_places, restarted
 from fastmoco.process import interrupt
 from fastmoco.recipe import HARMLESS_ON_RESUME, PRESETS, Recipe, RecipeError
@@ -208,9 +208,7 @@ def _saved(run: Path) -> dict[str, Any]:
 
 def _split(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
     if argv and argv[0] in ("-V", "--version"):
-        from importlib.metadata import version
-
-        print(f"{PROG} {version('fastmoco')}")
+        print(f"{PROG} {__version__}")
         raise SystemExit(0)
     words = [word for word in argv[:2] if not word.startswith("-")]
     for count in range(len(words), 0, -1):

@@ -12,6 +12,8 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
+from fastmoco import __version__
+
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda130", "numpy", "pillow", "safetensors", "tyro")
 
 
@@ -48,9 +50,7 @@ def keep_memory() -> None:
 
 def versions() -> dict[str, str]:
     """Version of Python, of this package and of each package that matters; "none" where one is not installed."""
-    return {"fastmoco": _version("fastmoco"), "python": platform.python_version()} | {
-        name: _version(name) for name in PACKAGES
-    }
+    return {"fastmoco": __version__, "python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
 CODE = ("--", ".", ":!bench/records", ":!docs", ":!*.md")  # of a checkout, as git names it
