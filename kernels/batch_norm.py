@@ -12,6 +12,13 @@ The ReLU mask is recomputed where that is free: from x (plain) or from x and r (
 residual, recomputing would read r where testing y > 0 reads y: the same bytes and exact, so y it is; and as the masked
 gradient g is the residual's gradient, the first pass writes it and the second reads it in place of dy and y.
 
+The output of a residual block has two readers, the next block's first convolution and its shortcut, and autograd would
+add their gradients in three passes more. `batch_norm_act_twice` gives the output twice, so that both gradients come
+here: the pass of the sums reads both, adds them in fp32 and writes their masked sum g once for the pass that follows.
+
+    twice            sums dy dy' x -> g | g x -> dx 7     + residual: dy dy' x y -> g | g x -> dx 8
+                                                          dual: dy dy' x r -> g | g x r -> dx dr 10
+
 Every program keeps a partial result and a second, ordered stage adds them: no atomics, so runs are bit-equal.
 """
 
@@ -23,16 +30,20 @@ from typing import Any, Literal, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastmoco.kernels import batch_norm_kernels as kernels
 from fastmoco.kernels import reference
-from fastmoco.kernels.dispatch import NAMES, Impl, machine, takes_kernel
+from fastmoco.kernels.dispatch import NAMES, Impl, is_traced, launch_options, machine, takes_kernel, variant
 from fastmoco.kernels.tiles import Tiles, Variant, tiles
 
-FINISH_CHANNELS = 4  # one 16-byte load of fp32 a row: few partials are left for a program, which is all latency
+FINISH = Tiles((4,), 8, 1, "one 16-byte load of fp32 a row: few partials are left for a program, which is all latency")
 PROGRAMS_PER_MULTIPROCESSOR = 4  # of the reductions: all resident at once, so that none is a tail
-MAX_SPLITS = 512  # a program of the second stage holds this many partials of a channel in registers, of one group
-# or of several at once: one by one, groups would wait for memory one after the other.
+# Partial sums of a channel that a program of the second stage holds in registers. Several groups are loaded together,
+# so that their memory latencies overlap.
+MAX_SPLITS = 512
+
+Running = tuple[Tensor, Tensor]
 
 
 class Norm(NamedTuple):
@@ -40,91 +51,248 @@ class Norm(NamedTuple):
 
     weight: Tensor
     bias: Tensor
-    running: tuple[Tensor, Tensor] | None = None
+    running: Running | None = None
 
 
-def batch_norm_act(
+class Plan(NamedTuple):
+    """How one pass is launched: options, rows of a group, and the grids of passes that apply and that reduce."""
+
+    options: dict[str, int]
+    rows: int
+    grid: tuple[int]
+    splits: int
+    split_grid: tuple[int, int, int]
+
+
+def plan(kernel: str, x: Tensor, groups: int, rows: int | None = None) -> Plan:
+    """The launch of `kernel` (a name in the table of tiles) over x, or over `rows` rows a group of as many channels."""
+    capability, processors = machine(x.device)
+    # The row is looked up on every call, as `bench tune` changes the table; what follows from it is kept.
+    return _cut(tiles(kernel, capability), rows or x.numel() // x.shape[1] // groups, x.shape[1], groups, processors)
+
+
+@functools.cache
+def _cut(row: Tiles, rows: int, channels: int, groups: int, processors: int) -> Plan:
+    options = block_options(row, channels)
+    columns = triton.cdiv(channels, options["BLOCK_CHANNELS"])
+    count = triton.cdiv(rows, options["BLOCK_ROWS"])
+    wanted = min(MAX_SPLITS, max(1, PROGRAMS_PER_MULTIPROCESSOR * processors // (columns * groups)))
+    splits = triton.cdiv(count, triton.cdiv(count, wanted))
+    return Plan(options | launch_options(row), rows, (columns * groups * count,), splits, (splits, columns, groups))
+
+
+def block_options(row: Tiles, channels: int) -> dict[str, int]:
+    """The block of a row of tiles; fewer channels than it has give as many more rows."""
+    block_channels = min(row.block[1], triton.next_power_of_2(channels))
+    return {"BLOCK_ROWS": row.block[0] * row.block[1] // block_channels, "BLOCK_CHANNELS": block_channels}
+
+
+@functools.cache
+def _finish_options(groups: int, splits: int) -> dict[str, int]:
+    block_splits = triton.next_power_of_2(splits)
+    block_groups = min(triton.next_power_of_2(groups), max(1, MAX_SPLITS // block_splits))
+    return {"BLOCK_GROUPS": block_groups, "BLOCK_SPLITS": block_splits, "BLOCK_CHANNELS": FINISH.block[0]}
+
+
+def _sums_tiles(dual: bool) -> str:
+    return "batch_norm.sums_dual" if dual else "batch_norm.sums"
+
+
+def _launch_statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, groups: int, momentum: float, eps: float
+) -> Tensor:
+    channels, pass_ = x.shape[1], plan("batch_norm.statistics", x, groups)
+    partial = x.new_empty((2, groups, pass_.splits, channels), dtype=torch.float32)
+    moments = partial.new_empty((2, groups, channels))
+    with torch.cuda.device_of(x):
+        kernels.statistics_kernel[pass_.split_grid](x, partial, pass_.rows, channels, **pass_.options)
+        kernels.finish_statistics_kernel[(triton.cdiv(channels, FINISH.block[0]),)](
+            partial,
+            moments,
+            running_mean,
+            running_var,
+            pass_.rows,
+            channels,
+            pass_.options["BLOCK_ROWS"],
+            pass_.splits,
+            groups,
+            momentum,
+            eps,
+            **_finish_options(groups, pass_.splits),
+            **launch_options(FINISH),
+        )
+    return moments
+
+
+def _launch_apply(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    running: tuple[Tensor, Tensor] | None,
-    groups: int = 1,
-    *,
-    residual: Tensor | None = None,
-    residual_norm: Norm | None = None,
-    relu: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    training: bool = True,
-    impl: Impl = "auto",
+    moments: Tensor,
+    residual: Tensor | None,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    residual_moments: Tensor | None,
+    relu: bool,
 ) -> Tensor:
-    """ReLU(BN(x) + residual), or ReLU(BN(x) + BN'(residual)) with `residual_norm`, in the layout and dtype of x.
-
-    x is [N, C, H, W] channels-last or [N, C]; fp32, bf16 or fp16 (the twin also takes fp64), the statistics and
-    weights fp32. In training the statistics are those of each group of N / groups consecutive samples (Ioffe and
-    Szegedy, 2015), and `running` moves in place by the mean over groups of torch's update (unbiased variance).
-    Otherwise `running` normalises. Nothing is saved under no_grad. Raises ValueError for what does not fit.
-    """
-    _check(x, weight, bias, running, groups, training)
-    if residual_norm is not None and residual is None:
-        raise ValueError("residual_norm needs a residual")
-    if residual is not None:
-        _check_residual(x, residual)
-    if residual_norm is not None:
-        _check(residual, *residual_norm, groups, training)
-    if not takes_kernel(impl, x.device, x.dtype):
-        return reference.batch_norm_act(
-            x,
-            weight,
-            bias,
-            running,
-            groups,
-            residual=residual,
-            residual_norm=residual_norm,
-            relu=relu,
-            momentum=momentum,
-            eps=eps,
-            training=training,
+    y, groups = torch.empty_like(x), moments.shape[1]
+    side = (residual, residual_weight, residual_bias, residual_moments)
+    pass_ = plan("batch_norm.apply", x, groups)
+    with torch.cuda.device_of(x):
+        kernels.apply_kernel[pass_.grid](
+            x, y, weight, bias, moments, *side, pass_.rows, x.shape[1], groups, RELU=relu, **pass_.options
         )
-    moments = _moments(x, running, groups, momentum, eps, training)
-    side = (None, None, None)
-    if residual_norm is not None:
-        weight_2, bias_2, running_2 = residual_norm
-        side = (weight_2, bias_2, _moments(residual, running_2, groups, momentum, eps, training))
-    return apply(x, weight, bias, moments, residual, *side, relu, training)
+    return y
 
 
-def cost(
-    shape: tuple[int, ...],
-    element_size: int,
-    groups: int = 1,
-    *,
-    residual: Literal["none", "plain", "dual"],
-    backward: bool = False,
-    relu: bool = True,
-) -> tuple[int, int]:
-    """(bytes, flops) of one training forward or backward of an activation `shape` [N, C, ...].
+def launch_finish_sums(partial: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of each group [arrays, groups, C] and of all [arrays, C] of partials [arrays, groups, splits, C].
 
-    Counts what must cross memory once a pass: activations (`element_size` bytes an element), weights, moments and
-    running statistics (fp32). The partial sums between the two stages stay in cache and are not counted.
+    To be called inside an operator, with the device set.
     """
-    elements, channels = functools.reduce(int.__mul__, shape), shape[1]
-    norms = 2 if residual == "dual" else 1
-    if not backward:
-        passes = {"none": 3, "plain": 4, "dual": 5}[residual]
-        # statistics write two moments and move two running vectors; normalise reads moments, weight and bias
-        small = norms * (2 * groups + 4 + 2 * groups + 2)
-        return element_size * elements * passes + 4 * channels * small, elements * (6 * norms + 2)
-    masked = residual == "plain" and relu  # then the second pass reads the masked gradient alone
-    passes = {"none": 5, "plain": 7 if masked else 5, "dual": 8}[residual]
-    sums = norms + 1
-    # both passes read the moments, the second weights and sums too; recomputing the mask takes weight, bias, bias
-    small = norms * (4 * groups + 1 + (3 if relu and not masked else 0)) + sums * (2 * groups + 1)
-    return element_size * elements * passes + 4 * channels * small, elements * (10 * norms + 2)
+    arrays, groups, splits, channels = partial.shape
+    sums, totals = partial.new_empty((arrays, groups, channels)), partial.new_empty((arrays, channels))
+    kernels.finish_sums_kernel[(triton.cdiv(channels, FINISH.block[0]), arrays)](
+        partial, sums, totals, channels, splits, groups, **_finish_options(groups, splits), **launch_options(FINISH)
+    )
+    return sums, totals
+
+
+def _launch_gradients(
+    grad: Tensor,
+    second_grad: Tensor | None,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    moments: Tensor,
+    residual: Tensor | None,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    residual_moments: Tensor | None,
+    relu: bool,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    groups, channels, dual = moments.shape[1], x.shape[1], residual is not None
+    first, second = plan(_sums_tiles(dual), x, groups), plan("batch_norm.gradient", x, groups)
+    partial = x.new_empty((3 if dual else 2, groups, first.splits, channels), dtype=torch.float32)
+    grad_x, grad_residual, joined = _gradients_like(second_grad, x, y, residual)
+    masked = joined if joined.numel() else None
+    vectors = (weight, bias, moments, residual, residual_weight, residual_bias, residual_moments)
+    with torch.cuda.device_of(x):
+        kernels.sums_kernel[first.split_grid](
+            grad, second_grad, x, y, masked, partial, *vectors, first.rows, channels, RELU=relu, **first.options
+        )
+        sums, totals = launch_finish_sums(partial)
+        kernels.gradient_kernel[second.grid](
+            grad if masked is None else masked,
+            x,
+            grad_x,
+            grad_residual if dual else None,
+            sums,
+            *vectors,
+            second.rows,
+            channels,
+            groups,
+            RELU=relu and masked is None,
+            TRAINING=training,
+            **second.options,
+        )
+    return grad_x, grad_residual, joined, totals
+
+
+def _gradients_like(
+    second_grad: Tensor | None, x: Tensor, y: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Of x, of the dual form's residual, and the masked sum of the incoming gradients; empty where there is none.
+    wanted = (True, residual is not None, second_grad is not None or y is not None)
+    grad_x, grad_residual, joined = (torch.empty_like(x) if each else x.new_empty(0) for each in wanted)
+    return grad_x, grad_residual, joined
+
+
+# Operators, for tracers. `moments` is fp32 [2, groups, C]: mean and 1 / sqrt(variance + eps).
+
+_statistics = torch.library.custom_op(
+    "fastmoco::batch_norm_statistics", _launch_statistics, mutates_args=("running_mean", "running_var")
+)
+_apply = torch.library.custom_op("fastmoco::batch_norm_apply", _launch_apply, mutates_args=())
+_gradients = torch.library.custom_op("fastmoco::batch_norm_backward", _launch_gradients, mutates_args=())
+
+
+@_statistics.register_fake
+def _(x, running_mean, running_var, groups, momentum, eps):
+    return x.new_empty((2, groups, x.shape[1]), dtype=torch.float32)
+
+
+@_apply.register_fake
+def _(x, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, relu):
+    return torch.empty_like(x)
+
+
+@_gradients.register_fake
+def _(grad, second_grad, x, y, weight, bias, moments, residual, *rest):
+    totals = x.new_empty((2 if residual is None else 3, x.shape[1]), dtype=torch.float32)
+    return *_gradients_like(second_grad, x, y, residual), totals
+
+
+def known_moments(
+    x: Tensor, running: Running | None, groups: int, momentum: float, eps: float, training: bool
+) -> Tensor:
+    """fp32 [2, groups, C], mean and 1 / sqrt(variance + eps): of each group, which moves `running`; or of `running`."""
+    if not training:
+        return torch.stack([running[0], torch.rsqrt(running[1] + eps)])[:, None]
+    with torch.no_grad():
+        if is_traced(x):
+            return _statistics(x.detach(), *(running or (None, None)), groups, momentum, eps)
+        moments = _launch_statistics(x, *(running or (None, None)), groups, momentum, eps)
+        if running is not None:
+            torch.autograd.graph.increment_version(running)
+        return moments
+
+
+def joined_gradients(grad: Tensor | None, second: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Two incoming gradients, the second of which may be missing, dense in the layout that the kernels take."""
+    given = [
+        g.contiguous(memory_format=torch.channels_last if g.dim() == 4 else torch.contiguous_format)
+        for g in (grad, second)
+        if g is not None
+    ]
+    return (*given, None, None)[:2]
+
+
+class _Apply(torch.autograd.Function):
+    """Normalise by given moments, add, clip. In training the gradient takes the moments for statistics of x."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, *how):
+        relu, training, twice = how
+        side = (residual, residual_weight, residual_bias, residual_moments)
+        y = (_apply if is_traced(x) else _launch_apply)(x, weight, bias, moments, *side, relu)
+        ctx.plain = residual is not None and residual_moments is None
+        ctx.relu, ctx.training = relu, training
+        ctx.save_for_backward(
+            x, y if ctx.plain and relu else None, weight, bias, moments, None if ctx.plain else residual, *side[1:]
+        )
+        ctx.set_materialize_grads(False)
+        return (y, y.view_as(y)) if twice else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, second=None):
+        grad, second = joined_gradients(grad, second)
+        if grad is None:
+            return (None,) * 11
+        call = _gradients if is_traced(grad) else _launch_gradients
+        grad_x, grad_residual, joined, totals = call(grad, second, *ctx.saved_tensors, ctx.relu, ctx.training)
+        bias, weight, *residual_weight = totals.unbind()
+        side = (joined if joined.numel() else grad, None, None) if ctx.plain else (None, None, None)
+        if residual_weight:  # a bias gradient of its own: both may be changed in place
+            side = (grad_residual, residual_weight[0], bias.clone())
+        return grad_x, weight, bias, None, *side, None, None, None, None
 
 
 def check_vector(name: str, vector: Tensor, x: Tensor, channels: int) -> None:
-    """ValueError unless `vector` is contiguous [channels], fp32 beside an x that the kernels take, and where x is."""
+    """Raise ValueError unless `vector` is contiguous [channels], fp32 (fp64 beside an fp64 x), and where x is."""
     dtypes = (torch.float32,) if x.dtype in NAMES else (torch.float32, torch.float64)
     if vector.shape != (channels,) or not vector.is_contiguous():
         raise ValueError(f"{name} must be contiguous [{channels}], not {list(vector.shape)}")
@@ -132,9 +300,8 @@ def check_vector(name: str, vector: Tensor, x: Tensor, channels: int) -> None:
         raise ValueError(f"{name} must be fp32 on {x.device}, not {vector.dtype} on {vector.device}")
 
 
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] | None, groups: int, training: bool
-) -> None:
+def check(x: Tensor, weight: Tensor, bias: Tensor, running: Running | None, groups: int, training: bool) -> None:
+    """Raise ValueError unless x can be normalised so."""
     if x.dim() not in (2, 4):
         raise ValueError(f"x must be [N, C] or [N, C, H, W], not {list(x.shape)}")
     if not x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format):
@@ -163,212 +330,157 @@ def _check_residual(x: Tensor, residual: Tensor) -> None:
         raise ValueError("the residual must be channels-last, as x")
 
 
-def _moments(
-    x: Tensor, running: tuple[Tensor, Tensor] | None, groups: int, momentum: float, eps: float, training: bool
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running: Running | None,
+    groups: int = 1,
+    *,
+    residual: Tensor | None = None,
+    residual_norm: Norm | None = None,
+    relu: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    training: bool = True,
+    impl: Impl = "auto",
 ) -> Tensor:
-    with torch.no_grad():
-        if training:
-            return statistics(x.detach(), *(running or (None, None)), groups, momentum, eps)
-        return torch.stack([running[0], torch.rsqrt(running[1] + eps)])[:, None]
+    """ReLU(BN(x) + residual), or ReLU(BN(x) + BN'(residual)) with `residual_norm`, in the layout and dtype of x.
+
+    x is [N, C, H, W] channels-last or [N, C]; fp32, bf16 or fp16 (the twin also takes fp64), the statistics and
+    weights fp32. In training the statistics are those of each group of N / groups consecutive samples (Ioffe and
+    Szegedy, 2015), and `running` moves in place by the mean over groups of torch's update (unbiased variance).
+    Otherwise `running` normalises. Nothing is saved under no_grad. Raises ValueError for what does not fit.
+    """
+    return _batch_norm_act(
+        x, Norm(weight, bias, running), groups, residual, residual_norm, relu, momentum, eps, training, impl, False
+    )[0]
 
 
-def finish(
-    partial: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    rows: int,
-    split_rows: int,
+def batch_norm_act_twice(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running: Running | None,
+    groups: int = 1,
+    *,
+    residual: Tensor | None = None,
+    residual_norm: Norm | None = None,
+    relu: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    training: bool = True,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`batch_norm_act`, whose result is given twice, for two readers: their gradients are added in its own backward.
+
+    Both tensors share their memory: neither may be changed in place.
+    """
+    y, again = _batch_norm_act(
+        x, Norm(weight, bias, running), groups, residual, residual_norm, relu, momentum, eps, training, impl, True
+    )
+    return y, again
+
+
+def _batch_norm_act(
+    x: Tensor,
+    norm: Norm,
+    groups: int,
+    residual: Tensor | None,
+    residual_norm: Norm | None,
+    relu: bool,
     momentum: float,
     eps: float,
-) -> Tensor:
-    """Moments fp32 [2, groups, C] from the means and squared deviations of pieces of `split_rows` rows of a group.
-
-    `partial` is fp32 [2, groups, splits, C], splits at most MAX_SPLITS, `rows` those of a group. Moves the running
-    statistics in place. To be called inside an operator, with the device set.
-    """
-    _, groups, splits, channels = partial.shape
-    moments = partial.new_empty((2, groups, channels))
-    kernels.finish_statistics[(triton.cdiv(channels, FINISH_CHANNELS),)](
-        partial,
-        moments,
-        running_mean,
-        running_var,
-        rows,
-        channels,
-        split_rows,
-        splits,
-        groups,
-        momentum,
-        eps,
-        **_finish_options(groups, splits),
-    )
-    return moments
-
-
-# Operators. `moments` is fp32 [2, groups, C]: mean and 1 / sqrt(variance + eps).
-
-
-@torch.library.custom_op("fastmoco::batch_norm_statistics", mutates_args=("running_mean", "running_var"))
-def statistics(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, groups: int, momentum: float, eps: float
-) -> Tensor:
-    """Moments of each group of samples of x, and the running statistics moved by them in place. Not differentiable."""
-    plan = _plan("statistics", x, groups)
-    partial = x.new_empty((2, groups, plan.splits, x.shape[1]), dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        kernels.statistics[plan.split_grid](x, partial, plan.rows, x.shape[1], plan.split_rows, **plan.options)
-        return finish(partial, running_mean, running_var, plan.rows, plan.split_rows, momentum, eps)
-
-
-@statistics.register_fake
-def _(x, running_mean, running_var, groups, momentum, eps):
-    return x.new_empty((2, groups, x.shape[1]), dtype=torch.float32)
-
-
-@torch.library.custom_op("fastmoco::batch_norm_apply", mutates_args=())
-def apply(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    moments: Tensor,
-    residual: Tensor | None,
-    residual_weight: Tensor | None,
-    residual_bias: Tensor | None,
-    residual_moments: Tensor | None,
-    relu: bool,
     training: bool,
-) -> Tensor:
-    """Normalise by given moments, add, clip. In training its gradient takes `moments` for the statistics of x."""
-    y = torch.empty_like(x)
-    _apply(x, y, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, relu)
-    return y
+    impl: Impl,
+    twice: bool,
+) -> tuple[Tensor, ...]:
+    check(x, *norm, groups, training)
+    if residual_norm is not None and residual is None:
+        raise ValueError("residual_norm needs a residual")
+    if residual is not None:
+        _check_residual(x, residual)
+    if residual_norm is not None:
+        check(residual, *residual_norm, groups, training)
+    if not takes_kernel(impl, x.device, x.dtype):
+        call = reference.batch_norm_act_twice if twice else reference.batch_norm_act
+        options = {"relu": relu, "momentum": momentum, "eps": eps, "training": training}
+        y = call(x, *norm, groups, residual=residual, residual_norm=residual_norm, **options)
+        return y if twice else (y,)
+    moments = known_moments(x, norm.running, groups, momentum, eps, training)
+    side = (residual, None, None, None)
+    if residual_norm is not None:
+        given = known_moments(residual, residual_norm.running, groups, momentum, eps, training)
+        side = (residual, residual_norm.weight, residual_norm.bias, given)
+    y = _Apply.apply(x, norm.weight, norm.bias, moments, *side, relu, training, twice)
+    return y if twice else (y,)
 
 
-@apply.register_fake
-def _(x, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, relu, training):
-    return torch.empty_like(x)
+def cost(
+    shape: tuple[int, ...],
+    element_size: int,
+    groups: int = 1,
+    *,
+    residual: Literal["none", "plain", "dual"],
+    backward: bool = False,
+    relu: bool = True,
+    twice: bool = False,
+) -> tuple[int, int]:
+    """(bytes, flops) of one training forward or backward of an activation `shape` [N, C, ...].
 
-
-def _apply(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, *rest: Any) -> None:
-    *side, relu = rest
-    plan = _plan("apply", x, moments.shape[1])
-    with torch.cuda.device_of(x):
-        kernels.apply[plan.grid](x, y, weight, bias, moments, *side, plan.rows, x.shape[1], RELU=relu, **plan.options)
-
-
-@torch.library.custom_op("fastmoco::batch_norm_backward", mutates_args=())
-def gradients(
-    grad: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    moments: Tensor,
-    residual: Tensor | None,
-    residual_weight: Tensor | None,
-    residual_bias: Tensor | None,
-    residual_moments: Tensor | None,
-    relu: bool,
-    training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of the residual (empty if it is the incoming one) and of [bias, weight, residual's weight].
-
-    y is given where the ReLU's mask is to be read from it (plain residual), residual only in the dual form.
+    Counts what must cross memory once a pass: activations (`element_size` bytes an element), weights, moments and
+    running statistics (fp32). The partial sums between the two stages stay in cache and are not counted. `twice`: the
+    backward of `batch_norm_act_twice` with both gradients.
     """
-    groups, channels = moments.shape[1], x.shape[1]
-    plan, second = _plan(_sums_tiles(residual is not None), x, groups), _plan("gradient", x, groups)
-    arrays = 2 if residual is None else 3
-    partial = x.new_empty((arrays, groups, plan.splits, channels), dtype=torch.float32)
-    sums = x.new_empty((arrays, groups, channels), dtype=torch.float32)
-    totals = x.new_empty((arrays, channels), dtype=torch.float32)
-    grad_x = torch.empty_like(x)
-    grad_residual = torch.empty_like(x) if residual is not None or y is not None else x.new_empty(0)
-    masked = None if y is None else grad_residual
-    vectors = (weight, bias, moments, residual, residual_weight, residual_bias, residual_moments)
-    with torch.cuda.device_of(x):
-        kernels.sums[plan.split_grid](
-            grad, x, y, masked, partial, *vectors, plan.rows, channels, plan.split_rows, RELU=relu, **plan.options
-        )
-        kernels.finish_sums[(triton.cdiv(channels, FINISH_CHANNELS), arrays)](
-            partial, sums, totals, channels, plan.splits, groups, **_finish_options(groups, plan.splits)
-        )
-        incoming, grad_side = grad if y is None else masked, None if residual is None else grad_residual
-        kernels.gradient[second.grid](
-            incoming,
-            x,
-            grad_x,
-            grad_side,
-            sums,
-            *vectors,
-            second.rows,
-            channels,
-            RELU=relu and y is None,
-            TRAINING=training,
-            **second.options,
-        )
-    return grad_x, grad_residual, totals
-
-
-@gradients.register_fake
-def _(grad, x, y, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, relu, training):
-    has_output = residual is not None or y is not None
-    totals = x.new_empty((2 if residual is None else 3, x.shape[1]), dtype=torch.float32)
-    return torch.empty_like(x), torch.empty_like(x) if has_output else x.new_empty(0), totals
-
-
-def _save(ctx, inputs, output):
-    x, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, relu, training = inputs
-    ctx.plain = residual is not None and residual_moments is None
-    ctx.relu, ctx.training = relu, training
-    ctx.save_for_backward(
-        x,
-        output if ctx.plain and relu else None,
-        weight,
-        bias,
-        moments,
-        None if ctx.plain else residual,
-        residual_weight,
-        residual_bias,
-        residual_moments,
-    )
-
-
-def _backward(ctx, grad):
-    grad = grad.contiguous(memory_format=torch.channels_last if grad.dim() == 4 else torch.contiguous_format)
-    grad_x, grad_residual, totals = gradients(grad, *ctx.saved_tensors, ctx.relu, ctx.training)
-    bias, weight, *residual_weight = totals.unbind()
-    side = (grad_residual if ctx.relu else grad, None, None) if ctx.plain else (None, None, None)
-    if residual_weight:
-        side = (grad_residual, residual_weight[0], bias.clone())  # a gradient of its own: both may be changed in place
-    return grad_x, weight, bias, None, *side, None, None, None
-
-
-apply.register_autograd(_backward, setup_context=_save)
+    elements, channels = functools.reduce(int.__mul__, shape), shape[1]
+    dual, plain = residual == "dual", residual == "plain"
+    norms = 1 + dual
+    if not backward:
+        passes = {"none": 3, "plain": 4, "dual": 5}[residual]
+        # statistics write two moments and move two running vectors; normalise reads moments, weight and bias
+        small = norms * (2 * groups + 4 + 2 * groups + 2)
+        return element_size * elements * passes + 4 * channels * small, elements * (6 * norms + 2)
+    by_output = plain and relu  # then the mask is read from y
+    joined = by_output or twice  # then the second pass reads the masked sum, which the first has written
+    first = 1 + twice + norms + by_output + joined
+    second = 1 + norms + norms
+    # Both passes read the moments, the second weights and sums too. A recomputed mask takes weight and bias in the
+    # first pass, and bias in the second where that recomputes it.
+    recomputed = relu and not by_output
+    small = norms * (4 * groups + 1 + 2 * recomputed + (recomputed and not joined)) + (norms + 1) * (2 * groups + 1)
+    return element_size * elements * (first + second) + 4 * channels * small, elements * (10 * norms + 2 + twice)
 
 
 def variants(arch: int) -> list[Variant]:
     """What the compile gate compiles: every pass in each of its forms, bf16, at 64 channels and at 128 and more."""
-    found = []
+    gate = []
     for channels in (64, 256):
-        found.append(_variant("statistics", kernels.statistics, channels, arch, {}))
+        gate.append(_variant("batch_norm.statistics", kernels.statistics_kernel, channels, arch, {}))
         for form, absent in _FORMS.items():
-            found.append(_variant("apply", kernels.apply, channels, arch, {"RELU": True}, form, absent))
-            sums_absent = absent + (() if form == "plain" else ("y", "masked"))
-            flags = {"RELU": form != "plain", "TRAINING": True}
-            sums_tiles = _sums_tiles(form == "dual")
-            found.append(_variant(sums_tiles, kernels.sums, channels, arch, {"RELU": True}, form, sums_absent))
-            found.append(_variant("gradient", kernels.gradient, channels, arch, flags, form, absent))
-    for fn in (kernels.finish_statistics, kernels.finish_sums):
+            gate.append(
+                _variant("batch_norm.apply", kernels.apply_kernel, channels, arch, {"RELU": True}, form, absent)
+            )
+            sums = (_sums_tiles(form == "dual"), kernels.sums_kernel, channels, arch, {"RELU": True})
+            absent += ("residual",) if form == "plain" else ("y",)  # which backward reads in the other's place
+            gate.append(_variant(*sums, form, ("second_grad", *absent) + (() if form == "plain" else ("masked",))))
+            gate.append(_variant(*sums, f"{form} twice", absent))
+            for how, masked in ((form, form == "plain"), (f"{form} twice", True)):
+                if how != "plain twice":  # is the plain one
+                    flags = {"RELU": not masked, "TRAINING": True}
+                    gate.append(
+                        _variant("batch_norm.gradient", kernels.gradient_kernel, channels, arch, flags, how, absent)
+                    )
+    for fn in (kernels.finish_statistics_kernel, kernels.finish_sums_kernel):
         for groups in (1, 8):
             options = _finish_options(groups, MAX_SPLITS // groups)
-            found.append(_variant("finish", fn, 256, arch, options, f"G={groups}"))
-    return found
+            gate.append(_variant("", fn, 256, arch, options, f"G={groups}"))
+    return gate
 
 
 _SIDE = ("residual_weight", "residual_bias", "residual_moments")
 _FORMS = {"none": ("residual", *_SIDE), "plain": _SIDE, "dual": ()}  # form -> arguments that are None
-_ACTIVATIONS = ("x", "y", "grad", "grad_x", "grad_residual", "masked", "residual")
-_INTEGERS = ("rows", "channels", "split_rows", "splits", "groups")
+_ACTIVATIONS = ("x", "y", "grad", "second_grad", "grad_x", "grad_residual", "masked", "residual")
+_INTEGERS = ("rows", "channels", "block_rows", "splits", "groups")
 
 
 def _variant(
@@ -380,70 +492,12 @@ def _variant(
     form: str = "",
     absent: tuple[str, ...] = (),
 ) -> Variant:
-    if fn in (kernels.sums, kernels.gradient) and form == "plain":
-        absent += ("residual",)  # the backward of a plain residual reads y or the masked gradient instead
-    if form != "dual":
+    row = tiles(kernel, arch) if kernel else FINISH
+    if not form.startswith("dual"):
         absent += ("grad_residual",)
-    row = {} if kernel == "finish" else _options(tiles(f"batch_norm.{kernel}", arch), channels)
-    options = constants | row
-    warps, stages = options.pop("num_warps"), options.pop("num_stages", 1)
-    options |= dict.fromkeys(name for name in fn.arg_names if name in absent)
-    types = dict.fromkeys(_ACTIVATIONS, "*bf16") | dict.fromkeys(_INTEGERS, "i32") | {"momentum": "fp32", "eps": "fp32"}
-    signature = {name: "constexpr" if name in options else types.get(name, "*fp32") for name in fn.arg_names}
-    label = f"batch_norm.{fn.__name__} {form} C={channels}".replace("  ", " ")
-    return Variant(label, fn, signature, options, warps, stages, divisible=("channels",), streaming=kernel != "finish")
-
-
-class _Plan(NamedTuple):
-    options: dict[str, int]
-    rows: int
-    grid: tuple[int, int]
-    split_rows: int  # reductions take a group's rows in `splits` pieces of so many
-    splits: int
-    split_grid: tuple[int, int, int]
-
-
-def _plan(kernel: str, x: Tensor, groups: int) -> _Plan:
-    capability, processors = machine(x.device)
-    # The row is looked up on every call, as `bench tune` changes the table; what follows from it is kept.
-    row = tiles(f"batch_norm.{kernel}", capability)
-    return _cut(row, x.numel() // x.shape[1] // groups, x.shape[1], groups, processors)
-
-
-@functools.cache
-def _cut(row: Tiles, rows: int, channels: int, groups: int, processors: int) -> _Plan:
-    options = _options(row, channels)
-    block_rows = options["BLOCK_ROWS"]
-    columns = triton.cdiv(channels, options["BLOCK_CHANNELS"])
-    wanted = min(MAX_SPLITS, max(1, PROGRAMS_PER_MULTIPROCESSOR * processors // (columns * groups)))
-    split_rows = triton.cdiv(triton.cdiv(rows, wanted), block_rows) * block_rows
-    splits = triton.cdiv(rows, split_rows)
-    grid = (columns * triton.cdiv(rows, block_rows), groups)
-    return _Plan(options, rows, grid, split_rows, splits, (splits, columns, groups))
-
-
-def _options(row: Tiles, channels: int) -> dict[str, int]:
-    block_channels = min(row.block[1], triton.next_power_of_2(channels))
-    block_rows = row.block[0] * row.block[1] // block_channels
-    return {
-        "BLOCK_ROWS": block_rows,
-        "BLOCK_CHANNELS": block_channels,
-        "num_warps": row.num_warps,
-        "num_stages": row.num_stages,
-    }
-
-
-def _sums_tiles(dual: bool) -> str:
-    return "sums_dual" if dual else "sums"
-
-
-@functools.cache
-def _finish_options(groups: int, splits: int) -> dict[str, int]:
-    block_splits = triton.next_power_of_2(splits)
-    block_groups = min(triton.next_power_of_2(groups), max(1, MAX_SPLITS // block_splits))
-    return {
-        "BLOCK_GROUPS": block_groups,
-        "BLOCK_SPLITS": block_splits,
-        "BLOCK_CHANNELS": FINISH_CHANNELS,
-        "num_warps": 8,
-    }
+    constants = constants | (block_options(row, channels) if kernel else {})
+    constants |= dict.fromkeys(name for name in fn.arg_names if name in absent)
+    types = dict.fromkeys(fn.arg_names, "*fp32") | dict.fromkeys(_ACTIVATIONS, "*bf16")
+    types |= dict.fromkeys(_INTEGERS, "i32") | {"momentum": "fp32", "eps": "fp32"}
+    label = f"batch_norm.{fn.__name__.removesuffix('_kernel')} {form} C={channels}".replace("  ", " ")
+    return variant(label, fn, row, types, constants, divisible=("channels",), streaming=bool(kernel))

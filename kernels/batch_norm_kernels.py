@@ -1,12 +1,18 @@
-"""The Triton functions of batch_norm.py. `rows` are those of one group; a program has one group, one block of channels.
+"""The Triton kernels of batch_norm.py. `rows` are those of one group; a program has one group, one block of channels.
 
 Activations are [groups, rows, channels] in memory; `moments` is fp32 [2, groups, channels]: mean and
 1 / sqrt(variance + eps). The reductions write fp32 partials [arrays, groups, splits, channels]. An absent tensor is
 None, which compiles its branch away; so does a vector that nothing uses.
+
+Order: programs that run at the same time work side by side in memory. A reduction takes the tiles of all groups from
+their ends to their beginnings, and what is applied after it starts at the beginnings: with the tiles that the
+reduction has left in the L2 cache.
 """
 
 import triton
 import triton.language as tl
+
+from fastmoco.kernels.dispatch import cast
 
 
 @triton.jit
@@ -16,32 +22,37 @@ def affine(x, mean, invstd, weight, bias):
 
 
 @triton.jit
-def statistics(x, partial, rows, channels, split_rows, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    split, group, splits = tl.program_id(0), tl.program_id(2), tl.num_programs(0)
-    column = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    row = tl.arange(0, BLOCK_ROWS)[:, None]
-    inside = (column < channels)[None, :]
-    first = split * split_rows
-    count = tl.minimum(split_rows, rows - first)
-    tile = x + (group * rows + first).to(tl.int64) * channels + row * channels + column[None, :]
-    head = tl.load(tile, mask=(row < count) & inside, other=0.0).to(tl.float32)
-    # Deviations from the first tile's mean: their squares do not cancel however large the mean.
-    shift = tl.sum(head, 0) / tl.minimum(count, BLOCK_ROWS)
-    total = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
-    square = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
-    for start in range(0, count, BLOCK_ROWS):
-        mask = (row < count - start) & inside
-        values = tl.load(tile, mask=mask, other=0.0).to(tl.float32)
-        deviation = tl.where(mask, values - shift[None, :], 0.0)
-        total += deviation
-        square += deviation * deviation
-        tile += BLOCK_ROWS * channels
-    total_sum = tl.sum(total, 0)
-    mean = shift + total_sum / count
-    squares = tl.maximum(tl.sum(square, 0) - total_sum * total_sum / count, 0.0)
-    out = partial + (group * splits + split) * channels + column
-    tl.store(out, mean, mask=column < channels)
-    tl.store(out + tl.num_programs(2) * splits * channels, squares, mask=column < channels)
+def vectors(weight, bias, moments, group, groups, channels, column):
+    inside = column < channels
+    at = moments + group * channels + column
+    return (
+        tl.load(at, mask=inside, other=0.0)[None, :],
+        tl.load(at + groups * channels, mask=inside, other=0.0)[None, :],
+        tl.load(weight + column, mask=inside, other=0.0)[None, :],
+        tl.load(bias + column, mask=inside, other=0.0)[None, :],
+    )
+
+
+@triton.jit
+def _load(tensor, at, mask):
+    return tl.load(tensor + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _tile(groups, channels, BLOCK_CHANNELS: tl.constexpr):
+    # Of a grid of one axis: columns come first, then groups, then tiles.
+    columns = tl.cdiv(channels, BLOCK_CHANNELS)
+    program = tl.program_id(0)
+    column = program % columns * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    return program // columns // groups, program // columns % groups, column
+
+
+@triton.jit
+def _rows_of_split(split, splits, rows, block_rows):
+    # A split has the tiles split, split + splits, ... counted from the end; the last tile, counted first, may be short.
+    tiles = tl.cdiv(rows, block_rows)
+    whole = (tiles - split + splits - 1) // splits * block_rows
+    return tl.where(split == 0, whole - (tiles * block_rows - rows), whole)
 
 
 @triton.jit
@@ -51,23 +62,39 @@ def _cube(splits, channels, group, column, BLOCK_SPLITS: tl.constexpr):
     return (group[:, None, None] * splits + split) * channels + column[None, None, :], split
 
 
-@triton.jit(do_not_specialize=["rows", "split_rows", "splits", "groups"])
-def finish_statistics(
-    partial,
-    moments,
-    running_mean,
-    running_var,
-    rows,
-    channels,
-    split_rows,
-    splits,
-    groups,
-    momentum,
-    eps,
-    BLOCK_GROUPS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-):
+@triton.jit
+def statistics_kernel(x, partial, rows, channels, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    split, group, splits = tl.program_id(0), tl.program_id(2), tl.num_programs(0)
+    column = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    row = tl.arange(0, BLOCK_ROWS)[:, None]
+    inside = (column < channels)[None, :]
+    first = (tl.cdiv(rows, BLOCK_ROWS) - 1 - split) * BLOCK_ROWS
+    base = (group * rows + first).to(tl.int64) * channels
+    tile = row * channels + column[None, :]
+    # Deviations from the first tile's mean: their squares do not cancel however large the mean.
+    shift = tl.sum(_load(x, base + tile, (row < rows - first) & inside), 0) / tl.minimum(rows - first, BLOCK_ROWS)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
+    square = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
+    for start in range(first, -1, -splits * BLOCK_ROWS):
+        mask = (row < rows - start) & inside
+        deviation = tl.where(mask, _load(x, base + tile, mask) - shift[None, :], 0.0)
+        total += deviation
+        square += deviation * deviation
+        base -= splits * BLOCK_ROWS * channels
+    count = _rows_of_split(split, splits, rows, BLOCK_ROWS)
+    total_sum = tl.sum(total, 0)
+    mean = shift + total_sum / count
+    squares = tl.maximum(tl.sum(square, 0) - total_sum * total_sum / count, 0.0)
+    out = partial + (group * splits + split) * channels + column
+    tl.store(out, mean, mask=column < channels)
+    tl.store(out + tl.num_programs(2) * splits * channels, squares, mask=column < channels)
+
+
+@triton.jit(do_not_specialize=["rows", "block_rows", "splits", "groups"])
+def finish_statistics_kernel(
+    partial, moments, running_mean, running_var, rows, channels, block_rows, splits, groups, momentum, eps,
+    BLOCK_GROUPS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
     column = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     inside = column < channels
     mean_sum = tl.zeros([BLOCK_CHANNELS], tl.float32)
@@ -81,7 +108,7 @@ def finish_statistics(
         squares = tl.load(partial + groups * splits * channels + cube, mask=mask, other=0.0)
         origin = tl.load(partial + group[:, None] * splits * channels + column[None, :], mask=held, other=0.0)
         # Chan, Golub and LeVeque's merge of (count, mean, squares), about the first partial's mean.
-        count = tl.minimum(split_rows, rows - split * split_rows).to(tl.float32)
+        count = _rows_of_split(split, splits, rows, block_rows).to(tl.float32)
         offset = tl.where(mask, means - origin[:, None, :], 0.0)
         delta = tl.sum(offset * count, 1) / rows
         total = tl.sum(squares, 1) + tl.sum(offset * offset * count, 1) - delta * delta * rows
@@ -100,47 +127,19 @@ def finish_statistics(
 
 
 @triton.jit
-def vectors(weight, bias, moments, group, groups, channels, column):
-    inside = column < channels
-    at = moments + group * channels + column
-    return (
-        tl.load(at, mask=inside, other=0.0)[None, :],
-        tl.load(at + groups * channels, mask=inside, other=0.0)[None, :],
-        tl.load(weight + column, mask=inside, other=0.0)[None, :],
-        tl.load(bias + column, mask=inside, other=0.0)[None, :],
-    )
-
-
-@triton.jit
-def apply(
-    x,
-    y,
-    weight,
-    bias,
-    moments,
-    residual,
-    residual_weight,
-    residual_bias,
-    residual_moments,
-    rows,
-    channels,
-    RELU: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-):
-    columns = tl.cdiv(channels, BLOCK_CHANNELS)
-    column = tl.program_id(0) % columns * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    first = tl.program_id(0) // columns * BLOCK_ROWS
-    group, groups = tl.program_id(1), tl.num_programs(1)
+def apply_kernel(
+    x, y, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, rows, channels, groups,
+    RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    index, group, column = _tile(groups, channels, BLOCK_CHANNELS)
+    first = index * BLOCK_ROWS
     row = tl.arange(0, BLOCK_ROWS)[:, None]
     mask = (row < rows - first) & (column < channels)[None, :]
-    base = (group * rows + first).to(tl.int64) * channels
-    tile = row * channels + column[None, :]
-    values = tl.load(x + base + tile, mask=mask, other=0.0).to(tl.float32)
+    at = (group * rows + first).to(tl.int64) * channels + row * channels + column[None, :]
     mean, invstd, scale, shift = vectors(weight, bias, moments, group, groups, channels, column)
-    out = affine(values, mean, invstd, scale, shift)
+    out = affine(_load(x, at, mask), mean, invstd, scale, shift)
     if residual is not None:
-        side = tl.load(residual + base + tile, mask=mask, other=0.0).to(tl.float32)
+        side = _load(residual, at, mask)
         if residual_moments is not None:
             mean, invstd, scale, shift = vectors(
                 residual_weight, residual_bias, residual_moments, group, groups, channels, column
@@ -149,36 +148,20 @@ def apply(
         out += side
     if RELU:
         out = tl.where(out < 0, 0.0, out)  # not a maximum: NaN stays NaN
-    tl.store(y + base + tile, out.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + at, cast(out, y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def sums(
-    grad,
-    x,
-    y,
-    masked,
-    partial,
-    weight,
-    bias,
-    moments,
-    residual,
-    residual_weight,
-    residual_bias,
-    residual_moments,
-    rows,
-    channels,
-    split_rows,
-    RELU: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-):
+def sums_kernel(
+    grad, second_grad, x, y, masked, partial, weight, bias, moments, residual, residual_weight, residual_bias,
+    residual_moments, rows, channels,
+    RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
     split, group = tl.program_id(0), tl.program_id(2)
     splits, groups = tl.num_programs(0), tl.num_programs(2)
     column = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     row = tl.arange(0, BLOCK_ROWS)[:, None]
-    first = split * split_rows
-    count = tl.minimum(split_rows, rows - first)
+    first = (tl.cdiv(rows, BLOCK_ROWS) - 1 - split) * BLOCK_ROWS
     base = (group * rows + first).to(tl.int64) * channels
     tile = row * channels + column[None, :]
     mean, invstd, scale, shift = vectors(weight, bias, moments, group, groups, channels, column)
@@ -189,25 +172,27 @@ def sums(
     total = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
     total_x = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
     total_2 = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
-    for start in range(0, count, BLOCK_ROWS):
-        mask = (row < count - start) & (column < channels)[None, :]
-        g = tl.load(grad + base + tile, mask=mask, other=0.0).to(tl.float32)
-        values = tl.load(x + base + tile, mask=mask, other=0.0).to(tl.float32)
+    for start in range(first, -1, -splits * BLOCK_ROWS):
+        mask = (row < rows - start) & (column < channels)[None, :]
+        g = _load(grad, base + tile, mask)
+        if second_grad is not None:
+            g += _load(second_grad, base + tile, mask)
+        values = _load(x, base + tile, mask)
         out = affine(values, mean, invstd, scale, shift)
         if residual is not None:
-            side = tl.load(residual + base + tile, mask=mask, other=0.0).to(tl.float32)
+            side = _load(residual, base + tile, mask)
             out += affine(side, mean_2, invstd_2, scale_2, shift_2)
         if y is not None:
-            out = tl.load(y + base + tile, mask=mask, other=0.0).to(tl.float32)
+            out = _load(y, base + tile, mask)
         if RELU:
             g = tl.where(out <= 0, 0.0, g)
         if masked is not None:
-            tl.store(masked + base + tile, g.to(masked.dtype.element_ty), mask=mask)
+            tl.store(masked + base + tile, cast(g, masked.dtype.element_ty), mask=mask)
         total += g
         total_x += g * (values - mean)
         if residual is not None:
             total_2 += g * (side - mean_2)
-        base += BLOCK_ROWS * channels
+        base -= splits * BLOCK_ROWS * channels
     out_column = partial + (group * splits + split) * channels + column
     array = groups * splits * channels
     tl.store(out_column, tl.sum(total, 0), mask=column < channels)
@@ -217,17 +202,10 @@ def sums(
 
 
 @triton.jit(do_not_specialize=["splits", "groups"])
-def finish_sums(
-    partial,
-    sums,
-    totals,
-    channels,
-    splits,
-    groups,
-    BLOCK_GROUPS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-):
+def finish_sums_kernel(
+    partial, sums, totals, channels, splits, groups,
+    BLOCK_GROUPS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
     column = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     array = tl.program_id(1)
     inside = column < channels
@@ -245,41 +223,22 @@ def finish_sums(
 
 
 @triton.jit
-def gradient(
-    grad,
-    x,
-    grad_x,
-    grad_residual,
-    sums,
-    weight,
-    bias,
-    moments,
-    residual,
-    residual_weight,
-    residual_bias,
-    residual_moments,
-    rows,
-    channels,
-    RELU: tl.constexpr,
-    TRAINING: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-):
-    columns = tl.cdiv(channels, BLOCK_CHANNELS)
-    column = tl.program_id(0) % columns * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    first = tl.program_id(0) // columns * BLOCK_ROWS
-    group, groups = tl.program_id(1), tl.num_programs(1)
+def gradient_kernel(
+    grad, x, grad_x, grad_residual, sums, weight, bias, moments, residual, residual_weight, residual_bias,
+    residual_moments, rows, channels, groups,
+    RELU: tl.constexpr, TRAINING: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    index, group, column = _tile(groups, channels, BLOCK_CHANNELS)
+    first = index * BLOCK_ROWS
     row = tl.arange(0, BLOCK_ROWS)[:, None]
     inside = column < channels
     mask = (row < rows - first) & inside[None, :]
-    base = (group * rows + first).to(tl.int64) * channels
-    tile = row * channels + column[None, :]
-    g = tl.load(grad + base + tile, mask=mask, other=0.0).to(tl.float32)
-    values = tl.load(x + base + tile, mask=mask, other=0.0).to(tl.float32)
+    at = (group * rows + first).to(tl.int64) * channels + row * channels + column[None, :]
+    g, values = _load(grad, at, mask), _load(x, at, mask)
     mean, invstd, scale, shift = vectors(weight, bias, moments, group, groups, channels, column)
     out = affine(values, mean, invstd, scale, shift)
     if residual is not None:
-        side = tl.load(residual + base + tile, mask=mask, other=0.0).to(tl.float32)
+        side = _load(residual, at, mask)
         mean_2, invstd_2, scale_2, shift_2 = vectors(
             residual_weight, residual_bias, residual_moments, group, groups, channels, column
         )
@@ -296,7 +255,7 @@ def gradient(
         if residual is not None:
             slope = tl.load(sum_at + 2 * groups * channels, mask=inside, other=0.0)[None, :] / rows
             centred_2 = g - mean_g - (side - mean_2) * (invstd_2 * slope)
-    tl.store(grad_x + base + tile, (centred * (scale * invstd)).to(grad_x.dtype.element_ty), mask=mask)
+    tl.store(grad_x + at, cast(centred * (scale * invstd), grad_x.dtype.element_ty), mask=mask)
     if residual is not None:
         grad_side = centred_2 * (scale_2 * invstd_2)
-        tl.store(grad_residual + base + tile, grad_side.to(grad_residual.dtype.element_ty), mask=mask)
+        tl.store(grad_residual + at, cast(grad_side, grad_residual.dtype.element_ty), mask=mask)

@@ -52,10 +52,11 @@ _CACHE_BYTES = 1 << 19  # of a block's output; with its inputs it fits a core's 
 
 
 class _TrainBatchNormAct(torch.autograd.Function):
-    """Grouped training batch norm of one or two inputs, summed, then ReLU; also the moments of each group.
+    """Grouped training batch norm of one or two inputs, summed, then ReLU, twice; also the moments of each group.
 
     The statistics and sums are torch's own, group by group; the rest is multiply-adds, in blocks that stay in the cache
-    from the first to the ReLU. So grouped statistics cost a CPU what torch's ungrouped ones do.
+    from the first to the ReLU. So grouped statistics cost a CPU what torch's ungrouped ones do. The output is given
+    twice, for two readers, whose gradients backward adds as it masks them; of one reader the other gradient is None.
     """
 
     @staticmethod
@@ -72,19 +73,36 @@ class _TrainBatchNormAct(torch.autograd.Function):
         ctx.save_for_backward(x, weight, saved_residual, residual_weight, y if relu else None, *moments)
         ctx.eps, ctx.has_residual = eps, residual is not None
         ctx.mark_non_differentiable(*moments)
-        return y, *moments
+        ctx.set_materialize_grads(False)
+        return y, y.view_as(y), *moments
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
+    def backward(ctx, grad, second, *_):
         x, weight, residual, residual_weight, y, *moments = ctx.saved_tensors
-        if y is not None:
-            grad = torch.ops.aten.threshold_backward(grad, y, 0)
+        given = [g for g in (grad, second) if g is not None]
+        if not given:
+            return (None,) * 9
+        grad = _masked_sum(given, y)
         grads = _batch_norm_backward(grad, x, weight, *moments[:2], ctx.eps)
         residual_grads = (grad if ctx.has_residual else None, None, None)
         if residual is not None:
             residual_grads = _batch_norm_backward(grad, residual, residual_weight, *moments[2:], ctx.eps)
         return *grads, *residual_grads, None, None, None
+
+
+def _masked_sum(grads: Sequence[Tensor], y: Tensor | None) -> Tensor:
+    # The sum of one or two gradients where y > 0; of two in blocks that stay in the cache from the sum to the mask.
+    if len(grads) == 1:
+        return grads[0] if y is None else torch.ops.aten.threshold_backward(grads[0], y, 0)
+    if y is None:
+        return grads[0] + grads[1]
+    result = torch.empty_like(y)
+    step = max(1, _CACHE_BYTES * len(y) // y.nbytes)
+    for g, h, output, out in zip(*(t.movedim(1, -1).split(step) for t in (*grads, y, result))):
+        torch.add(g, h, out=out)
+        torch.ops.aten.threshold_backward.grad_input(out, output, 0, grad_input=out)
+    return result
 
 
 def _moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -164,6 +182,25 @@ def batch_norm_act(
     training: bool = True,
 ) -> Tensor:
     """ReLU(batch norm(x) + residual or batch norm(residual)), statistics over groups of consecutive samples."""
+    options = {"residual": residual, "residual_norm": residual_norm, "relu": relu, "momentum": momentum, "eps": eps}
+    return batch_norm_act_twice(x, weight, bias, running, groups, **options, training=training)[0]
+
+
+def batch_norm_act_twice(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running: tuple[Tensor, Tensor] | None,
+    groups: int = 1,
+    *,
+    residual: Tensor | None = None,
+    residual_norm: tuple | None = None,
+    relu: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    training: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`batch_norm_act` for two readers of its result, whose gradients are added in its own backward."""
     wide = torch.promote_types(x.dtype, torch.float32)
     inputs = [(x, weight.to(wide), bias.to(wide), running)]
     plain = residual if residual_norm is None else None
@@ -172,13 +209,14 @@ def batch_norm_act(
     if not training:
         y = sum(_eval_batch_norm(t.to(wide), *tensors, eps) for t, *tensors in inputs)
         y = y if plain is None else y + plain
-        return (y.relu() if relu else y).to(x.dtype)
+        y = (y.relu() if relu else y).to(x.dtype)
+        return y, y
     side = inputs[1][:3] if residual_norm is not None else (plain, None, None)
-    y, *moments = _TrainBatchNormAct.apply(*inputs[0][:3], *side, groups, relu, eps)
+    y, again, *moments = _TrainBatchNormAct.apply(*inputs[0][:3], *side, groups, relu, eps)
     for (t, _, _, buffers), mean, variance in zip(inputs, moments[::2], moments[1::2]):
         if buffers is not None:
             _update_running(buffers, mean, variance, t.numel() // mean.numel(), momentum)
-    return y
+    return y, again
 
 
 def _eval_batch_norm(x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor], eps: float) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmoco.kernels.batch_norm import Norm, batch_norm_act
+from fastmoco.kernels.batch_norm import Norm, batch_norm_act, batch_norm_act_twice
 
 
 class BatchNormAct(nn.Module):
@@ -61,11 +61,19 @@ class BatchNormAct(nn.Module):
             )
         return samples // self.group_size
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, shortcut: BatchNormAct | None = None) -> Tensor:
-        """Normalise `x` [N, C, H, W] (channels-last), add `residual` (through `shortcut`'s own norm), apply ReLU."""
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, shortcut: BatchNormAct | None = None, *, twice: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Normalise `x` [N, C, H, W] (channels-last), add `residual` (through `shortcut`'s own norm), apply ReLU.
+
+        With `twice` the result is a pair, for two readers: their gradients are added in this layer's backward, and not
+        in a pass of their own. Both share their memory.
+        """
         if self.impl == "torch" and self.training:
-            return self._with_torch(x, residual, shortcut)
-        return batch_norm_act(
+            y = self._with_torch(x, residual, shortcut)
+            return (y, y) if twice else y
+        call = batch_norm_act_twice if twice else batch_norm_act
+        return call(
             x,
             self.weight,
             self.bias,

@@ -46,16 +46,23 @@ class Convolution(nn.Conv2d):
         return conv2d(x, self.weight, stride=self.stride[0], padding=self.padding[0])
 
 
+Pair = tuple[Tensor, Tensor]
+
+
 class Block(nn.Module):
-    """Convolutions beside a shortcut; the last norm takes in the shortcut, and the shortcut's norm, in one pass."""
+    """Convolutions beside a shortcut; the last norm takes in the shortcut, and the shortcut's norm, in one pass.
+
+    A block takes its input twice, for its convolutions and for its shortcut, and gives its output twice: then the two
+    gradients of an output are added in the backward of the norm that made it.
+    """
 
     downsample: nn.Sequential | None
 
-    def _join(self, norm: BatchNormAct, y: Tensor, x: Tensor) -> Tensor:
+    def _join(self, norm: BatchNormAct, y: Tensor, x: Tensor) -> Pair:
         if self.downsample is None:
-            return norm(y, x)
+            return norm(y, x, twice=True)
         conv, shortcut = self.downsample
-        return norm(y, conv(x), shortcut)
+        return norm(y, conv(x), shortcut, twice=True)
 
 
 class BasicBlock(Block):
@@ -69,9 +76,10 @@ class BasicBlock(Block):
         self.bn2 = BatchNormAct(out, group_size=group_size)
         self.downsample = _downsample(entry, out, stride, group_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, out, H/stride, W/stride]."""
-        return self._join(self.bn2, self.conv2(self.bn1(self.conv1(x))), x)
+    def forward(self, pair: Pair) -> Pair:
+        """[N, C, H, W] -> [N, out, H/stride, W/stride], each twice."""
+        x, again = pair
+        return self._join(self.bn2, self.conv2(self.bn1(self.conv1(x))), again)
 
 
 class Bottleneck(Block):
@@ -87,10 +95,11 @@ class Bottleneck(Block):
         self.bn3 = BatchNormAct(out, group_size=group_size)
         self.downsample = _downsample(entry, out, stride, group_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, out, H/stride, W/stride]."""
+    def forward(self, pair: Pair) -> Pair:
+        """[N, C, H, W] -> [N, out, H/stride, W/stride], each twice."""
+        x, again = pair
         y = self.bn2(self.conv2(self.bn1(self.conv1(x))))
-        return self._join(self.bn3, self.conv3(y), x)
+        return self._join(self.bn3, self.conv3(y), again)
 
 
 class Encoder(nn.Module):
@@ -146,13 +155,19 @@ class Encoder(nn.Module):
         weight = F.pad(self.conv1.weight, (0, 0, 0, 0, 0, x.shape[1] - self.conv1.in_channels))
         return F.conv2d(x, weight, stride=self.conv1.stride, padding=self.conv1.padding)
 
+    def _enter(self, x: Tensor) -> Pair:
+        if isinstance(self.maxpool, nn.Identity):
+            return self.bn1(x, twice=True)
+        x = self.maxpool(self.bn1(x))
+        return x, x
+
     def features(self, x: Tensor) -> Tensor:
         """[N, 3 or 4, S, S] -> [N, feature_dim]: the pooled output of the last stage."""
         if self.training:
             torch._foreach_add_([norm.num_batches_tracked for norm in self._norms], 1)
         x = x.to(self.conv1.weight.dtype, memory_format=torch.channels_last)
-        x = self.maxpool(self.bn1(self._stem(x)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        pair = self._enter(self._stem(x))
+        x, _ = self.layer4(self.layer3(self.layer2(self.layer1(pair))))
         return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmoco.kernels import batch_norm, batch_norm_kernels, reference
-from fastmoco.kernels.batch_norm import Norm, batch_norm_act, cost
+from fastmoco.kernels.batch_norm import Norm, batch_norm_act, batch_norm_act_twice, cost
 from fastmoco.kernels.tiles import TABLE
 
 FORMS = ("none", "plain", "dual")
@@ -90,8 +90,17 @@ def by_torch(
     return y.relu() if relu else y
 
 
-def results(function: Callable[..., Tensor], case: Case, groups: int, **options: object) -> dict[str, Tensor]:
-    """Output, running statistics and every gradient of one call on copies of the case's tensors."""
+def results(
+    function: Callable[..., Tensor | tuple[Tensor, Tensor]],
+    case: Case,
+    groups: int,
+    second: Tensor | None = None,
+    **options: object,
+) -> dict[str, Tensor]:
+    """Output, running statistics and every gradient of one call on copies of the case's tensors.
+
+    Of a function that gives its output twice, the second has a gradient of its own.
+    """
     leaves = {"x": case.x, "weight": case.main.weight, "bias": case.main.bias}
     if case.residual is not None:
         leaves["residual"] = case.residual
@@ -110,8 +119,9 @@ def results(function: Callable[..., Tensor], case: Case, groups: int, **options:
         residual_norm=side,
         **options,
     )
-    found = dict(zip((f"d_{name}" for name in leaves), torch.autograd.grad(y, list(leaves.values()), case.grad)))
-    found["y"] = y.detach()
+    grads = case.grad if second is None else [case.grad, second.to(case.grad.dtype)]
+    found = dict(zip((f"d_{name}" for name in leaves), torch.autograd.grad(y, list(leaves.values()), grads)))
+    found["y"] = (y if second is None else y[1]).detach()
     for i, (mean, var) in enumerate(running):
         found.update({f"mean_{i}": mean, f"var_{i}": var})
     return found
@@ -156,6 +166,71 @@ def check(case: Case, groups: int, impl: str, **options: object) -> None:
     assert_within_budget(results(batch_norm_act, case, groups, impl=impl, **options), torchs, truth, terms)
 
 
+def by_torch_twice(*given: object, **options: object) -> tuple[Tensor, Tensor]:
+    """Autograd adds the gradients of the two readers."""
+    y = by_torch(*given, **options)
+    return y.view_as(y), y.view_as(y)
+
+
+def check_twice(case: Case, groups: int, impl: str, **options: object) -> None:
+    second = case.grad.roll(1, 0) * 0.7
+    truth = results(by_torch_twice, to(case, torch.float64, torch.float64), groups, second, **options)
+    torchs = results(by_torch_twice, case, groups, second, **options)
+    terms = largest_terms(case._replace(grad=case.grad + second), groups, truth, options.get("training", True))
+    ours = results(batch_norm_act_twice, case, groups, second, impl=impl, **options)
+    assert_within_budget(ours, torchs, truth, terms)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("relu", [True, False])
+def test_error_budget_of_two_readers(
+    form: str, relu: bool, dtype: torch.dtype, impl: str, device: torch.device
+) -> None:
+    check_twice(make_case((8, 16, 9, 7), form, dtype, device), 4, impl, relu=relu)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("training", [True, False])
+def test_two_readers_of_odd_shapes(training: bool, impl: str, device: torch.device) -> None:
+    for shape in ((6, 17, 5, 3), (12, 5), (4, 1, 7, 7)):
+        check_twice(make_case(shape, "dual", torch.float32, device), 2 if training else 1, impl, training=training)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("form", FORMS)
+def test_one_of_two_readers_is_as_one(form: str, impl: str, device: torch.device) -> None:
+    """The gradient of a reader that gives none is not made up; and two runs have the same bits."""
+    case = make_case((4, 24, 8, 9), form, torch.bfloat16, device)
+    one = results(batch_norm_act, case, 2, impl=impl)
+    for reader in (0, 1):
+        other = results(lambda *given, **how: batch_norm_act_twice(*given, **how)[reader], case, 2, impl=impl)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    first, second = (results(batch_norm_act_twice, case, 2, case.grad * 3, impl=impl) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["d_x"], one["d_x"])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("form", FORMS)
+def test_autograd_adds_nothing_for_two_readers(form: str, impl: str, device: torch.device) -> None:
+    case = make_case((4, 24, 8, 9), form, torch.bfloat16, device)
+
+    def adds(call: Callable) -> int:
+        options = {"residual": case.residual, "residual_norm": case.side, "impl": impl}
+        pair = call(case.x.requires_grad_(), *case.main, 2, **options)
+        with torch.profiler.profile() as profile:
+            torch.autograd.backward(pair, [case.grad, case.grad.clone()])
+        return sum(event.name == "aten::add_" for event in profile.events())
+
+    def plain(*given: object, **options: object) -> tuple[Tensor, Tensor]:
+        y = batch_norm_act(*given, **options)
+        return y.view_as(y), y.view_as(y)
+
+    assert adds(batch_norm_act_twice) < adds(plain)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", FORMS)
@@ -188,10 +263,11 @@ def test_programs_that_take_many_tiles_each(form: str, dtype: torch.dtype, devic
     capability, _ = batch_norm.machine(device)
     monkeypatch.setattr(batch_norm, "machine", lambda device: (capability, 2))
     case = make_case((10, 64, 15, 15), form, dtype, device)
-    for kernel in ("statistics", batch_norm._sums_tiles(form == "dual")):
-        plan = batch_norm._plan(kernel, case.x, 2)
+    for kernel in ("batch_norm.statistics", batch_norm._sums_tiles(form == "dual")):
+        plan = batch_norm.plan(kernel, case.x, 2)
         assert plan.splits >= 3 and plan.rows > plan.splits * plan.options["BLOCK_ROWS"]
     check(case, 2, "triton")
+    check_twice(case, 2, "triton")
 
 
 @pytest.mark.parametrize("held", [1, 2, 8])
@@ -205,11 +281,13 @@ def test_the_second_stage_takes_groups_together(held: int, device: torch.device,
 
 def test_a_plan_is_kept_for_all_that_decides_it_and_for_no_tensor(device: torch.device, monkeypatch) -> None:
     x = make_case((4, 24, 5, 5), "none", torch.bfloat16, device).x
-    kept = batch_norm._plan("apply", x, 2)
-    assert batch_norm._plan("apply", x.clone(), 2) is kept
+    kept = batch_norm.plan("batch_norm.apply", x, 2)
+    assert batch_norm.plan("batch_norm.apply", x.clone(), 2) is kept
     row = TABLE["batch_norm.apply"][80]
     monkeypatch.setitem(TABLE, "batch_norm.apply", {80: dataclasses.replace(row, num_warps=2)})
-    others = [batch_norm._plan("apply", t, groups) for t, groups in ((x, 2), (x[:2], 2), (x[:, :8], 2), (x, 4))]
+    others = [
+        batch_norm.plan("batch_norm.apply", t, groups) for t, groups in ((x, 2), (x[:2], 2), (x[:, :8], 2), (x, 4))
+    ]
     assert len({id(plan) for plan in [kept, *others]}) == 5 and others[0].options["num_warps"] == 2
     alive = weakref.ref(x)
     del x
@@ -399,20 +477,24 @@ def test_refusals(change: dict[str, object], text: str) -> None:
 def test_operators_are_well_registered(form: str, device: torch.device) -> None:
     case = make_case((4, 6, 3, 3), form, torch.float32, device)
     statistics = (case.x, *case.main.running, 2, 0.1, EPS)
-    torch.library.opcheck(batch_norm.statistics, statistics)
-    torch.library.opcheck(batch_norm.statistics, (case.x, None, None, 2, 0.1, EPS))
-    moments = batch_norm.statistics(*statistics)
+    torch.library.opcheck(batch_norm._statistics, statistics)
+    torch.library.opcheck(batch_norm._statistics, (case.x, None, None, 2, 0.1, EPS))
+    moments = batch_norm._statistics(*statistics)
     side = (None, None, None) if case.side is None else (*case.side[:2], moments)
-    weight = case.main.weight.requires_grad_()
-    torch.library.opcheck(batch_norm.apply, (case.x, weight, case.main.bias, moments, case.residual, *side, True, True))
+    torch.library.opcheck(batch_norm._apply, (case.x, *case.main[:2], moments, case.residual, *side, True))
+    given = (*case.main[:2], moments, case.residual if form == "dual" else None, *side, True, True)
+    for second in (None, case.grad.clone()):
+        y = case.x.clone() if form == "plain" else None
+        torch.library.opcheck(batch_norm._gradients, (case.grad, second, case.x, y, *given))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_compiles_whole_and_fakes(impl: str, device: torch.device) -> None:
     case = make_case((4, 6, 3, 3), "dual", torch.float32, device)
-    compiled = torch.compile(batch_norm_act, fullgraph=True, backend="aot_eager")
-    expected, found = (results(f, case, 2, impl=impl) for f in (batch_norm_act, compiled))
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    for call, second in ((batch_norm_act_twice, case.grad * 3), (batch_norm_act, None)):
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        expected, found = (results(f, case, 2, second, impl=impl) for f in (call, compiled))
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = results(
             batch_norm_act,
@@ -442,8 +524,8 @@ class Counter:
             given = dict(zip(self.kernel.arg_names, args)) | options
             name = self.kernel.fn.__name__
             unused = {"partial"}  # stays in cache
-            if name in ("sums", "gradient") and (not given["RELU"] or given.get("y") is not None):
-                unused |= {"bias", "residual_bias"} | ({"weight", "residual_weight"} if name == "sums" else set())
+            if name in ("sums_kernel", "gradient_kernel") and (not given["RELU"] or given.get("y") is not None):
+                unused |= {"bias", "residual_bias"} | ({"weight", "residual_weight"} if "sums" in name else set())
             for key, value in given.items():
                 if isinstance(value, Tensor) and key not in unused:
                     self.total[0] += value.nbytes * (2 if key.startswith("running") else 1)
@@ -451,19 +533,22 @@ class Counter:
         return launch
 
 
+@pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("form", FORMS)
 def test_cost_is_the_bytes_of_the_tensors(
-    form: str, relu: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    form: str, relu: bool, twice: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     total = [0]
     for name in ("statistics", "finish_statistics", "apply", "sums", "finish_sums", "gradient"):
-        monkeypatch.setattr(batch_norm_kernels, name, Counter(getattr(batch_norm_kernels, name), total))
+        kernel = f"{name}_kernel"
+        monkeypatch.setattr(batch_norm_kernels, kernel, Counter(getattr(batch_norm_kernels, kernel), total))
     case, groups = make_case((4, 24, 5, 3), form, torch.bfloat16, device), 2
-    options = {"residual": form, "relu": relu}
+    options = {"residual": form, "relu": relu, "twice": twice}
     expected = [cost(case.x.shape, 2, groups, backward=backward, **options) for backward in (False, True)]
-    x = case.x.requires_grad_()
-    y = batch_norm_act(x, *case.main, groups, residual=case.residual, residual_norm=case.side, relu=relu, impl="triton")
+    given = {"residual": case.residual, "residual_norm": case.side, "relu": relu, "impl": "triton"}
+    call = batch_norm_act_twice if twice else batch_norm_act
+    y = call(case.x.requires_grad_(), *case.main, groups, **given)
     assert total[0] == expected[0][0] > 0 and expected[0][1] > 0
-    y.backward(case.grad)
+    torch.autograd.backward(y, [case.grad, case.grad.clone()] if twice else case.grad)
     assert total[0] == expected[0][0] + expected[1][0]
