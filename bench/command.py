@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fastmoco import atomic
-from fastmoco.bench import comparison, record_files, traffic
+from fastmoco.bench import comparison, headlines, record_files, traffic
 from fastmoco.bench.clocks import Clocks
 from fastmoco.bench.journal import Journal
 from fastmoco.bench.record_files import Record, Row
@@ -92,15 +92,17 @@ def compare(options: BenchCompare) -> None:
     print(comparison.report(str(options.a), before, str(options.b), after))
 
 
-def rewrite_readme(options: BenchReport) -> None:
-    """`bench report`: put the tables of the committed records between the README's markers."""
+def write_pages(options: BenchReport) -> None:
+    """`bench report`: write the page of all committed records, and the README's first rows from the newest of them."""
     paths = record_files.stored(options.records)
     if not paths:
         raise ValueError(f"{options.records} holds no records: write one with bench SUBJECT --json FILE")
-    text = options.readme.read_text()
-    records = [item for path in paths for item in record_files.load(path)]
-    atomic.write_text(options.readme, record_files.readme(text, records))
-    print(f"{options.readme}: the tables of {len(paths)} files")
+    records = {path: record_files.load(path) for path in paths}
+    rows = headlines.table(records, options.readme.parent)
+    text = record_files.between_markers(options.readme.read_text(), rows)
+    atomic.write_text(options.page, record_files.page([item for items in records.values() for item in items]))
+    atomic.write_text(options.readme, text)
+    print(f"{options.page}: the tables of {len(paths)} files; {options.readme}: the newest rows")
 
 
 def _check_outputs(options: Bench) -> None:

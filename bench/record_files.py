@@ -1,7 +1,7 @@
 """Records of measurements: written with their circumstances, read again, made into tables.
 
 A record is the subject, the environment it was measured in, the command that measured it, and rows; a JSON file holds
-a list of them. `readme` replaces what stands between two markers in a text with the tables of the committed records.
+a list of them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,11 @@ CSV_COLUMNS = (
 BY_HOST = "the host"  # "launched by", of a row whose neighbours are CUDA graphs: its time may be that of the launches
 COUNTS = ("MB", "calls", "tensors differ")  # units
 UNSTEADY = 0.25  # of the median: a row whose middle samples lie further apart says more about the machine
+PAGE_HEAD = """# Records
+
+Every committed measurement, from the JSON files in [bench/records](../bench/records); `fastmoco bench report` writes
+this page. [benchmarks.md](benchmarks.md) says how to read a row. Each record was made by the command it names, on the
+machine it names; only rows of the same table were measured in turn and may be compared."""
 MARKED = (
     "Rows marked unsteady (20 % to 80 % span more than a quarter of the median) or over their bound (it was measured "
     "at another moment, or a cache held the data) should be measured again on a quiet machine."
@@ -214,32 +220,43 @@ def load(path: str | Path) -> list[Record]:
 
 
 def table(records: Sequence[Record]) -> str:
-    """The records as Markdown tables, each under a line that states its circumstances."""
-    return "\n\n".join(f"{_caption(item)}\n\n{_rows(item)}" for item in records)
+    """The records as Markdown: the circumstances of each, then a table for each comparison under its configuration."""
+    return "\n\n".join(f"{_caption(item)}\n\n{_tables(item)}" for item in records)
 
 
-def readme(text: str, records: Sequence[Record]) -> str:
-    """`text` with the tables of `records` between its two benchmark markers; ValueError where they are missing."""
+def page(records: Sequence[Record]) -> str:
+    """A page that holds all `records`, subject by subject, the newest first."""
+    parts = [PAGE_HEAD]
+    for subject in sorted({item.subject for item in records}):
+        newest_first = sorted((item for item in records if item.subject == subject), key=lambda item: item.date)[::-1]
+        parts += [f"## {subject}", table(newest_first)]
+    return "\n\n".join(parts) + "\n"
+
+
+def between_markers(text: str, inner: str) -> str:
+    """`text` with `inner` between its two benchmark markers; ValueError if it has none."""
     pattern = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.S)
     if not pattern.search(text):
         raise ValueError("the text has no <!-- bench --> ... <!-- /bench --> markers to write between")
-    return pattern.sub(lambda found: found.group(1) + table(records) + "\n" + found.group(2), text)
+    return pattern.sub(lambda match: match.group(1) + inner + "\n" + match.group(2), text)
 
 
-def _rows(item: Record) -> str:
-    lines = ["| what | provider | median | 20 % to 80 % | n | against baseline | share of bound |"]
-    lines.append("|---|---|---:|---:|---:|---:|---:|")
-    medians: dict[tuple[str, str, str | None], float] = {
-        (row.name, json.dumps(row.config), row.provider): row.median for row in item.rows
-    }
-    for row in item.rows:
-        base = medians.get((row.name, json.dumps(row.config), row.baseline))
-        lines.append(
-            f"| {label(row)} | {_provider(row)} | {quantity(row)} | {_spread(row)} | "
-            f"{len(row.samples)} | {_against(row, base)} | {_percent(row.share)} |"
-        )
+def _tables(item: Record) -> str:
+    parts = [f"{title}:\n\n{_rows(list(rows))}" for title, rows in groupby(item.rows, label)]
     if any(row.unsteady or _over(row.share) for row in item.rows):
-        lines += ["", MARKED]
+        parts.append(MARKED)
+    return "\n\n".join(parts)
+
+
+def _rows(rows: Sequence[Row]) -> str:
+    lines = ["| provider | median | 20 % to 80 % | n | against baseline | share of bound |"]
+    lines.append("|---|---:|---:|---:|---:|---:|")
+    medians: dict[str | None, float] = {row.provider: row.median for row in rows}
+    for row in rows:
+        lines.append(
+            f"| {_provider(row)} | {quantity(row)} | {_spread(row)} | {len(row.samples)} | "
+            f"{_against(row, medians.get(row.baseline))} | {_percent(row.share)} |"
+        )
     return "\n".join(lines)
 
 

@@ -51,7 +51,7 @@ def _benchmarks() -> dict[str, Command]:
             "tell whether B is slower than A", "fastmoco.options:BenchCompare", f"{where}.command:compare"
         ),
         "bench report": Command(
-            "write the README's tables", "fastmoco.options:BenchReport", f"{where}.command:rewrite_readme"
+            "write the pages of records", "fastmoco.options:BenchReport", f"{where}.command:write_pages"
         ),
         "bench tune": Command("time tile sizes on this GPU", "fastmoco.options:BenchTune", f"{where}.tune:run"),
         "bench gpu-check": Command(

@@ -327,8 +327,7 @@ class DataSynth:
 class Bench:
     """Measure subjects, each beside its baselines and its physical bound. Without one, all of them but proof.
 
-    A GPU is measured at the published size, a CPU at a smaller one. On two free cores kernels and memory then take a
-    quarter of a minute each, the other subjects a minute each, all of them five; on busy cores several times as much.
+    A GPU is measured at the published size, a CPU at a smaller one. The README says how long each subject takes.
     """
 
     subjects: tuple[Literal["kernels", "step", "loader", "train", "scaling", "memory", "proof"], ...]
@@ -389,10 +388,12 @@ class BenchCompare:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """Write the tables of the committed records between the benchmark markers of the README."""
+    """Write the page of all committed records, and the first rows of the README from the newest of them."""
 
     readme: Path = Path("README.md")
-    """Text to rewrite."""
+    """Text whose rows between the benchmark markers are written anew."""
+    page: Path = Path("docs/records.md")
+    """Page of all tables."""
     records: Path = Path("bench/records")
     """Folder of records."""
 

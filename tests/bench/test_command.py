@@ -96,12 +96,14 @@ def test_compare_says_in_one_line_why_it_cannot(tmp_path, capsys):
 def test_report_rewrites_the_readme_from_the_records(tmp_path, capsys):
     readme, records = tmp_path / "README.md", tmp_path / "records"
     readme.write_text("a\n<!-- bench -->\n<!-- /bench -->\nb\n")
-    flags = ["--readme", str(readme), "--records", str(records)]
+    page = tmp_path / "records.md"
+    flags = ["--readme", str(readme), "--records", str(records), "--page", str(page)]
     assert main(["bench", "report", *flags]) == 2
     assert "holds no records" in capsys.readouterr().err
     saved(records / "x.json", 1.0)
     assert main(["bench", "report", *flags]) == 0
-    assert "| step (batch 32) | ours |" in readme.read_text() and readme.read_text().endswith("b\n")
+    assert "step (batch 32):\n\n| provider |" in page.read_text() and "| ours |" in page.read_text()
+    assert "not measured yet" in readme.read_text() and readme.read_text().endswith("b\n")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -170,4 +172,4 @@ def test_proof_runs_only_where_asked_for_and_tells_what_it_compared(capsys):
     assert "proof" not in command.MEASURED and set(command.MEASURED) < set(command.SUBJECTS)
     assert main(["bench", "proof", *TINY]) == 0
     out = capsys.readouterr().out
-    assert "captured nothing, on a CPU, steps 2) | graph | 0 tensors differ |" in out
+    assert "captured nothing, on a CPU" in out and "steps 2):" in out and "| graph | 0 tensors differ |" in out

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from fastmoco.bench import record_files
-from fastmoco.bench.record_files import Record, Row, load, readme, record, save, table
+from fastmoco.bench.record_files import Record, Row, between_markers, load, page, record, save, table
 
 ENVIRONMENT = record_files.environment()
 
@@ -115,13 +115,23 @@ def test_unsteady_rows_and_shares_above_the_bound_are_marked_and_no_others():
     assert "| 10 to 10 |" in fast and "111 %, over |" in fast and fast.endswith("measured again on a quiet machine.")
 
 
-def test_readme_replaces_only_what_stands_between_the_markers():
+def test_only_what_stands_between_the_markers_is_replaced():
     text = "before\n<!-- bench -->\nold\n<!-- /bench -->\nafter"
-    out = readme(text, made())
-    assert out.startswith("before\n") and out.endswith("after") and "old" not in out and "**step**" in out
-    assert readme(out, made()) == out
+    assert between_markers(text, "new") == "before\n<!-- bench -->\nnew\n<!-- /bench -->\nafter"
     with pytest.raises(ValueError, match="markers"):
-        readme("no markers", made())
+        between_markers("no markers", "new")
+
+
+def test_the_configuration_stands_once_above_its_rows():
+    rows = [Row("step", name, "ms", (1.0,), {"batch": batch}) for batch in (32, 64) for name in ("ours", "plain")]
+    text = table([record("step", rows, ENVIRONMENT)])
+    assert [text.count(f"step (batch {batch}):") for batch in (32, 64)] == [1, 1] and text.count("| ours |") == 2
+
+
+def test_the_page_has_a_heading_for_each_subject_and_the_newest_record_first():
+    old, new = made()[0], dataclasses.replace(made()[0], date="2026-02-02")
+    text = page([old, dataclasses.replace(old, subject="loader"), new])
+    assert text.index("## loader") < text.index("## step") < text.index("2026-02-02") < text.rindex("2026-01-01")
 
 
 def test_a_row_without_samples_is_refused():
