@@ -307,6 +307,8 @@ class DataScan:
     """Also decode every image, which finds damage that headers do not show."""
     max_pixels: int = Recipe.max_pixels
     """Images of more pixels are left out, as pretrain --max-pixels does."""
+    value_range: tuple[float, float] | Literal["header", "container"] = "header"
+    """Numbers that are black and white, as pretrain --value-range says."""
     json: Path | None = None
     """File for the same facts as JSON, with every file that was left out."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,6 +22,10 @@ MOST_PIXELS = 178_956_970  # of more Pillow reads no header
 PUBLISHED_KEYS, PUBLISHED_IMAGES = 65536, 1_281_167  # the queue and the set it was published with
 # Resuming may change these: they decide how a run is judged and when it gives up, not what it learns.
 HARMLESS_ON_RESUME = ("knn_k", "knn_temperature", "knn_features", "max_bad_share")
+BACKGROUNDS = {"white": "#ffffff", "black": "#000000", "gray": "#808080"}
+COLOUR = re.compile("#[0-9a-fA-F]{6}")
+# What runs did that were started before these fields were there.
+BEFORE_THERE_WERE_FIELDS = {"background": "ignore", "value_range": "container"}
 LEAST_BATCHES = 4  # in a queue that follows the data: with fewer, all negatives are of the newest encoders
 
 
@@ -138,6 +143,12 @@ class Recipe:
     """Side of the square views, in pixels."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     """Distribution of the views."""
+    background: str = "white"
+    """Colour that transparent images are shown over: white, black, gray or #rrggbb; ignore shows what lies under
+    transparency, whatever it is."""
+    value_range: tuple[float, float] | Literal["header", "container"] = "header"
+    """Numbers in the image files that are black and white: two numbers, or what the header states, which is what the
+    type can hold but for PGM and PPM; container takes the type for those, too. JPEG and WebP are always 0 to 255."""
     fancy_upsampling: bool = False
     """Interpolate the colours of JPEGs on a GPU as a CPU always does: slower, for comparing the two."""
     max_pixels: int = 100_000_000
@@ -174,6 +185,12 @@ class Recipe:
         remedy = f"use a whole number from 1 to {MOST_PIXELS}"
         _require(1 <= self.max_pixels <= MOST_PIXELS, "max_pixels", self.max_pixels, remedy)
         _require(0 <= self.max_bad_share <= 1, "max_bad_share", self.max_bad_share, "use a share from 0 to 1")
+        remedy = "use white, black, gray, ignore or a colour such as #7f7f7f"
+        known = self.background in (*BACKGROUNDS, "ignore")
+        _require(known or COLOUR.fullmatch(self.background), "background", self.background, remedy)
+        span = self.value_range
+        ordered = len(span) == 2 and -math.inf < span[0] < span[1] < math.inf if isinstance(span, tuple) else True
+        _require(ordered, "value_range", span, "use two numbers, the smaller one first, or header")
         _require(self.lr == "auto" or self.lr > 0, "lr", self.lr, "use auto or a positive rate")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "use a whole number from 0 to 2^63 - 1")
         self.check_ranks(1)
@@ -246,8 +263,11 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: dict) -> Recipe:
-        """Recipe from `as_dict`'s data; RecipeError on a field that no recipe has."""
-        values = dict(data)
+        """Recipe from `as_dict`'s data; RecipeError on a field that no recipe has.
+
+        Data from before a field existed keeps the meaning that it had then.
+        """
+        values = BEFORE_THERE_WERE_FIELDS | dict(data)
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         _require(not unknown, "recipe", unknown, "remove the fields that this version does not know")
         if isinstance(values.get("augmentation"), dict):

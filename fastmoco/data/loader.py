@@ -32,6 +32,7 @@ from fastmoco.data.manifest import Manifest
 from fastmoco.data.pipeline import Decoding, Pipeline, Repair, Request, fault, read
 from fastmoco.data.plan import Plan, Route, centre_boxes, route
 from fastmoco.data.quarantine import Quarantine
+from fastmoco.data.rewrite import Damaged, Reading
 from fastmoco.environment import share_of_cores
 from fastmoco.recipe import Recipe
 
@@ -90,7 +91,7 @@ class Loader:
         self._views = _dali_views(plan, parallel, loading.threads) if loading.photometric == "dali" else None
         self._exchange_stream = _side_stream(parallel.device) if parallel.world > 1 else None
         kept = Decoded(loading.decoded_bytes, parallel.device) if loading.decoded_bytes else None
-        source = _Source(images, quarantine, partial(_boxes, plan), parallel.device, kept)
+        source = _Source(images, quarantine, partial(_boxes, plan), parallel.device, Reading.of(plan.recipe), kept)
         self._background = Background(partial(_training, source, plan, steps, loading), loading.prefetch)
 
     @property
@@ -151,7 +152,8 @@ class EvaluationLoader:
         batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
         self._length, self._given = len(batches), 0
         self._quarantine = Quarantine(images, max_share=recipe.max_bad_share)
-        source = _Source(images, self._quarantine, partial(_centre, images, recipe.crop_size), device)
+        boxes = partial(_centre, images, recipe.crop_size)
+        source = _Source(images, self._quarantine, boxes, device, Reading.of(recipe))
         self._background = Background(partial(_evaluation, source, recipe, batches, loading), loading.prefetch)
 
     def __len__(self) -> int:
@@ -378,8 +380,10 @@ class _Source:
         quarantine: Quarantine | None,
         boxes: Callable[[int, np.ndarray], np.ndarray],
         device: torch.device,
+        reading: Reading = Reading(),
         kept: Decoded | None = None,
     ) -> None:
+        self.reading = reading
         self.manifest, self.quarantine, self.boxes, self.device, self.kept = manifest, quarantine, boxes, device, kept
         self.readers = Readers(*(GPU_READERS if device.type == "cuda" else (READERS, READERS)))
 
@@ -406,11 +410,11 @@ class _Source:
         names = [self.manifest.path(index) for index in samples.tolist()]
         return Request(names, encoded, self.manifest.sizes[samples], self.boxes(step, samples), step, samples)
 
-    def _read(self, indices: np.ndarray) -> list[np.ndarray | OSError]:
+    def _read(self, indices: np.ndarray) -> list[np.ndarray | OSError | Damaged]:
         known = () if self.kept is None else self.kept
         wanted = [None if index in known else index for index in indices.tolist()]
         started = time.perf_counter()
-        found = [PIXEL if index is None else read(self.manifest, index) for index in wanted]
+        found = [PIXEL if index is None else read(self.manifest, index, self.reading) for index in wanted]
         self.readers.took(time.perf_counter() - started, len(wanted) - wanted.count(None))
         return found
 

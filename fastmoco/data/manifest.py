@@ -10,29 +10,41 @@ from __future__ import annotations
 import bisect
 import hashlib
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from fastmoco.data import cache as kept
 from fastmoco.data.errors import DataError
 from fastmoco.data.files import Files, find_files
-from fastmoco.data.probe import VERSION, probe
+from fastmoco.data.probe import VERSION, Header, probe
 from fastmoco.environment import share_of_cores
 from fastmoco.recipe import Recipe
 
 NAME = "images.npz"  # of a run's own copy
 TRAIN_NAMES, VAL_NAMES = ("train",), ("val", "valid", "validation", "test")
+ONE_COLOUR, SMALL_RANGE = 8, 64  # levels, of 255, that such images span at most; 64 are 14 bits in 16
 CHUNK_FILES = 256  # files per task of the header threads
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many files are done and how many there are."""
-Decode = Callable[["Manifest", "int | None"], Iterable[str]]
-"""Given images and a number of threads; says of each image why it cannot be decoded, or ""."""
+
+
+class Checked(NamedTuple):
+    """What decoding an image came to."""
+
+    reason: str
+    """Why it cannot be decoded, or ""."""
+    span: int
+    """Levels, of 255, between its darkest and its brightest pixel."""
+
+
+Decode = Callable[["Manifest", "int | None"], Iterable[Checked]]
+"""Given images and a number of threads; says of each image in turn what decoding it came to."""
 
 
 @dataclass
@@ -55,6 +67,10 @@ class Manifest:
     """Size of all images as stored."""
     archives: list[str] = field(default_factory=list)
     """Tar archives that hold images, relative to the root or absolute."""
+    transparent: int = 0
+    """How many of the images have transparency, where a scan looked."""
+    spans: np.ndarray | None = None
+    """uint8 [n]: levels between the darkest and the brightest pixel of each, where a scan has decoded them."""
     places: np.ndarray | None = None
     """int64 [n, 3]: archive (-1 for a file of its own), offset in it and bytes; None without archives."""
 
@@ -103,6 +119,12 @@ class Manifest:
         root = root if os.path.isdir(root) else os.path.dirname(root)
         return cls(root=root, sizes=data["sizes"], labels=data.get("labels"), places=data.get("places"), **names)
 
+    def part(self, first: int, last: int) -> Manifest:
+        """The images from index `first` to before `last`."""
+        labels, places = (None if column is None else column[first:last] for column in (self.labels, self.places))
+        rows = {"paths": self.paths[first:last], "sizes": self.sizes[first:last]}
+        return replace(self, **rows, labels=labels, places=places, spans=None)
+
     def _archive(self, number: int) -> str:
         return os.path.join(self.root, self.archives[number])
 
@@ -132,16 +154,14 @@ def scan(
     class tells nothing and counts as none. A line of a list is a path, relative to the list, or path, tab, class. A
     tar stands for what it holds (`tars.py`). Hidden files and folders are passed over. `classes` fixes the numbering,
     so that a validation part agrees with its training part. Headers are read. `decode`
-    (`pipeline.undecodable`) is given the images whose headers are good, and says of each in turn why it cannot be
-    decoded, or "". Files that the cache knows are not opened.
+    (`full_scan.decoded_apart`) is given the images whose headers are good, and says of each in turn what decoding it
+    came to. Files that the cache knows are not opened.
     """
     source = os.path.abspath(os.fspath(path))
     rejected: list[tuple[str, str]] = []
     files = find_files(source, str(path), rejected)
     known = _Results(files, source, max_pixels, cache)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, on headers that are odd but readable
-        _read_headers(files, known, max_pixels, threads, progress)
+    _read_headers(files, known, max_pixels, threads, progress)
     if decode is not None:
         _decode(decode, files, known, threads, progress)
     known.store()
@@ -156,6 +176,8 @@ def scan(
     chosen = [files.paths[i] for i in good.tolist()] if len(bad) else files.paths
     manifest = Manifest(files.root, chosen, known.sizes[good], numbers, names, sorted(rejected))
     manifest.bytes = int(files.bytes[good].sum())
+    manifest.transparent = int(known.alpha[good].sum())
+    manifest.spans = known.spans[good] if known.decoded[good].all() else None
     if files.archives:
         manifest.places = np.concatenate([files.places[good], files.bytes[good, None]], 1)
         manifest.archives = [os.path.relpath(archive, files.root) for archive in files.archives]
@@ -165,6 +187,8 @@ def scan(
 class _Results:
     """What is known of each file: columns beside those of `Files`, kept for as long as size and time stay the same."""
 
+    COLUMNS = ("sizes", "codes", "decoded", "alpha", "spans")
+
     def __init__(self, files: Files, source: str, max_pixels: int, cache: bool) -> None:
         self.files, self.cache, self.changed = files, cache, False
         key = f"{VERSION}\n{max_pixels}\n{source}"
@@ -172,6 +196,8 @@ class _Results:
         self.sizes = np.zeros((len(files), 2), np.int32)
         self.codes = np.full(len(files), -1, np.int32)  # number of the reason, 0 for a good one, -1 for unknown
         self.decoded = np.zeros(len(files), bool)
+        self.alpha = np.zeros(len(files), bool)
+        self.spans = np.zeros(len(files), np.uint8)
         self.reasons = [""]
         self._names = kept.packed(files.paths)
         self._states = np.stack([files.bytes, files.times, _offsets(files)], 1)
@@ -179,12 +205,21 @@ class _Results:
         if data is not None:
             self._look_up(data)
 
-    def note(self, index: int, size: tuple[int, int], reason: str, decoded: bool) -> None:
-        """Take one result over."""
+    def note_header(self, index: int, header: Header) -> None:
+        """Take over what the header of a file tells."""
+        self.sizes[index], self.alpha[index] = header[:2], header.alpha
+        self._judge(index, header.reason)
+
+    def note_decoded(self, index: int, checked: Checked) -> None:
+        """Take over what decoding a file came to."""
+        self.decoded[index], self.spans[index] = True, checked.span
+        self.sizes[index] = (0, 0) if checked.reason else self.sizes[index]
+        self._judge(index, checked.reason)
+
+    def _judge(self, index: int, reason: str) -> None:
         if reason not in self.reasons:
             self.reasons.append(reason)
-        self.sizes[index] = size
-        self.codes[index], self.decoded[index] = self.reasons.index(reason), decoded
+        self.codes[index] = self.reasons.index(reason)
         self.changed = True
 
     def store(self) -> None:
@@ -194,10 +229,8 @@ class _Results:
                 self.path,
                 names=self._names,
                 states=self._states,
-                sizes=self.sizes,
-                codes=self.codes,
-                decoded=self.decoded,
                 reasons=kept.packed(self.reasons),
+                **{name: getattr(self, name) for name in self.COLUMNS},
             )
 
     def _look_up(self, data: dict[str, np.ndarray]) -> None:
@@ -208,8 +241,8 @@ class _Results:
             self.changed = True
         fresh = rows >= 0
         fresh[fresh] = (data["states"][rows[fresh]] == self._states[fresh]).all(1)
-        for mine, theirs in ((self.sizes, "sizes"), (self.codes, "codes"), (self.decoded, "decoded")):
-            mine[fresh] = data[theirs][rows[fresh]]
+        for name in self.COLUMNS:
+            getattr(self, name)[fresh] = data[name][rows[fresh]]
         self.reasons = kept.unpacked(data["reasons"])
 
 
@@ -222,11 +255,11 @@ def _read_headers(
 ) -> None:
     missing = np.flatnonzero(known.codes < 0).tolist()
 
-    def read_chunk(chunk: list[int]) -> list[tuple[int, int, str]]:
+    def read_chunk(chunk: list[int]) -> list[Header]:
         return [probe(*_where(files, i), max_pixels) for i in chunk]
 
-    for i, (height, width, reason) in _in_threads(read_chunk, missing, threads, "headers", progress):
-        known.note(i, (height, width), reason, False)
+    for i, header in _in_threads(read_chunk, missing, threads, "headers", progress):
+        known.note_header(i, header)
 
 
 def _where(files: Files, index: int) -> tuple[str, int, int | None]:
@@ -238,7 +271,7 @@ def _where(files: Files, index: int) -> tuple[str, int, int | None]:
 
 def _in_threads(
     work: Callable[[list[int]], list], indices: list[int], threads: int | None, what: str, progress: Progress | None
-) -> Iterator[tuple[int, tuple]]:
+) -> Iterator[tuple[int, Header]]:
     chunks = [indices[at : at + CHUNK_FILES] for at in range(0, len(indices), CHUNK_FILES)]
     done = 0
     # More threads than cores, because a cold or remote disk answers many requests at once.
@@ -257,9 +290,8 @@ def _decode(decode: Decode, files: Files, known: _Results, threads: int | None, 
     places = np.concatenate([files.places, files.bytes[:, None]], 1)[missing] if files.archives else None
     names = [files.paths[i] for i in missing.tolist()]
     part = Manifest(files.root, names, known.sizes[missing], archives=files.archives, places=places)
-    for done, reason in enumerate(decode(part, threads), 1):
-        index = int(missing[done - 1])
-        known.note(index, (0, 0) if reason else tuple(known.sizes[index]), reason, True)
+    for done, checked in enumerate(decode(part, threads), 1):
+        known.note_decoded(int(missing[done - 1]), checked)
         if progress and (done % CHUNK_FILES == 0 or done == len(missing)):
             progress("decode", done, len(missing))
 

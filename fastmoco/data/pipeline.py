@@ -17,15 +17,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from nvidia import nvimgcodec  # DALI's own decoders
 from nvidia.dali import Pipeline as DaliPipeline
 from nvidia.dali import fn, types
 from torch import Tensor
 
 from fastmoco.data.decoded import PIXEL, Decoded
-from fastmoco.data.manifest import DataError, Manifest
-from fastmoco.data.probe import is_cut_bmp, is_cut_jpeg
+from fastmoco.data.manifest import ONE_COLOUR, Checked, DataError, Manifest
+from fastmoco.data.probe import Bytes, examine
+from fastmoco.data.rewrite import Damaged, Reading, rewritten
 from fastmoco.environment import share_of_cores
+from fastmoco.recipe import MOST_PIXELS
 
 DEPTH = 2  # batches that DALI works on at once
 RESIZED_AT_ONCE = 64  # images a GPU resizes in one launch; bounds the memory of what stands between the two passes
@@ -43,6 +44,8 @@ HW_DECODER_LOADS = {
     "": ((12, 0.65), (6, 0.8), (3, 0.9), (0, 1.0)),
 }
 SAMPLE = re.compile(r"sample #(\d+)")  # what DALI's error says of an image it cannot decode
+UNREADABLE = "cannot be read"
+JPEG = b"\xff\xd8"  # how one begins
 NO_SAMPLES, NO_BOXES = np.empty(0, np.int64), np.empty((0, 0, 4), np.int32)
 
 
@@ -66,8 +69,8 @@ class Request(NamedTuple):
 
     names: list[str]
     """What to call each image in an error."""
-    encoded: list[np.ndarray | OSError]
-    """Bytes of each image file, uint8, or why they could not be read; or PIXEL for one that `Decoded` keeps."""
+    encoded: list[np.ndarray | OSError | Damaged]
+    """Bytes of each image file, uint8, or why they cannot be used; or PIXEL for one that `Decoded` keeps."""
     sizes: np.ndarray
     """int32 [n, 2]: height and width that the boxes were made for."""
     boxes: np.ndarray
@@ -411,11 +414,15 @@ def _faults(build: Callable[[_Feed], DaliPipeline], feed: _Feed, error: RuntimeE
     # GPU still works and fails with that image alone, too.
     part, named = feed.pending[0], SAMPLE.search(str(error))
     given = [i for i, data in enumerate(part.request.encoded) if data is not PIXEL]
-    if not named or not given:
+    position = None
+    if named and given:
+        position = given[int(named[1])]
+    elif given:
+        position = _found_by_halves(part, given)
+    if position is None:
         raise error
-    position = given[int(named[1])]
-    alone = part._replace(request=part.request.rows(slice(position, position + 1)), several=())
-    if _failure(partial(_dali, 1, 1, None, 1, _decode_graph), _Feed(iter([alone]), _encoded)):
+    alone = _some(part, [position])
+    if _cpu_fails_at(part, [position]):
         return {position: "damaged: cannot be decoded"}
     if stream is not None:
         stream.synchronize()  # raises what has ended the GPU
@@ -425,6 +432,33 @@ def _faults(build: Callable[[_Feed], DaliPipeline], feed: _Feed, error: RuntimeE
         reason = failure or f"decoded alone, but not in its batch; is there too little {short}?"
         raise RuntimeError(f"{part.request.names[position]}: {reason}") from error
     return {position: "cannot be decoded on the GPU"}
+
+
+def _found_by_halves(part: _Part, given: list[int]) -> int | None:
+    # The position that a CPU fails at, where DALI's error names none; None where it fails at none.
+    if not _cpu_fails_at(part, given):
+        return None
+    while len(given) > 1:
+        half = given[: len(given) // 2]
+        given = half if _cpu_fails_at(part, half) else given[len(half) :]
+    return given[0]
+
+
+def _cpu_fails_at(part: _Part, positions: list[int]) -> str:
+    build = partial(_dali, len(positions), 1, None, 1, _decode_graph)
+    return _failure(build, _Feed(iter([_some(part, positions)]), _encoded))
+
+
+def _some(part: _Part, positions: list[int]) -> _Part:
+    request = part.request
+    chosen = request._replace(
+        names=[request.names[i] for i in positions] if request.names else [],
+        encoded=[request.encoded[i] for i in positions],
+        sizes=request.sizes[positions],
+        boxes=request.boxes[:, positions] if request.boxes.size else request.boxes,
+        samples=request.samples[positions] if len(request.samples) else request.samples,
+    )
+    return _Part(chosen, 0, len(positions))
 
 
 def _failure(build: Callable[[_Feed], DaliPipeline], feed: _Feed) -> str:
@@ -493,8 +527,8 @@ def _cutter(batch_size: int, device_id: int | None, corners: int, graph: Callabl
 
 
 def _checked(requests: Iterable[Request], repair: Repair | None) -> Iterator[Request]:
-    # DALI 2.4 may crash the process on a header it cannot parse: it gives up while the rest of the batch is decoding.
-    # So its parser is asked first, 4 us an image.
+    # DALI 2.4 may crash the process on what its operator gives up on while the rest of the batch is decoding. So the
+    # header's parser is asked first, 9 us an image.
     for request in requests:
         found = (fault(data, size) for data, size in zip(request.encoded, request.sizes.tolist(), strict=True))
         faults = {i: reason for i, reason in enumerate(found) if reason}
@@ -503,26 +537,27 @@ def _checked(requests: Iterable[Request], repair: Repair | None) -> Iterator[Req
         yield repair(request, faults) if faults else request
 
 
-def fault(data: np.ndarray | OSError, size: Sequence[int]) -> str:
+def fault(data: np.ndarray | Exception, size: Sequence[int]) -> str:
     """Why an image of height and width `size` cannot be decoded from `data`, as far as its header tells; or ""."""
     if data is PIXEL:
         return ""
     if isinstance(data, OSError):
-        return f"cannot be read: {data.strerror}"
-    try:
-        header = nvimgcodec.CodeStream(data)
-        height, width = header.height, header.width
-    except RuntimeError:
-        return "not an image that can be decoded"
-    if (height, width) != tuple(size):
+        return f"{UNREADABLE}: {data.strerror}"
+    if isinstance(data, Damaged):
+        return str(data)
+    height, width, reason = examine(Bytes.of(data), MOST_PIXELS)[:3]
+    if not reason and (height, width) != tuple(size):
         return f"is {width} x {height} pixels, but was {size[1]} x {size[0]} when it was scanned"
-    # A GPU's engine for JPEG calls every image a success, whatever its scan holds.
-    cut_short = is_cut_bmp(data[:64].tobytes(), len(data)) or is_cut_jpeg(data)
-    return "truncated" if cut_short else ""
+    return reason
 
 
-def undecodable(manifest: Manifest, threads: int | None = None) -> Iterator[str]:
-    """For each image of `manifest`, in order, why DALI cannot decode it on the CPU, or ""."""
+def undecodable(
+    manifest: Manifest, threads: int | None = None, reading: Reading = Reading(), at_once: int | None = None
+) -> Iterator[Checked]:
+    """For each image of `manifest`, in order, why it cannot be decoded on the CPU, and how many levels it spans.
+
+    A crash of a decoder ends the process: `full_scan.decoded_apart` outlives it.
+    """
     reasons: dict[int, str] = {}
 
     def leave_out(request: Request, faults: dict[int, str]) -> Request:
@@ -530,22 +565,37 @@ def undecodable(manifest: Manifest, threads: int | None = None) -> Iterator[str]
         return request._replace(encoded=[PIXEL if i in faults else data for i, data in enumerate(request.encoded)])
 
     build = partial(_dali, CPU_BATCH, threads or share_of_cores(), None, 1, _decode_graph)
-    parts = _parts(_checked(_whole(manifest), leave_out))
-    for part, _ in _outputs(build, _Feed(parts, _encoded), leave_out):
-        for sample in part.request.samples.tolist():
-            yield reasons.pop(sample, "")
+    requests = _whole(manifest, reading, at_once or CPU_BATCH)
+    parts = _parts(_checked(requests, leave_out))
+    for part, (images,) in _outputs(build, _Feed(parts, _encoded), leave_out):
+        decoded = iter(_tensors(images))
+        for sample, data in zip(part.request.samples.tolist(), part.request.encoded, strict=True):
+            if data is PIXEL:
+                yield Checked(reasons.pop(sample), 0)
+            else:
+                span = _span(next(decoded).numpy())
+                # A photograph may be faint, but the numbers of a JPEG are what they are meant to be.
+                faint = span > ONE_COLOUR and data[:2].tobytes() == JPEG
+                yield Checked("", 255 if faint else span)
 
 
-def _whole(manifest: Manifest) -> Iterator[Request]:
-    for at in range(0, len(manifest), CPU_BATCH):
-        samples = np.arange(at, min(at + CPU_BATCH, len(manifest)))
+def _span(image: np.ndarray) -> int:
+    # Levels between the darkest and the brightest pixel of the channel that has most of them; a grid of them will do.
+    step = max(1, min(image.shape[:2]) // 128)
+    grid = image[::step, ::step].reshape(-1, image.shape[2])
+    return int((grid.max(0).astype(int) - grid.min(0)).max())
+
+
+def _whole(manifest: Manifest, reading: Reading, at_once: int) -> Iterator[Request]:
+    for at in range(0, len(manifest), at_once):
+        samples = np.arange(at, min(at + at_once, len(manifest)))
         sizes = manifest.sizes[samples]
-        yield Request([], [read(manifest, i) for i in samples.tolist()], sizes, NO_BOXES, 0, samples)
+        yield Request([], [read(manifest, i, reading) for i in samples.tolist()], sizes, NO_BOXES, 0, samples)
 
 
-def read(manifest: Manifest, index: int) -> np.ndarray | OSError:
-    """The encoded bytes of an image, or why they cannot be read."""
+def read(manifest: Manifest, index: int, reading: Reading = Reading()) -> np.ndarray | OSError | Damaged:
+    """The encoded bytes of an image as DALI shall get them, or why there are none."""
     try:
-        return manifest.read(index)
+        return rewritten(manifest.read(index), reading)
     except OSError as error:
         return error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from tqdm import tqdm
 
 from fastmoco import atomic
 from fastmoco.data import manifest
-from fastmoco.data.manifest import Manifest
+from fastmoco.data.full_scan import decoded_apart
+from fastmoco.data.manifest import ONE_COLOUR, SMALL_RANGE, Manifest
+from fastmoco.data.rewrite import Reading
 from fastmoco.options import DataScan
 
 SHOWN = 20  # files named for each reason; --json names all
@@ -23,7 +26,8 @@ def run(options: DataScan) -> None:
     train, val = manifest.split(options.path)
     parts, classes, decode = {}, None, None
     if options.full:
-        from fastmoco.data.pipeline import undecodable as decode  # DALI takes seconds to import
+        reading = Reading(value_range=options.value_range)
+        decode = partial(decoded_apart, reading=reading)
     for name, path in (("training", train), ("validation", val)):
         if path is None:
             continue
@@ -52,9 +56,20 @@ def facts(found: Manifest, full: bool) -> dict[str, Any]:
         "classes": dict(zip(found.classes, per_class, strict=True)) if per_class else {},
         "height": {"least": low[0], "median": median[0], "most": high[0]},
         "width": {"least": low[1], "median": median[1], "most": high[1]},
+        "transparent": found.transparent,
+        "one_colour": _narrow(found, -1, ONE_COLOUR),
+        "small_range": _narrow(found, ONE_COLOUR, SMALL_RANGE),
         "decoded": full,
         "left_out": [{"file": path, "reason": reason} for path, reason in found.rejected],
     }
+
+
+def _narrow(found: Manifest, above: int, most: int) -> dict[str, Any]:
+    # How many images span so many levels, and the first of them; None where they were not decoded.
+    if found.spans is None:
+        return {"images": None, "first": None}
+    rows = np.flatnonzero((found.spans.astype(int) > above) & (found.spans <= most))
+    return {"images": len(rows), "first": found.paths[rows[0]] if len(rows) else None}
 
 
 class Bar:
@@ -96,9 +111,23 @@ def _lines(title: str, part: dict[str, Any]) -> list[str]:
             for side in ("height", "width")
         ),
         f"  checked   {how}, {part['seconds']:.1f} s",
+        *_remarks(part),
         f"  left out  {len(part['left_out'])}",
         *_rejected(part["left_out"]),
     ]
+
+
+def _remarks(part: dict[str, Any]) -> list[str]:
+    lines = []
+    if part["transparent"]:
+        lines.append(f"  seen      {part['transparent']} with transparency, shown over --background of pretrain")
+    texts = {"one_colour": "nearly one colour", "small_range": f"use at most {SMALL_RANGE} of 255 levels"}
+    for name, text in texts.items():
+        if part[name]["images"]:
+            lines.append(f"  seen      {part[name]['images']} {text}, as {part[name]['first']}")
+    if len(lines) > bool(part["transparent"]):
+        lines.append("            where numbers do not span their type (12 bits in 16), give --value-range LOW HIGH")
+    return lines
 
 
 def _rejected(left_out: list[dict[str, str]]) -> list[str]:

@@ -109,7 +109,7 @@ BROKEN: dict[str, Callable[[np.ndarray], bytes]] = {
     "cut jpeg": lambda pixels: _bytes(pixels)[:-60],
     "cut bmp": lambda pixels: _bytes(pixels, "BMP")[:-900],
     "no tables": lambda pixels: _without_segment(_bytes(pixels), b"\xff\xdb"),
-    "no scan": lambda pixels: _bytes(pixels)[: _bytes(pixels).index(b"\xff\xda")] + b"\xff\xd9",
+    "harmed webp": lambda pixels: _zeroed(_bytes(pixels, "WEBP", lossless=True), 40, 300),
     "harmed png": lambda pixels: _zeroed(_bytes(pixels, "PNG"), 90, 130),
     "cut tiff": lambda pixels: _bytes(pixels, "TIFF")[:-900],
 }

@@ -140,7 +140,7 @@ def test_undecodable_images_are_named_and_nothing_else(
     assert caught.value.positions == found and len(caught.value.reasons) == len(found)
     assert caught.value.names == [bad.names[position] for position in found]
     assert str(caught.value).startswith(f"{bad.names[positions[0]]}: ")
-    assert "be decoded" in str(caught.value) or "truncated" in str(caught.value)
+    assert any(why in str(caught.value) for why in ("be decoded", "truncated", "empty file", "not an image"))
     assert "\n" not in str(caught.value) and caught.value.exit_code == 3
     with pytest.raises(StopIteration):
         next(made)
@@ -203,6 +203,13 @@ def kept_at(manifest: Manifest, asked: Request, positions: list[int]) -> tuple[R
     return asked._replace(encoded=[PIXEL if i in positions else data for i, data in enumerate(asked.encoded)]), kept
 
 
+def shortened_webp(data: np.ndarray) -> np.ndarray:
+    """Half of the file, which says that it is the whole."""
+    half = data[: len(data) // 4 * 2].copy()
+    half[4:8] = np.frombuffer((len(half) - 8).to_bytes(4, "little"), np.uint8)
+    return half
+
+
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("damaged", [False, True])
 def test_what_only_a_gpu_cannot_decode_is_named_or_repaired(
@@ -210,7 +217,7 @@ def test_what_only_a_gpu_cannot_decode_is_named_or_repaired(
 ) -> None:
     asked = request(photo_manifest, np.arange(40))._replace(samples=np.arange(40))
     data, kept = [*asked.encoded], None
-    data[36] = data[36][: len(data[36]) // 2].copy() if damaged else data[36]  # of WebP no end is looked for
+    data[36] = shortened_webp(data[36]) if damaged else data[36]
     bad = asked._replace(encoded=data)
     VICTIMS[data[36].tobytes()] = 1
     if cached:

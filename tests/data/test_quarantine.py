@@ -32,7 +32,7 @@ from fastmoco.train.loop import pretrain
 
 RECIPE = dataclasses.replace(PRESETS["v2"][1], batch_size=40, bn_group=4, crop_size=24, max_bad_share=0.1)
 WriteSet = Callable[[Path, int], dict[str, str]]
-INSIDE = {"no tables", "no scan", "harmed png", "cut tiff"}  # what a scan of headers cannot see
+INSIDE = {"no tables", "harmed webp", "harmed png", "cut tiff"}  # what a scan of headers cannot see
 BROKEN = INSIDE | {"empty", "page", "gif", "huge", "cut jpeg", "cut bmp"}
 
 

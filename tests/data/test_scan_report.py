@@ -12,7 +12,7 @@ from fastmoco.cli import main
 from fastmoco.data.manifest import Manifest, scan
 from fastmoco.data.pipeline import undecodable
 
-INSIDE = {"no tables", "no scan", "harmed png", "cut tiff"}
+INSIDE = {"no tables", "harmed webp", "harmed png", "cut tiff"}
 
 
 @pytest.fixture(autouse=True)
