@@ -21,6 +21,7 @@ from fastmoco.data.manifest import Checked, Manifest
 from fastmoco.data.rewrite import Reading
 
 UNDER_WAY = 64  # images that a child may have begun and not yet reported, at most
+CHILD = [sys.executable, "-m", "fastmoco.data.full_scan"]
 PATIENCE = 120.0  # seconds without a word after which a decoder counts as stuck
 
 
@@ -52,7 +53,7 @@ def decoded_apart(images: Manifest, threads: int | None = None, reading: Reading
 def _by_child(settings: dict, stderr: Path) -> Iterator[Checked]:
     """What a child says of its share; returns the first image that it did not come to, and how it died, or ""."""
     done, last = settings["share"][:2]
-    command = [sys.executable, "-m", __name__, json.dumps(settings)]
+    command = [*CHILD, json.dumps(settings)]
     with (
         stderr.open("w+b") as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, bufsize=0) as child,

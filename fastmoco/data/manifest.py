@@ -40,7 +40,7 @@ class Checked(NamedTuple):
     reason: str
     """Why it cannot be decoded, or ""."""
     span: int
-    """Levels, of 255, between its darkest and its brightest pixel."""
+    """Levels, of 255, between its darkest and its brightest pixels."""
 
 
 Decode = Callable[["Manifest", "int | None"], Iterable[Checked]]
@@ -70,7 +70,7 @@ class Manifest:
     transparent: int = 0
     """How many of the images have transparency, where a scan looked."""
     spans: np.ndarray | None = None
-    """uint8 [n]: levels between the darkest and the brightest pixel of each, where a scan has decoded them."""
+    """uint8 [n]: levels between the darkest and the brightest pixels of each, where a scan has decoded them."""
     places: np.ndarray | None = None
     """int64 [n, 3]: archive (-1 for a file of its own), offset in it and bytes; None without archives."""
 

@@ -580,10 +580,12 @@ def undecodable(
 
 
 def _span(image: np.ndarray) -> int:
-    # Levels between the darkest and the brightest pixel of the channel that has most of them; a grid of them will do.
+    # Levels that all but the darkest and the brightest hundredth of the pixels lie within, in the channel with most of
+    # them; a grid of pixels will do.
     step = max(1, min(image.shape[:2]) // 128)
-    grid = image[::step, ::step].reshape(-1, image.shape[2])
-    return int((grid.max(0).astype(int) - grid.min(0)).max())
+    grid = np.sort(image[::step, ::step].reshape(-1, image.shape[2]), 0).astype(int)
+    edge = len(grid) // 100
+    return int((grid[-1 - edge] - grid[edge]).max())
 
 
 def _whole(manifest: Manifest, reading: Reading, at_once: int) -> Iterator[Request]:

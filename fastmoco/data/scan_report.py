@@ -24,6 +24,7 @@ GIB = 2**30
 def run(options: DataScan) -> None:
     """Print what the images in `options.path`, and in the val/ beside its train/, are; write them to `options.json`."""
     train, val = manifest.split(options.path)
+    remember = options.value_range == DataScan.value_range  # what was found with another range is no use to a run
     parts, classes, decode = {}, None, None
     if options.full:
         reading = Reading(value_range=options.value_range)
@@ -34,7 +35,7 @@ def run(options: DataScan) -> None:
         began = time.perf_counter()
         with Bar() as bar:
             found = manifest.scan(
-                path, classes=classes, max_pixels=options.max_pixels, decode=decode, progress=bar.show
+                path, classes=classes, max_pixels=options.max_pixels, decode=decode, cache=remember, progress=bar.show
             )
         classes = found.classes or None
         parts[name] = facts(found, options.full) | {"seconds": time.perf_counter() - began}

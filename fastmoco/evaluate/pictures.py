@@ -14,6 +14,7 @@ from torch import Tensor
 from fastmoco import atomic, plots
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.plan import centre_boxes
+from fastmoco.data.rewrite import Reading, rewritten
 from fastmoco.plots import BLUE, ORANGE, Level, Series
 
 RIGHT, WRONG, QUERY = (58, 138, 95), (196, 70, 60), (120, 126, 136)
@@ -54,8 +55,13 @@ def draw_neighbours(path: Path, val: Manifest, bank: Manifest, queries: np.ndarr
 
 def _tile(images: Manifest, index: int, frame: tuple[int, int, int]) -> Image.Image:
     top, left, height, width = centre_boxes(images.sizes[index : index + 1], TILE)[0].tolist()
-    with Image.open(io.BytesIO(images.read(index).tobytes())) as image:
-        tile = image.convert("RGB").resize((TILE, TILE), box=(left, top, left + width, top + height), reducing_gap=2)
+    data = rewritten(images.read(index), Reading())
+    try:
+        with Image.open(io.BytesIO(data.tobytes())) as image:
+            box = (left, top, left + width, top + height)
+            tile = image.convert("RGB").resize((TILE, TILE), box=box, reducing_gap=2)
+    except (AttributeError, OSError, SyntaxError, ValueError):  # damaged, or of a kind that Pillow does not read
+        tile = Image.new("RGB", (TILE, TILE), QUERY)
     return ImageOps.expand(tile, FRAME, frame)
 
 
