@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from oracle import PlainResNet18, contrastive_loss, enqueue, momentum_update
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -146,41 +147,12 @@ def test_fp32_strays_by_its_own_rounding_and_repeats_bit_for_bit(
 # The published algorithm, with collectives of its own
 
 
-class PlainBlock(nn.Module):
-    def __init__(self, entry: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(entry, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
-        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
-        self.downsample = nn.Identity()
-        if stride > 1:
-            self.downsample = nn.Sequential(nn.Conv2d(entry, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.downsample(x))
-
-
-class PlainResNet18(nn.Sequential):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, 1, 1, bias=False), nn.BatchNorm2d(4)
-        for stage, (entry, out) in enumerate([(4, 4), (4, 8), (8, 16), (16, 32)], start=1):
-            blocks = nn.Sequential(PlainBlock(entry, out, 1 if stage == 1 else 2), PlainBlock(out, out, 1))
-            setattr(self, f"layer{stage}", blocks)
-        self.fc = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-        return self.fc(x.mean((2, 3)))
-
-
 class PublishedMoCo(nn.Module):
     """One GPU of the published algorithm: idx_shuffle is broadcast, whole float images and keys are gathered."""
 
     def __init__(self, start: dict[str, Tensor], dtype: torch.dtype) -> None:
         super().__init__()
-        self.encoder_q, self.encoder_k = (PlainResNet18(RECIPE.dim).to(dtype) for _ in range(2))
+        self.encoder_q, self.encoder_k = (PlainResNet18(4, RECIPE.dim).to(dtype) for _ in range(2))
         for side in ("encoder_q.", "encoder_k."):
             values = {name.removeprefix(side): value for name, value in start.items() if name.startswith(side)}
             getattr(self, side[:-1]).load_state_dict(values)
@@ -206,15 +178,11 @@ class PublishedMoCo(nn.Module):
 
     def forward(self, im_q: Tensor, im_k: Tensor, order: Tensor) -> Tensor:
         q = F.normalize(self.encoder_q(im_q), dim=1)
-        with torch.no_grad():
-            for q_value, k_value in zip(self.encoder_q.parameters(), self.encoder_k.parameters(), strict=True):
-                k_value.mul_(RECIPE.ema_momentum).add_(q_value, alpha=1 - RECIPE.ema_momentum)
+        momentum_update(self.encoder_k.parameters(), self.encoder_q.parameters(), RECIPE.ema_momentum)
         k = self.keys_of(im_k, order)
-        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.clone()], 1) / RECIPE.temperature
-        for key in self.gather(k):  # one by one, so that any queue length will do
-            self.queue[:, self.queue_ptr] = key[:, None]
-            self.queue_ptr.copy_((self.queue_ptr + 1) % RECIPE.queue_size)
-        return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
+        loss = contrastive_loss(q, k, self.queue, RECIPE.temperature)
+        self.queue_ptr.fill_(enqueue(self.queue, int(self.queue_ptr), self.gather(k)))
+        return loss
 
 
 class Wire:

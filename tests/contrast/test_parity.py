@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import PlainResNet18, contrastive_loss, enqueue, momentum_update
 from torch import Tensor, nn
 
 from fastmoco.contrast.step import Step
@@ -29,39 +30,6 @@ METHODS = {
 }
 
 
-class PlainBlock(nn.Module):
-    def __init__(self, entry: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(entry, out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out)
-        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out)
-        if stride > 1:
-            self.downsample = nn.Sequential(nn.Conv2d(entry, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(y + (self.downsample(x) if hasattr(self, "downsample") else x))
-
-
-class PlainResNet18(nn.Module):
-    def __init__(self, head: str) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
-        for stage, (entry, out) in enumerate([(8, 8), (8, 16), (16, 32), (32, 64)], start=1):
-            blocks = nn.Sequential(PlainBlock(entry, out, 1 if stage == 1 else 2), PlainBlock(out, out, 1))
-            setattr(self, f"layer{stage}", blocks)
-        self.fc = nn.Linear(64, 16)
-        if head == "mlp":
-            self.fc = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), self.fc)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-        return self.fc(x.mean((2, 3)))
-
-
 class Published:
     """The algorithm over GPUS copies of a network; parameters shared, batch-norm buffers one set a GPU."""
 
@@ -74,10 +42,7 @@ class Published:
         self.pointer = int(start["queue_pointer"])
 
     def update_keys(self) -> None:
-        m = self.recipe.ema_momentum
-        with torch.no_grad():
-            for name, value in self.k.items():
-                value.copy_(value * m + self.q[name] * (1 - m))
+        momentum_update(self.k.values(), self.q.values(), self.recipe.ema_momentum)
 
     @torch.no_grad()
     def encode_keys(self, images: Tensor, idx_shuffle: Tensor) -> Tensor:
@@ -92,10 +57,7 @@ class Published:
         losses = []
         for net, im_q, k in zip(self.nets_q, images.chunk(GPUS), keys.chunk(GPUS), strict=True):
             q = F.normalize(net(im_q), dim=1)
-            l_pos = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)
-            l_neg = torch.einsum("nc,ck->nk", q, self.queue.clone().detach())
-            logits = torch.cat([l_pos, l_neg], dim=1) / self.recipe.temperature
-            losses.append(F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long)))
+            losses.append(contrastive_loss(q, k, self.queue, self.recipe.temperature))
         return sum(losses) / GPUS
 
     def sgd(self, loss: Tensor) -> None:
@@ -107,9 +69,7 @@ class Published:
                 value -= LR * self.velocity[name]
 
     def enqueue(self, keys: Tensor) -> None:
-        for key in keys:  # one by one, so that any K will do
-            self.queue[:, self.pointer] = key
-            self.pointer = (self.pointer + 1) % self.recipe.queue_size
+        self.pointer = enqueue(self.queue, self.pointer, keys)
 
     def forward(self, views: list[Tensor], shuffles: list[Tensor]) -> tuple[Tensor, Tensor]:
         """`views`: both views of the batch [B, 3, S, S]; `shuffles`: idx_shuffle of each key view."""
@@ -128,7 +88,7 @@ class Published:
 
 
 def replicas(recipe: Recipe, start: dict[str, Tensor], side: str, dtype: torch.dtype) -> list[PlainResNet18]:
-    net = PlainResNet18(recipe.head).to(dtype)
+    net = PlainResNet18(8, 16, recipe.head).to(dtype)
     net.load_state_dict({name.removeprefix(side): value for name, value in start.items() if name.startswith(side)})
     nets = [net, *(copy.deepcopy(net) for _ in range(GPUS - 1))]
     for other in nets[1:]:
