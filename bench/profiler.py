@@ -72,24 +72,12 @@ class Cost(NamedTuple):
     seconds: float
 
 
-def v1(options: Profile) -> None:
-    """`profile v1`."""
-    run("v1", options)
-
-
-def v2(options: Profile) -> None:
-    """`profile v2`."""
-    run("v2", options)
-
-
-def cifar(options: Profile) -> None:
-    """`profile cifar`."""
-    run("cifar", options)
-
-
-def demo(options: Profile) -> None:
-    """`profile demo`."""
-    run("demo", options)
+def __getattr__(name: str) -> Callable[[Profile], None]:
+    # `profile PRESET`: the command's function has the preset's name.
+    preset = name.replace("_", "-")
+    if preset in PRESETS:
+        return partial(run, preset)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def run(preset: str, options: Profile) -> None:

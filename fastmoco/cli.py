@@ -63,7 +63,7 @@ def _benchmarks() -> dict[str, Command]:
 def _profiles() -> dict[str, Command]:
     return {
         f"profile {name}": Command(
-            "show where the time goes", "fastmoco.options:Profile", f"fastmoco.bench.profiler:{name}"
+            "show where the time goes", "fastmoco.options:Profile", f"fastmoco.bench.profiler:{name.replace('-', '_')}"
         )
         for name in PRESETS
     }

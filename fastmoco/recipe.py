@@ -5,7 +5,9 @@ few that decide how a run is judged (HARMLESS_ON_RESUME). Where a run reads and 
 stands in `options.py`. Only the standard library is imported, so that `--help` is instant.
 
 Sources: MoCo v1 (He et al., 2020, arXiv:1911.05722), MoCo v2 (Chen et al., 2020, arXiv:2003.04297), and for `cifar`
-the authors' CIFAR-10 notebook.
+the authors' CIFAR-10 notebook; SimCLR (Chen et al., 2020, arXiv:2002.05709) with its code, google-research/simclr; for
+`end-to-end` and `bank` the ablation of MoCo v1, and for the bank's momentum InstDisc (Wu et al., 2018,
+arXiv:1805.01978) with its code.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
-REFERENCE_BATCH, REFERENCE_LR = 256, 0.03
+REFERENCE_BATCH = 256
 MOST_PIXELS = 178_956_970  # of more Pillow reads no header
 PUBLISHED_KEYS, PUBLISHED_IMAGES = 65536, 1_281_167  # the queue and the set it was published with
 # Resuming may change these: they decide how a run is judged and when it gives up, not what it learns.
@@ -27,6 +29,14 @@ COLOUR = re.compile("#[0-9a-fA-F]{6}")
 # What runs did that were started before these fields were there.
 BEFORE_THERE_WERE_FIELDS = {"background": "ignore", "value_range": "container"}
 LEAST_BATCHES = 4  # in a queue that follows the data: with fewer, all negatives are of the newest encoders
+
+
+# Fields that a dictionary has no use for: they must keep their defaults, or a run would not be what it seems.
+UNUSED = {
+    "queue": ("same_view_negatives", "bank_momentum"),
+    "batch": ("queue_size", "queue_dtype", "ema_momentum", "bank_momentum"),
+    "bank": ("symmetric", "same_view_negatives", "ema_momentum"),
+}
 
 
 class RecipeError(ValueError):
@@ -94,13 +104,19 @@ class Recipe:
     """Multiplier of every channel count of the encoder."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """7x7 convolution of stride 2 and max-pooling, or a 3x3 convolution of stride 1 without pooling."""
-    head: Literal["linear", "mlp"] = "linear"
-    """Projection head: one linear layer (v1), or two with a ReLU between them (v2)."""
+    zero_init: bool = False
+    """Start the last batch norm of every block at scale 0, so that blocks begin as the identity."""
+    head: Literal["linear", "mlp", "mlp-bn"] = "linear"
+    """Projection head: one linear layer (v1), two with a ReLU between them (v2), or those with batch norm (SimCLR)."""
     dim: int = 128
     """Dimensions of the projection: the length of queries and keys."""
 
+    dictionary: Literal["queue", "batch", "bank"] = "queue"
+    """Where negatives come from: a queue of keys of past batches (MoCo), the batch itself (SimCLR, end-to-end), or a
+    memory bank with one entry for each image."""
     queue_size: int | Literal["auto"] = 65536
-    """K, the number of negative keys kept. Any number: writing wraps around. auto follows the number of images."""
+    """K, the number of negative keys: kept in a queue, or drawn from a bank for each batch. Any number: writing wraps
+    around. auto follows the number of images."""
     queue_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Storage of the queue; auto follows the precision."""
     ema_momentum: float = 0.999
@@ -108,9 +124,13 @@ class Recipe:
     temperature: float = 0.07
     """Temperature T of InfoNCE."""
     symmetric: bool = False
-    """Use each view once as query and once as key, and add the two losses."""
+    """Use each view once as query and once as key: add the two losses; of a batch, take the mean over both views."""
+    same_view_negatives: bool = False
+    """Of a batch: tell a view from all other images' both views (NT-Xent), not from their other views alone."""
+    bank_momentum: float = 0.5
+    """m of a bank's entry <- normalise(m entry + (1 - m) query)."""
     bn_group: int = 32
-    """Samples that share batch-norm statistics, whatever the number of ranks."""
+    """Samples that share batch-norm statistics, whatever the number of ranks; 0: all rows of a forward on all ranks."""
     shuffle_bn: bool = True
     """Permute the keys over the batch-norm groups. Without it batch norm leaks which pairs belong together."""
 
@@ -119,7 +139,11 @@ class Recipe:
     epochs: int = 200
     """Length of the run; the schedule is stretched over it."""
     lr: float | Literal["auto"] = "auto"
-    """Learning rate at the start; auto is 0.03 x batch size / 256."""
+    """Learning rate at its peak; auto is reference_lr, scaled to the batch."""
+    reference_lr: float = 0.03
+    """Learning rate of a batch of 256."""
+    lr_scaling: Literal["linear", "sqrt"] = "linear"
+    """How auto scales the rate: by batch size / 256, or by its square root."""
     schedule: Literal["step", "cosine", "constant"] = "step"
     """step divides the rate by ten at each milestone; cosine ends at zero."""
     schedule_per: Literal["epoch", "step"] = "epoch"
@@ -130,10 +154,14 @@ class Recipe:
     """Epochs at which the step schedule divides the rate by ten."""
     warmup_epochs: float = 0.0
     """Epochs over which the rate rises linearly from zero, at every step."""
+    schedule_from: Literal["start", "warmup"] = "start"
+    """Where the cosine begins: at the run's start, or at the end of the warm-up, whose first step then has rate 0."""
     optimizer: Literal["sgd", "lars"] = "sgd"
     """sgd as published, or lars for batches of thousands: it wants a much larger lr, which auto does not give."""
     lars_eta: float = 0.001
     """Trust of LARS: a layer's step is about lr x eta of the length of its weights."""
+    lars_momentum: Literal["after", "inside"] = "after"
+    """Form of LARS: the rate multiplies the velocity, as in moco-v3, or goes into it, as in SimCLR."""
     sgd_momentum: float = 0.9
     """Momentum of SGD (not Nesterov's)."""
     weight_decay: float = 1e-4
@@ -168,10 +196,12 @@ class Recipe:
     """Features that kNN compares: before or after the projection head."""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "queue_size", "bn_group", "batch_size", "epochs", "crop_size", "knn_k"):
+        for name in ("dim", "queue_size", "batch_size", "epochs", "crop_size", "knn_k"):
             value = getattr(self, name)
             whole = isinstance(value, int) and value >= 1 or (name, value) == ("queue_size", "auto")
             _require(whole, name, value, "use a whole number of at least 1")
+        group = self.bn_group
+        _require(isinstance(group, int) and group >= 0, "bn_group", group, "use a whole number of at least 0")
         _require(self.arch in ARCHITECTURES, "arch", self.arch, f"use one of {', '.join(ARCHITECTURES)}")
         _require(self.width > 0, "width", self.width, "use a positive multiplier")
         _require(0 <= self.ema_momentum <= 1, "ema_momentum", self.ema_momentum, "use a number from 0 to 1")
@@ -192,12 +222,26 @@ class Recipe:
         ordered = len(span) == 2 and -math.inf < span[0] < span[1] < math.inf if isinstance(span, tuple) else True
         _require(ordered, "value_range", span, "use two numbers, the smaller one first, or header")
         _require(self.lr == "auto" or self.lr > 0, "lr", self.lr, "use auto or a positive rate")
+        _require(self.reference_lr > 0, "reference_lr", self.reference_lr, "use a positive rate")
+        _require(0 <= self.bank_momentum < 1, "bank_momentum", self.bank_momentum, "use a number from 0 to below 1")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "use a whole number from 0 to 2^63 - 1")
+        self._check_dictionary()
         self.check_ranks(1)
+
+    def _check_dictionary(self) -> None:
+        kinds = ("queue", "batch", "bank")
+        _require(self.dictionary in kinds, "dictionary", self.dictionary, f"use one of {', '.join(kinds)}")
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in UNUSED[self.dictionary]:
+            value = getattr(self, name)
+            remedy = f"leave it out, since a {self.dictionary} does not use it, or use another --dictionary"
+            _require(value == fields[name], name, value, remedy)
+        if self.same_view_negatives and not self.symmetric:
+            raise RecipeError("same_view_negatives is True without symmetric: both views need a loss; add --symmetric")
 
     def check_ranks(self, world: int) -> int:
         """Samples per rank for `world` ranks; RecipeError where the batch does not split into whole groups."""
-        unit = world * self.bn_group
+        unit = world * max(1, self.bn_group)
         if self.batch_size % unit:
             below, above = self.batch_size // unit * unit, -(-self.batch_size // unit) * unit
             near = " or ".join(str(n) for n in (below, above) if n)
@@ -206,6 +250,8 @@ class Recipe:
                 f"batch_size {self.batch_size} does not split over {ranks}batch-norm groups of bn_group "
                 f"{self.bn_group}: use --batch-size {near}, or another --bn-group"
             )
+        if self.bn_group == 0 and self.batch_size * self.forward_views == 1:
+            raise RecipeError("batch_size 1 has nothing to take batch-norm statistics over: use --batch-size 2 or more")
         return self.batch_size // world
 
     def for_images(self, count: int) -> Recipe:
@@ -230,24 +276,49 @@ class Recipe:
 
     @property
     def base_lr(self) -> float:
-        """Learning rate before the schedule: `lr`, or 0.03 x batch size / 256 (Goyal et al., 2017) where it is auto."""
-        return REFERENCE_LR * self.batch_size / REFERENCE_BATCH if self.lr == "auto" else float(self.lr)
+        """Learning rate before the schedule: `lr`, or where it is auto `reference_lr`, scaled to the batch.
+
+        Linear scaling after Goyal et al., 2017; the square root after SimCLR's appendix B.1.
+        """
+        if self.lr != "auto":
+            return float(self.lr)
+        times = self.batch_size / REFERENCE_BATCH
+        return self.reference_lr * (math.sqrt(times) if self.lr_scaling == "sqrt" else times)
 
     @property
     def views(self) -> int:
-        """Key views of a sample that are encoded and enqueued in each step: 2 when symmetric, else 1."""
-        return 2 if self.symmetric else 1
+        """Key views of a sample that are encoded and enqueued in each step: 2 for a queue when symmetric, else 1."""
+        return 2 if self.symmetric and self.dictionary == "queue" else 1
+
+    @property
+    def forward_views(self) -> int:
+        """Views of a sample in one forward of the query encoder."""
+        return 2 if self.dictionary == "batch" else self.views
+
+    @property
+    def candidates(self) -> int:
+        """Keys that a query is told apart among, the positive included."""
+        if self.dictionary != "batch":
+            return self.check_queue() + 1
+        return 2 * self.batch_size - 1 if self.same_view_negatives else self.batch_size
+
+    @property
+    def queries(self) -> int:
+        """Rows of the loss in each step, over all ranks."""
+        return self.batch_size * (2 if self.symmetric else 1)
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """Learning rate of `step`, counted from 0 over the whole run."""
         time = step / steps_per_epoch
+        after = self.schedule_from == "warmup"
         if time < self.warmup_epochs:
-            return self.base_lr * (step + 1) / (self.warmup_epochs * steps_per_epoch)
+            return self.base_lr * (step if after else step + 1) / (self.warmup_epochs * steps_per_epoch)
         epoch = time + self.schedule_first_epoch
         if self.schedule_per == "epoch":
             epoch = step // steps_per_epoch + self.schedule_first_epoch
         if self.schedule == "cosine":
-            return self.base_lr * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
+            begun = self.warmup_epochs if after else 0.0
+            return self.base_lr * 0.5 * (1 + math.cos(math.pi * (epoch - begun) / (self.epochs - begun)))
         if self.schedule == "step":
             return self.base_lr * 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
         return self.base_lr
@@ -293,6 +364,29 @@ DEMO_AUGMENTATION = Augmentation(
     crop_scale=(0.6, 1.0), brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1, blur_p=0.0
 )
 
+SIMCLR = Recipe(
+    dictionary="batch",
+    symmetric=True,
+    same_view_negatives=True,
+    zero_init=True,
+    head="mlp-bn",
+    bn_group=0,
+    shuffle_bn=False,
+    batch_size=4096,
+    epochs=100,
+    temperature=0.1,
+    optimizer="lars",
+    lars_momentum="inside",
+    reference_lr=1.2,  # 0.075 sqrt(batch), and the 4.8 of linear scaling at 4096; at 256 it is 5 points better
+    lr_scaling="sqrt",
+    weight_decay=1e-6,
+    warmup_epochs=10.0,
+    schedule="cosine",
+    schedule_per="step",
+    schedule_from="warmup",
+    augmentation=Augmentation(crop_scale=(0.08, 1.0), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),
+)
+
 PRESETS: dict[str, tuple[str, Recipe]] = {
     "v1": ("MoCo v1 as published: ResNet-50, ImageNet, 200 epochs", Recipe(augmentation=V1_AUGMENTATION)),
     "v2": (
@@ -316,6 +410,34 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
             augmentation=CIFAR_AUGMENTATION,
             knn_features="projection",
         ),
+    ),
+    "simclr": (
+        "SimCLR as published: negatives from a batch of 4096, LARS, 100 epochs; 256 on one GPU works, too",
+        SIMCLR,
+    ),
+    "simclr-cifar": (
+        "SimCLR for CIFAR-10, as its authors run it: ResNet-18, 32 px, batch 512, 1000 epochs",
+        dataclasses.replace(
+            SIMCLR,
+            arch="resnet18",
+            stem="cifar",
+            batch_size=512,
+            epochs=1000,
+            temperature=0.5,
+            reference_lr=1.0,
+            lr_scaling="linear",
+            weight_decay=1e-4,
+            crop_size=32,
+            augmentation=CIFAR_AUGMENTATION,
+        ),
+    ),
+    "end-to-end": (
+        "MoCo v1's rival: keys of the same batch of 1024, with gradients, all else as in v1",
+        Recipe(dictionary="batch", batch_size=1024, augmentation=V1_AUGMENTATION),
+    ),
+    "bank": (
+        "MoCo v1's other rival: negatives drawn from a memory bank of all images, all else as in v1",
+        Recipe(dictionary="bank", augmentation=V1_AUGMENTATION),
     ),
     "demo": (
         "Two minutes on a laptop: an embedded set of textures, a slim ResNet-18",

@@ -19,7 +19,7 @@ from fastmoco.recipe import PRESETS, Recipe
 from fastmoco.runs import checkpoint
 from fastmoco.runs import run_folder as runs
 from fastmoco.runs.lines import KNN, LOG, read_lines
-from fastmoco.train.monitor import chance_level
+from fastmoco.train.expectation import chance_formula, chance_level
 
 PAIRS, TILE = 8, 150
 PICTURES = {
@@ -73,7 +73,7 @@ def _tiles(folder: Path, recipe: Recipe, log: list[dict], knn: list[dict]) -> st
     if log:
         end = log[-1]
         shown.append(("InfoNCE loss", f"{end['loss']:.3f}", f"chance {chance_level(recipe):.3f}"))
-        shown.append(("contrast top-1", f"{end['top1']:.1f}%", f"1 of {recipe.check_queue() + 1}"))
+        shown.append(("contrast top-1", f"{end['top1']:.1f}%", f"1 of {recipe.candidates}"))
         rate = statistics.median(line["pairs_per_s"] for line in log)
         wait = statistics.median(line["data_wait"] for line in log)
         shown.append(("throughput", f"{rate:,.0f}", "pairs/s, median"))
@@ -92,7 +92,11 @@ def _learning(recipe: Recipe, log: list[dict], knn: list[dict]) -> str:
     steps = [line["step"] for line in log]
     chance = chance_level(recipe)
     found = [
-        chart("InfoNCE loss", [Series("loss", steps, _column(log, "loss"))], level=Level(chance, "chance, ln(K+1)")),
+        chart(
+            "InfoNCE loss",
+            [Series("loss", steps, _column(log, "loss"))],
+            level=Level(chance, f"chance, {chance_formula(recipe)}"),
+        ),
         chart(
             "Contrast accuracy (%)",
             [Series("top-5", steps, _column(log, "top5"), ORANGE), Series("top-1", steps, _column(log, "top1"))],

@@ -21,7 +21,7 @@ NARROW = 60  # columns; a narrower terminal breaks lines itself
 HEADINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Images, and the folder of the run", ("data", "val", "out", "resume", "stop_after")),
     ("Network", ("arch", "width", "stem", "head")),
-    ("Contrast", ("queue_size", "ema_momentum", "temperature", "symmetric", "bn_group")),
+    ("Contrast", ("dictionary", "queue_size", "ema_momentum", "temperature", "symmetric", "bn_group")),
     ("Training", ("batch_size", "epochs", "lr", "schedule", "warmup_epochs", "weight_decay", "seed")),
     ("Views", ("crop_size", "crop_scale", "jitter_p", "gray_p", "blur_p")),
     ("Machine", ("device", "threads", "precision", "graph")),

@@ -193,8 +193,23 @@ def _check(z_q: Tensor, k: Tensor, queue: Tensor, temperature: float | Tensor) -
         raise ValueError(f"info_nce: temperature must be positive, not {temperature}")
 
 
+def _check_ids(z_q: Tensor, queue: Tensor, row_ids: Tensor | None, key_ids: Tensor | None) -> None:
+    for name, ids, rows in (("row_ids", row_ids, z_q), ("key_ids", key_ids, queue)):
+        if (ids is None) != (row_ids is None):
+            raise ValueError("info_nce: row_ids and key_ids go together")
+        if ids is not None and (ids.dtype, ids.shape, ids.device) != (torch.int64, rows.shape[:1], rows.device):
+            raise ValueError(f"info_nce: {name} must be int64 [{len(rows)}], not {ids.dtype} {tuple(ids.shape)}")
+
+
 def info_nce(
-    z_q: Tensor, k: Tensor, queue: Tensor, temperature: float | Tensor, *, impl: Impl = "auto"
+    z_q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    temperature: float | Tensor,
+    *,
+    row_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Loss of each query against its positive and every key of the queue, and how many keys outscore the positive.
 
@@ -202,14 +217,15 @@ def info_nce(
     queue hold unit vectors. All fp32, fp16 or bf16 (the twin also takes fp64), D a multiple of 16 up to 512. The
     queue's dtype is the dtype of the products. temperature: a positive number, or a 0-d float tensor on the same
     device, which is never read back and therefore takes the form with a running maximum (as do numbers below 0.025,
-    and fp16 queues).
+    and fp16 queues). row_ids [N] and key_ids [K], both or neither, int64: a row leaves out the keys of its own id.
 
     Returns (loss fp32 [N], rank int32 [N]); top-k accuracy is (rank < k). Differentiable in z_q, once.
     Raises ValueError for anything else. After He et al., "Momentum Contrast", 2020, equation 1.
     """
     _check(z_q, k, queue, temperature)
-    if not takes_kernel(impl, z_q.device, z_q.dtype, k.dtype, queue.dtype):
-        return reference.info_nce(z_q, k, queue, temperature)
+    _check_ids(z_q, queue, row_ids, key_ids)
+    if not takes_kernel(impl, z_q.device, z_q.dtype, k.dtype, queue.dtype) or row_ids is not None:
+        return reference.info_nce(z_q, k, queue, temperature, row_ids, key_ids)
     on_device = isinstance(temperature, Tensor)
     device_temperature = temperature.detach().float() if on_device else None
     return _InfoNCE.apply(z_q, k.detach(), queue.detach(), 0.0 if on_device else float(temperature), device_temperature)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,21 @@ MIN_SIGMA, MAX_SIGMA = 1e-3, 4.0  # of the blur, in pixels; a positive SIGMA out
 CACHED_PIXELS = 1 << 16  # that `photometric` takes through all its operations at a time: fp32 RGB of 768 KB
 
 
-def info_nce(z_q: Tensor, k: Tensor, queue: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """InfoNCE of normalised queries against one positive and the whole queue (He et al., 2020, equation 1)."""
+def info_nce(
+    z_q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    temperature: float | Tensor,
+    row_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """InfoNCE of normalised queries against one positive and the queue, less keys of the row's own id (equation 1)."""
     wide = torch.promote_types(z_q.dtype, torch.float32)
     q = F.normalize(z_q.to(wide), dim=1)
     positive = (q * k.detach().to(wide)).sum(1, keepdim=True)
     negatives = q @ queue.detach().to(wide).T
+    if row_ids is not None:
+        negatives = negatives.masked_fill(row_ids[:, None] == key_ids[None, :], -math.inf)
     # Joined after the sum over the queue: joining the logits would copy all of them.
     positive_logit = positive[:, 0] / temperature
     loss = torch.logaddexp(torch.logsumexp(negatives / temperature, 1), positive_logit) - positive_logit
@@ -250,15 +259,18 @@ def sgd_ema(
     if flat and not torch.stack([end for grad in flat for end in torch.aminmax(grad)]).isfinite().all():
         nonfinite.fill_(1)
         return
-    for entry in zip(table.q, table.velocity, table.k, table.q_work, table.k_work, grads, strict=True):
-        for q, velocity, k, q_work, k_work, grad in _blocks(entry):
+    keys = (table.k, table.k_work) if table.k else ()
+    for entry in zip(table.q, table.velocity, table.q_work, grads, *keys, strict=True):
+        for q, velocity, q_work, grad, *key in _blocks(entry):
             grad = grad.to(q.dtype)
             grad = grad if unscale == 1 else grad * unscale
             velocity.mul_(momentum).add_(grad.add(q, alpha=decay))
             q.add_(velocity, alpha=-lr)
-            k.lerp_(q, weight)
             _cast(q, q_work)
-            _cast(k, k_work)
+            if key:
+                k, k_work = key
+                k.lerp_(q, weight)
+                _cast(k, k_work)
 
 
 def ema(table: Tensors | TensorTable, ema_momentum: float | Tensor) -> None:
@@ -404,3 +416,53 @@ def _convolve(view: Tensor, dim: int, weights: list[float]) -> None:
     for tap in range(1, radius + 1):
         view.add_(padded.narrow(dim, radius - tap, size), alpha=weights[tap])
         view.add_(padded.narrow(dim, radius + tap, size), alpha=weights[tap])
+
+
+class NtXentRows(NamedTuple):
+    """One sweep of NT-Xent over rows of z [N, D]."""
+
+    loss: Tensor
+    """[N]: log Z - s_pos."""
+    rank: Tensor
+    """int32 [N]: keys that score above the positive."""
+    log_z: Tensor
+    """[N]: logarithm of the sum over all keys but the row's own, the positive included."""
+    gradient: Tensor
+    """[N, D]: of each row's own loss with respect to that row of z."""
+
+
+def nt_xent_rows(z: Tensor, keys: Tensor, own: Tensor | None, positive: Tensor, temperature: float) -> NtXentRows:
+    """Rows against `keys` [K, D], unit vectors, of which row i leaves out `own[i]` and tells `positive[i]` apart."""
+    q, scores = _scores(z, keys, temperature)
+    right = scores.gather(1, positive[:, None])
+    scores.scatter_(1, positive[:, None], -math.inf)
+    if own is not None:
+        scores.scatter_(1, own[:, None], -math.inf)
+    right_logit = right[:, 0]
+    log_z = torch.logaddexp(torch.logsumexp(scores, 1), right_logit)
+    rank = (scores > right).sum(1, dtype=torch.int32)
+    shares = scores.sub_(log_z[:, None]).exp_()
+    # p_positive - 1 = -(sum of the others' shares), without the cancellation.
+    pull = shares @ keys.to(q.dtype) - shares.sum(1, keepdim=True) * keys[positive].to(q.dtype)
+    return NtXentRows(log_z - right_logit, rank, log_z, _through_normalise(z, q, pull / temperature))
+
+
+def nt_xent_columns(
+    z: Tensor, keys: Tensor, log_z: Tensor, own: Tensor | None, positive: Tensor, temperature: float
+) -> Tensor:
+    """Gradient [N, D] that the losses of `keys`, whose normalisers are `log_z` [K], have with respect to rows of z."""
+    q, scores = _scores(z, keys, temperature)
+    if own is not None:
+        scores.scatter_(1, own[:, None], -math.inf)
+    pull = scores.sub_(log_z).exp_() @ keys.to(q.dtype) - keys[positive].to(q.dtype)
+    return _through_normalise(z, q, pull / temperature)
+
+
+def _scores(z: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    q = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+    return q, (q @ keys.to(q.dtype).T).div_(temperature)
+
+
+def _through_normalise(z: Tensor, q: Tensor, gradient: Tensor) -> Tensor:
+    norm = z.to(q.dtype).norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return (gradient - q * (q * gradient).sum(1, keepdim=True)) / norm

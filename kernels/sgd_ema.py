@@ -7,8 +7,8 @@ Addresses are compared on every call and the records sent again only where one h
 A gradient that holds an infinity or NaN anywhere must stop the update everywhere, so a first launch reads all
 gradients and leaves its verdict in device memory, where every program of the second launch finds it. With bf16
 gradients and copies the update moves 30 bytes a parameter (reads 14, writes 16) and the check 2 more; with fp32
-gradients 32 and 4. The update walks the chunks backwards, so that it meets first the gradients that the check has
-just left in the L2 cache.
+gradients 32 and 4. Without a key encoder what touches k is compiled out, and both come to 22. The update walks the
+chunks backwards, so that it meets first the gradients that the check has just left in the L2 cache.
 """
 
 from __future__ import annotations
@@ -133,7 +133,19 @@ def _check_kernel(records, chunks, skip, CHUNK: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
-def _update_chunk(record, start, left, lr, momentum, decay, weight, unscale, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def _update_chunk(
+    record,
+    start,
+    left,
+    lr,
+    momentum,
+    decay,
+    weight,
+    unscale,
+    KEYS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     q_at, velocity_at, k_at = tl.load(record + _Q), tl.load(record + _VELOCITY), tl.load(record + _K)
     q_work_at, k_work_at, grad_at = tl.load(record + _Q_WORK), tl.load(record + _K_WORK), tl.load(record + _GRAD)
     grad_kind, q_kind, k_kind = _kind(record, 0), _kind(record, 2), _kind(record, 4)
@@ -142,16 +154,18 @@ def _update_chunk(record, start, left, lr, momentum, decay, weight, unscale, CHU
         mask = None if left is None else offsets < left
         q = _load(q_at, start, offsets, _FP32, mask)
         velocity = _load(velocity_at, start, offsets, _FP32, mask)
-        k = _load(k_at, start, offsets, _FP32, mask)
+        if KEYS:
+            k = _load(k_at, start, offsets, _FP32, mask)
         grad = _load(grad_at, start, offsets, grad_kind, mask) * unscale
         velocity = velocity * momentum + tl.fma(q, decay, grad)
         q = tl.fma(velocity, -lr, q)
-        k = _lerp(k, q, weight)
         _store(velocity_at, start, offsets, velocity, _FP32, mask)
         _store(q_at, start, offsets, q, _FP32, mask)
-        _store(k_at, start, offsets, k, _FP32, mask)
         _store(q_work_at, start, offsets, q, q_kind, mask)
-        _store(k_work_at, start, offsets, k, k_kind, mask)
+        if KEYS:
+            k = _lerp(k, q, weight)
+            _store(k_at, start, offsets, k, _FP32, mask)
+            _store(k_work_at, start, offsets, k, k_kind, mask)
 
 
 @triton.jit
@@ -166,6 +180,7 @@ def _update_kernel(
     ema_momentum,
     grad_scale,
     ON_DEVICE: tl.constexpr,
+    KEYS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -178,9 +193,9 @@ def _update_kernel(
         decay, weight = _scalar(weight_decay, ON_DEVICE & 4), _ema_weight(ema_momentum, ON_DEVICE & 8)
         unscale = tl.div_rn(1.0, _scalar(grad_scale, ON_DEVICE & 16))
         if (left == CHUNK) & _aligned(record, True):
-            _update_chunk(record, start, None, rate, friction, decay, weight, unscale, CHUNK, BLOCK)
+            _update_chunk(record, start, None, rate, friction, decay, weight, unscale, KEYS, CHUNK, BLOCK)
         else:
-            _update_chunk(record, start, left, rate, friction, decay, weight, unscale, CHUNK, BLOCK)
+            _update_chunk(record, start, left, rate, friction, decay, weight, unscale, KEYS, CHUNK, BLOCK)
 
 
 @triton.jit
@@ -237,6 +252,7 @@ def _update(
             _weight(ema_momentum),
             grad_scale,
             ON_DEVICE=_bits(scalars),
+            KEYS=table.has_keys,
             **options,
         )
 
@@ -373,7 +389,8 @@ def sgd_ema(
 ) -> None:
     """One optimiser step, in place: g += wd q; v = momentum v + g; q -= lr v; k = m k + (1 - m) q; both casts.
 
-    This is `torch.optim.SGD` (momentum, no dampening, no Nesterov) followed by MoCo's momentum update with the new q.
+    This is `torch.optim.SGD` (momentum, no dampening, no Nesterov) followed by MoCo's momentum update with the new q,
+    where the table has keys.
     `grads`: one per entry, float32, bfloat16 or float16, with the strides of the entry; divided by `grad_scale` where
     given. Scalars are floats or one-element tensors on the table's device; of a float `ema_momentum`, 1 - m is taken
     in double precision. If any gradient holds an infinity or NaN nothing changes but `nonfinite` (int32 [1]), which
@@ -405,8 +422,10 @@ def sgd_ema(
 def ema(table: TensorTable, ema_momentum: float | Tensor, impl: Impl = "auto") -> None:
     """The momentum update alone, in place: k = m k + (1 - m) q, and the cast to `k_work`.
 
-    Raises ValueError for a scalar of wrong shape or device.
+    Raises ValueError for a scalar of wrong shape or device, or a table without keys.
     """
+    if not table.has_keys:
+        raise ValueError("ema: the table has no keys to move")
     use_triton = takes_kernel(impl, table.device, table.q[0].dtype)
     if is_traced(table.q[0]):  # a thousand tensors cost an operator half a millisecond
         _ema(table.handle, use_triton, table.q, table.k, table.k_casts, *_split_scalars((ema_momentum,)))
@@ -419,13 +438,14 @@ def cost(table: TensorTable, grad_dtypes: Sequence[torch.dtype]) -> tuple[int, i
     """Bytes and floating-point operations of `sgd_ema` with gradients of these dtypes. A table of meta tensors will do.
 
     Bytes are those of the tensors, each gradient counted twice (check and update) as if no cache kept it; records
-    and chunks come to less than 0.1 % and are left out. At bf16 that is 32 a parameter, with fp32 gradients 36.
+    and chunks come to less than 0.1 % and are left out. At bf16 that is 32 a parameter, with fp32 gradients 36; without
+    keys 22 and 26.
     """
     masters = sum(2 * q.nbytes + 2 * v.nbytes for q, v in zip(table.q, table.velocity, strict=True))
     masters += sum(2 * k.nbytes for k in table.k)
     grads = sum(q.numel() * dtype.itemsize for q, dtype in zip(table.q, grad_dtypes, strict=True))
     casts = sum(copy.nbytes for copy in (*table.q_casts, *table.k_casts))
-    flops = CHECK_FLOPS + SGD_FLOPS + EMA_FLOPS
+    flops = CHECK_FLOPS + SGD_FLOPS + EMA_FLOPS * table.has_keys
     return masters + 2 * grads + casts, flops * sum(q.numel() for q in table.q)
 
 
@@ -436,13 +456,17 @@ def ema_cost(table: TensorTable) -> tuple[int, int]:
 
 
 def variants(arch: int) -> list[Variant]:
-    """The three kernels as production compiles them: learning rate on the device, the rest floats."""
+    """The kernels as production compiles them: learning rate on the device, the rest floats."""
     row = tiles("sgd_ema", arch)
     types = {"records": "*i64", "chunks": "*i32", "skip": "*i32", "nonfinite": "*i32", "lr": "*fp32"}
     types |= dict.fromkeys(("momentum", "weight_decay", "ema_momentum", "grad_scale"), "fp32")
     chunk, block = row.block
-    kernels = (("check", _check_kernel, {}), ("update", _update_kernel, {"ON_DEVICE": 1}))
-    kernels += (("ema", _ema_kernel, {"ON_DEVICE": 0}),)
+    kernels = (
+        ("check", _check_kernel, {}),
+        ("update", _update_kernel, {"ON_DEVICE": 1, "KEYS": True}),
+        ("update without keys", _update_kernel, {"ON_DEVICE": 1, "KEYS": False}),
+        ("ema", _ema_kernel, {"ON_DEVICE": 0}),
+    )
     return [
         variant(f"sgd_ema.{name}", fn, row, types, constants | {"CHUNK": chunk, "BLOCK": block}, streaming=True)
         for name, fn, constants in kernels

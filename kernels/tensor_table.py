@@ -27,7 +27,10 @@ def table_of(handle: int) -> TensorTable:
 
 
 class Tensors(NamedTuple):
-    """What an update reads and writes, entry by entry; a working copy that is its master is the same object."""
+    """What an update reads and writes, entry by entry; a working copy that is its master is the same object.
+
+    Without a key encoder `k` and `k_work` are empty.
+    """
 
     q: Sequence[Tensor]
     velocity: Sequence[Tensor]
@@ -41,10 +44,12 @@ class TensorTable:
 
     `q`, `velocity`, `k`: float32 masters of query, momentum buffer (zeros at first) and key (float64 for the reference
     only). `q_work`, `k_work`: the copies the encoders compute with, float32, bfloat16 or float16; a copy may be the
-    master itself, and is then not written a second time. All tensors of an entry share shape, device and strides, and
-    are dense (contiguous, channels-last or any other order without gaps): the update works in storage order. The
-    table holds the tensors' memory: replacing a parameter's `.data` afterwards leaves the table behind. A captured
-    CUDA graph reads memory that the table owns: keep the table as long as the graph.
+    master itself, and is then not written a second time. Without a key encoder `k` and `k_work` are empty.
+
+    All tensors of an entry share shape, device and strides, and are dense (contiguous, channels-last or any other order
+    without gaps): the update works in storage order. The table holds the tensors' memory: replacing a parameter's
+    `.data` afterwards leaves the table behind. A captured CUDA graph reads memory that the table owns: keep the table
+    as long as the graph.
 
     Raises ValueError, naming the entry, where one of these does not hold.
     """
@@ -58,6 +63,8 @@ class TensorTable:
         k_work: Sequence[Tensor],
     ) -> None:
         groups = {"q": q, "velocity": velocity, "k": k, "q_work": q_work, "k_work": k_work}
+        if not k and not k_work:
+            del groups["k"], groups["k_work"]
         if len({len(tensors) for tensors in groups.values()}) != 1 or not q:
             counts = ", ".join(f"{name} {len(tensors)}" for name, tensors in groups.items())
             raise ValueError(f"a table needs equally many tensors of each kind, at least one; got {counts}")
@@ -70,6 +77,7 @@ class TensorTable:
         self.tensors = Tensors(self.q, self.velocity, self.k, self.q_work, self.k_work)
         self.q_casts = [copy for copy, same in zip(self.q_work, self.q_is_work, strict=True) if not same]
         self.k_casts = [copy for copy, same in zip(self.k_work, self.k_is_work, strict=True) if not same]
+        self.has_keys = bool(self.k)
         self.layouts = [(q.shape, q.stride()) for q in self.q]
         self.device: torch.device = q[0].device
         self.handle: int = next(_handles)
@@ -100,10 +108,10 @@ class DeviceTable:
         if any(q.dtype != torch.float32 for q in table.q):
             raise ValueError("the Triton kernel needs float32 masters")
         self.sizes = [q.numel() for q in table.q]
-        self.kinds = [
-            KINDS[None if q is master_q else q.dtype] << 2 | KINDS[None if k is master_k else k.dtype] << 4
-            for master_q, q, master_k, k in zip(table.q, table.q_work, table.k, table.k_work, strict=True)
-        ]
+        q_kinds = [KINDS[None if same else q.dtype] for q, same in zip(table.q_work, table.q_is_work, strict=True)]
+        k_kinds = [KINDS[None if same else k.dtype] for k, same in zip(table.k_work, table.k_is_work, strict=True)]
+        k_kinds = k_kinds or [KINDS[None]] * len(table)
+        self.kinds = [q << 2 | k << 4 for q, k in zip(q_kinds, k_kinds, strict=True)]
         chunk = self.row.block[0]
         chunks = [(entry, part) for entry, size in enumerate(self.sizes) for part in range(-(-size // chunk))]
         self.chunks = torch.tensor(chunks or [(0, 0)], dtype=torch.int32, device=table.device)
@@ -150,7 +158,7 @@ class DeviceTable:
 
 
 def _addresses(tensors: Tensors) -> list[list[int]]:
-    return [[tensor.data_ptr() for tensor in group] for group in tensors]
+    return [[tensor.data_ptr() for tensor in group] or [0] * len(tensors.q) for group in tensors]
 
 
 def _check_entry(index: int, device: torch.device, entry: dict[str, Tensor]) -> None:

@@ -170,7 +170,79 @@ def test_a_recipe_is_either_whole_or_refused_with_a_remedy(
     except RecipeError as error:
         assert "use " in str(error)
     else:
-        assert recipe.batch_size % recipe.bn_group == 0 and recipe.queue_size > 0 and recipe.temperature > 0
+        assert recipe.batch_size % max(1, recipe.bn_group) == 0 and recipe.queue_size > 0 and recipe.temperature > 0
+
+
+# Dictionaries
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"dictionary": "stack"}, "dictionary is 'stack': use one of queue, batch, bank"),
+        ({"dictionary": "batch", "queue_size": 100}, "queue_size is 100: leave it out, since a batch does not use it"),
+        ({"dictionary": "batch", "ema_momentum": 0.9}, "ema_momentum is 0.9: leave it out"),
+        ({"dictionary": "bank", "symmetric": True}, "symmetric is True: leave it out, since a bank"),
+        ({"bank_momentum": 0.9}, "bank_momentum is 0.9: leave it out, since a queue"),
+        ({"dictionary": "batch", "same_view_negatives": True}, "without symmetric: both views need a loss"),
+        ({"dictionary": "bank", "bank_momentum": 1.0}, "bank_momentum is 1.0: use a number from 0 to below 1"),
+        ({"dictionary": "bank", "batch_size": 1, "bn_group": 0}, "batch_size 1 has nothing"),
+    ],
+)
+def test_a_dictionary_refuses_what_it_does_not_use(fields: dict, what: str) -> None:
+    with pytest.raises(RecipeError, match=what):
+        Recipe(**fields)
+
+
+@pytest.mark.parametrize(
+    ("preset", "candidates", "queries", "views"),
+    [
+        ("v1", 65537, 256, 1),
+        ("simclr", 8191, 8192, 2),
+        ("simclr-cifar", 1023, 1024, 2),
+        ("end-to-end", 1024, 1024, 2),
+        ("bank", 65537, 256, 1),
+    ],
+)
+def test_what_a_query_is_told_apart_from(preset: str, candidates: int, queries: int, views: int) -> None:
+    recipe = PRESETS[preset][1]
+    assert (recipe.candidates, recipe.queries, recipe.forward_views) == (candidates, queries, views)
+
+
+# SimCLR's rates
+
+
+def published_rate(step: int, steps_per_epoch: int, epochs: int, warmup: int, peak: float) -> float:
+    """google-research/simclr, model_util.learning_rate_schedule: linear from 0, then Keras' CosineDecay."""
+    warm, total = warmup * steps_per_epoch, epochs * steps_per_epoch
+    if step < warm:
+        return step / warm * peak
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
+
+
+def test_simclrs_rate_is_the_published_one() -> None:
+    recipe = PRESETS["simclr"][1]
+    assert recipe.base_lr == pytest.approx(4.8) == 0.3 * 4096 / 256
+    for step in range(0, 100 * 312, 7):
+        assert recipe.learning_rate(step, 312) == pytest.approx(published_rate(step, 312, 100, 10, 4.8), abs=1e-12)
+    rates = [recipe.learning_rate(step, 312) for step in (0, 3120, 3120 + 14040, 31199)]
+    assert rates == pytest.approx([0, 4.8, 2.4, 4.8 * math.sin(math.pi / 2 / 28080) ** 2])
+
+
+def test_counted_from_the_start_the_cosine_jumps_at_the_end_of_the_warm_up() -> None:
+    """The control: what `schedule_from` is there for."""
+    recipe = dataclasses.replace(PRESETS["simclr"][1], schedule_from="start")
+    assert recipe.learning_rate(3119, 312) == pytest.approx(4.8)
+    assert recipe.learning_rate(3120, 312) == pytest.approx(0.976 * 4.8, rel=1e-3)
+
+
+def test_the_rate_scales_with_the_batch_or_its_root() -> None:
+    for batch in (256, 1024, 4096):
+        rate = dataclasses.replace(PRESETS["simclr"][1], batch_size=batch).base_lr
+        assert rate == pytest.approx(0.075 * math.sqrt(batch))
+        assert Recipe(batch_size=batch).base_lr == pytest.approx(0.03 * batch / 256)
+    assert PRESETS["simclr-cifar"][1].base_lr == pytest.approx(2.0)
+    assert PRESETS["end-to-end"][1].base_lr == pytest.approx(0.12)
 
 
 def test_recipes_need_no_torch() -> None:

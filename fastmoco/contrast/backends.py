@@ -59,10 +59,11 @@ class TorchUpdate:
         nonfinite.copy_(bad)
         self._optimizer.param_groups[0]["lr"] = lr
         self._optimizer.step()
-        # A lerp whose weight is zero after a bad gradient; torch's own takes its weight from the host.
-        way = torch._foreach_sub(self._tensors.q, self._tensors.k)
-        torch._foreach_mul_(way, (1 - bad) * (1 - self.recipe.ema_momentum))
-        torch._foreach_add_(self._tensors.k, way)
+        if self._tensors.k:
+            # A lerp whose weight is zero after a bad gradient; torch's own takes its weight from the host.
+            way = torch._foreach_sub(self._tensors.q, self._tensors.k)
+            torch._foreach_mul_(way, (1 - bad) * (1 - self.recipe.ema_momentum))
+            torch._foreach_add_(self._tensors.k, way)
         _cast(self._casts)
 
 
@@ -104,7 +105,8 @@ class ApexUpdate:
         self._optimizer.param_groups[0]["lr"] = lr.item()
         self._optimizer.step()
         m, (q, k) = self.recipe.ema_momentum, (list(self._tensors.q), list(self._tensors.k))
-        self._axpby([q, k, k], 1 - m, m, -1)
+        if k:
+            self._axpby([q, k, k], 1 - m, m, -1)
         _cast(self._casts)
 
 

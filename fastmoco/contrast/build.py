@@ -8,11 +8,12 @@ from functools import cache
 from typing import Literal
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastmoco.contrast.algorithms import choose_algorithms
-from fastmoco.contrast.dictionary import Dictionary, Queue, QueueDictionary
+from fastmoco.contrast.dictionary import BankDictionary, BatchDictionary, Dictionary, Queue, QueueDictionary
 from fastmoco.contrast.update import Numbers
 from fastmoco.contrast.views import Views
 from fastmoco.encoder import BatchNormAct, Encoder, build_encoder
@@ -31,8 +32,10 @@ BUFFERS = next(
 QUEUE_SEED = 1 << 63  # added to the recipe's seed, which is smaller: the encoder draws from the seed itself
 
 
-def check_device(device: torch.device, *, key_stream: bool, apex: bool) -> None:
-    """UsageError where an option needs a GPU and `device` is none."""
+def check_device(recipe: Recipe, device: torch.device, *, key_stream: bool, apex: bool) -> None:
+    """UsageError where an option needs a GPU and `device` is none, or keys that are encoded apart."""
+    if key_stream and recipe.dictionary != "queue":
+        raise UsageError(f"--key-stream needs a key encoder, which a {recipe.dictionary} has not: leave it out")
     for flag, wanted in (("--key-stream", key_stream), ("--update apex", apex)):
         if wanted and device.type != "cuda":
             raise UsageError(f"{flag} needs a GPU: leave it out")
@@ -63,10 +66,26 @@ def choose_backend(backend: EncoderBackend, *encoders: Encoder) -> None:
 
 
 def build_dictionary(
-    recipe: Recipe, parallel: Parallel, numbers: Numbers, encoder_q: Encoder, make_views: Views, key_stream: bool
+    recipe: Recipe,
+    parallel: Parallel,
+    numbers: Numbers,
+    encoder_q: Encoder,
+    make_views: Views,
+    *,
+    key_stream: bool,
+    images: int | None,
 ) -> Dictionary:
-    """The recipe's dictionary at its random start, drawn from the recipe's seed; keys start equal to queries."""
+    """The recipe's dictionary at its random start, drawn from the recipe's seed; keys start equal to queries.
+
+    A bank needs the number of `images`: ValueError without.
+    """
+    if recipe.dictionary == "batch":
+        return BatchDictionary(recipe, parallel, make_views)
     generator = torch.Generator().manual_seed(recipe.seed + QUEUE_SEED)
+    if recipe.dictionary == "bank":
+        return BankDictionary(
+            recipe, parallel, make_views, _bank(recipe, numbers, generator, images).to(parallel.device), numbers.work
+        )
     dtype = numbers.work if recipe.queue_dtype == "auto" else getattr(torch, recipe.queue_dtype)
     queue = Queue(recipe.check_queue(), recipe.dim, dtype, generator).to(parallel.device)
     encoder_k = copy.deepcopy(encoder_q).requires_grad_(False)
@@ -97,3 +116,10 @@ def stream(device: torch.device, purpose: str) -> torch.cuda.Stream | None:
     Memory never passes from one stream to another, not even in a shared pool.
     """
     return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def _bank(recipe: Recipe, numbers: Numbers, generator: torch.Generator, images: int | None) -> Tensor:
+    if images is None:
+        raise ValueError("a bank has an entry for each image: say how many, Step(..., images=n)")
+    entries = F.normalize(torch.randn(images, recipe.dim, generator=generator), dim=1)
+    return entries.to(numbers.master if recipe.queue_dtype == "auto" else getattr(torch, recipe.queue_dtype))

@@ -1,5 +1,9 @@
 """Where the keys come from that queries are told apart from: a dictionary, in the words of He et al., 2020.
 
+    queue   keys of past batches, by a slowly moving encoder; MoCo
+    batch   the other samples of the batch, by the same encoder, with gradient: SimCLR, and MoCo's end-to-end rival
+    bank    an entry for each image, from when it was last seen; the memory bank of Wu et al., 2018
+
 A step knows the contract, `Dictionary`, and not which one it has.
 """
 
@@ -9,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,9 +21,12 @@ from torch import Tensor, nn
 from fastmoco.contrast.parts import part
 from fastmoco.contrast.shuffle import positives, start_unshuffle
 from fastmoco.contrast.views import Views
+from fastmoco.data.plan import BANK_STREAM, hash_words
 from fastmoco.encoder import Encoder
 from fastmoco.kernels.enqueue import enqueue
 from fastmoco.kernels.info_nce import info_nce
+from fastmoco.kernels.nt_xent import Form, nt_xent
+from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 
@@ -26,6 +34,10 @@ if TYPE_CHECKING:
     from fastmoco.data.batch import Batch
 
 Keys = Callable[[], Tensor]
+
+# Constants of SplitMix64, as in data/plan.py, in int64.
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+MIX = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
 
 
 class Contrast(NamedTuple):
@@ -47,7 +59,7 @@ class Dictionary(ABC):
 
     @abstractmethod
     def start_keys(self, batch: Batch) -> Keys:
-        """Begin to encode and gather keys, without gradient; the returned call gives them, for `contrast`."""
+        """Begin what needs no query: encode and gather keys, or choose them; the call gives the rest to `contrast`."""
 
     @abstractmethod
     def views(self, batch: Batch) -> Tensor:
@@ -64,6 +76,9 @@ class Dictionary(ABC):
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds of it, by name."""
+
+    def check(self, state: dict[str, Tensor]) -> None:
+        """UsageError where the `tensors` of a saved `state` are of other images than these."""
 
 
 class Queue(nn.Module):
@@ -158,3 +173,145 @@ class QueueDictionary(Dictionary):
         views = self.make_views(batch.key_crops, batch.key_parameters, batch.key_rows)
         with part("key encoder"):
             return F.normalize(self.encoder_k(views).to(self._precision), dim=1)
+
+
+class BatchDictionary(Dictionary):
+    """Positives and negatives are views of the batch, encoded together, with gradients into all of them.
+
+    Views that the shuffle sends to another rank are encoded there, and get their gradient there.
+    """
+
+    def __init__(self, recipe: Recipe, parallel: Parallel, make_views: Views) -> None:
+        self.recipe, self.parallel, self.make_views = recipe, parallel, make_views
+
+    @property
+    def form(self) -> Form:
+        """NT-Xent, or InfoNCE against the other view alone: in both directions or, as in MoCo's ablation, in one."""
+        if not self.recipe.symmetric:
+            return "one-sided"
+        return "all" if self.recipe.same_view_negatives else "across"
+
+    def start_keys(self, batch: Batch) -> Keys:
+        """How gathered rows [2B] are put in sample order, first all of the first view; int64 [2B]."""
+        n, unshuffle = len(batch.query_crops), batch.unshuffle
+        sample = torch.arange(len(unshuffle), device=unshuffle.device)
+        # Each rank sends its n rows of the first view, then those of the second that it encoded.
+        order = torch.cat([sample // n * 2 * n + sample % n, unshuffle // n * 2 * n + n + unshuffle % n])
+        return lambda: order
+
+    def views(self, batch: Batch) -> Tensor:
+        """Both views, one after the other, in one forward: the second in its shuffled rows."""
+        n = len(batch.query_crops)
+        rows = torch.cat([torch.arange(n, device=batch.key_rows.device), n + batch.key_rows])
+        crops = torch.cat([batch.query_crops, batch.key_crops])
+        return self.make_views(crops, torch.cat([batch.query_parameters, batch.key_parameters]), rows)
+
+    @part("loss")
+    def contrast(self, z: Tensor, keys: Tensor, batch: Batch) -> Contrast:
+        """NT-Xent or InfoNCE, mean over the rows of this rank; entries are the unit vectors of both views [2B, D]."""
+        order, gathered = keys, []
+        here = self.parallel.rank * len(z)
+        rows = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+        def gather(values: Tensor) -> Tensor:
+            gathered.append(self.parallel.all_gather(values).index_select(0, order))
+            return gathered[-1]
+
+        loss, rank = nt_xent(
+            *z.chunk(2), self.recipe.temperature, form=self.form, gather=gather, rows=rows[here : here + len(z)]
+        )
+        return Contrast(loss, rank, gathered[0].to(torch.promote_types(z.dtype, torch.float32)))
+
+    def commit(self, entries: Tensor, batch: Batch) -> None:
+        """Nothing is kept."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+
+class BankDictionary(Dictionary):
+    """The positive is the sample's own entry, from when it was last seen; negatives are entries drawn for each batch.
+
+    One draw of K entries serves the whole batch, "randomly sampled ... for each mini-batch" (He et al., section 3.2); a
+    query's own entry among them is left out. `bank` fp32 [n, D] starts as random unit vectors, so positives are real
+    from the second epoch on. `drawn_steps` int64 [] counts steps: with the recipe's seed it decides the draw.
+    """
+
+    def __init__(self, recipe: Recipe, parallel: Parallel, make_views: Views, bank: Tensor, work: torch.dtype) -> None:
+        self.recipe, self.parallel, self.make_views, self.bank = recipe, parallel, make_views, bank
+        self.drawn_steps = torch.zeros((), dtype=torch.int64, device=bank.device)
+        self._work, self._draw = work, Draw(recipe.seed, recipe.check_queue(), len(bank))
+
+    def start_keys(self, batch: Batch) -> Keys:
+        """Entries drawn for this step, int64 [K]."""
+        ids = self._draw(self.drawn_steps)
+        return lambda: ids
+
+    def views(self, batch: Batch) -> Tensor:
+        """The one view of each sample."""
+        return self.make_views(batch.query_crops, batch.query_parameters)
+
+    @part("loss")
+    def contrast(self, z: Tensor, keys: Tensor, batch: Batch) -> Contrast:
+        """InfoNCE against the sample's own entry and the drawn ones; entries are the queries of all ranks [B, D]."""
+        positive = self.bank.index_select(0, batch.shown)
+        negatives = self.bank.index_select(0, keys).to(self._work)
+        losses, rank = info_nce(z, positive, negatives, self.recipe.temperature, row_ids=batch.shown, key_ids=keys)
+        q = F.normalize(z.detach().to(self.bank.dtype), dim=1)
+        return Contrast(losses.mean(), rank, self.parallel.all_gather(q))
+
+    @part("enqueue")
+    def commit(self, entries: Tensor, batch: Batch) -> None:
+        """entry <- normalise(m entry + (1 - m) query), for each sample that was shown, on all ranks alike."""
+        ids, m = self.parallel.all_gather(batch.shown), self.recipe.bank_momentum
+        old = self.bank.index_select(0, ids)
+        new = F.normalize(m * old + (1 - m) * entries, dim=1)
+        new = torch.where(entries.isfinite().all(1, keepdim=True), new, old)
+        # A substitute may stand in the batch twice. Its last row counts, and all write that one: the order of writes
+        # is not defined on a GPU.
+        place = torch.arange(len(ids), device=ids.device)
+        last = torch.where(ids[:, None] == ids[None, :], place, -1).amax(1)
+        self.bank.index_copy_(0, ids, new.index_select(0, last))
+        self.drawn_steps.add_(1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The bank, and the steps that it drew negatives for."""
+        return {"bank": self.bank, "bank_steps": self.drawn_steps}
+
+    def check(self, state: dict[str, Tensor]) -> None:
+        """UsageError where the bank of `state` is of another number of images."""
+        saved = state.get("bank")
+        if saved is not None and len(saved) != len(self.bank):
+            raise UsageError(
+                f"the bank holds {len(saved):,} images, the data {len(self.bank):,}: go on with the images it was made "
+                "of, or start another run"
+            )
+
+
+class Draw:
+    """`count` numbers below `size` for each step, uniform with replacement: the plan's hash of (seed, step, number).
+
+    In integers of the device: there is no generator, and nothing is read back.
+    """
+
+    def __init__(self, seed: int, count: int, size: int) -> None:
+        self.count, self.size = count, size
+        self._start = int(hash_words(seed, BANK_STREAM)[0].astype(np.int64))
+
+    def __call__(self, step: Tensor) -> Tensor:
+        """The draw of `step`, int64 [], as int64 [count]."""
+        state = _mix(self._start + (step + 1) * GOLDEN)
+        numbers = _mix(state + torch.arange(1, self.count + 1, device=step.device) * GOLDEN)
+        return _shifted(numbers, 1) % self.size
+
+
+def _mix(x: Tensor) -> Tensor:
+    for bits, factor in MIX:
+        x = (x ^ _shifted(x, bits)) * factor
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    # int64 brings in its sign from the left, which uint64 would not.
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

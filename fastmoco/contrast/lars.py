@@ -6,6 +6,10 @@ Before SGD, the gradient g of a weight w of two or more dimensions becomes
 
 with Euclidean norms over the whole tensor (You, Gitman and Ginsburg, 2017, arXiv:1708.03888, equation 6). Biases and
 batch-norm parameters keep plain SGD, without weight decay: so moco-v3 does, and SimCLR and BYOL before it.
+
+Two forms are in use. moco-v3 multiplies the velocity by the learning rate: v = m v + g, w -= lr v. SimCLR's code
+(lars_optimizer.py) has the rate inside the velocity, v = m v + lr g, w -= v, which differs whenever the rate changes,
+and takes its ratio of the decayed gradient: eta |w| / |g + decay w|.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ class Lars:
 
     def __init__(self, backend: Callable[[Tensors, Recipe], Callable], tensors: Tensors, recipe: Recipe) -> None:
         self._eta, self._decay = recipe.lars_eta, recipe.weight_decay
+        self._inside = recipe.lars_momentum == "inside"
+        self._one = torch.ones((), dtype=tensors.q[0].dtype, device=tensors.q[0].device)
         self._grads = [torch.empty_like(q) for q in tensors.q]
         pairs = [(q.detach(), grad) for q, grad in zip(tensors.q, self._grads, strict=True) if q.dim() > 1]
         self._weights, self._adapted = [q for q, _ in pairs], [grad for _, grad in pairs]
@@ -41,14 +47,21 @@ class Lars:
         torch._foreach_copy_(self._grads, grads)
         if scale is not None:
             torch._foreach_mul_(self._grads, scale.reciprocal())
-        ratios = self._ratios()
+        w, g = self._norms(self._weights), self._norms(self._adapted)
         torch._foreach_add_(self._adapted, self._weights, alpha=self._decay)
-        torch._foreach_mul_(self._adapted, ratios)
+        decayed = self._norms(self._adapted) if self._inside else g + self._decay * w
+        torch._foreach_mul_(self._adapted, self._ratios(w, g, decayed, decayed if self._inside else g))
+        if self._inside:
+            torch._foreach_mul_(self._grads, lr)
+            lr = self._one
         self._advance(self._grads, lr, nonfinite, None)
 
-    def _ratios(self) -> list[Tensor]:
-        w, g = (torch.stack(torch._foreach_norm(tensors)) for tensors in (self._weights, self._adapted))
-        ratio = self._eta * w / (g + self._decay * w)
-        ratio = torch.where((w > 0) & (g > 0), ratio, torch.ones_like(ratio))
+    @staticmethod
+    def _norms(tensors: list[Tensor]) -> Tensor:
+        return torch.stack(torch._foreach_norm(tensors))
+
+    def _ratios(self, w: Tensor, g: Tensor, decayed: Tensor, slope: Tensor) -> list[Tensor]:
+        ratio = self._eta * w / decayed
+        ratio = torch.where((w > 0) & (slope > 0), ratio, torch.ones_like(ratio))
         # An infinite norm makes the ratio zero, under which a diverged gradient would pass for a small one.
         return list(ratio.masked_fill(g.isinf(), math.nan).unbind())

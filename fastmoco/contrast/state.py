@@ -50,6 +50,7 @@ def load(step: Stateful, state: dict[str, Tensor]) -> None:
 
     A loss scale is taken where both sides have one, so that a run may go on in another precision.
     """
+    step.dictionary.check(state)
     live = tensors(step)
     shared = live.keys() & state.keys()
     wrong = sorted((live.keys() ^ state.keys()) - {*LOSS_SCALE})

@@ -53,7 +53,7 @@ class Step:
     over the queue; SGD and momentum update are one kernel.
 
     `precision` overrides the recipe's. TF32 is a process-wide switch in torch, which this sets. With several ranks,
-    `step` and `state` are collective: every rank calls them.
+    `step` and `state` are collective: every rank calls them. `images`: how many there are, which a bank needs.
 
     The rest is how, and changes rounding at most. `encoder`: batch norm by our kernels, in plain torch, or plain torch
     through torch.compile. `update`: see `contrast/backends.py`. `key_stream`: keys are encoded on a CUDA stream of
@@ -73,12 +73,13 @@ class Step:
         key_stream: bool = False,
         channels: Literal[3, 4] | None = None,
         deterministic: bool = False,
+        images: int | None = None,
     ) -> None:
         # The first custom operator imports it, and the import keeps the frames of all callers alive: that step's graph.
         import torch._dynamo  # noqa: F401
 
         recipe.check_ranks(parallel.world)
-        build.check_device(parallel.device, key_stream=key_stream, apex=update == "apex")
+        build.check_device(recipe, parallel.device, key_stream=key_stream, apex=update == "apex")
         self.recipe, self.parallel = recipe, parallel
         self.precision = resolve_precision(precision or recipe.precision, parallel.device)
         numbers = PRECISIONS[self.precision]
@@ -86,7 +87,9 @@ class Step:
         self.channels = channels or (4 if parallel.device.type == "cuda" else 3)
         make_views = Views(recipe.augmentation, numbers.work, self.channels)
         self.encoder_q: Encoder = build.build_encoder_q(recipe, parallel.device)
-        self.dictionary = build.build_dictionary(recipe, parallel, numbers, self.encoder_q, make_views, key_stream)
+        self.dictionary = build.build_dictionary(
+            recipe, parallel, numbers, self.encoder_q, make_views, key_stream=key_stream, images=images
+        )
         self.update = Update(self.encoder_q, self.dictionary.encoder_k, recipe, numbers, update)
         encoders = [self.encoder_q] if self.encoder_k is None else [self.encoder_q, self.encoder_k]
         build.choose_backend(encoder, *encoders)

@@ -73,23 +73,30 @@ class LossScale:
 
 
 class Update:
-    """SGD on the query encoder, or LARS as the recipe says, and the momentum update of the key encoder.
+    """SGD or LARS, as the recipe says, on the query encoder, and the momentum update of the key encoder, if any.
 
     Casts the encoders' convolutions and linear layers to `numbers.work`, in place, and keeps their masters: `q`,
-    `velocity` and `k`, by parameter name. `lr` [] and `nonfinite` int32 [1] live on the device; nothing is reallocated.
-    `backend` chooses who does it; UsageError where apex is wanted and not installed.
+    `velocity` and `k`, by parameter name; without a key encoder `k` is empty. `lr` [] and `nonfinite` int32 [1] live on
+    the device; nothing is reallocated. `backend` chooses who does it; UsageError where apex is missing.
     """
 
     def __init__(
-        self, encoder_q: Encoder, encoder_k: Encoder, recipe: Recipe, numbers: Numbers, backend: Backend = "fused"
+        self,
+        encoder_q: Encoder,
+        encoder_k: Encoder | None,
+        recipe: Recipe,
+        numbers: Numbers,
+        backend: Backend = "fused",
     ) -> None:
         self._parameters = list(encoder_q.parameters())
+        key_parameters = [] if encoder_k is None else list(encoder_k.parameters())
         device = self._parameters[0].device
-        self.q, self.k = _take_masters(encoder_q, numbers), _take_masters(encoder_k, numbers)
+        self.q = _take_masters(encoder_q, numbers)
+        self.k = {} if encoder_k is None else _take_masters(encoder_k, numbers)
         self.velocity = {name: torch.zeros_like(master) for name, master in self.q.items()}
-        self._work = [*self._parameters, *encoder_k.parameters()]
+        self._work = [*self._parameters, *key_parameters]
         masters = [list(tensors.values()) for tensors in (self.q, self.velocity, self.k)]
-        tensors = Tensors(*masters, self._parameters, list(encoder_k.parameters()))
+        tensors = Tensors(*masters, self._parameters, key_parameters)
         make = partial(Lars, BACKENDS[backend]) if recipe.optimizer == "lars" else BACKENDS[backend]
         self._advance = make(tensors, recipe)
         self.lr = torch.zeros((), dtype=numbers.master, device=device)

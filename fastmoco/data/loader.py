@@ -104,7 +104,7 @@ class Loader:
 
     def __next__(self) -> Batch:
         batch, routed, event = next(self._background)
-        if self._parallel.world > 1:
+        if self._parallel.world > 1 and len(routed.slots):
             # Here and not in the background thread: ranks that stop at the same step have exchanged as often.
             with _on(self._exchange_stream, event):
                 sent = batch.key_crops
@@ -260,9 +260,9 @@ def _finish(thread: threading.Thread, slots: threading.Semaphore, closed: thread
 def _training(source: _Source, plan: Plan, steps: range, loading: Loading) -> Generator:
     mine = slice(plan.rank * plan.per_rank, (plan.rank + 1) * plan.per_rank)
     wanted = ((step, plan.samples(step)[mine]) for step in steps)
-    with _crops(source, wanted, 2, plan.per_rank, plan.recipe, loading) as crops_of_steps:
+    with _crops(source, wanted, len(plan.views), plan.per_rank, plan.recipe, loading) as crops_of_steps:
         for step, crops in zip(steps, crops_of_steps, strict=True):
-            yield *_assemble(plan, step, crops), _event(source.device)
+            yield *_assemble(plan, step, crops, source.shown(step, plan.samples(step)[mine])), _event(source.device)
 
 
 def _evaluation(source: _Source, recipe: Recipe, batches: list[np.ndarray], loading: Loading) -> Generator:
@@ -309,21 +309,22 @@ def _dali_views(plan: Plan, parallel: Parallel, threads: int | None) -> Views:
 
 
 def _finished(batch: Batch, views: Views) -> Batch:
-    source = torch.argsort(batch.key_rows)
     batch.query_crops = views(batch.query_crops, batch.query_parameters)
-    batch.key_crops = views(batch.key_crops[source], batch.key_parameters[source])
+    if len(batch.key_rows):
+        source = torch.argsort(batch.key_rows)
+        batch.key_crops = views(batch.key_crops[source], batch.key_parameters[source])
     return batch
 
 
 def _boxes(plan: Plan, step: int, samples: np.ndarray) -> np.ndarray:
-    return np.stack([plan.boxes(plan.epoch(step), samples, view) for view in (0, 1)])
+    return np.stack([plan.boxes(plan.epoch(step), samples, view) for view in plan.views])
 
 
 def _centre(manifest: Manifest, crop_size: int, _: int, samples: np.ndarray) -> np.ndarray:
     return centre_boxes(manifest.sizes[samples], crop_size)[None]
 
 
-def _assemble(plan: Plan, step: int, crops: Tensor) -> tuple[Batch, Route]:
+def _assemble(plan: Plan, step: int, crops: Tensor, shown: np.ndarray) -> tuple[Batch, Route]:
     epoch, samples = plan.epoch(step), plan.samples(step)
     own = samples[plan.rank * plan.per_rank :][: plan.per_rank]
     routed = route([plan.shuffle(step, view) for view in plan.key_views], plan.world, plan.rank)
@@ -331,8 +332,8 @@ def _assemble(plan: Plan, step: int, crops: Tensor) -> tuple[Batch, Route]:
     for number, view in enumerate(plan.key_views):
         rows = routed.views == number
         arriving[rows] = plan.photometric(epoch, samples[routed.slots[rows]], view)
-    key_crops = crops[plan.key_views[0] :].flatten(0, 1)
-    if plan.world > 1:
+    key_crops = crops[len(plan.views) - len(plan.key_views) :].flatten(0, 1)
+    if plan.world > 1 and plan.key_views:
         key_crops = key_crops[_move(routed.send_rows, crops.device)]
     batch = Batch(
         step=step,
@@ -346,6 +347,7 @@ def _assemble(plan: Plan, step: int, crops: Tensor) -> tuple[Batch, Route]:
         key_parameters=_move(arriving, crops.device),
         key_rows=_move(routed.key_rows, crops.device),
         unshuffle=_move(routed.unshuffle, crops.device),
+        shown=_move(shown, crops.device),
     )
     return batch, routed
 
@@ -391,12 +393,16 @@ class _Source:
     def repair(self) -> Repair | None:
         return self._repair if self.quarantine is not None else None
 
+    def shown(self, step: int, samples: np.ndarray) -> np.ndarray:
+        """Samples whose crops stand in the places of `samples`, once those of `step` have been decoded."""
+        return samples if self.quarantine is None else self.quarantine.replaced(step, samples)
+
     def requests(
         self, readers: ThreadPoolExecutor, wanted: Iterable[tuple[int, np.ndarray]], joined: int = 1
     ) -> Iterator[Request]:
         reading: deque = deque()
         for step, samples in wanted:
-            used = samples if self.quarantine is None else self.quarantine.replaced(step, samples)
+            used = self.shown(step, samples)
             # The readers are shared by the batches of one call.
             chunks = np.array_split(used, min(-(-self.readers.count // joined), len(used)))
             reading.append((step, used, readers.map(self._read, chunks)))

@@ -21,7 +21,8 @@ def noise_batch(recipe: Recipe, parallel: Parallel) -> Batch:
     way = route([plan.shuffle(0, view) for view in plan.key_views], parallel.world, parallel.rank)
     generator = torch.Generator().manual_seed(recipe.seed)
     shape = (len(plan.query_views), plan.per_rank, recipe.crop_size, recipe.crop_size, 3)
-    query, key = (torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device) for _ in range(2))
+    crops = [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device) for _ in range(2)]
+    query, key = crops[0], crops[1] if plan.key_views else crops[1][:0]
     key_parameters = np.empty((len(way.slots), 8), np.float32)
     for number, view in enumerate(plan.key_views):
         rows = way.views == number
@@ -33,8 +34,9 @@ def noise_batch(recipe: Recipe, parallel: Parallel) -> Batch:
         sample=own,
         query_crops=query.flatten(0, 1),
         query_parameters=torch.from_numpy(query_parameters).to(device),
-        key_crops=(query.flip(0) if recipe.symmetric else key).flatten(0, 1),
+        key_crops=(query.flip(0) if recipe.views == 2 else key).flatten(0, 1),
         key_parameters=torch.from_numpy(key_parameters).to(device),
         key_rows=torch.from_numpy(way.key_rows).to(device),
         unshuffle=torch.from_numpy(way.unshuffle).to(device),
+        shown=torch.from_numpy(own).to(device),
     )

@@ -21,7 +21,7 @@ GRAY_NEVER, GRAY_BEFORE_JITTER, GRAY_AFTER_JITTER = 0, 1, 2
 NO_JITTER = -1
 
 # Which part of the plan a hash belongs to. Appending is safe; renumbering changes every run.
-ORDER_STREAM, BOX_STREAM, PHOTOMETRIC_STREAM, SHUFFLE_STREAM = range(4)
+ORDER_STREAM, BOX_STREAM, PHOTOMETRIC_STREAM, SHUFFLE_STREAM, BANK_STREAM = range(5)
 
 BOX_TRIES = 10  # torchvision's RandomResizedCrop gives up after as many
 CENTRE_SHARE, CENTRE_FROM = 0.875, 64
@@ -68,7 +68,8 @@ class Plan:
         self.per_rank = recipe.check_ranks(world)
         self.sizes = np.ascontiguousarray(sizes, np.int32).reshape(-1, 2)
         if len(self.sizes) < recipe.batch_size:
-            fitting = len(self.sizes) // (world * recipe.bn_group) * world * recipe.bn_group
+            unit = world * max(1, recipe.bn_group)
+            fitting = len(self.sizes) // unit * unit
             remedy = f"use --batch-size {fitting} or less" if fitting else "use more images, or a smaller --bn-group"
             raise RecipeError(
                 f"batch_size {recipe.batch_size} is more than the {len(self.sizes)} images there are: {remedy}"
@@ -78,13 +79,23 @@ class Plan:
 
     @property
     def key_views(self) -> tuple[int, ...]:
-        """Views encoded by the key encoder: both when symmetric, else the second."""
-        return (0, 1) if self.recipe.symmetric else (1,)
+        """Views whose crops travel to where the shuffle sends them: the second; both when a queue is symmetric.
+
+        A bank takes its keys from earlier steps: none.
+        """
+        if self.recipe.dictionary == "bank":
+            return ()
+        return (0, 1) if self.recipe.views == 2 else (1,)
 
     @property
     def query_views(self) -> tuple[int, ...]:
-        """Views encoded by the query encoder: both when symmetric, else the first."""
-        return (0, 1) if self.recipe.symmetric else (0,)
+        """Views that stay where their samples are: the first; both when a queue is symmetric."""
+        return (0, 1) if self.recipe.views == 2 else (0,)
+
+    @property
+    def views(self) -> tuple[int, ...]:
+        """Views of a sample that are cut at all."""
+        return tuple(sorted({*self.query_views, *self.key_views}))
 
     def epoch(self, step: int) -> int:
         """Epoch that `step` belongs to."""
@@ -192,6 +203,9 @@ def route(shuffles: Sequence[np.ndarray], world: int, rank: int) -> Route:
     Crops travel ordered by receiver, then view, then slot, so that on one rank they arrive in the order they stand in
     and nothing needs to be moved.
     """
+    if not shuffles:
+        nothing = np.empty(0, np.int64)
+        return Route(nothing, [0] * world, nothing, nothing, [0] * world, nothing, nothing)
     place = np.argsort(np.stack(shuffles), axis=1)
     views, batch = place.shape
     n = batch // world

@@ -21,4 +21,5 @@ def build_encoder(recipe: Recipe) -> Encoder:
         dim=recipe.dim,
         bn_group=recipe.bn_group,
         generator=torch.Generator().manual_seed(recipe.seed),
+        zero_init=recipe.zero_init,
     )

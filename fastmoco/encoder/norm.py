@@ -17,7 +17,7 @@ class BatchNormAct(nn.Module):
     In training, statistics are taken over consecutive groups of `group_size` samples (0: the whole batch), so that
     they do not depend on how a batch is spread over GPUs. Parameters and buffers carry nn.BatchNorm2d's names and
     stay fp32 whatever the activations are; evaluation is nn.BatchNorm2d's. `num_batches_tracked` is kept by the
-    encoder, which advances all of them in one launch.
+    encoder, which advances all of them in one launch. Without `shift` the bias is a buffer and stays 0.
     """
 
     impl: Literal["auto", "triton", "reference", "torch"] = "auto"
@@ -27,12 +27,13 @@ class BatchNormAct(nn.Module):
     running_var: Tensor
     num_batches_tracked: Tensor
 
-    def __init__(self, channels: int, *, group_size: int = 0, relu: bool = True) -> None:
+    def __init__(self, channels: int, *, group_size: int = 0, relu: bool = True, shift: bool = True) -> None:
         super().__init__()
         self.group_size, self.relu = group_size, relu
         self.momentum, self.eps = 0.1, 1e-5
         self.weight = nn.Parameter(torch.empty(channels))
-        self.bias = nn.Parameter(torch.empty(channels))
+        bias = torch.empty(channels)
+        self.register_parameter("bias", nn.Parameter(bias)) if shift else self.register_buffer("bias", bias)
         self.register_buffer("running_mean", torch.empty(channels))
         self.register_buffer("running_var", torch.empty(channels))
         self.register_buffer("num_batches_tracked", torch.empty((), dtype=torch.int64))

@@ -111,7 +111,16 @@ class Encoder(nn.Module):
     """
 
     def __init__(
-        self, arch: str, *, width: float, stem: str, head: str, dim: int, bn_group: int, generator: torch.Generator
+        self,
+        arch: str,
+        *,
+        width: float,
+        stem: str,
+        head: str,
+        dim: int,
+        bn_group: int,
+        generator: torch.Generator,
+        zero_init: bool = False,
     ) -> None:
         super().__init__()
         shape = ARCHITECTURES[arch]
@@ -124,11 +133,11 @@ class Encoder(nn.Module):
                 layers = _stage(shape, entry, base, blocks, stride=1 if stage == 1 else 2, group_size=bn_group)
                 self.add_module(f"layer{stage}", layers)
                 entry = base * shape.expansion
-            self.fc = projection(head, entry, dim)
+            self.fc = projection(head, entry, dim, bn_group)
         self.feature_dim = entry
         self._norms = [module for module in self.modules() if isinstance(module, BatchNormAct)]
         self.to_empty(device="cpu")
-        self._reset(generator)
+        self._reset(generator, zero_init)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _add_stem(self, stem: str, channels: int, group_size: int) -> None:
@@ -140,7 +149,7 @@ class Encoder(nn.Module):
         self.bn1 = BatchNormAct(channels, group_size=group_size)
 
     @torch.no_grad()
-    def _reset(self, generator: torch.Generator) -> None:
+    def _reset(self, generator: torch.Generator, zero_init: bool) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
@@ -148,6 +157,10 @@ class Encoder(nn.Module):
                 reset_linear(module, generator)
             elif isinstance(module, BatchNormAct):
                 module.reset()
+        for module in self.modules():
+            if zero_init and isinstance(module, Block):
+                last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
+                last.weight.zero_()
 
     def _stem(self, x: Tensor) -> Tensor:
         if x.shape[1] == self.conv1.in_channels:

@@ -1,6 +1,6 @@
 """Checkpoints that survive: written whole or not at all, verified before they are trusted.
 
-    RUN/checkpoints/step_00012345/model.safetensors   both encoders and the queue
+    RUN/checkpoints/step_00012345/model.safetensors   the encoders, and the queue or bank
                                  /state.pt            velocities, counters, recipe (tensors and plain data only)
                                  /manifest.json       size and SHA-256 of the two, step, versions
     RUN/checkpoints/latest                            link to the newest
@@ -167,7 +167,7 @@ def load(path: Path, verified: bool = False) -> Checkpoint:
 def _write(draft: Path, step: int, state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     draft.mkdir()
     tensors = _on_host(state)
-    model = {name: value for name, value in tensors.items() if name.startswith("encoder_") or name == "queue"}
+    model = {name: value for name, value in tensors.items() if name.startswith("encoder_") or name in ("queue", "bank")}
     rest = {name: value for name, value in tensors.items() if name not in model}
     _write_model(model, draft / MODEL, step)
     crash_points.reach("model written")

@@ -9,7 +9,7 @@ from fastmoco import plots
 from fastmoco.plots import BLUE, GREEN, GREY, ORANGE, Level, Series
 from fastmoco.recipe import Recipe
 from fastmoco.runs.lines import KNN, LOG, read_lines
-from fastmoco.train.monitor import chance_level, fill_steps
+from fastmoco.train.expectation import chance_formula, chance_level, fill_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +28,7 @@ def draw_curves(run: Path, recipe: Recipe) -> Path:
         Series(label, steps, [line[name] for line in log], colour)
         for name, colour, label in (("top5", ORANGE, "top-5"), ("top1", BLUE, "top-1"))
     ]
-    plots.line_chart(accuracy, f"Contrast accuracy, 1 of {recipe.check_queue() + 1} (%)", series, high=100)
+    plots.line_chart(accuracy, f"Contrast accuracy, 1 of {recipe.candidates} (%)", series, high=100)
     _draw_knn(neighbours, knn)
     plots.save(figure, run / NAME)
     return run / NAME
@@ -37,11 +37,13 @@ def draw_curves(run: Path, recipe: Recipe) -> Path:
 def _draw_loss(axes: Axes, log: list[dict], recipe: Recipe) -> None:
     loss = Series("loss", [line["step"] for line in log], [line["loss"] for line in log])
     chance = chance_level(recipe)
-    plots.line_chart(axes, "InfoNCE loss", [loss], level=Level(chance, f"chance, ln(K+1) = {chance:.2f}"))
-    full = fill_steps(recipe)
-    if log and full <= log[-1]["step"]:
+    plots.line_chart(
+        axes, "InfoNCE loss", [loss], level=Level(chance, f"chance, {chance_formula(recipe)} = {chance:.2f}")
+    )
+    full = fill_steps(recipe, round(log[-1]["step"] / log[-1]["epoch"])) if log else 0
+    if log and 0 < full <= log[-1]["step"]:
         axes.axvline(full, color=GREY, linewidth=0.8, alpha=0.6)
-        plots.note(axes, "queue full", (full, 0.03), ("data", "axes fraction"), xytext=(3, 0))
+        plots.note(axes, f"{recipe.dictionary} full", (full, 0.03), ("data", "axes fraction"), xytext=(3, 0))
 
 
 def _draw_knn(axes: Axes, knn: list[dict]) -> None:

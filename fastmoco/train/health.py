@@ -18,6 +18,10 @@ ROLLBACKS = 10
 """Rollbacks after which `--on-nonfinite rollback` gives up."""
 
 
+FULL = {"queue": "with the queue full", "batch": "in batches of this size", "bank": "with the bank full"}
+"""When contrast accuracy should be above chance."""
+
+
 class NonFiniteError(ValueError):
     """Loss or gradients became infinite or NaN; `step` is the first such step."""
 
@@ -43,7 +47,7 @@ class Health:
         """Warnings due after an interval of `steps` finite steps, from its log line."""
         if not steps or line["queue_filled"] < 1:
             return []
-        queries = steps * self.recipe.batch_size * self.recipe.views
+        queries = steps * self.recipe.queries
         self._queries += queries
         self._hits += queries * line["top5"] / 100
         found = []
@@ -55,13 +59,14 @@ class Health:
                     f"{line['spread']:.3g}, where 1 is even; a lower --lr, --shuffle-bn or smaller --bn-group may help"
                 ),
             )
-        expected = self._queries * 5 / (self.recipe.queue_size + 1)
+        expected = self._queries * 5 / self.recipe.candidates
         if expected >= CHANCE_HITS and self._hits < ABOVE_CHANCE * expected:
             found += self._once(
-                "queue",
+                "chance",
                 (
-                    f"warning: contrast accuracy is at chance at step {line['step']:.0f}, with the queue full: if it "
-                    f"stays there, nothing is learnt; look at --lr, --temperature and the images"
+                    f"warning: contrast accuracy is at chance at step {line['step']:.0f}, "
+                    f"{FULL[self.recipe.dictionary]}: if it stays there, nothing is learnt; look at --lr, "
+                    f"--temperature and the images"
                 ),
             )
         if expected >= CHANCE_HITS:

@@ -34,10 +34,11 @@ from fastmoco.recipe import Recipe
 from fastmoco.runs.lines import KNN, read_lines
 from fastmoco.train import record
 from fastmoco.train.curves import draw_curves
+from fastmoco.train.expectation import filled
 from fastmoco.train.health import ROLLBACKS, Health, NonFiniteError
 from fastmoco.train.job import places, prepare
 from fastmoco.train.metrics import BadStep, Meter, Pace, Reading, Stopwatch, memory
-from fastmoco.train.monitor import Monitor, fill_steps
+from fastmoco.train.monitor import Monitor
 from fastmoco.train.saving import Saving
 
 TURN_SECONDS = 0.0005  # that a thread may keep Python's lock when another waits for it
@@ -83,6 +84,7 @@ class Run:
                 update=options.update,
                 key_stream=options.key_stream,
                 deterministic=options.deterministic == "on",
+                images=len(job.train_set),
             )
             # Before any DALI pipeline runs, which a capture would not survive.
             graph = options.graph if options.photometric == "kernel" else "off"
@@ -104,7 +106,8 @@ class Run:
         if not (job.out / manifest.NAME).exists():
             job.train_set.save(job.out / manifest.NAME)
         self.saving.open(self._say)
-        self.monitor = Monitor(job.out, job.last, self.done, tensorboard=options.tensorboard, track=options.track)
+        sinks = {"tensorboard": options.tensorboard, "track": options.track}
+        self.monitor = Monitor(job.out, job.last, self.done, dictionary=job.recipe.dictionary, **sinks)
         for line in record.announcement(job, self.step.precision, self.done):
             self._say(line)
 
@@ -223,7 +226,7 @@ class Run:
             "lr": rate,
             **self.watch.lap(self.meter.steps * self.recipe.batch_size),
             "memory": memory(self.parallel.device),
-            "queue_filled": min(1.0, self.done / fill_steps(self.recipe)),
+            "queue_filled": filled(self.recipe, self.plan.steps_per_epoch, self.done),
         }
         self.meter.cut(self.done, self.parallel, facts)
         self._report()

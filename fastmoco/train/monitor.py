@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -11,29 +10,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from fastmoco.recipe import Recipe
 from fastmoco.runs.lines import KNN, LOG, Lines, read_lines, truncate
 from fastmoco.train.sinks import open_sinks
-
-
-def chance_level(recipe: Recipe) -> float:
-    """Loss of a guess among the positive and K negatives: ln(K + 1)."""
-    return math.log(recipe.queue_size + 1)
-
-
-def fill_steps(recipe: Recipe) -> int:
-    """Steps until the queue holds nothing but keys."""
-    return math.ceil(recipe.queue_size / (recipe.batch_size * recipe.views))
-
-
-def expectation(recipe: Recipe, steps_per_epoch: int) -> str:
-    """What a healthy loss looks like, for the first line of a run."""
-    fill = fill_steps(recipe)
-    return (
-        f"chance level of the loss is ln(K+1) = {chance_level(recipe):.3f}. A healthy loss starts low (the first "
-        f"negatives are random vectors), rises while the queue fills with real keys ({fill} steps, "
-        f"{fill / steps_per_epoch:.2g} epochs) and somewhat beyond, then falls"
-    )
 
 
 class Monitor:
@@ -47,10 +25,11 @@ class Monitor:
         *,
         tensorboard: bool = False,
         track: str = "none",
+        dictionary: str = "queue",
         stream: TextIO | None = None,
     ) -> None:
         """`total` and `start` are steps of the whole run; lines of a log beyond `start` are dropped."""
-        self.run, self.total = run, total
+        self.run, self.total, self.dictionary = run, total, dictionary
         self.stream = stream or sys.stderr
         for name in (LOG, KNN):
             truncate(run / name, start)
@@ -91,10 +70,11 @@ class Monitor:
         line = {**line, "seconds": self.seconds}
         self._log.append(line)
         self._to_sinks(line)
+        filled = "" if self.dictionary == "batch" else f"{self.dictionary} {line['queue_filled']:.0%}  "
         text = (
             f"loss {line['loss']:.3f}  top1 {line['top1']:.1f}%  top5 {line['top5']:.1f}%  lr {line['lr']:.2e}  "
             f"{line['pairs_per_s']:.1f} pairs/s  data wait {line['data_wait']:.0%}  "
-            f"queue {line['queue_filled']:.0%}  {line['memory']:.1f} GiB"
+            f"{filled}{line['memory']:.1f} GiB"
         )
         if self._bar.disable:
             self.say(f"step {line['step']}/{self.total}  epoch {line['epoch']:.2f}  {text}")

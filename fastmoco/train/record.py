@@ -16,8 +16,8 @@ from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS, Recipe
 from fastmoco.runs.lines import KNN, LOG, read_lines
 from fastmoco.runs.run_folder import RECIPE, read_facts
+from fastmoco.train.expectation import chance_level, expectation
 from fastmoco.train.job import Job
-from fastmoco.train.monitor import chance_level, expectation
 
 SUMMARY = "summary.json"
 

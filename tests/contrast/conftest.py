@@ -45,6 +45,8 @@ def batch_of(recipe: Recipe, step: int, world: int = 1, rank: int = 0, shuffles:
     queries = [(sample, view) for view in plan.query_views for sample in mine]
 
     def gather(pairs: list) -> tuple[torch.Tensor, torch.Tensor]:
+        if not pairs:
+            return torch.empty(0, *crops.shape[2:], dtype=torch.uint8), torch.empty(0, 8)
         parameters = [flips_only(plan, epoch, np.array([sample]), view) for sample, view in pairs]
         return (
             torch.from_numpy(np.stack([crops[sample, view] for sample, view in pairs])),
@@ -63,6 +65,7 @@ def batch_of(recipe: Recipe, step: int, world: int = 1, rank: int = 0, shuffles:
         key_parameters=key_parameters,
         key_rows=torch.from_numpy(way.key_rows),
         unshuffle=torch.from_numpy(way.unshuffle),
+        shown=torch.from_numpy(mine),
     )
 
 

@@ -14,8 +14,9 @@ from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS
 from fastmoco.runs.lines import Lines, read_lines, truncate
 from fastmoco.train.curves import draw_curves
+from fastmoco.train.expectation import chance_level, expectation, filled
 from fastmoco.train.metrics import BadStep, Meter, Pace, Stopwatch
-from fastmoco.train.monitor import Monitor, chance_level, expectation
+from fastmoco.train.monitor import Monitor
 
 V1, CIFAR, DEMO = (PRESETS[name][1] for name in ("v1", "cifar", "demo"))
 
@@ -197,6 +198,35 @@ def test_chance_levels():
     text = expectation(V1, steps_per_epoch=5004)
     assert "11.090" in text and "256 steps" in text and "0.051 epochs" in text
     assert "128 steps" in expectation(replace(V1, symmetric=True), 5004)
+
+
+@pytest.mark.parametrize(
+    ("preset", "level", "words"),
+    [
+        ("simclr", 9.0108, ("ln(2B-1) = 9.011", "falls below that within the first steps")),
+        ("end-to-end", 6.9315, ("ln(B) = 6.931",)),
+        ("bank", 11.0904, ("ln(K+1) = 11.090", "first epoch (5004 steps)", "random vectors")),
+    ],
+)
+def test_each_dictionary_has_its_own_chance_and_expectation(preset, level, words):
+    recipe = PRESETS[preset][1]
+    assert chance_level(recipe) == pytest.approx(level, abs=5e-5)
+    assert all(word in expectation(recipe, 5004) for word in words)
+
+
+def test_what_is_random_at_first_is_full_after_a_turn_an_epoch_or_at_once():
+    assert [filled(PRESETS["v1"][1], 100, step) for step in (0, 128, 256, 300)] == [0, 0.5, 1, 1]
+    assert [filled(PRESETS["bank"][1], 100, step) for step in (0, 50, 100, 300)] == [0, 0.5, 1, 1]
+    assert filled(PRESETS["simclr"][1], 100, 0) == 1
+
+
+def test_the_line_names_the_dictionary_that_fills(tmp_path):
+    for dictionary, said in (("queue", "queue 100%"), ("bank", "bank 100%"), ("batch", "data wait")):
+        stream = io.StringIO()
+        monitor = Monitor(tmp_path, total=40, dictionary=dictionary, stream=stream)
+        monitor.interval(line(10))
+        monitor.close()
+        assert said in stream.getvalue() and ("100%" in stream.getvalue()) == (dictionary != "batch")
 
 
 def test_tensorboard_gets_every_figure(tmp_path):
