@@ -32,6 +32,7 @@ setup(
         "safetensors>=0.5",
         "tqdm>=4.60",
         "matplotlib>=3.8",
+        "numba>=0.68",
     ],
     extras_require={
         "test": [

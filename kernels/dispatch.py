@@ -8,6 +8,8 @@ capitals, as Triton's documentation writes them, and are passed by name.
 from __future__ import annotations
 
 import functools
+import importlib.util
+import warnings
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastmoco.kernels.tiles import Tiles, Variant
 
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
 Impl = Literal["auto", "triton", "reference"]
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # of the dtypes that kernels take
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -40,6 +43,14 @@ def takes_kernel(impl: Impl, device: torch.device, *dtypes: torch.dtype) -> bool
     if device.type != "cuda" and not INTERPRETED.value:
         raise ValueError(f"impl='triton' needs tensors on a GPU, not on {device} (or TRITON_INTERPRET=1)")
     return True
+
+
+def takes_loops(impl: Impl, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `impl` means the compiled loops of `kernels/cpu`: "auto" does on a CPU, of fp32 and bf16, with numba."""
+    wanted = impl == "auto" and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    if wanted and not HAS_NUMBA:
+        warnings.warn("batch norm and augmentation run in plain torch, slower: pip install numba", stacklevel=2)
+    return wanted and HAS_NUMBA
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:

@@ -22,7 +22,7 @@ A view's sums are added in a fixed order: two runs give the same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +32,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmoco.kernels import reference
-from fastmoco.kernels.dispatch import NAMES, Impl, cast, check_dtype, launch_options, machine, takes_kernel, variant
+from fastmoco.kernels.dispatch import (
+    NAMES,
+    Impl,
+    cast,
+    check_dtype,
+    launch_options,
+    machine,
+    takes_kernel,
+    takes_loops,
+    variant,
+)
 from fastmoco.kernels.tiles import Tiles, Variant, tiles
 
 __all__ = ["cost", "photometric", "variants"]
@@ -296,11 +306,11 @@ def _photometric(
     channels: int,
     rows: Tensor | None,
     max_sigma: float,
-    compiled: bool,
+    by: str,
 ) -> Tensor:
-    if not compiled:
+    if by != "triton":
         options = {"dtype": dtype, "channels": channels, "rows": rows, "max_sigma": max_sigma}
-        return reference.photometric(crops, parameters, mean, std, **options)
+        return _on_cpu(by)(crops, parameters, mean, std, **options)
     n, size = crops.shape[:2]
     views = _empty_views(crops, dtype, channels)
     gray, color, blur = _plans(size, channels, dtype, max_sigma, machine(crops.device).capability)
@@ -314,8 +324,16 @@ def _photometric(
     return views
 
 
+def _on_cpu(by: str) -> Callable[..., Tensor]:
+    if by == "reference":
+        return reference.photometric
+    from fastmoco.kernels.cpu.photometric import photometric as loops  # imports numba, which only a CPU wants
+
+    return loops
+
+
 @_photometric.register_fake
-def _(crops, parameters, mean, std, dtype, channels, rows, max_sigma, compiled):
+def _(crops, parameters, mean, std, dtype, channels, rows, max_sigma, by):
     return _empty_views(crops, dtype, channels)
 
 
@@ -366,13 +384,14 @@ def photometric(
     ceil(3 SIGMA) pixels (at most S - 1) with reflected borders, horizontal flip, (x - mean) / std, cast. A SIGMA above
     `max_sigma` (at most 4) is taken for it: the largest that is drawn, given here, spares the kernel work.
     View i goes to row rows[i] (int64 [N], a permutation; on a GPU that is not checked), or i. With 4 channels the last
-    is zero. impl="auto" is Triton on a GPU, the reference on a CPU; float64 is served by the reference alone.
+    is zero. impl="auto" is Triton on a GPU, compiled loops on a CPU; float64 is served by the reference alone.
     Raises ValueError for what does not fit.
     """
     _check(crops, parameters, mean, std, dtype, channels, rows, max_sigma)
-    compiled = takes_kernel(impl, crops.device, dtype)
+    by = "triton" if takes_kernel(impl, crops.device, dtype) else "reference"
+    by = "loops" if takes_loops(impl, crops.device, dtype) else by
     mean, std = [float(value) for value in mean], [float(value) for value in std]
-    return _photometric(crops, parameters, mean, std, dtype, channels, rows, float(max_sigma), compiled)
+    return _photometric(crops, parameters, mean, std, dtype, channels, rows, float(max_sigma), by)
 
 
 def cost(

@@ -317,7 +317,7 @@ def photometric(
     shift, scale = (torch.tensor(value, dtype=wide, device=crops.device).view(3, 1, 1) for value in (mean, std))
     views = torch.empty((n, size, size, channels), dtype=dtype, device=crops.device).permute(0, 3, 1, 2)
     views[:, 3:] = 0
-    source = torch.arange(n, device=crops.device) if rows is None else _inverse(rows)
+    source = torch.arange(n, device=crops.device) if rows is None else inverse(rows)
     together = max(1, CACHED_PIXELS // size**2)
     for picked, written in zip(source.split(together), views[:, :3].split(together)):
         x = crops.index_select(0, picked).permute(0, 3, 1, 2).to(wide, memory_format=torch.contiguous_format).div_(255)
@@ -327,7 +327,8 @@ def photometric(
     return views
 
 
-def _inverse(permutation: Tensor) -> Tensor:
+def inverse(permutation: Tensor) -> Tensor:
+    """Where each row comes from, if row i goes to permutation[i]; raises ValueError where that is no permutation."""
     source = torch.argsort(permutation)
     if not torch.equal(permutation[source], torch.arange(len(source), device=source.device)):
         raise ValueError(f"rows must hold each of 0 to {len(source) - 1} once, not {permutation.tolist()}")

@@ -21,9 +21,10 @@ from PIL import Image
 from fastmoco.recipe import PRESETS, Recipe
 
 if "FASTMOCO_TEST_CACHES" not in os.environ:
-    # Ours, Triton's, matplotlib's and torch's: in a folder of this session, which its child processes share.
+    # Ours, Triton's, numba's, matplotlib's and torch's: in a folder of this session, which its child processes share.
     CACHES = os.environ["FASTMOCO_TEST_CACHES"] = tempfile.mkdtemp(prefix="fastmoco-tests-")
     places = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR")
+    places += ("NUMBA_CACHE_DIR",)
     os.environ.update({name: str(Path(CACHES, name.lower())) for name in places})
     atexit.register(lambda owner: os.getpid() == owner and shutil.rmtree(CACHES, ignore_errors=True), os.getpid())
 if not torch.cuda.is_available():

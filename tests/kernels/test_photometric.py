@@ -311,12 +311,16 @@ def plain(crops, parameters, dtype):
     return (x - mean) / std
 
 
-def check_budget(crops, parameters, dtype, device, **options):
+IMPLS = ("triton", "auto")  # the kernel, and the loops of a CPU
+
+
+def check_budget(crops, parameters, dtype, device, impl, rows=None, **options):
+    device = torch.device("cpu") if impl == "auto" else device
     crops, parameters = crops.to(device), parameters.to(device)
+    rows = None if rows is None else rows.to(device)
     truth = views(crops, parameters, impl="reference")
-    ours = views(crops, parameters, dtype, impl="triton", **options)
+    ours = views(crops, parameters, dtype, impl=impl, rows=rows, **options)
     budget = (plain(crops, parameters, dtype).double() - truth).abs().amax((1, 2, 3))
-    rows = options.get("rows")
     ours = ours if rows is None else ours[rows]
     error = (ours[:, :3].double() - truth).abs().amax((1, 2, 3))
     epsilon = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]  # half a unit at the range's end
@@ -336,31 +340,35 @@ def alone():
     return torch.cat([rows, rest])
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_kernel_does_each_operation_alone(dtype, device):
-    check_budget(photos(12, 21), alone(), dtype, device)
+def test_kernel_does_each_operation_alone(dtype, impl, device):
+    check_budget(photos(12, 21), alone(), dtype, device, impl)
 
 
-def test_kernel_applies_all_24_orders(device):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_kernel_applies_all_24_orders(impl, device):
     rows = draws(24, "v1")
     rows[:, ORDER] = torch.tensor([order_code(order) for order in ORDERS])
-    ours, truth = check_budget(photos(1, 16).expand(24, -1, -1, -1).contiguous(), rows, torch.float32, device)
+    ours, truth = check_budget(photos(1, 16).expand(24, -1, -1, -1).contiguous(), rows, torch.float32, device, impl)
     assert (ours.double() - truth.roll(1, 0)).abs().amax((1, 2, 3)).min() > 1e-3  # the neighbour's order is noticed
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("kind", ["v1", "v2"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_kernel_runs_whole_chains_in_any_rows(kind, dtype, device):
-    rows = torch.randperm(10, generator=torch.Generator().manual_seed(1)).to(device)
-    check_budget(photos(10, 19), draws(10, kind), dtype, device, rows=rows, channels=4)
+def test_kernel_runs_whole_chains_in_any_rows(kind, dtype, impl, device):
+    rows = torch.randperm(10, generator=torch.Generator().manual_seed(1))
+    check_budget(photos(10, 19), draws(10, kind), dtype, device, impl, rows=rows, channels=4)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 20), (torch.float16, 40), (torch.bfloat16, 67)])
-def test_kernel_blurs(dtype, size, device):
+def test_kernel_blurs(dtype, size, impl, device):
     rows = identity(6)
     rows[:, SIGMA] = torch.tensor([0.0, 0.1, 0.34, 1.0, 2.0, 4.0])
     rows[1::2, FLIP] = 1
-    ours, truth = check_budget(photos(6, size), rows, dtype, device)
+    ours, truth = check_budget(photos(6, size), rows, dtype, device, impl)
     assert (ours[4].double() - truth[5].flip(2)).abs().max() > 0.1  # another sigma is noticed
 
 
@@ -379,11 +387,12 @@ def test_a_largest_sigma_bounds_what_is_drawn(largest, device):
         assert (truth[:2] - unbounded[:2]).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_kernel_blurs_crops_smaller_than_the_radius(size, device):
+def test_kernel_blurs_crops_smaller_than_the_radius(size, impl, device):
     rows = identity(2)
     rows[:, SIGMA] = torch.tensor([4.0, 0.5])
-    check_budget(photos(2, size), rows, torch.float32, device)
+    check_budget(photos(2, size), rows, torch.float32, device, impl)
 
 
 def test_blur_keeps_flat_crops_flat(device):
@@ -397,7 +406,7 @@ def test_blur_keeps_flat_crops_flat(device):
 def test_rows_and_padding_reach_their_place(device):
     crops, rows = photos(5, 12).to(device), torch.tensor([3, 0, 4, 1, 2], device=device)
     parameters = draws(5, "v2", seed=4).to(device)
-    for impl in ("reference", "triton"):
+    for impl in ("reference", *IMPLS):
         straight = views(crops, parameters, torch.bfloat16, impl=impl)
         moved = views(crops, parameters, torch.bfloat16, channels=4, rows=rows, impl=impl)
         assert moved.is_contiguous(memory_format=torch.channels_last)
@@ -405,12 +414,12 @@ def test_rows_and_padding_reach_their_place(device):
         assert not moved[:, 3].any()
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
 def test_two_runs_give_the_same_bits_whatever_the_neighbours(impl, device):
     crops, parameters = photos(8, 18).to(device), draws(8, "v2", seed=2).to(device)
     first = views(crops, parameters, torch.float32, impl=impl)
     assert torch.equal(first, views(crops, parameters, torch.float32, impl=impl))
-    if impl == "triton":
+    if impl != "reference":
         assert torch.equal(first[3:5], views(crops[3:5], parameters[3:5], torch.float32, impl=impl))
 
 
@@ -451,8 +460,8 @@ def test_misuse_is_refused(change, message):
 def test_operator_passes_opcheck_and_fake_tensors():
     operator = torch.ops.fastmoco.photometric.default
     given = (photos(2, 6), draws(2, "v2"), list(MEAN), list(STD))
-    arguments = (*given, torch.bfloat16, 4, torch.tensor([1, 0]), 2.0, False)
-    torch.library.opcheck(operator, arguments)
+    for by in ("reference", "loops"):
+        torch.library.opcheck(operator, (*given, torch.bfloat16, 4, torch.tensor([1, 0]), 2.0, by))
     with FakeTensorMode() as mode:
         crops, rows = (mode.from_tensor(tensor) for tensor in (photos(2, 6), identity(2)))
         fake = views(crops, rows, torch.float16, channels=4)
