@@ -142,10 +142,12 @@ def _subject(module: str, *names: str) -> Callable[[Bench, Recipe, torch.device,
 SUBJECTS = {
     "kernels": _subject("kernels", "rounds", "warmup", "dtype", "only", "journal"),
     "step": _subject("step", "rounds", "warmup", "precision", "group", "only", "skip", "journal"),
-    "loader": _subject("loader", "rounds", "data", "only", "skip"),
+    "loader": _subject("loader", "rounds", "data", "only", "skip", "journal"),
     "train": _subject("train", "rounds", "precision", "data", "journal"),
     "scaling": _subject("scaling", "rounds", "precision"),
     "memory": _subject("memory", "dtype", "only", "journal"),
     "proof": _subject("proof", "rounds", "precision", "journal"),
+    "decode": _subject("decode", "data", "journal"),
+    "resume": _subject("resume", "journal"),
 }
-MEASURED = tuple(name for name in SUBJECTS if name != "proof")  # which tests, and measures nothing
+MEASURED = tuple(name for name in SUBJECTS if name not in ("proof", "decode", "resume"))  # which test, and time nothing

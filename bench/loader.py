@@ -1,8 +1,9 @@
 """The loader: image pairs a second from JPEG files, beside what others would use for the same work.
 
 The work: read and decode each image once, cut two boxes, resize them to S x S with antialiasing, hand over uint8. All
-use the same number of threads and find the files in the operating system's cache. Every sample starts a provider anew
-and draws the batches it had prepared before the clock starts, so that none is timed while another works ahead.
+use the same number of threads and find the files in the operating system's cache. A provider that was started draws the
+batches it had prepared before the clock starts, and none is timed while another works ahead: on a CPU every sample
+starts its provider anew, on a GPU, where a start takes seconds, all samples of a provider are taken in a row.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastmoco.bench.journal import Journal
 from fastmoco.bench.record_files import Row, named
 from fastmoco.data.batch import Batch
 from fastmoco.data.loader import Loader, Loading
@@ -39,18 +41,30 @@ PREFETCH = 2  # batches that a loader has ready before the clock starts
 BATCHES, PAIRS = 3, 256  # a sample draws at least so many
 # A GPU takes so many of them in a blink, while it warms up: its clocks, and the memory that DALI asks for.
 WARM_UP = {"cpu": PREFETCH + 1, "cuda": 10}  # batches drawn before the clock starts
-SECONDS = {"cpu": 0.0, "cuda": 2.0}  # that a sample lasts at least
+SECONDS = {"cpu": 0.0, "cuda": 1.0}  # that a sample lasts at least
+FIELDS = 64  # of noise, from which all photographs are cut
 OURS, PILLOW, DALI, DECODE = "fastmoco", "Pillow, NumPy", "DALI, file reader", "DALI, decoding alone"
 RESIZE, ALONE = "resizing alone", "decoding alone + resizing alone"
 KERNEL, CHAIN = "fastmoco, photometric kernel", "fastmoco, photometric in DALI"
+
+ORDER = (OURS, PILLOW, DALI, DECODE, RESIZE, KERNEL, CHAIN)  # of rows
 
 Source = Callable[[], AbstractContextManager[Callable[[], object]]]
 
 
 def run(
-    recipe: Recipe, device: torch.device, *, rounds: int = 5, data: Path | None = None, only: str = "", skip: str = ""
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    rounds: int = 5,
+    data: Path | None = None,
+    only: str = "",
+    skip: str = "",
+    journal: Journal | None = None,
 ) -> list[Row]:
     """Pairs a second and processor time of every loader with a word of `only` and none of `skip`; ValueError if none.
+
+    The journal has the rows so far after every start of a loader. One that fails is noted there and costs its own rows.
 
     The bound of the rates is DALI reading and decoding and doing nothing else; that of the processor time on a CPU is
     decoding and resizing, each measured alone. Finished views are crops after the photometric chain, float32.
@@ -60,18 +74,27 @@ def run(
         wanted = {name for name in found if named(name, only) and not (skip and named(name, skip))}
         if not wanted:
             raise ValueError(f"nothing to time is left: the loaders are {'; '.join(found)}")
-        chosen = {name: source for name, source in found.items() if name in wanted or name in (DECODE, RESIZE)}
+        # What the others are compared with comes first, so that rows are whole as they come in.
+        order = sorted(found, key=lambda name: name not in (DECODE, RESIZE))
+        chosen = {name: found[name] for name in order if name in wanted or name in (DECODE, RESIZE)}
+        journal = journal or Journal()
         samples: dict[str, list[_Sample]] = {name: [] for name in chosen}
-        for _ in range(rounds):
-            for name, source in chosen.items():
-                samples[name].append(_sample(source, recipe.batch_size, device))
         side = "x".join(str(int(value)) for value in np.median(manifest.sizes, 0)[::-1])
-    config = {"px": recipe.crop_size, "batch": recipe.batch_size, "image": f"{side} JPEG", "threads": cores()}
-    config |= {"crops": "on the GPU, Pillow's in host memory"} if device.type == "cuda" else {}
-    return _rows(samples, config)
+        config = {"px": recipe.crop_size, "batch": recipe.batch_size, "image": f"{side} JPEG", "threads": cores()}
+        config |= {"crops": "on the GPU, Pillow's in host memory"} if device.type == "cuda" else {}
+        starts, each = (1, rounds) if device.type == "cuda" else (rounds, 1)
+        for _ in range(starts):
+            for name, source in chosen.items():
+                with journal.attempt(name):
+                    samples[name] += _samples(source, recipe.batch_size, device, each)
+                    journal.keep(_rows(samples, config))
+    return journal.rows
 
 
 def _rows(samples: dict[str, list[_Sample]], config: dict) -> list[Row]:
+    samples = {name: samples[name] for name in ORDER if samples.get(name)}
+    if DECODE not in samples:  # which all rates are compared with, and which is timed first
+        return []
     rates = {name: tuple(sample.pairs_per_second for sample in found) for name, found in samples.items()}
     busy = {name: tuple(sample.cpu_ms for sample in found) for name, found in samples.items()}
     decode, views = float(np.median(rates[DECODE])), (KERNEL, CHAIN)
@@ -83,7 +106,7 @@ def _rows(samples: dict[str, list[_Sample]], config: dict) -> list[Row]:
         if name in samples
     ]
     bound = None
-    if RESIZE in samples:
+    if RESIZE in samples and len(samples[RESIZE]) == len(samples[DECODE]):
         busy[ALONE] = tuple(map(sum, zip(busy[DECODE], busy[RESIZE], strict=True)))
         bound, crops = float(np.median(busy[ALONE])), [*crops, ALONE]
     crops.remove(DECODE)
@@ -132,17 +155,37 @@ def pillow(recipe: Recipe, manifest: Manifest, threads: int | None = None) -> It
 
 
 def photographs(folder: Path, count: int) -> Path:
-    """`count` JPEG files of 1/f noise in `folder`, whose sizes and spectra are a photograph's; returns the folder."""
+    """`count` JPEG files of `pictures` in `folder`; returns the folder."""
+
+    def save(numbered: tuple[int, Image.Image]) -> None:
+        number, image = numbered
+        image.save(folder / f"{number:05d}.jpg", quality=QUALITY)
+
+    with ThreadPoolExecutor(cores()) as pool:
+        for _ in pool.map(save, enumerate(pictures(count))):
+            pass
+    return folder
+
+
+def pictures(count: int) -> Iterator[Image.Image]:
+    """`count` different pictures of 1/f noise, whose sizes and spectra are a photograph's.
+
+    Beyond FIELDS they are earlier ones, moved around their edges, which noise of this kind does not show.
+    """
     generator = np.random.default_rng(0)
     height, width = IMAGE_SIZE
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]) + 1 / width
+    fields: list[np.ndarray] = []
     for number in range(count):
-        spectrum = np.fft.rfft2(generator.standard_normal((3, height, width))) / frequency
-        pixels = np.fft.irfft2(spectrum, (height, width))
-        pixels = 128 + 50 * (pixels - pixels.mean()) / pixels.std()
-        image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8).transpose(1, 2, 0))
-        image.save(folder / f"{number:05d}.jpg", quality=QUALITY)
-    return folder
+        if number < FIELDS:
+            spectrum = np.fft.rfft2(generator.standard_normal((3, height, width))) / frequency
+            pixels = np.fft.irfft2(spectrum, (height, width))
+            pixels = 128 + 50 * (pixels - pixels.mean()) / pixels.std()
+            fields.append(np.clip(pixels, 0, 255).astype(np.uint8).transpose(1, 2, 0))
+            yield Image.fromarray(fields[-1])
+        else:
+            turns = number // FIELDS
+            yield Image.fromarray(np.roll(fields[number % FIELDS], (37 * turns, 91 * turns), (0, 1)))
 
 
 @contextmanager
@@ -163,18 +206,22 @@ class _Sample(NamedTuple):
     cpu_ms: float
 
 
-def _sample(source: Source, pairs: int, device: torch.device) -> _Sample:
-    least, batches = max(BATCHES, PAIRS // pairs), 0
+def _samples(source: Source, pairs: int, device: torch.device, count: int) -> list[_Sample]:
     with source() as draw:
         for _ in range(WARM_UP[device.type]):
             draw()
         _wait(device)
-        started, busy = time.perf_counter(), time.process_time()
-        while batches < least or time.perf_counter() - started < SECONDS[device.type]:
-            draw()
-            batches += 1
-        _wait(device)
-        seconds, busy = time.perf_counter() - started, time.process_time() - busy
+        return [_sample(draw, pairs, device) for _ in range(count)]
+
+
+def _sample(draw: Callable[[], object], pairs: int, device: torch.device) -> _Sample:
+    least, batches = max(BATCHES, PAIRS // pairs), 0
+    started, busy = time.perf_counter(), time.process_time()
+    while batches < least or time.perf_counter() - started < SECONDS[device.type]:
+        draw()
+        batches += 1
+    _wait(device)
+    seconds, busy = time.perf_counter() - started, time.process_time() - busy
     return _Sample(batches * pairs / seconds, busy * 1e3 / (batches * pairs))
 
 

@@ -63,7 +63,7 @@ CSV_COLUMNS = (
     "bound",
 )
 BY_HOST = "the host"  # "launched by", of a row whose neighbours are CUDA graphs: its time may be that of the launches
-COUNTS = ("MB", "calls", "tensors differ")  # units
+COUNTS = ("MB", "calls", "tensors differ", "images differ")  # units
 UNSTEADY = 0.25  # of the median: a row whose middle samples lie further apart says more about the machine
 PAGE_HEAD = """# Records
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from fastmoco.bench.step import WORK, graph_mode, machine_at, pairs_bound
 from fastmoco.contrast.graph import runner
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import resolve_precision
+from fastmoco.data.manifest import Manifest
 from fastmoco.data.noise import noise_batch
 from fastmoco.data.plan import Plan
 from fastmoco.environment import cores
@@ -22,8 +24,9 @@ from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 from fastmoco.train.metrics import Pace
 
-STEPS = 3  # in a sample
+STEPS = {"cpu": 3, "cuda": 20}  # in a sample
 LOADED, ALONE = "fastmoco, loader and step", "fastmoco, step alone"
+LOADS = (0.65, 0.9, 1.0)  # shares of a GPU's decoding engine that are tried beside the one that training takes
 
 
 def run(
@@ -37,7 +40,8 @@ def run(
 ) -> list[Row]:
     """Pairs a second with the loader and without, and how much of the time was waited for batches.
 
-    The journal has the step alone before the loader is started.
+    On a GPU also with other shares of its decoding engine. The journal has the step alone before a loader is started,
+    and then every row as it comes.
     """
     journal, parallel = journal or Journal(), Parallel(device=device)
     chosen = resolve_precision(precision or "auto", device)
@@ -45,43 +49,55 @@ def run(
     config = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size, "precision": chosen}
     step, batch = Step(recipe, parallel, chosen), noise_batch(recipe, parallel)
     advance = runner(step, lambda: batch, graph_mode(device))
-    alone = [_rate(recipe, device, lambda: advance(batch, 1e-3)) for _ in range(rounds + 1)][1:]
-    rows = [Row("train", ALONE, "pairs/s", tuple(alone), config, ALONE, bound)]
-    journal.keep(rows)
-    with journal.attempt(LOADED):
-        loaded, wait = _with_loader(recipe, parallel, data, partial(advance, lr=1e-3), rounds)
-        rows.insert(0, Row("train", LOADED, "pairs/s", tuple(loaded), config, ALONE, bound, {"data wait": wait}))
-    return rows
+
+    def keep(provider: str, rates: list[float], **extra: float) -> None:
+        journal.keep([Row("train", provider, "pairs/s", tuple(rates), config, ALONE, bound, extra)])
+
+    keep(ALONE, [_rate(recipe, device, lambda: advance(batch, 1e-3)) for _ in range(rounds + 1)][1:])
+    with journal.attempt(LOADED), _images(data, recipe) as manifest:
+        for load in (None, *(LOADS if device.type == "cuda" else ())):
+            name = LOADED if load is None else f"{LOADED}, engine's share {load:g}"
+            with journal.attempt(name):
+                rates, wait = _with_loader(recipe, parallel, manifest, partial(advance, lr=1e-3), rounds, load)
+                keep(name, rates, **{"data wait": wait})
+    return sorted(journal.rows, key=lambda row: row.provider == ALONE)
+
+
+def _images(data: Path | None, recipe: Recipe) -> AbstractContextManager[Manifest]:
+    # Here, because they need DALI, which a machine that only runs steps may lack.
+    from fastmoco.bench.loader import images
+
+    return images(data, max(64, recipe.batch_size))
 
 
 def _with_loader(
-    recipe: Recipe, parallel: Parallel, data: Path | None, advance: Callable, rounds: int
+    recipe: Recipe, parallel: Parallel, manifest: Manifest, advance: Callable, rounds: int, load: float | None = None
 ) -> tuple[list[float], float]:
-    # Here, because they need DALI, which a machine that only runs steps may lack.
-    from fastmoco.bench.loader import PREFETCH, WARM_UP, images
-    from fastmoco.data.loader import Loader, Loading
+    from fastmoco.bench.loader import PREFETCH, WARM_UP
+    from fastmoco.data.loader import Loader, Loading, in_one_call
 
-    with images(data, max(64, recipe.batch_size)) as manifest:
-        plan = Plan(recipe, manifest.sizes)
-        with Loader(manifest, plan, parallel, range(1 << 30), Loading(cores(), PREFETCH)) as loader:
-            pace = Pace(parallel.device)
+    plan, loading = Plan(recipe, manifest.sizes), Loading(cores(), PREFETCH, load)
+    with Loader(manifest, plan, parallel, range(1 << 30), loading) as loader:
+        pace = Pace(parallel.device)
 
-            def train() -> None:
-                advance(next(loader))
-                pace.step()
+        def train() -> None:
+            advance(next(loader))
+            pace.step()
 
-            for _ in range(WARM_UP[parallel.device.type]):
-                train()
-            _rate(recipe, parallel.device, train)  # which ends with nothing left to do, as every sample must begin
-            waited, started = loader.wait_seconds, time.perf_counter()
-            rates = [_rate(recipe, parallel.device, train) for _ in range(rounds)]
-            return rates, (loader.wait_seconds - waited) / (time.perf_counter() - started)
+        for _ in range(WARM_UP[parallel.device.type]):
+            train()
+        for _ in range(PREFETCH + 3 * in_one_call(plan.per_rank, parallel.device)):
+            next(loader)  # what was ready ahead, or the first samples would be faster than training goes on to be
+        _rate(recipe, parallel.device, train)  # which ends with nothing left to do, as every sample must begin
+        waited, started = loader.wait_seconds, time.perf_counter()
+        rates = [_rate(recipe, parallel.device, train) for _ in range(rounds)]
+        return rates, (loader.wait_seconds - waited) / (time.perf_counter() - started)
 
 
 def _rate(recipe: Recipe, device: torch.device, advance: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    for _ in range(STEPS):
+    started, steps = time.perf_counter(), STEPS[device.type]
+    for _ in range(steps):
         advance()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return STEPS * recipe.batch_size / (time.perf_counter() - started)
+    return steps * recipe.batch_size / (time.perf_counter() - started)

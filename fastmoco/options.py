@@ -327,14 +327,18 @@ class DataSynth:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure subjects, each beside its baselines and its physical bound. Without one, all of them but proof.
+    """Measure subjects, each beside its baselines and its bound. Without one, all but proof, decode and resume.
 
     A GPU is measured at the published size, a CPU at a smaller one. The README says how long each subject takes.
     """
 
-    subjects: tuple[Literal["kernels", "step", "loader", "train", "scaling", "memory", "proof"], ...]
+    subjects: tuple[
+        Literal["kernels", "step", "loader", "train", "scaling", "memory", "proof", "decode", "resume"], ...
+    ]
     """What to measure: kernels, step, loader, train (loader and step together), scaling over ranks, memory; or, only
-    where asked for, proof: that a replayed step equals an eager one, and on a GPU that the host waits for nothing."""
+    where asked for, what measures nothing but tries what is promised: proof, that a replayed step equals an eager one,
+    and on a GPU that the host waits for nothing; decode, that a GPU decodes what a CPU does; resume, that a run that
+    was killed and resumed equals one that was not."""
 
     json: Path | None = None
     """Record to write, with every sample: what bench compare and bench report read."""
@@ -414,16 +418,31 @@ class BenchTune:
 
 @dataclass(frozen=True)
 class BenchGpuCheck:
-    """Everything that needs a GPU, in one command: a gate of tests, what the project set out to reach, then the rest.
+    """Everything that needs a GPU, in one command and a given time: a gate of tests, the step, its proof, the rest.
 
-    The rest are the kernels' tests and benchmarks, memory checkers, training and the other benchmarks, for as long as
-    there is time. It ends with tables of all records, of the targets and of how each part ended.
+    The rest are decoding, training with kill and resume, loader and step together, kernels, memory checkers. It ends
+    with tables of all records, of the targets and of how each part ended, and packs everything into one archive.
     """
 
-    quick: bool = False
-    """Two minutes instead of nine: a few of the gate's tests, three steps in five rounds, a short proof."""
+    minutes: float = 9.0
+    """Time for all of it: the parts are chosen, in order, so that their limits fit."""
+    parts: str = ""
+    """Run only these parts, by their names, separated by commas; --dry-run shows the names."""
+    skip: str = ""
+    """Leave these parts out."""
+    dry_run: bool = False
+    """Print which parts would be run, in which order and for how long, and run nothing."""
+    rehearse: bool = False
+    """Run every part at a toy size on a CPU: to see that its command works; what it measures counts for nothing."""
     records: Path = Path("bench/records")
-    """Folder for the records, DATE-GPU-SUBJECT.json, and the picture of a step."""
+    """Folder for the records, DATE-GPU-PART.json, and the picture of a step."""
+    archive: Path | None = None
+    """Archive of all results; left out, DATE-GPU.tar.gz among the records."""
+
+    def __post_init__(self) -> None:
+        _require(self.minutes > 0, "minutes", self.minutes, "use more than 0")
+        fits = self.archive is None or self.archive.name.endswith(".tar.gz")
+        _require(fits, "archive", str(self.archive), "end it in .tar.gz")
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""The check for a GPU: what it runs, in which order and time, what it leaves behind, and what it says of each part."""
+"""The check for a GPU, run: how parts are carried out, what they leave behind, and what is said of each."""
 
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 from fastmoco.bench import gpu_check, record_files
-from fastmoco.bench.gpu_check import SECONDS, TO_REPORT, Outcome, Part, done, parts, summary
+from fastmoco.bench.gpu_check import NO_GATE, NOT_INSTALLED, TO_REPORT, Outcome, carried_out, done, summary
+from fastmoco.bench.gpu_plan import GATE, Form, Part, Planned
 from fastmoco.bench.record_files import Row
-from fastmoco.options import Bench, BenchGpuCheck
+from fastmoco.options import BenchGpuCheck, UsageError
 
 H100 = "NVIDIA H100 80GB HBM3"
 # Starts a process of its own, says which, and outlives every limit.
@@ -28,77 +30,48 @@ def soon(seconds: float = 600) -> float:
     return time.perf_counter() + seconds
 
 
-def python(code: str, *words: str, limit: int = 60, **more: object) -> Part:
-    return Part("x", (sys.executable, "-c", code, *words), limit, **more)
+def python(code: str, *words: str, limit: int = 60, name: str = "x", **more: object) -> Planned:
+    form = Form(limit, limit, (sys.executable, "-c", code, *words))
+    return Planned(Part(name, (form,), **more), form)
 
 
-def full(tmp_path: Path) -> list[Part]:
-    return parts(BenchGpuCheck(records=tmp_path), H100, tmp_path)
-
-
-def test_a_gate_comes_first_then_the_targets_then_the_rest(tmp_path):
-    names = [part.name for part in full(tmp_path)]
-    worth = ["gate: graph and step tests", "bench step", "bench step-32", "bench proof", "step picture"]
-    assert names[:5] == worth and names[5:7] == ["kernel tests", "bench kernels"]
-    rest = {"bench memory", "memcheck", "racecheck", "training", "bench loader", "bench train", "bench step-more"}
-    assert rest | {"data, training and profile tests", "bench step-compiled"} == set(names[7:])
-
-
-def test_what_the_targets_need_fits_the_time_whatever_happens(tmp_path):
-    worst = sum(part.limit for part in full(tmp_path)[:5])
-    assert worst <= SECONDS[False] - TO_REPORT - 60
-    quick = parts(BenchGpuCheck(quick=True, records=tmp_path), H100, tmp_path)
-    assert sum(part.limit for part in quick[:2]) <= SECONDS[True] - TO_REPORT - 20
-    assert [part.name for part in quick] == ["gate: graph and step tests", "bench step", "bench proof"]
-
-
-def test_each_part_has_a_record_of_its_own_and_a_quick_one_replaces_no_full_one(tmp_path):
-    quick = parts(BenchGpuCheck(quick=True, records=tmp_path), H100, tmp_path)
-    records = [part.record for part in [*full(tmp_path), *quick] if part.record]
-    assert len(set(records)) == len(records) == 11
-    assert all(path.parent == tmp_path and "-nvidia-h100-80gb-hbm3-" in path.name for path in records)
-    (picture,) = [part.picture[1] for part in full(tmp_path) if part.picture]
-    assert picture.parent == tmp_path and picture.name.endswith("-step.svg")
-
-
-def test_a_command_that_is_recorded_names_no_path_of_this_machine():
-    records = gpu_check.ROOT / "bench/records"
-    inside = [part for part in parts(BenchGpuCheck(records=records), H100, Path("/scratch")) if part.record]
-    assert not any(Path(word).is_absolute() for part in inside for word in part.command[1:])
-    assert all(part.record.parent == records for part in inside)
-
-
-def test_its_commands_name_files_flags_and_kernels_that_exist(tmp_path):
-    from fastmoco.cli import parse
-
-    quick = parts(BenchGpuCheck(quick=True, records=tmp_path), H100, tmp_path)
-    for part in [*full(tmp_path), *quick]:
-        for word in part.command:
-            assert not word.startswith("tests/") or (gpu_check.ROOT / word).exists()
-        if part.command[1:3] == ("-m", "fastmoco"):
-            _, options = parse(part.command[3:])
-            assert not isinstance(options, Bench) or options.json == part.record
-    (memcheck,) = [part for part in full(tmp_path) if part.name == "memcheck"]
-    kernels = {word.removeprefix("kne=") for word in memcheck.command if word.startswith("kne=")}
-    assert {"_sweep_kernel", "_update_kernel", "apply", "convolve", "_color_kernel", "_enqueue_kernel"} <= kernels
-
-
-def test_tests_are_spread_over_processes_where_xdist_is_there(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: object())
-    assert ("-n", "8") == gpu_check._tests("x", 1, 8, "tests").command[4:6]
-    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
-    assert "-n" not in gpu_check._tests("x", 1, 8, "tests").command
-
-
-def test_a_part_that_fails_dawdles_or_is_missing_is_said():
-    assert done(python("pass"), soon()).verdict == "passed"
-    assert done(python("raise SystemExit(3)"), soon()).verdict == "exit code 3"
-    assert done(python("import time; time.sleep(30)", limit=1), soon()).verdict == "more than 1 s"
-    assert done(Part("x", ("no-such-tool-anywhere",), 1), soon()).verdict == "not installed"
-    assert done(python("pass"), soon(-1)).verdict == "no time left"
+def test_a_part_that_fails_or_dawdles_is_said(tmp_path):
+    assert done(python("pass"), soon(), tmp_path).verdict == "passed"
+    assert done(python("raise SystemExit(3)"), soon(), tmp_path).verdict == "exit code 3"
+    assert done(python("import time; time.sleep(30)", limit=1), soon(), tmp_path).verdict == "more than 1 s"
+    assert done(python("pass"), soon(-1), tmp_path).verdict == "no time left"
     started = time.perf_counter()
-    assert done(python("import time; time.sleep(30)"), soon(1)).verdict == "no time left after 1 s"
+    assert done(python("import time; time.sleep(30)"), soon(1), tmp_path).verdict == "no time left after 1 s"
     assert time.perf_counter() - started < 10
+
+
+def test_a_part_that_overruns_costs_only_itself(tmp_path):
+    """The control is the limit: without it the parts behind would have no time left."""
+    slow, quick = (python(f"import time; time.sleep({seconds})", limit=3) for seconds in (60, 0))
+    verdicts = [item.verdict for item in carried_out([quick, slow, quick], [], soon(600), tmp_path)]
+    assert verdicts == ["passed", "more than 3 s", "passed"]
+    unlimited = slow._replace(form=slow.form._replace(limit=600))
+    verdicts = [item.verdict for item in carried_out([unlimited, quick], [], soon(3), tmp_path)]
+    assert verdicts == ["no time left after 3 s", "no time left"]
+
+
+def test_what_was_not_planned_is_run_while_time_is_left(tmp_path):
+    extra = python("pass", name="extra").part
+    assert [item.verdict for item in carried_out([python("pass")], [extra], soon(600), tmp_path)] == ["passed"] * 2
+    late = carried_out([python("pass")], [extra], soon(gpu_check.WORTH_STARTING - 1), tmp_path)
+    assert [item.verdict for item in late] == ["passed", "no time left"]
+
+
+@pytest.mark.parametrize(("code", "then"), [("pass", "passed"), ("raise SystemExit(1)", NO_GATE)])
+def test_behind_a_gate_that_does_not_pass_nothing_is_run(tmp_path, code, then):
+    found = carried_out([python(code, name=GATE), python("pass")], [python("pass").part], soon(600), tmp_path)
+    assert [item.verdict for item in found[1:]] == [then] * 2
+
+
+def test_what_a_part_says_is_shown_and_kept(tmp_path, capsys):
+    done(python("print('one'); import sys; print('two', file=sys.stderr)"), soon(), tmp_path)
+    assert sorted((tmp_path / "x.log").read_text().split()) == ["one", "two"]
+    assert {"one", "two"} <= set(capsys.readouterr().out.split())
 
 
 def alive(pid: int) -> bool:
@@ -120,7 +93,7 @@ def child(path: Path) -> int:
 
 
 def test_nothing_of_a_part_outlives_it(tmp_path):
-    assert done(python(PARENT, str(tmp_path / "a"), limit=3), soon()).verdict == "more than 3 s"
+    assert done(python(PARENT, str(tmp_path / "a"), limit=3), soon(), tmp_path).verdict == "more than 3 s"
     assert within(5, lambda: not alive(child(tmp_path / "a")))
     # The control: ending the process alone leaves its child behind.
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path / "b")])
@@ -144,7 +117,7 @@ def test_a_part_that_is_stopped_keeps_the_rows_it_had(tmp_path):
     saved(tmp_path / "a.json", 3000.0)  # of an earlier run
     saved(source, 4000.0)
     write = "import shutil, sys, time; shutil.copy(*sys.argv[1:]); time.sleep(100)"
-    stopped = done(python(write, str(source), str(record), limit=3, record=tmp_path / "a.json"), soon())
+    stopped = done(python(write, str(source), str(record), limit=3, record=tmp_path / "a.json"), soon(), tmp_path)
     assert stopped.verdict == "more than 3 s"
     assert [row.median for item in stopped.records for row in item.rows] == [4000.0]
     text = summary([stopped])
@@ -156,28 +129,28 @@ def test_a_record_of_an_earlier_run_is_not_taken_for_this_ones(tmp_path):
     record = tmp_path / "a.json"
     for path in (record, record_files.partial(record)):
         saved(path, 4000.0)
-        assert done(python("pass", record=record), soon()).records == [] and path.exists()
+        assert done(python("pass", record=record), soon(), tmp_path).records == [] and path.exists()
 
 
 def test_the_picture_is_put_beside_the_records_once_it_is_there(tmp_path):
     drawn, place = tmp_path / "step.svg", tmp_path / "records" / "a-step.svg"
     draw = "import sys; open(sys.argv[1], 'w').write('<svg/>'); sys.exit(int(sys.argv[2]))"
     for code, there in (("1", False), ("0", True)):
-        done(python(draw, str(drawn), code, picture=(drawn, place)), soon())
+        done(python(draw, str(drawn), code, picture=(drawn, place)), soon(), tmp_path)
         assert place.exists() is there
 
 
 def test_the_end_is_every_target_and_every_part():
-    step, gate = Part("bench step", (), 1), Part("gate", (), 1)
+    step, gate = (Part(name, ()) for name in ("step", GATE))
     text = summary([Outcome(step, "exit code 1", 61.0, []), Outcome(gate, "passed", 9, [])])
-    assert text.endswith("| bench step | exit code 1 | 61 |\n| gate | passed | 9 |")
+    assert text.endswith("| step | exit code 1 | 61 |\n| gate | passed | 9 |")
     assert text.count("not measured") > 8 and "| met |" not in text and "| missed |" not in text
 
 
 def test_where_the_gate_fails_or_was_not_run_no_target_is_met(tmp_path):
     saved(tmp_path / "a.json", 4000.0)
-    step = Outcome(Part("bench step", (), 1), "passed", 61.0, record_files.load(tmp_path / "a.json"))
-    gate = Part(full(tmp_path)[0].name, (), 1)
+    step = Outcome(Part("step", ()), "passed", 61.0, record_files.load(tmp_path / "a.json"))
+    gate = Part(GATE, ())
     assert "| met |" in summary([Outcome(gate, "passed", 9.0, []), step])
     failed = summary([Outcome(gate, "exit code 1", 9.0, []), step])
     for text, why in ((failed, "exit code 1"), (summary([step]), "not run")):
@@ -185,28 +158,74 @@ def test_where_the_gate_fails_or_was_not_run_no_target_is_met(tmp_path):
         assert f"The gate's tests did not pass ({why}): nothing below is proven" in text
 
 
-def test_the_exit_code_says_whether_all_passed(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: H100)
+
+
+def given(monkeypatch: pytest.MonkeyPatch, *planned: Planned) -> None:
+    monkeypatch.setattr(gpu_check.gpu_plan, "parts", lambda *_: [one.part for one in planned])
+
+
+def test_the_exit_code_says_whether_all_passed(monkeypatch, tmp_path, capsys, with_a_gpu):
     monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
-    for code, expected in (("raise SystemExit(2)", 1), ("pass", 0)):
-        monkeypatch.setattr(gpu_check, "parts", lambda *_, code=code: [python(code)])
+    slow = python("import time; time.sleep(30)", limit=1, name="slow")
+    missing = python("pass", name="missing", needs="no.such.module")
+    # What is not installed, or what there was no time for, is no failure; what took longer than it may is one.
+    for planned, expected in (([python("pass")], 0), ([python("raise SystemExit(2)")], 1), ([missing], 0), ([slow], 1)):
+        given(monkeypatch, *planned)
         assert gpu_check.run(BenchGpuCheck(records=tmp_path)) == expected
-    assert "| x | passed |" in capsys.readouterr().out
-    # What there was no time for is no failure, whether it had begun or not; what took longer than it may is one.
-    monkeypatch.setattr(gpu_check, "SECONDS", {False: TO_REPORT + 2})
-    slow = python("import time; time.sleep(30)")
-    for found, expected in (([python("pass"), slow, slow], 0), ([slow._replace(limit=1)], 1)):
-        monkeypatch.setattr(gpu_check, "parts", lambda *_, found=found: found)
-        assert gpu_check.run(BenchGpuCheck(records=tmp_path)) == expected
-        assert ("No time was left for: x, x." in capsys.readouterr().out) is not expected
+    assert f"| missing | {NOT_INSTALLED} | 0 |" in capsys.readouterr().out
+    given(monkeypatch, python("pass", limit=1), python("pass", name="y", limit=1000))
+    assert gpu_check.run(BenchGpuCheck(records=tmp_path, minutes=(TO_REPORT + 5) / 60)) == 0
+    assert "No time was left for: y." in capsys.readouterr().out
 
 
-def test_asked_to_stop_it_ends_what_runs(monkeypatch, tmp_path):
+def test_everything_is_packed_into_one_archive(monkeypatch, tmp_path, capsys, with_a_gpu):
+    """Records, also of what was stopped, the picture, what each part said, the tables; nothing of an earlier run."""
+    monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
+    saved(tmp_path / "source.json", 4000.0)
+    copy = "import shutil, sys, time; shutil.copy(*sys.argv[1:3]); print('copied'); time.sleep(float(sys.argv[3]))"
+    whole, cut, old = (tmp_path / f"2026-01-01-h100-{name}.json" for name in ("a", "b", "c"))
+    half = str(record_files.partial(cut))
+    saved(old, 1.0)
+    drawn, place = tmp_path / "step.svg", tmp_path / "h100-step.svg"
+    draw = "import sys; open(sys.argv[1], 'w').write('<svg/>')"
+    given(
+        monkeypatch,
+        python(copy, str(tmp_path / "source.json"), str(whole), "0", name="a", record=whole),
+        python(copy, str(tmp_path / "source.json"), half, "60", name="b", limit=4, record=cut),
+        python("pass", name="c", record=old, needs="no.such.module"),
+        python(draw, str(drawn), name="d", picture=(drawn, place)),
+    )
+    archive = tmp_path / "out" / "all.tar.gz"
+    assert gpu_check.run(BenchGpuCheck(records=tmp_path, archive=archive)) == 1
+    with tarfile.open(archive) as packed:
+        names = set(packed.getnames())
+        said = packed.extractfile("summary.md").read().decode()
+    logs = {f"{name}.log" for name in "abd"}
+    assert names == {"summary.md", whole.name, record_files.partial(cut).name, place.name} | logs
+    assert "| b | more than 4 s |" in said and said.strip() in capsys.readouterr().out
+
+
+def test_a_dry_run_prints_the_plan_and_runs_nothing(monkeypatch, tmp_path, capsys):
+    given(monkeypatch, python("open('ran', 'w')", limit=30), python("pass", name="y", limit=1000))
+    assert gpu_check.run(BenchGpuCheck(records=tmp_path / "none", minutes=2, dry_run=True)) == 0
+    said = capsys.readouterr().out
+    assert "The limits add up to 30 of 115 s" in said and "Only if time is left: y." in said
+    assert "== x" not in said and not (tmp_path / "none").exists()
+
+
+def test_without_a_gpu_it_says_what_can_be_done_here(tmp_path):
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="needs an NVIDIA GPU.*--dry-run.*--rehearse"):
+            gpu_check.run(BenchGpuCheck(records=tmp_path))
+
+
+def test_asked_to_stop_it_ends_what_runs(monkeypatch, tmp_path, with_a_gpu):
     ask = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(100)"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: H100)
-    monkeypatch.setattr(gpu_check, "parts", lambda *_: [python(ask)])
+    given(monkeypatch, python(ask))
     before, started = signal.getsignal(signal.SIGTERM), time.perf_counter()
     try:
         with pytest.raises(SystemExit) as stopped:
@@ -214,3 +233,30 @@ def test_asked_to_stop_it_ends_what_runs(monkeypatch, tmp_path):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert stopped.value.code == 143 and time.perf_counter() - started < 30
+
+
+SCRIPT = gpu_check.ROOT / "bench/gpu15.sh"
+
+
+def test_the_three_calls_name_parts_that_exist_and_each_fits_its_minutes(tmp_path):
+    from fastmoco.bench import gpu_plan
+
+    found = {one.name: one for one in gpu_plan.parts(tmp_path, "h100", tmp_path)}
+    calls = [line.split("check ")[1].split()[:3] for line in SCRIPT.read_text().splitlines() if "; check " in line]
+    assert [call[0] for call in calls] == ["1", "2", "3"]
+    for _, minutes, names in calls:
+        planned, left = gpu_plan.fit([found[name] for name in names.split(",")], 60 * float(minutes) - TO_REPORT)
+        assert {one.name for one in left} <= {"kernel-tests"}  # which gets what the others leave
+    assert [call[2].split(",")[0] for call in calls] == [GATE, "step-32", "decode"]
+    assert sum(float(call[1]) for call in calls) <= 12.5
+
+
+@pytest.mark.slow
+def test_a_call_of_the_script_is_rehearsed(tmp_path):
+    """The second call, at a toy size, into a folder of results: one archive, and exit code 0."""
+    environment = {**os.environ, "REHEARSE": "1", "OUT": str(tmp_path), "PYTHON": sys.executable}
+    done = subprocess.run([SCRIPT, "2"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    with tarfile.open(tmp_path / "gpu15-2.tar.gz") as packed:
+        assert {"summary.md", "step-32.log", "picture.log"} <= set(packed.getnames())
+    assert subprocess.run([SCRIPT], capture_output=True).returncode == 2

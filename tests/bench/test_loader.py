@@ -1,6 +1,7 @@
 """The loaders that are compared do the same work; and all of them, timed by pytest-benchmark (--benchmark-enable)."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from fastmoco.bench import loader
+from fastmoco.bench.journal import Journal
 from fastmoco.data.manifest import Manifest, scan
 from fastmoco.data.pipeline import Decoding, cut
 from fastmoco.recipe import PRESETS
@@ -71,10 +73,41 @@ def test_a_gpu_is_warm_and_timed_for_long(monkeypatch: pytest.MonkeyPatch, devic
     def source() -> Iterator[Callable[[], None]]:
         yield lambda: drawn.append(time.sleep(0.005) or time.perf_counter())
 
-    sample = loader._sample(source, 32, torch.device(device))
+    (sample,) = loader._samples(source, 32, torch.device(device), 1)
     warm, timed = drawn.index(0.0), drawn[drawn.index(0.0) + 1 : -1]
     assert (warm, len(timed)) == (3, 8) if device == "cpu" else warm == 10 and timed[-1] - timed[0] > 0.25
     assert 0 < sample.pairs_per_second < 32 / 0.005
+
+
+@pytest.mark.parametrize(("device", "starts"), [("cpu", 3), ("cuda", 1)])
+def test_a_provider_is_started_once_on_a_gpu_and_rows_are_kept_as_they_come(
+    monkeypatch: pytest.MonkeyPatch, device: str, starts: int
+) -> None:
+    """A start takes seconds there, and the check for a GPU may end at any moment."""
+    opened, kept = [], []
+
+    @contextmanager
+    def source(name: str) -> Iterator[Callable[[], None]]:
+        opened.append(name)
+        if name == loader.PILLOW:
+            raise OSError("no such library")
+        yield lambda: time.sleep(1e-4)
+
+    names = (loader.OURS, loader.PILLOW, loader.DECODE)
+    monkeypatch.setattr(loader, "sources", lambda *_: {name: functools.partial(source, name) for name in names})
+    monkeypatch.setattr(loader, "_wait", lambda _: None)
+    monkeypatch.setitem(loader.SECONDS, "cuda", 0.0)
+    journal = Journal(lambda so_far: kept.append({row.provider: len(row.samples) for row in so_far.rows}))
+    loader.run(RECIPE, torch.device(device), rounds=3, journal=journal)
+    assert opened.count(loader.OURS) == opened.count(loader.DECODE) == starts
+    assert kept[0] == {loader.DECODE: 3 // starts} and kept[-1] == {loader.OURS: 3, loader.DECODE: 3}
+    assert list(journal.failures) == [loader.PILLOW] and "no such library" in journal.failures[loader.PILLOW]
+
+
+def test_many_photographs_are_all_different(tmp_path: Path) -> None:
+    made = [np.asarray(image) for image in loader.pictures(2 * loader.FIELDS + 3)]
+    means = np.array([[np.abs(a[::16, ::16].astype(int) - b[::16, ::16]).mean() for b in made] for a in made])
+    assert (means[~np.eye(len(made), dtype=bool)] > 10).all() and (np.diag(means) == 0).all()
 
 
 def test_words_choose_and_leave_out_and_nothing_left_is_refused() -> None:

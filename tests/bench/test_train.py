@@ -6,16 +6,19 @@ import types
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from fastmoco.bench import scaling, train
+from fastmoco.bench.journal import Journal
 from fastmoco.bench.timing import Machine
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SMALL = dataclasses.replace(PRESETS["v2"][1], arch="resnet18", width=0.125, batch_size=32, crop_size=16, queue_size=96)
+IMAGES = types.SimpleNamespace(sizes=np.full((64, 2), 40, np.int32))
 
 
 @pytest.fixture
@@ -39,6 +42,7 @@ def asked(monkeypatch) -> list[str]:
 def test_a_step_that_must_be_captured_is_never_timed_eagerly(device, mode, asked, monkeypatch):
     monkeypatch.setattr(train, "machine_at", lambda *_: Machine("toy", 1e9, 1e9))
     monkeypatch.setattr(train, "_with_loader", lambda *_: ([1.0], 0.0))
+    monkeypatch.setattr(train, "_images", lambda *_: contextlib.nullcontext())
     train.run(SMALL, device, rounds=1, precision="fp32")
     started = lambda _: contextlib.nullcontext(types.SimpleNamespace(device=device, barrier=lambda: None))  # noqa: E731
     monkeypatch.setattr(scaling, "Parallel", types.SimpleNamespace(start=started))
@@ -73,7 +77,74 @@ def test_the_host_keeps_pace_with_the_device_after_every_step(monkeypatch):
     monkeypatch.setattr("fastmoco.data.loader.Loader", Loader)
     monkeypatch.setattr(train, "Pace", Pace)
     advance = partial(lambda batch, lr: done.append(f"train {batch}"), lr=1e-3)
-    rates, wait = train._with_loader(SMALL, Parallel(), None, advance, 2)
+    rates, wait = train._with_loader(SMALL, Parallel(), IMAGES, advance, 2)
     assert len(rates) == 2 and wait == 0.0
-    count = len(done) // 3
-    assert done == ["next", "train batch", "pace"] * count and count > 2 * train.STEPS
+    assert done == ["next", "train batch", "pace"] * 3 + ["next"] * 5 + ["next", "train batch", "pace"] * 9
+
+
+class Clock:
+    """Time of a loader that takes `batch` seconds for a batch and has up to five ready, and of steps of one second."""
+
+    AHEAD = 5
+
+    def __init__(self, batch: float) -> None:
+        self.now, self.batch, self.made = 100.0, batch, 100.0 - self.AHEAD * batch
+        self.wait_seconds = 0.0
+
+    def __enter__(self) -> "Clock":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def __next__(self) -> str:
+        self.made = max(self.made, self.now - self.AHEAD * self.batch) + self.batch
+        self.now = max(self.now, self.made)
+        return "batch"
+
+    def step(self, _: object = None) -> None:
+        self.now += 1.0
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+@pytest.mark.parametrize("batch", [0.2, 0.9, 1.2])
+def test_what_was_ready_ahead_does_not_count(monkeypatch, device, batch):
+    """A loader that is a fifth too slow shows as one. The control, as many steps from the start, does not show it."""
+    clock = Clock(batch)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(train, "Pace", lambda _: types.SimpleNamespace(step=lambda: None))
+    monkeypatch.setattr("fastmoco.data.loader.Loader", lambda *_: clock)
+    rates, _ = train._with_loader(SMALL, Parallel(device=device), IMAGES, clock.step, 5)
+    exact = SMALL.batch_size / max(1.0, batch)
+    assert sum(rates) / len(rates) == pytest.approx(exact, rel=0.01)
+    fresh = Clock(1.2)
+    for _ in range(15):
+        next(fresh)
+        fresh.step()
+    assert 15 / (fresh.now - 100) > 1.1 / 1.2
+
+
+def test_a_gpu_tries_other_shares_of_its_engine(asked, monkeypatch):
+    monkeypatch.setattr(train, "machine_at", lambda *_: Machine("toy", 1e9, 1e9))
+    monkeypatch.setattr(train, "_images", lambda *_: contextlib.nullcontext())
+    tried, kept = [], []
+
+    def with_loader(*given: object) -> tuple[list[float], float]:
+        tried.append(given[-1])
+        if given[-1] == 0.9:
+            raise RuntimeError("no engine")
+        return [1.0], 0.0
+
+    monkeypatch.setattr(train, "_with_loader", with_loader)
+    journal = Journal(lambda so_far: kept.append(len(so_far.rows)))
+    rows = train.run(SMALL, GPU, rounds=1, precision="fp32", journal=journal)
+    assert tried == [None, 0.65, 0.9, 1.0] and kept == [1, 2, 3, 4] and len(journal.failures) == 1
+    assert [row.provider for row in rows] == [
+        train.LOADED,
+        f"{train.LOADED}, engine's share 0.65",
+        f"{train.LOADED}, engine's share 1",
+        train.ALONE,
+    ]
+    tried.clear()
+    train.run(SMALL, CPU, rounds=1, precision="fp32")
+    assert tried == [None]

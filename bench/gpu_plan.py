@@ -1,0 +1,239 @@
+"""What `bench gpu-check` runs, and which of it fits a given time.
+
+The parts stand in the order of what is worth most and least known. Each has a limit, which is what it may take on a
+machine whose caches are cold, and says what an H100 is expected to need. Some have longer forms. `fit` first gives
+every part its shortest form, in order, as long as there is room, and then longer forms, in order: so the limits of
+what is planned never add up to more than the time given, and a part that overruns costs nothing but itself.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from fastmoco.bench import targets
+from fastmoco.bench.profiler import PICTURE
+from fastmoco.kernels.compile_gate import kernel_modules
+from fastmoco.options import UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+OURSELVES = (sys.executable, "-m", "fastmoco")
+GATE = "gate"
+# One replay against one step in the arithmetic that everything is timed in, and a hundred steps that wait for nothing.
+GATE_TESTS = "bf16-plain-sgd or hundred_steps or (waits_for_nothing and bf16-sgd)"
+MORE_TESTS = ("tests/data", "tests/train")
+DALI = "nvidia.dali"
+# What a rehearsal on a CPU asks of every benchmark: toy sizes and a single round.
+SMALL = ("--device", "cpu", "--arch", "resnet18", "--batch-size", "32", "--crop-size", "32", "--queue-size", "256")
+TOY = (*SMALL, "--rounds", "1")
+
+
+class Form(NamedTuple):
+    """One form of a part: seconds that it may take, seconds that an H100 should need, its command."""
+
+    limit: int
+    expected: int
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process of the check: its name, its forms, the shortest first, and what it leaves behind.
+
+    `record` is the file that it writes itself; `picture` is copied to a place of its own once it has passed. `needs`
+    names a module or a program without which it is not run, and that is no failure.
+    """
+
+    name: str
+    forms: tuple[Form, ...]
+    record: Path | None = None
+    picture: tuple[Path, Path] | None = None
+    needs: str = ""
+
+    @property
+    def there(self) -> bool:
+        """Whether what it needs is installed."""
+        return not self.needs or shutil.which(self.needs) is not None or _importable(self.needs)
+
+
+class Planned(NamedTuple):
+    """A part and the form of it that is to be run."""
+
+    part: Part
+    form: Form
+
+
+def fit(parts: Sequence[Part], seconds: float) -> tuple[list[Planned], list[Part]]:
+    """What is run within `seconds`, in order, and the parts for which there is no room."""
+    chosen: dict[str, int] = {}
+    for part in parts:
+        if part.forms[0].limit <= seconds:
+            chosen[part.name] = 0
+            seconds -= part.forms[0].limit
+    for part in parts:
+        for number in range(1, len(part.forms) if part.name in chosen else 0):
+            more = part.forms[number].limit - part.forms[chosen[part.name]].limit
+            if more <= seconds:
+                chosen[part.name] = number
+                seconds -= more
+    planned = [Planned(part, part.forms[chosen[part.name]]) for part in parts if part.name in chosen]
+    return planned, [part for part in parts if part.name not in chosen]
+
+
+def table(planned: Sequence[Planned], left: Sequence[Part], missing: Sequence[Part], seconds: float) -> str:
+    """The plan as a Markdown table, with what there is no room for and what is not installed."""
+    lines = ["| part | limit s | an H100 should need s | ends by s | command |", "|---|---:|---:|---:|---|"]
+    end = 0
+    for part, form in planned:
+        end += form.limit
+        words = " ".join("python" if word == sys.executable else word for word in form.command)
+        shown = words if len(words) <= 160 else words[:157] + "..."
+        lines.append(f"| {part.name} | {form.limit} | {form.expected} | {end} | `{shown}` |")
+    expected = sum(form.expected for _, form in planned)
+    lines += ["", f"The limits add up to {end} of {seconds:.0f} s, what an H100 should need to {expected} s."]
+    if left:
+        lines.append(f"Only if time is left: {', '.join(part.name for part in left)}.")
+    if missing:
+        lines.append(f"Not installed: {', '.join(f'{part.name} (needs {part.needs})' for part in missing)}.")
+    return "\n".join(lines)
+
+
+def select(parts: Sequence[Part], only: str, skip: str) -> list[Part]:
+    """The parts that `only` names, separated by commas (all where it is empty), without those that `skip` names.
+
+    UsageError, with the names that there are, where a word names none or nothing is left.
+    """
+    names = {part.name for part in parts}
+    wanted, unwanted = (tuple(word.strip() for word in words.split(",") if word.strip()) for words in (only, skip))
+    strange = [word for word in (*wanted, *unwanted) if word not in names]
+    found = [part for part in parts if (not wanted or part.name in wanted) and part.name not in unwanted]
+    if strange or not found:
+        what = f"there is no part {strange[0]}" if strange else "no part is left"
+        raise UsageError(f"{what}: the parts are {', '.join(part.name for part in parts)}")
+    return found
+
+
+def parts(records: Path, stem: str, scratch: Path, rehearse: bool = False) -> list[Part]:
+    """All parts, in order. Records are `records`/`stem`-NAME.json; `rehearse` gives each its toy size on a CPU."""
+
+    def form(name: str, limit: int, expected: int, *words: str, toy: Sequence[str] = ()) -> Form:
+        path = _record(records, stem, name)
+        # The record names its command, and is committed: no path of this machine, where it can be helped.
+        shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+        size = (*words[:1], *toy, *TOY) if rehearse else (*words, "--device", "cuda")
+        return Form(limit, expected, (*OURSELVES, "bench", *size, "--json", str(shown)))
+
+    def bench(name: str, *forms: Form, needs: str = "") -> Part:
+        return Part(name, forms, _record(records, stem, name), needs=needs)
+
+    core = ("step", "--providers", "core")
+    profile = scratch / "profile"
+    drawing = ("profile", "v2", "--out", str(profile), *((*SMALL, "--steps", "1") if rehearse else ()))
+    words = ("-k", "enqueue") if rehearse else ("-m", "not slow")
+    return [
+        Part(GATE, (_tests(50, 35, 5, "-m", "gpu", "tests/contrast", "-k", GATE_TESTS),)),
+        bench(
+            "step",
+            form(
+                "step",
+                60,
+                45,
+                *core,
+                "--only",
+                "fp16 autocast, fastmoco bf16",
+                "--skip",
+                "graph, deterministic",
+                "--rounds",
+                "5",
+            ),
+            form("step", 100, 75, *core, "--rounds", "10"),
+            form("step", 165, 130, *core),
+        ),  # fmt: skip
+        bench("proof", form("proof", 75, 60, "proof", "--rounds", "20")),
+        bench("decode", form("decode", 40, 20, "decode"), needs=DALI),
+        Part("data", (_tests(50, 40, 3, "-m", "gpu", *MORE_TESTS),), needs=DALI),
+        bench("resume", form("resume", 60, 45, "resume"), needs=DALI),
+        bench("train", form("train", 75, 55, "train"), form("train", 110, 80, "train", "--rounds", "10"), needs=DALI),
+        bench(
+            "loader",
+            form("loader", 60, 40, "loader", "--only", "fastmoco, decoding", "--skip", "photometric"),
+            form("loader", 110, 80, "loader"),
+            needs=DALI,
+        ),
+        bench(
+            "step-32",
+            form(
+                "step-32",
+                55,
+                45,
+                *core,
+                "--batch-size",
+                str(targets.SMALL),
+                "--only",
+                "published fp16, fastmoco bf16",
+                "--skip",
+                "graph, deterministic",
+                "--rounds",
+                "10",
+            ),
+            form("step-32", 80, 60, *core, "--batch-size", str(targets.SMALL)),
+        ),  # fmt: skip
+        Part(
+            "picture",
+            (Form(45, 35, (*OURSELVES, *drawing)),),
+            picture=(profile / PICTURE, records / f"{stem}-step.svg"),
+        ),
+        Part("kernel-tests", (_tests(120, 100, 8, "tests/kernels", *words),)),
+        bench(
+            "kernels",
+            form(
+                "kernels",
+                60,
+                40,
+                "kernels",
+                "--only",
+                "info_nce, sgd_ema, batch_norm",
+                "--rounds",
+                "10",
+                toy=("--only", "enqueue"),
+            ),
+            form("kernels", 90, 75, "kernels", toy=("--only", "enqueue")),
+        ),  # fmt: skip
+        Part("more-tests", (_tests(90, 60, 8, "-m", "gpu", "tests/contrast", "tests/bench"),)),
+        bench("memory", form("memory", 60, 50, "memory")),
+        _sanitizer("memcheck", 60),
+        _sanitizer("racecheck", 60),
+        bench("step-more", form("step-more", 100, 80, "step", "--providers", "more")),
+        bench("step-compiled", form("step-compiled", 300, 200, "step", "--providers", "compiled")),
+    ]
+
+
+def _record(records: Path, stem: str, name: str) -> Path:
+    return records / f"{stem}-{name}.json"
+
+
+def _tests(limit: int, expected: int, workers: int, *words: str) -> Form:
+    # Most of the time goes into compiling kernels, one after the other in each process, each for one precision.
+    spread = ("-n", str(workers), "--dist", "loadgroup") if importlib.util.find_spec("xdist") else ()
+    return Form(limit, expected, (sys.executable, "-m", "pytest", "-q", *spread, *words))
+
+
+def _sanitizer(tool: str, limit: int) -> Part:
+    # Other people's kernels are left alone: they take most of the time, and what they do is theirs.
+    names = sorted({variant.fn.__name__ for module in kernel_modules() for variant in module.variants(90)})
+    ours = [word for name in names for word in ("--kernel-name", f"kne={name}")]
+    flags = ("--tool", tool, "--error-exitcode", "1", "--report-api-errors", "no", *ours)
+    command = ("compute-sanitizer", *flags, sys.executable, "-m", "fastmoco.bench.gpu_check")
+    return Part(tool, (Form(limit, limit, command),), needs="compute-sanitizer")
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
