@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ class Case:
 
     name: str
     config: dict
-    providers: dict[str, Callable[[], object]]
+    providers: Mapping[str, Callable[[], object]]
     baseline: str
     nbytes: float
     flops: float = 0.0
@@ -102,7 +102,8 @@ def rows(
 
     Without a journal a provider that fails ends it all.
     """
-    calls, how = case.providers, {}
+    calls: Mapping[str, Callable[[], object]] = case.providers
+    how: dict[str, str] = {}
     if case.launches and device.type == "cuda":
         calls, how = _replayed(case.providers)
     failed = None if journal is None else lambda name, error: journal.fail(f"{case.name}, {name}", error)
@@ -133,7 +134,7 @@ def replayed(call: Callable[[], object], stream: torch.cuda.Stream, pool: tuple[
     return captured(call, stream, pool).replay
 
 
-def _replayed(providers: dict[str, Callable]) -> tuple[dict[str, Callable], dict[str, str]]:
+def _replayed(providers: Mapping[str, Callable]) -> tuple[dict[str, Callable], dict[str, str]]:
     calls, how = {}, {}
     stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     for name, call in providers.items():
@@ -147,7 +148,7 @@ def _replayed(providers: dict[str, Callable]) -> tuple[dict[str, Callable], dict
 
 def info_nce_cases(size: Size, device: torch.device) -> list[Case]:
     """Loss, rank and gradient over the whole queue."""
-    n, k, d, t = size.batch, size.recipe.queue_size, size.recipe.dim, size.recipe.temperature
+    n, k, d, t = size.batch, size.recipe.check_queue(), size.recipe.dim, size.recipe.temperature
     z = torch.randn(n, d, device=device, dtype=size.dtype).requires_grad_()
     keys = F.normalize(torch.randn(n, d, device=device), dim=1).to(size.dtype)
     queue = F.normalize(torch.randn(k, d, device=device), dim=1).to(size.dtype)
@@ -168,7 +169,7 @@ def info_nce_cases(size: Size, device: torch.device) -> list[Case]:
 
 def enqueue_cases(size: Size, device: torch.device) -> list[Case]:
     """Write one batch of keys into the ring."""
-    k, d = size.recipe.queue_size, size.recipe.dim
+    k, d = size.recipe.check_queue(), size.recipe.dim
     queue, keys = torch.zeros(k, d, device=device, dtype=size.dtype), torch.randn(size.batch, d, device=device)
     pointer = torch.zeros(1, dtype=torch.int64, device=device)
     published = torch.zeros(d, k, device=device)
@@ -234,7 +235,7 @@ def batch_norm_cases(size: Size, device: torch.device) -> list[Case]:
     shapes = Counter((conv.channels, conv.side, conv.place == "last") for conv in convs)
     layers = [_NormLayer(size, device, *key, repeats=count) for key, count in shapes.items()]
     groups = size.batch // size.recipe.bn_group
-    providers = {OURS: lambda: [layer.ours(groups) for layer in layers], "native": lambda: _each(layers, "native")}
+    providers = {OURS: lambda: _each(layers, "ours", groups), "native": lambda: _each(layers, "native")}
     if device.type == "cuda":
         providers["native fp16"] = lambda: _each(layers, "native_fp16")
     costs = [layer.cost(groups) for layer in layers]
@@ -289,12 +290,12 @@ class _NormLayer:
 
         self.x, self.dy = drawn().requires_grad_(), drawn()
         self.residual = drawn().requires_grad_() if residual else None
-        self.affine = [torch.ones(channels, device=device, requires_grad=True) for _ in range(2)]
+        self.weight, self.bias = (torch.ones(channels, device=device, requires_grad=True) for _ in range(2))
         self.running = (torch.zeros(channels, device=device), torch.ones(channels, device=device))
 
     def ours(self, groups: int) -> None:
         for _ in range(self.repeats):
-            y = batch_norm.batch_norm_act(self.x, *self.affine, self.running, groups, residual=self.residual)
+            y = batch_norm.batch_norm_act(self.x, self.weight, self.bias, self.running, groups, residual=self.residual)
             self._backward(y, self.x, self.residual, self.dy)
 
     def native(self) -> None:
@@ -306,28 +307,30 @@ class _NormLayer:
     @functools.cached_property
     def _halves(self) -> tuple[Tensor, Tensor | None, Tensor]:
         # Made by the first call, which is not timed: the conversion is no part of the work.
-        x, residual = (t if t is None else t.detach().half().requires_grad_() for t in (self.x, self.residual))
-        return x, residual, self.dy.half()
+        def half(x: Tensor) -> Tensor:
+            return x.detach().half().requires_grad_()
+
+        return half(self.x), None if self.residual is None else half(self.residual), self.dy.half()
 
     def _torch(self, x: Tensor, residual: Tensor | None, dy: Tensor) -> None:
         for _ in range(self.repeats):
-            y = F.batch_norm(x, *self.running, *self.affine, training=True)
+            y = F.batch_norm(x, *self.running, self.weight, self.bias, True)
             self._backward(F.relu(y if residual is None else y + residual), x, residual, dy)
 
     def _backward(self, y: Tensor, x: Tensor, residual: Tensor | None, dy: Tensor) -> None:
-        inputs = [x, *self.affine] if residual is None else [x, *self.affine, residual]
+        inputs = [x, self.weight, self.bias] + ([] if residual is None else [residual])
         torch.autograd.grad(y, inputs, dy)
 
     def cost(self, groups: int) -> tuple[float, float]:
         count = functools.partial(batch_norm.cost, self.shape, self.dtype.itemsize, groups)
-        residual = "none" if self.residual is None else "plain"
+        residual: Literal["none", "plain"] = "none" if self.residual is None else "plain"
         forward, backward = (count(residual=residual, backward=b) for b in (False, True))
         return self.repeats * (forward[0] + backward[0]), self.repeats * (forward[1] + backward[1])
 
 
-def _each(layers: list[_NormLayer], method: str) -> None:
+def _each(layers: list[_NormLayer], method: str, *arguments: int) -> None:
     for layer in layers:
-        getattr(layer, method)()
+        getattr(layer, method)(*arguments)
 
 
 def _published_forward(z: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

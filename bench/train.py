@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,7 +57,7 @@ def run(
         for load in (None, *(LOADS if device.type == "cuda" else ())):
             name = LOADED if load is None else f"{LOADED}, engine's share {load:g}"
             with journal.attempt(name):
-                rates, wait = _with_loader(recipe, parallel, manifest, partial(advance, lr=1e-3), rounds, load)
+                rates, wait = _with_loader(recipe, parallel, manifest, lambda batch: advance(batch, 1e-3), rounds, load)
                 keep(name, rates, **{"data wait": wait})
     return sorted(journal.rows, key=lambda row: row.provider == ALONE)
 

@@ -16,7 +16,7 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
 REFERENCE_BATCH = 256
@@ -217,7 +217,7 @@ class Recipe:
         _require(0 <= self.max_bad_share <= 1, "max_bad_share", self.max_bad_share, "use a share from 0 to 1")
         remedy = "use white, black, gray, ignore or a colour such as #7f7f7f"
         known = self.background in (*BACKGROUNDS, "ignore")
-        _require(known or COLOUR.fullmatch(self.background), "background", self.background, remedy)
+        _require(known or COLOUR.fullmatch(self.background) is not None, "background", self.background, remedy)
         span = self.value_range
         ordered = len(span) == 2 and -math.inf < span[0] < span[1] < math.inf if isinstance(span, tuple) else True
         _require(ordered, "value_range", span, "use two numbers, the smaller one first, or header")
@@ -338,7 +338,7 @@ class Recipe:
 
         Data from before a field existed keeps the meaning that it had then.
         """
-        values = BEFORE_THERE_WERE_FIELDS | dict(data)
+        values: dict[str, Any] = BEFORE_THERE_WERE_FIELDS | dict(data)
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         _require(not unknown, "recipe", unknown, "remove the fields that this version does not know")
         if isinstance(values.get("augmentation"), dict):

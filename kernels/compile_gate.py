@@ -115,7 +115,7 @@ def examine(variant: Variant, arch: int) -> Report:
         cubin.write_bytes(kernel.asm["cubin"])
         usage = _cuobjdump("--dump-resource-usage", cubin)
         machine_code = _cuobjdump("--dump-sass", cubin)
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0])
     shared = kernel.metadata.shared
     tensor_columns = getattr(kernel.metadata, "tmem_size", None) or 0
     return Report(
@@ -138,7 +138,7 @@ def _serialized(ptx: str) -> bool:
     # ptxas says so only in a warning: it waits after every wgmma where registers are too few to let them overlap.
     if "wgmma.mma_async" not in ptx:
         return False
-    command = [TOOLS / "ptxas", "--verbose", "--gpu-name=sm_90a", "--output-file", os.devnull]
+    command = [str(TOOLS / "ptxas"), "--verbose", "--gpu-name=sm_90a", "--output-file", os.devnull]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
         source.write(ptx)
         source.flush()
@@ -198,7 +198,7 @@ def _examine_job(module: str, index: int, arch: int) -> Report:
 def table(reports: list[Report]) -> str:
     """The reports as aligned text, one line each."""
     head = ("kernel", "sm", "regs", "spill", "stack", "shared", "blocks", "tensor cores", "16-byte loads")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for report in reports:
         mma = " ".join(f"{name}:{count}" for name, count in report.mma.items() if count) or "-"
         numbers = (report.arch, report.registers, report.spill, report.stack, report.shared, report.blocks)

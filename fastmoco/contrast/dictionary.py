@@ -88,6 +88,10 @@ class Queue(nn.Module):
     Any K goes with any batch: writing wraps around.
     """
 
+    keys: Tensor
+    pointer: Tensor
+    count: Tensor
+
     def __init__(self, size: int, dim: int, dtype: torch.dtype, generator: torch.Generator) -> None:
         super().__init__()
         keys = F.normalize(torch.randn(size, dim, generator=generator), dim=1)

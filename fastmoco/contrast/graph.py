@@ -12,7 +12,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,7 +47,8 @@ class GraphStep:
 
     def __init__(self, step: Step, batch: Batch, pool: tuple[int, int] | None = None) -> None:
         self._step, self._pool = step, pool
-        self._batch = dataclasses.replace(batch, **{name: value.clone() for name, value in _tensors(batch).items()})
+        copies: dict[str, Any] = {name: value.clone() for name, value in _tensors(batch).items()}
+        self._batch = dataclasses.replace(batch, **copies)
         self._inputs = list(_tensors(self._batch).values())
         self._graph: torch.cuda.CUDAGraph | None = None
         self._metrics: Metrics | None = None
@@ -72,6 +73,7 @@ class GraphStep:
         if self._graph is None:
             return self._step.advance(self._batch)
         self._graph.replay()
+        assert self._metrics is not None, "the capture made them"
         return self._metrics
 
     def close(self) -> None:
@@ -127,7 +129,10 @@ def captured(
     graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         # Other threads (NCCL's watchdog, the progress bar) may call CUDA meanwhile.
-        with _no_collection(), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with (
+            _no_collection(),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             call()
     except RuntimeError as error:
         torch.cuda.set_stream(current)  # torch leaves the capture's stream the current one where ending it fails

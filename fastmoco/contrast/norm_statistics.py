@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ class Statistics:
     """
 
     def __init__(self, *encoders: Encoder) -> None:
-        places = [
+        places: list[tuple[dict[str, Any], str]] = [
             (module._buffers, name)
             for encoder in encoders
             for module in encoder.modules()

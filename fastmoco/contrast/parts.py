@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ContextDecorator, ExitStack, contextmanager
+from typing import Any
 
 import torch
 
@@ -20,18 +21,19 @@ class part(ContextDecorator):
     """
 
     def __init__(self, name: str) -> None:
-        self._name, self._opened = name, None
+        self._name = name
+        self._opened: ExitStack | None = None
 
     def _recreate_cm(self) -> part:
         return part(self._name)
 
     def __enter__(self) -> None:
         if _ranges:
-            self._opened = ExitStack()
+            self._opened = opened = ExitStack()
             for each in _ranges:
-                self._opened.enter_context(each(self._name))
+                opened.enter_context(each(self._name))
 
-    def __exit__(self, *raised: object) -> None:
+    def __exit__(self, *raised: Any) -> None:
         if self._opened is not None:
             self._opened.__exit__(*raised)
 

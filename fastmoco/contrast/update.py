@@ -34,7 +34,7 @@ class Numbers(NamedTuple):
     scaled: bool = False
 
 
-PRECISIONS = {
+PRECISIONS: dict[Precision, Numbers] = {
     "fp32": Numbers(torch.float32),
     "tf32": Numbers(torch.float32, tf32=True),
     "bf16": Numbers(torch.bfloat16),
@@ -46,9 +46,10 @@ PRECISIONS = {
 def resolve_precision(precision: str, device: torch.device) -> Precision:
     """`precision` with "auto" resolved: bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
     if precision != "auto":
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision is {precision!r}: use auto, fp32, tf32, bf16 or fp16")
-        return precision
+        for name in PRECISIONS:
+            if name == precision:
+                return name
+        raise ValueError(f"precision is {precision!r}: use auto, fp32, tf32, bf16 or fp16")
     if device.type != "cuda":
         return "fp32"
     return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
@@ -95,8 +96,8 @@ class Update:
         self.k = {} if encoder_k is None else _take_masters(encoder_k, numbers)
         self.velocity = {name: torch.zeros_like(master) for name, master in self.q.items()}
         self._work = [*self._parameters, *key_parameters]
-        masters = [list(tensors.values()) for tensors in (self.q, self.velocity, self.k)]
-        tensors = Tensors(*masters, self._parameters, key_parameters)
+        q, velocity, k = (list(tensors.values()) for tensors in (self.q, self.velocity, self.k))
+        tensors = Tensors(q, velocity, k, self._parameters, key_parameters)
         make = partial(Lars, BACKENDS[backend]) if recipe.optimizer == "lars" else BACKENDS[backend]
         self._advance = make(tensors, recipe)
         self.lr = torch.zeros((), dtype=numbers.master, device=device)
