@@ -6,10 +6,11 @@ the kernel's own `cost`. `PROVIDED` has one entry per kernel file; a test fails 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -25,7 +26,7 @@ from fastmoco.bench.timing import Machine, interleave, measure_machine
 from fastmoco.contrast.graph import CaptureError, captured
 from fastmoco.data.plan import Plan
 from fastmoco.encoder import build_encoder
-from fastmoco.kernels import batch_norm, enqueue, info_nce, photometric, sgd_ema
+from fastmoco.kernels import batch_norm, batch_norm_pool, enqueue, info_nce, photometric, sgd_ema
 from fastmoco.recipe import Recipe
 
 OURS = "fastmoco"
@@ -245,6 +246,32 @@ def batch_norm_cases(size: Size, device: torch.device) -> list[Case]:
     return [Case("batch_norm", config, providers, "native", nbytes, flops, launches=True)]
 
 
+def batch_norm_pool_cases(size: Size, device: torch.device) -> list[Case]:
+    """The end of the stem, forward and backward with the gradients of two readers, at the shape of ImageNet's stem."""
+    recipe = dataclasses.replace(size.recipe, stem="imagenet")
+    stem = convolutions(build_encoder(recipe), recipe.crop_size)[0]
+    shape, groups = (size.batch, stem.channels, stem.side, stem.side), size.batch // recipe.bn_group
+    x = torch.randn(shape, device=device, dtype=size.dtype).to(memory_format=torch.channels_last).requires_grad_()
+    affine = [torch.ones(stem.channels, device=device, requires_grad=True) for _ in range(2)]
+    running = (torch.zeros(stem.channels, device=device), torch.ones(stem.channels, device=device))
+    with torch.no_grad():
+        dy = [torch.randn_like(F.max_pool2d(x, 3, 2, 1)) for _ in range(2)]
+
+    def ours() -> None:
+        pair = batch_norm_pool.batch_norm_pool(x, *affine, running, groups)
+        torch.autograd.grad(pair, [x, *affine], dy)
+
+    def native() -> None:
+        y = F.max_pool2d(F.relu(F.batch_norm(x, *running, *affine, training=True)), 3, 2, 1)
+        torch.autograd.grad([y.view_as(y), y.view_as(y)], [x, *affine], dy)
+
+    costs = [batch_norm_pool.cost(shape, size.dtype.itemsize, groups, backward=b) for b in (False, True)]
+    nbytes, flops = (sum(column) for column in zip(*costs, strict=True))
+    config = {"N": size.batch, "C": stem.channels, "S": stem.side, "dtype": short_name(size.dtype)}
+    providers = {OURS: ours, "native": native}
+    return [Case("batch_norm_pool", config, providers, "native", nbytes, flops, launches=True)]
+
+
 def photometric_cases(size: Size, device: torch.device) -> list[Case]:
     """All photometric operations of one batch of views."""
     n, s, augmentation = size.batch, size.recipe.crop_size, size.recipe.augmentation
@@ -272,6 +299,7 @@ PROVIDED: dict[str, Callable[[Size, torch.device], list[Case]]] = {
     "info_nce": info_nce_cases,
     "sgd_ema": sgd_ema_cases,
     "batch_norm": batch_norm_cases,
+    "batch_norm_pool": batch_norm_pool_cases,
     "photometric": photometric_cases,
     "enqueue": enqueue_cases,
 }
@@ -288,43 +316,49 @@ class _NormLayer:
         def drawn() -> Tensor:
             return torch.randn(self.shape, device=device, dtype=size.dtype).to(memory_format=torch.channels_last)
 
-        self.x, self.dy = drawn().requires_grad_(), drawn()
+        self.x, self.dy = drawn().requires_grad_(), [drawn() for _ in range(1 + residual)]
         self.residual = drawn().requires_grad_() if residual else None
         self.weight, self.bias = (torch.ones(channels, device=device, requires_grad=True) for _ in range(2))
         self.running = (torch.zeros(channels, device=device), torch.ones(channels, device=device))
 
     def ours(self, groups: int) -> None:
+        # What ends a block has two readers, the next block's convolution and its shortcut.
+        call = batch_norm.batch_norm_act if self.residual is None else batch_norm.batch_norm_act_twice
         for _ in range(self.repeats):
-            y = batch_norm.batch_norm_act(self.x, self.weight, self.bias, self.running, groups, residual=self.residual)
+            y = call(self.x, self.weight, self.bias, self.running, groups, residual=self.residual)
             self._backward(y, self.x, self.residual, self.dy)
 
     def native(self) -> None:
         self._torch(self.x, self.residual, self.dy)
 
     def native_fp16(self) -> None:
-        self._torch(*self._halves)
+        x, residual, *dy = self._halves
+        self._torch(x, residual, dy)
 
     @functools.cached_property
-    def _halves(self) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _halves(self) -> tuple:
         # Made by the first call, which is not timed: the conversion is no part of the work.
         def half(x: Tensor) -> Tensor:
             return x.detach().half().requires_grad_()
 
-        return half(self.x), None if self.residual is None else half(self.residual), self.dy.half()
+        residual = None if self.residual is None else half(self.residual)
+        return half(self.x), residual, *(dy.half() for dy in self.dy)
 
-    def _torch(self, x: Tensor, residual: Tensor | None, dy: Tensor) -> None:
+    def _torch(self, x: Tensor, residual: Tensor | None, dy: list[Tensor]) -> None:
         for _ in range(self.repeats):
             y = F.batch_norm(x, *self.running, self.weight, self.bias, True)
-            self._backward(F.relu(y if residual is None else y + residual), x, residual, dy)
+            y = F.relu(y if residual is None else y + residual)
+            self._backward([y.view_as(y) for _ in dy], x, residual, dy)
 
-    def _backward(self, y: Tensor, x: Tensor, residual: Tensor | None, dy: Tensor) -> None:
+    def _backward(self, y: Tensor | Sequence[Tensor], x: Tensor, residual: Tensor | None, dy: list[Tensor]) -> None:
         inputs = [x, self.weight, self.bias] + ([] if residual is None else [residual])
         torch.autograd.grad(y, inputs, dy)
 
     def cost(self, groups: int) -> tuple[float, float]:
         count = functools.partial(batch_norm.cost, self.shape, self.dtype.itemsize, groups)
-        residual: Literal["none", "plain"] = "none" if self.residual is None else "plain"
-        forward, backward = (count(residual=residual, backward=b) for b in (False, True))
+        twice = self.residual is not None
+        residual: Literal["none", "plain"] = "plain" if twice else "none"
+        forward, backward = (count(residual=residual, backward=b, twice=twice) for b in (False, True))
         return self.repeats * (forward[0] + backward[0]), self.repeats * (forward[1] + backward[1])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gzip
 import importlib
 import json
@@ -198,7 +199,11 @@ def costs_of_parts(step: Step, machine: Machine) -> dict[str, Cost]:
         ),
     }
     found = {name: Cost(*cost, machine.bound(*cost)) for name, cost in single.items()}
-    layers = {"key encoder": forward_work, "query encoder": forward_work, "backward": backward_work}
+    layers = {
+        "key encoder": functools.partial(forward_work, keep=False),
+        "query encoder": forward_work,
+        "backward": backward_work,
+    }
     for name, count in layers.items():
         costs = [
             (rows * layer.nbytes * size / ACTIVATION_BYTES, rows * layer.flops)

@@ -4,8 +4,9 @@ Every convolution is read off the encoder itself. Around it stand passes over it
 is fused with what:
 
   eager    convolution | statistics | normalise | ReLU | add, each a kernel of its own
-  bnrelu   normalise + ReLU (+ add, or + the shortcut's batch norm) in one kernel, backward in two passes: what our
-           batch norm does
+  bnrelu   normalise + ReLU (+ add, or + the shortcut's batch norm, or + the stem's max-pooling) in one kernel, backward
+           in two passes, the first of which adds the gradients of a block's two readers: what our kernels do, pass by
+           pass
   stats    and the statistics in the convolutions' epilogues, forward and backward
   main     and normalise + ReLU in the next convolution's prologue, so that inner activations are never written
 
@@ -34,10 +35,12 @@ FORWARD_PASSES = {
 }
 BACKWARD_PASSES = {
     "eager": {"stem": 8, "inner": 8, "last": 8, "shortcut": 5},
-    "bnrelu": {"stem": 5, "inner": 5, "last": 6, "shortcut": 2},
+    "bnrelu": {"stem": 5, "inner": 5, "last": 7, "shortcut": 1},
     "stats": {"stem": 5, "inner": 3, "last": 6, "shortcut": 2},
     "main": {"stem": 2, "inner": 0, "last": 3, "shortcut": 2},
 }
+# Of a stem whose max-pooling is fused with its batch norm, forward and backward; what is pooled comes on top.
+POOLED_STEM_PASSES = {"bnrelu": (2, 2), "stats": (1, 2), "main": (1, 2)}
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,6 @@ class Work:
 def convolutions(encoder: nn.Module, pixels: int) -> list[Conv]:
     """The convolutions of a ResNet of `fastmoco.encoder`, in forward order, at `pixels` x `pixels`."""
     seen: list[tuple[str, nn.Conv2d, torch.Size, torch.Size]] = []
-    pools: list[int] = []
     hooks = []
     for name, module in encoder.named_modules():
         if isinstance(module, nn.Conv2d):
@@ -89,8 +91,6 @@ def convolutions(encoder: nn.Module, pixels: int) -> list[Conv]:
                     lambda layer, x, y, name=name: seen.append((name, layer, x[0].shape, y.shape))
                 )
             )
-        if isinstance(module, nn.MaxPool2d):
-            hooks.append(module.register_forward_hook(lambda layer, x, y: pools.append(y[0].numel())))
     parameter = next(encoder.parameters())
     try:
         with torch.no_grad():
@@ -99,27 +99,39 @@ def convolutions(encoder: nn.Module, pixels: int) -> list[Conv]:
         for hook in hooks:
             hook.remove()
     blocks = _last_in_block([name for name, *_ in seen])
-    return [_conv(*found, blocks, pools[0] if pools else 0) for found in seen]
+    pools = any(isinstance(module, nn.MaxPool2d) for module in encoder.modules())
+    return [_conv(*layer, blocks, pools) for layer in seen]
 
 
-def forward_work(convs: list[Conv], level: str, batch: int) -> list[Work]:
-    """Kernels of one forward pass, per image of a batch of `batch`."""
+def forward_work(convs: list[Conv], level: str, batch: int, keep: bool = True) -> list[Work]:
+    """Kernels of one forward pass, per image of a batch of `batch`; `keep` what backward needs, as queries do."""
     works = []
     for conv in convs:
         nbytes = ACTIVATION_BYTES * (conv.sampled + conv.outputs + conv.weights / batch)
         works.append(Work("conv", conv.flops, nbytes))
-        works.append(Work("norm", 0, ACTIVATION_BYTES * FORWARD_PASSES[level][conv.place] * conv.outputs))
-        works += _pool(conv, level)
+        passes = POOLED_STEM_PASSES[level][0] if conv.pooled and level != "eager" else FORWARD_PASSES[level][conv.place]
+        works.append(Work("norm", 0, ACTIVATION_BYTES * passes * conv.outputs))
+        if conv.pooled and level == "eager":
+            works.append(_eager_pool(conv))
+        elif conv.pooled:  # the result, and for backward the picked values and their places of a byte
+            works.append(Work("pool", 0, (ACTIVATION_BYTES + keep * (ACTIVATION_BYTES + 1)) * conv.pooled))
     return works
 
 
 def backward_work(convs: list[Conv], level: str, batch: int) -> list[Work]:
     """Kernels of one backward pass, per image of a batch of `batch`."""
     works = []
+    joined = 2  # passes that the second reader of the last output costs: batch norm alone would read one gradient twice
     for conv in convs:
         weights = conv.weights / batch
-        works += _pool(conv, level)
-        works.append(Work("norm", 0, ACTIVATION_BYTES * BACKWARD_PASSES[level][conv.place] * conv.outputs))
+        passes = (
+            POOLED_STEM_PASSES[level][1] if conv.pooled and level != "eager" else BACKWARD_PASSES[level][conv.place]
+        )
+        works.append(Work("norm", 0, ACTIVATION_BYTES * passes * conv.outputs))
+        if conv.pooled and level == "eager":
+            works.append(_eager_pool(conv))
+        elif conv.pooled:  # the gradient twice, the picked values, and their places
+            works.append(Work("pool", 0, (3 * ACTIVATION_BYTES + 1) * conv.pooled))
         gradient = conv.outputs * (2 if level == "main" else 1)  # main forms it from two tensors in the prologue
         if conv.place != "stem":
             epilogue = conv.inputs if level in ("stats", "main") and conv.after_inner else 0
@@ -127,8 +139,10 @@ def backward_work(convs: list[Conv], level: str, batch: int) -> list[Work]:
             works.append(Work("dgrad", conv.flops, nbytes))
         works.append(Work("wgrad", conv.flops, ACTIVATION_BYTES * (gradient + conv.sampled + 2 * weights)))
         if conv.opens_block:
-            passes = 3 if level == "eager" else 1
+            passes = {"eager": 3, "bnrelu": joined}.get(level, 1)
             works.append(Work("gradient add", 0, ACTIVATION_BYTES * passes * conv.inputs))
+        # A plain residual's batch norm writes the masked gradient anyway; the others read one more and write that.
+        joined = {"last": 1, "shortcut": 2}.get(conv.place, joined)
     return works
 
 
@@ -138,9 +152,10 @@ def seconds_per_pair(
     """Least seconds for one image pair on a machine of so many flops and bytes a second; ValueError on the level."""
     if level not in LEVELS:
         raise ValueError(f"level is {level!r}: use one of {', '.join(LEVELS)}")
-    forward, backward = forward_work(convs, level, batch), backward_work(convs, level, batch)
+    query, key = (forward_work(convs, level, batch, keep) for keep in (True, False))
+    backward = backward_work(convs, level, batch)
     bandwidth *= ACTIVATION_BYTES / element_bytes  # wider elements are as many more bytes
-    return sum(max(work.flops / flops, work.nbytes / bandwidth) for work in [*forward, *forward, *backward])
+    return sum(max(work.flops / flops, work.nbytes / bandwidth) for work in [*query, *key, *backward])
 
 
 def flops_per_pair(convs: list[Conv]) -> float:
@@ -148,11 +163,8 @@ def flops_per_pair(convs: list[Conv]) -> float:
     return sum(conv.flops * (3 if conv.place == "stem" else 4) for conv in convs)
 
 
-def _pool(conv: Conv, level: str) -> list[Work]:
-    if not conv.pooled or conv.place != "stem":
-        return []
-    index_bytes = 8 if level == "eager" else 1  # torch keeps the arg-max as int64
-    return [Work("pool", 0, ACTIVATION_BYTES * (conv.outputs + conv.pooled) + index_bytes * conv.pooled)]
+def _eager_pool(conv: Conv) -> Work:
+    return Work("pool", 0, ACTIVATION_BYTES * (conv.outputs + conv.pooled) + 8 * conv.pooled)  # arg-max in int64
 
 
 def _last_in_block(names: list[str]) -> dict[str, str]:
@@ -164,7 +176,7 @@ def _last_in_block(names: list[str]) -> dict[str, str]:
     return last
 
 
-def _conv(name: str, layer: nn.Conv2d, x: torch.Size, y: torch.Size, last: dict[str, str], pooled: int) -> Conv:
+def _conv(name: str, layer: nn.Conv2d, x: torch.Size, y: torch.Size, last: dict[str, str], pools: bool) -> Conv:
     block, _, number = name.rpartition(".conv")
     place = "inner" if block else "stem"
     if "downsample" in name:
@@ -186,5 +198,5 @@ def _conv(name: str, layer: nn.Conv2d, x: torch.Size, y: torch.Size, last: dict[
         layer.kernel_size[0],
         opens_block=bool(block) and number == "1",
         after_inner=bool(block) and number > "1",
-        pooled=pooled if place == "stem" else 0,
+        pooled=y[1] * ((y[2] + 1) // 2) ** 2 if pools and place == "stem" else 0,
     )

@@ -228,6 +228,23 @@ def batch_norm_act_twice(
     return y, again
 
 
+def batch_norm_pool(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running: tuple[Tensor, Tensor] | None,
+    groups: int = 1,
+    *,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    training: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Max-pooling (3 x 3, stride 2, padding 1) of ReLU(batch norm(x)), given twice, for two readers."""
+    y = batch_norm_act(x, weight, bias, running, groups, momentum=momentum, eps=eps, training=training)
+    y = F.max_pool2d(y, 3, stride=2, padding=1)
+    return y, y
+
+
 def _eval_batch_norm(x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor], eps: float) -> Tensor:
     return F.batch_norm(x, running[0].to(x.dtype), running[1].to(x.dtype), weight, bias, False, 0.0, eps)
 

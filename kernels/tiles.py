@@ -108,6 +108,15 @@ TABLE: dict[str, dict[int, Tiles]] = {
     "batch_norm.gradient": {
         80: Tiles((16, 128), 4, 1, "three tensors in, two out: 16 values a thread keep the registers under 128"),
     },
+    # block: results (windows) x channels; fewer channels give as many more rows.
+    "batch_norm_pool.pool": {
+        80: Tiles(
+            (16, 64), 4, 1, "nine 16-byte loads in flight a thread; at 32 windows two blocks would be left of four"
+        ),
+    },
+    "batch_norm_pool.unpool": {
+        80: Tiles((16, 64), 4, 1, "four windows and four pixels a thread: 117 registers; at 32 windows 249"),
+    },
     # block: elements of a chunk (one program), elements a program takes at a time.
     "sgd_ema": {
         80: Tiles((4096, 512), 4, 1, "4 elements a thread: 16-byte fp32 accesses without a gap, 8-byte bf16; 8 turns"),

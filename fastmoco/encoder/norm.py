@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmoco.kernels.batch_norm import Norm, batch_norm_act, batch_norm_act_twice
+from fastmoco.kernels.batch_norm_pool import batch_norm_pool
 
 
 class BatchNormAct(nn.Module):
@@ -83,6 +84,23 @@ class BatchNormAct(nn.Module):
             residual=residual,
             residual_norm=None if shortcut is None else shortcut.norm,
             relu=self.relu,
+            momentum=self.momentum,
+            eps=self.eps,
+            training=self.training,
+            impl="auto" if self.impl == "torch" else self.impl,
+        )
+
+    def pooled(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalise `x` [N, C, H, W], apply ReLU and pool its maxima, 3 x 3 with stride 2; twice, for two readers."""
+        if self.impl == "torch" and self.training:
+            y = F.max_pool2d(self._with_torch(x, None, None), 3, stride=2, padding=1)
+            return y, y
+        return batch_norm_pool(
+            x,
+            self.weight,
+            self.bias,
+            (self.running_mean, self.running_var),
+            self.groups(x.shape[0]),
             momentum=self.momentum,
             eps=self.eps,
             training=self.training,

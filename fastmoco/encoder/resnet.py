@@ -169,10 +169,8 @@ class Encoder(nn.Module):
         return F.conv2d(x, weight, stride=self.conv1.stride, padding=self.conv1.padding)
 
     def _enter(self, x: Tensor) -> Pair:
-        if isinstance(self.maxpool, nn.Identity):
-            return self.bn1(x, twice=True)
-        x = self.maxpool(self.bn1(x))
-        return x, x
+        # The norm pools as well: `maxpool` says by its presence that it is to, and keeps torchvision's name.
+        return self.bn1(x, twice=True) if isinstance(self.maxpool, nn.Identity) else self.bn1.pooled(x)
 
     def features(self, x: Tensor) -> Tensor:
         """[N, 3 or 4, S, S] -> [N, feature_dim]: the pooled output of the last stage."""

@@ -1,6 +1,7 @@
 """The roofline's formulas against counted tensors, and against the figures they were first worked out for."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def test_resnet50_has_its_known_arithmetic(resnet50):
     assert [sum(conv.place == place for conv in resnet50) for place in PLACES] == [1, 32, 16, 4]
 
 
-@pytest.mark.parametrize("level, pairs", [("eager", 4333), ("bnrelu", 6291), ("stats", 7080), ("main", 7934)])
+@pytest.mark.parametrize("level, pairs", [("eager", 4333), ("bnrelu", 6291), ("stats", 7284), ("main", 8084)])
 def test_bounds_of_one_h100_at_790_tflops_and_3_tb_per_second(resnet50, level, pairs):
     assert 1 / roofline.seconds_per_pair(resnet50, level, 256, 790e12, 3e12) == pytest.approx(pairs, rel=1e-3)
 
@@ -85,11 +86,14 @@ def test_the_forward_formulas_equal_counted_tensor_bytes_on_a_small_network():
 
 
 class CountedByOurs(TorchDispatchMode):
-    """Bytes of every activation and kernel that our operators and cuDNN's convolutions read and write, by part."""
+    """Bytes of every activation and kernel that our operators and cuDNN's convolutions read and write, by part.
+
+    Whatever else touches an activation of four dimensions, such as a sum of two gradients, is "other".
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.parts = dict.fromkeys(("conv", "norm"), 0)
+        self.parts = dict.fromkeys(("conv", "norm", "other"), 0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -101,6 +105,18 @@ class CountedByOurs(TorchDispatchMode):
             self.parts["norm"] += size(args[0])
         elif name == "batch_norm_apply":
             self.parts["norm"] += 2 * size(args[0]) + size(args[4])  # read, written, and the residual
+        elif name == "batch_norm_pool":
+            self.parts["norm"] += size(args[0], *out)
+        elif name == "batch_norm_backward":
+            grad, second, x, y, *_ = args
+            residual, (grad_x, grad_residual, joined, _) = args[7], out
+            self.parts["norm"] += size(grad, second, x, y, residual, joined)
+            self.parts["norm"] += size(joined if joined.numel() else grad, x, residual, grad_x, grad_residual)
+        elif name == "batch_norm_pool_backward":
+            grad, second, x, picked, places, *_ = args
+            self.parts["norm"] += size(grad, second, picked) + size(grad, second, places, x, out[0])
+        elif name.startswith(("add", "relu", "threshold", "max_pool2d")):
+            self.parts["other"] += size(*(t for t in args if isinstance(t, torch.Tensor) and t.dim() == 4))
         return out
 
 
@@ -109,13 +125,9 @@ def test_the_formulas_of_our_encoders_equal_counted_tensor_bytes_on_a_small_netw
     monkeypatch.setattr(convolution, "instructions", lambda: "none")  # each convolution is torch's, as on a GPU
     encoder = build_encoder(dataclasses.replace(SMALL, arch=arch))
     convs = roofline.convolutions(encoder, 64)
-    for module in encoder.train().modules():
-        if isinstance(module, BatchNormAct):
-            module.impl = "triton"
-        elif isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.to(torch.bfloat16)
+    ours(encoder)
     formula = dict.fromkeys(("conv", "norm", "pool"), 0.0)
-    for work in roofline.forward_work(convs, "bnrelu", batch=2):
+    for work in roofline.forward_work(convs, "bnrelu", batch=2, keep=False):
         formula[work.part] += 2 * work.nbytes
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), CountedByOurs() as counted:
         encoder(torch.randn(2, 3, 64, 64, dtype=torch.bfloat16))
@@ -123,18 +135,52 @@ def test_the_formulas_of_our_encoders_equal_counted_tensor_bytes_on_a_small_netw
     stem = 2 * 2 * 3 * 64 * 64 / 3
     skipped = sum(2 * 2 * (conv.inputs - conv.sampled) for conv in convs)
     assert formula["conv"] == counted.parts["conv"] + stem - skipped
-    assert formula["norm"] == counted.parts["norm"]
+    assert formula["norm"] + formula["pool"] == counted.parts["norm"] and not counted.parts["other"]
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+@pytest.mark.parametrize("arch", ["resnet50", "resnet18"])
+def test_the_formulas_equal_the_bytes_of_an_executed_step_of_a_query(arch, stem):
+    """Forward and backward, the sums of two gradients among them: nothing is left to autograd to add."""
+    encoder = build_encoder(dataclasses.replace(SMALL, arch=arch, stem=stem))
+    convs = roofline.convolutions(encoder, 64)
+    ours(encoder)
+    works = roofline.forward_work(convs, "bnrelu", batch=2) + roofline.backward_work(convs, "bnrelu", batch=2)
+    formula = sum(2 * work.nbytes for work in works if work.part in ("norm", "pool", "gradient add"))
+    with FakeTensorMode(allow_non_fake_inputs=True), CountedByOurs() as counted:
+        encoder(torch.randn(2, 3, 64, 64, dtype=torch.bfloat16)).sum().backward()
+    assert counted.parts["norm"] == formula and not counted.parts["other"]
+    with FakeTensorMode(allow_non_fake_inputs=True), CountedByOurs() as plain:  # the control: one output, two readers
+        for module in encoder.modules():
+            if isinstance(module, BatchNormAct):
+                module.forward = functools.partial(_once, module)
+        encoder(torch.randn(2, 3, 64, 64, dtype=torch.bfloat16)).sum().backward()
+    assert plain.parts["other"]
+
+
+def _once(norm: BatchNormAct, *given, twice: bool = False):
+    y = BatchNormAct.forward(norm, *given)
+    return (y, y) if twice else y
+
+
+def ours(encoder: nn.Module) -> None:
+    """Let our kernels normalise, in bf16."""
+    for module in encoder.train().modules():
+        if isinstance(module, BatchNormAct):
+            module.impl = "triton"
+        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.to(torch.bfloat16)
 
 
 @pytest.mark.parametrize(("form", "places"), [("none", ["inner"]), ("plain", ["last"]), ("dual", ["last", "shortcut"])])
 def test_our_own_batch_norm_cannot_beat_its_bound(form, places):
-    """What the kernels move, by their own formula, is never less than what the bound counts; a plain residual, more."""
+    """What the kernels move, by their own formula, is what the bound counts, besides some vectors."""
     shape = (8, 64, 32, 32)
     activation = 2 * 8 * 64 * 32 * 32
     for passes, backward in ((roofline.FORWARD_PASSES, False), (roofline.BACKWARD_PASSES, True)):
         moved = batch_norm.cost(shape, 2, residual=form, backward=backward)[0] / activation
         bound = sum(passes["bnrelu"][place] for place in places)
-        assert bound <= moved < bound + (1.05 if (form, backward) == ("plain", True) else 0.05)
+        assert bound <= moved < bound + 0.05
 
 
 def test_an_unknown_level_is_refused(resnet50):

@@ -9,7 +9,7 @@ import pytest
 
 from fastmoco.kernels.compile_gate import Report, faults, resident_blocks
 
-KERNELS = {"batch_norm", "enqueue", "info_nce", "photometric", "sgd_ema"}
+KERNELS = {"batch_norm", "batch_norm_pool", "enqueue", "info_nce", "photometric", "sgd_ema"}
 
 SPILLING = """
 import sys

@@ -12,6 +12,7 @@ from triton.runtime.jit import KernelInterface
 
 from fastmoco.kernels import reference
 from fastmoco.kernels.batch_norm import Norm, batch_norm_act
+from fastmoco.kernels.batch_norm_pool import batch_norm_pool
 from fastmoco.kernels.compile_gate import kernel_modules
 from fastmoco.kernels.enqueue import enqueue
 from fastmoco.kernels.info_nce import info_nce
@@ -37,6 +38,12 @@ def launch_batch_norm(device: torch.device) -> None:
     batch_norm_act(x, *norm, 2, residual=side, residual_norm=norm, impl="triton").sum().backward()
 
 
+def launch_batch_norm_pool(device: torch.device) -> None:
+    x = torch.randn(4, 5, 5, 4, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
+    norm = Norm(torch.ones(5, device=device), torch.zeros(5, device=device))
+    sum(y.sum() for y in batch_norm_pool(x, *norm, 2, impl="triton")).backward()
+
+
 def launch_sgd_ema(device: torch.device) -> None:
     q, velocity, k = ([torch.randn(9, device=device)] for _ in range(3))
     table = TensorTable(q, velocity, k, [q[0].bfloat16()], [k[0].half()])
@@ -52,7 +59,14 @@ def launch_photometric(device: torch.device) -> None:
     photometric(crops, parameters, (0.5,) * 3, (0.5,) * 3, impl="triton")
 
 
-LAUNCHERS = (launch_info_nce, launch_enqueue, launch_batch_norm, launch_sgd_ema, launch_photometric)
+LAUNCHERS = (
+    launch_info_nce,
+    launch_enqueue,
+    launch_batch_norm,
+    launch_batch_norm_pool,
+    launch_sgd_ema,
+    launch_photometric,
+)
 
 
 class Watch:
