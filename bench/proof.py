@@ -145,7 +145,7 @@ def watched(advance: Runner, batch: Batch, steps: int, device: torch.device, con
 
 
 def judge_equality(rows: list[Row], exact: bool = True) -> None:
-    """ProofError where the rows of EQUAL do not show what is promised; its text says what they show instead.
+    """Raises ProofError if the rows of EQUAL do not show what is promised; its text says what they show instead.
 
     Promised is equality bit for bit; unless `exact`, only that a replayed run strays from an eager one at most STRAY
     times as far as another eager run does.
@@ -165,7 +165,7 @@ def judge_equality(rows: list[Row], exact: bool = True) -> None:
 
 
 def judge_waits(rows: list[Row]) -> None:
-    """ProofError where the rows of WAITS do not show what is promised; its text says what they show instead."""
+    """Raises ProofError if the rows of WAITS do not show what is promised; its text says what they show instead."""
     replayed, read = (next(row for row in rows if row.provider == name) for name in (REPLAYED, READ))
     if read.median < READS:
         raise ProofError(f"the count is blind: the loss was read {READS} times, and {read.median:.0f} waits were seen")

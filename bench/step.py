@@ -61,7 +61,7 @@ def run(
     skip: str = "",
     journal: Journal | None = None,
 ) -> list[Row]:
-    """Pairs a second of the providers that `choose` chooses. ValueError where nothing is left.
+    """Pairs a second of the providers that `choose` chooses. Raises ValueError if nothing is left.
 
     The journal has the rows after every round. A provider that fails is noted there and costs its own row.
     """

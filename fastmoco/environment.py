@@ -21,7 +21,7 @@ SPIN = "5000"  # rounds of a waiting loop, 0.02 ms; GNU's OpenMP otherwise takes
 
 
 def spin_briefly() -> None:
-    """Let waiting OpenMP threads give their core away soon, unless the environment says how; before torch is imported.
+    """Make idle OpenMP threads sleep after about 0.02 ms. Call it before torch is imported; OMP_WAIT_POLICY wins.
 
     On free cores a step takes 4 % longer; beside one busy process, a third of the time (bench/NOTES.md).
     """

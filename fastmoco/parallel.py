@@ -34,7 +34,7 @@ class Parallel:
 
     @classmethod
     def start(cls, device: str = "auto", timeout: timedelta = START_TIMEOUT) -> Parallel:
-        """Join the run that the environment describes, or stand alone; ValueError where the device cannot be had.
+        """Join the run that the environment describes, or stand alone; raises ValueError if the device cannot be had.
 
         `device` is "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N"; "cuda" takes GPU number LOCAL_RANK.
         """

@@ -240,7 +240,7 @@ class Recipe:
             raise RecipeError("same_view_negatives is True without symmetric: both views need a loss; add --symmetric")
 
     def check_ranks(self, world: int) -> int:
-        """Samples per rank for `world` ranks; RecipeError where the batch does not split into whole groups."""
+        """Samples per rank for `world` ranks; raises RecipeError if the batch does not split into whole groups."""
         unit = world * max(1, self.bn_group)
         if self.batch_size % unit:
             below, above = self.batch_size // unit * unit, -(-self.batch_size // unit) * unit
@@ -269,7 +269,7 @@ class Recipe:
         return dataclasses.replace(self, queue_size=batches * batch)
 
     def check_queue(self) -> int:
-        """K; RecipeError where it is still auto."""
+        """K; raises RecipeError if it is still auto."""
         remedy = "it follows the data, so give a number here, or take recipe.for_images(number of images)"
         _require(self.queue_size != "auto", "queue_size", self.queue_size, remedy)
         return int(self.queue_size)
@@ -340,7 +340,8 @@ class Recipe:
         """
         values: dict[str, Any] = BEFORE_THERE_WERE_FIELDS | dict(data)
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
-        _require(not unknown, "recipe", unknown, "remove the fields that this version does not know")
+        known = "this version knows no such fields: remove them, or use the version that wrote them"
+        _require(not unknown, "recipe", unknown, known)
         if isinstance(values.get("augmentation"), dict):
             values["augmentation"] = Augmentation(**_tuples(values["augmentation"]))
         return cls(**_tuples(values))

@@ -33,7 +33,7 @@ SAME = ("commit", "command", "device", "ranks", "precision", "images", "steps")
 
 
 def run(options: Report) -> None:
-    """Write the page and say where; UsageError where RUN is no run."""
+    """Write the page and say where; raises UsageError if RUN is no run."""
     out = options.out or options.run / "report.html"
     text = render(options.run, views=options.views)
     atomic.write_text(out, text)
@@ -41,7 +41,7 @@ def run(options: Report) -> None:
 
 
 def render(folder: Path, views: bool = True) -> str:
-    """The page of a run that may still be training; UsageError where `folder` is no run."""
+    """The page of a run that may still be training; raises UsageError if `folder` is no run."""
     facts = runs.read_facts(folder)
     recipe = Recipe.from_dict(facts["recipe"])
     log, knn = read_lines(folder / LOG), read_lines(folder / KNN)
@@ -159,7 +159,7 @@ def _views(facts: dict[str, Any], recipe: Recipe) -> str:
 def first_views(facts: dict[str, Any], recipe: Recipe, count: int = PAIRS) -> list[tuple[str, bytes]]:
     """Name and JPEG of the two augmented views of the first images of step 0, exactly as they were trained on.
 
-    ValueError or OSError where the images are not there any more.
+    Raises ValueError or OSError if the images are not there any more.
     """
     import torch
     from PIL import Image

@@ -84,7 +84,7 @@ def compare(parallel: Parallel, facts: Mapping[str, Tensor | int]) -> None:
 
 
 def check(step: Step, plan: Plan, at: int) -> None:
-    """DisagreementError where ranks part in dictionary, weights, velocity or plan of step `at`. All ranks call it."""
+    """Raises DisagreementError if dictionary, weights, velocity or plan of step `at` differ. All ranks call this."""
     if step.parallel.world == 1:
         return
     update = step.update

@@ -78,7 +78,7 @@ class Dictionary(ABC):
         """What a checkpoint holds of it, by name."""
 
     def check(self, state: dict[str, Tensor]) -> None:
-        """UsageError where the `tensors` of a saved `state` are of other images than these."""
+        """Raises UsageError if the `tensors` of a saved `state` are of other images than these."""
 
 
 class Queue(nn.Module):
@@ -284,7 +284,7 @@ class BankDictionary(Dictionary):
         return {"bank": self.bank, "bank_steps": self.drawn_steps}
 
     def check(self, state: dict[str, Tensor]) -> None:
-        """UsageError where the bank of `state` is of another number of images."""
+        """Raises UsageError if the bank of `state` is of another number of images."""
         saved = state.get("bank")
         if saved is not None and len(saved) != len(self.bank):
             raise UsageError(

@@ -41,8 +41,9 @@ class GraphStep:
     """`step.step` as a CUDA graph. `batch` gives the shapes; the state of `step` is afterwards what it was.
 
     On a CPU it does everything but the capture. Batches must have the shapes of the first one. `pool` is the memory
-    of another graph that is never replayed at the same time (torch.cuda.graph_pool_handle). Over several ranks it must
-    be closed before they part, as `closed_at_the_end` sees to: NCCL's end waits for all graphs that hold a collective.
+    of another graph that is never replayed at the same time (torch.cuda.graph_pool_handle). With several
+    ranks, close it before the process group is destroyed (`closed_at_the_end` does): NCCL's shutdown waits for every
+    graph that contains a collective.
     """
 
     def __init__(self, step: Step, batch: Batch, pool: tuple[int, int] | None = None) -> None:
@@ -96,7 +97,7 @@ def runner(
     """The call that trains one step: a CUDA graph's, captured with `make_batch()`, or `step.step` itself.
 
     "auto" captures on a GPU, "on" only differs where that cannot be: UsageError on a CPU, and with apex's update, which
-    takes its learning rate from the host. CaptureError where a capture fails: torch then keeps the memory of the graph
+    takes its learning rate from the host. Raises CaptureError if a capture fails: torch then keeps the graph's memory
     for good, and other ranks may have captured. An error of a step itself is raised as it is.
     """
     on_gpu, fixed = step.capture_stream is not None, update == "apex"
@@ -122,7 +123,7 @@ def closed_at_the_end() -> Iterator[None]:
 def captured(
     call: Callable[[], object], stream: torch.cuda.Stream, pool: tuple[int, int] | None = None
 ) -> torch.cuda.CUDAGraph:
-    """The graph of `call` on `stream`, where it has run before; CaptureError where it cannot be captured.
+    """The graph of `call` on `stream`, where it has run before; raises CaptureError if it cannot be captured.
 
     Graphs of one stream and one `pool` that never run at the same time share their memory.
     """

@@ -46,19 +46,19 @@ def tensors(step: Stateful) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load(step: Stateful, state: dict[str, Tensor]) -> None:
-    """Copy `state` into the tensors of `step`; ValueError where names or shapes do not fit its recipe.
+    """Copy `state` into the tensors of `step`; raises ValueError if names or shapes do not fit its recipe.
 
     A loss scale is taken where both sides have one, so that a run may go on in another precision.
     """
     step.dictionary.check(state)
     live = tensors(step)
     shared = live.keys() & state.keys()
-    wrong = sorted((live.keys() ^ state.keys()) - {*LOSS_SCALE})
-    wrong += sorted(name for name in shared if live[name].shape != state[name].shape)
+    wrong = [f"{name} is missing" for name in sorted(live.keys() - shared - {*LOSS_SCALE})]
+    wrong += [f"{name} has no place" for name in sorted(state.keys() - shared - {*LOSS_SCALE})]
+    wrong += [f"{name} has another shape" for name in sorted(shared) if live[name].shape != state[name].shape]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        names = ", ".join(wrong[:3]) + more
-        raise ValueError(f"the state does not fit the recipe: {names} missing, extra or of another shape")
+        raise ValueError(f"the state does not fit the recipe: {', '.join(wrong[:3])}{more}")
     for name in shared:
         live[name].copy_(state[name])
     step.update.refresh()

@@ -78,7 +78,7 @@ class Update:
 
     Casts the encoders' convolutions and linear layers to `numbers.work`, in place, and keeps their masters: `q`,
     `velocity` and `k`, by parameter name; without a key encoder `k` is empty. `lr` [] and `nonfinite` int32 [1] live on
-    the device; nothing is reallocated. `backend` chooses who does it; UsageError where apex is missing.
+    the device; nothing is reallocated. `backend` chooses who does it; raises UsageError if apex is missing.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a step takes: the data path's end, in a file of its own, so that who needs no images needs no DALI."""
+"""The batch that one training step consumes. A separate file, so that code without images does not import DALI."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ PIXEL = np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8)
 class Decoded:
     """Pixels by sample, in one block of `budget` bytes on `device`.
 
-    A GPU's memory is taken at once, a CPU's as the block fills. ValueError where so much cannot be had, or not even
+    A GPU's memory is taken at once, a CPU's as the block fills. Raises ValueError if so much cannot be had, or not even
     promised. One thread may fill it while others look.
     """
 
@@ -53,7 +53,7 @@ class Decoded:
         self.used = end
 
     def completed(self, samples: np.ndarray, encoded: Sequence[object], images: Sequence[Tensor]) -> list[Tensor]:
-        """What is kept where `encoded` has PIXEL, and the next one of `images` elsewhere; and keep the latter."""
+        """Fill the gaps: the kept image where `encoded` holds PIXEL, else the next decoded one, which is kept."""
         decoded, result = iter(images), []
         for sample, data in zip(samples.tolist(), encoded, strict=True):
             image = self._images[sample] if data is PIXEL else next(decoded)

@@ -60,7 +60,7 @@ class Plan:
 
     `sizes` is int32 [n, 2], height and width of every image. A step's global batch has B = recipe.batch_size slots;
     rank r holds query slots and key positions [r * B / world, (r + 1) * B / world). Steps count over the whole run.
-    RecipeError where the batch does not split over the ranks, or the images do not fill one batch.
+    Raises RecipeError if the batch does not split over the ranks, or the images do not fill one batch.
     """
 
     def __init__(self, recipe: Recipe, sizes: np.ndarray, world: int = 1, rank: int = 0) -> None:

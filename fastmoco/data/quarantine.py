@@ -57,7 +57,7 @@ class Quarantine:
         return len(self._first_step)
 
     def records(self) -> list[Record]:
-        """What the file holds by now; DataError where it is damaged anywhere but at a line cut short at its end."""
+        """What the file holds by now; raises DataError if it is damaged anywhere but at a line cut short at its end."""
         if self.path is None or not self.path.exists():
             return []
         lines = self.path.read_bytes().split(b"\n")
@@ -77,7 +77,7 @@ class Quarantine:
         return result
 
     def add(self, step: int, sample: int, reason: str) -> int:
-        """Note that `sample` is bad from `step` on, and return its substitute; DataError where too many are bad.
+        """Note that `sample` is bad from `step` on, and return its substitute; raises DataError if too many are bad.
 
         One that is known from a later step on gets a second record: headers are read ahead of what is decoded.
         """

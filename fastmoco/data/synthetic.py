@@ -45,7 +45,7 @@ def make(folder: str | os.PathLike[str]) -> Path:
     """Folder holding train/CLASS/*.jpg and val/CLASS/*.jpg, made if it is absent, incomplete or of an older generator.
 
     The set appears in one rename, so whoever sees it sees all of it, and several processes may call this at once.
-    ValueError where `folder` holds anything else, which is left as it is.
+    Raises ValueError if `folder` holds anything else, which is left as it is.
     """
     folder = Path(folder).absolute()
     if _is_current(folder):

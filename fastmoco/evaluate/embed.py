@@ -23,7 +23,7 @@ def run(options: Embed) -> None:
     """Write the features: .npz with `features` float32 [n, F], `files` [n] and, where there are classes, `labels`
     int64 [n] and `classes`; .parquet with the columns file, features and label. What cannot be decoded has no row.
 
-    UsageError where the file exists or pyarrow is missing; DataError where there are no images.
+    Raises UsageError if the file exists or pyarrow is missing; raises DataError if there are no images.
     """
     assert options.out is not None and options.data is not None
     require_new(options.out)

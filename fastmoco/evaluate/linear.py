@@ -223,7 +223,7 @@ class Evaluation:
         )
 
     def exact(self, report: Callable) -> Probe:
-        """The probe as published. AssertionError where the backbone did not stay bit-equal."""
+        """The probe as published. Raises AssertionError if the backbone did not stay bit-equal."""
         before = snapshot(self.encoder)
         classifier = self._classifier()
         val, labels = self.features(self.val)  # a frozen backbone gives the same ones after every epoch

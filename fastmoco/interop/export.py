@@ -36,8 +36,8 @@ CARD = "README.md"
 def export(folder: Path, form: str, out: Path) -> Path:
     """Write the newest checkpoint of the run in `folder` to `out` in one of the formats above; returns `out`.
 
-    UsageError where `folder` is no run, `out` exists or the format cannot hold this network; CheckpointError where the
-    run has no good checkpoint.
+    Raises UsageError if `folder` is no run, `out` exists or the format cannot hold this network. Raises CheckpointError
+    if the run has no good checkpoint.
     """
     saved = run_folder.load(folder)
     require_new(out)
@@ -60,7 +60,7 @@ def detectron2_content(weights: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def timm_config(recipe: Recipe) -> dict[str, Any]:
-    """config.json of a headless timm model; UsageError where timm has no such network."""
+    """config.json of a headless timm model; raises UsageError if timm has no such network."""
     if not is_standard(recipe):
         raise UsageError(
             f"timm has no {recipe.arch} of width {recipe.width} with the {recipe.stem} stem: use --format safetensors"

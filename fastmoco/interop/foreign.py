@@ -25,8 +25,8 @@ class ForeignFileError(ValueError):
 def read(path: Path) -> dict[str, Any]:
     """The dictionary in a .pth, .pth.tar, .pt or .safetensors file, tensors on the CPU.
 
-    UsageError where there is no file; ForeignFileError where it is damaged (the checksums of torch's zip files are
-    verified, which torch itself does not do), holds anything but tensors and plain data, or is no such file.
+    Raises UsageError if there is no file. Raises ForeignFileError if it is damaged (the checksums of torch's zip files
+    are verified, which torch itself does not do), holds anything but tensors and plain data, or is no such file.
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file: check the path")

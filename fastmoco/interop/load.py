@@ -46,7 +46,7 @@ class Imported(NamedTuple):
 
 
 def convert(content: Mapping[str, Any], options: Import, images: int | None = None) -> Imported:
-    """`content` of a checkpoint file as a run; ForeignFileError where it is none of the kinds that are known.
+    """`content` of a checkpoint file as a run; raises ForeignFileError if it is none of the kinds that are known.
 
     `images` is the size of the set that training goes on with.
     """
@@ -172,7 +172,7 @@ def _plain(weights: dict[str, Tensor], options: Import) -> Imported:
 def _recipe_of(weights: dict[str, Tensor], query: dict[str, Tensor], preset: str, options: Import) -> Recipe:
     network = recognise({name: tuple(value.shape) for name, value in query.items()})
     if network is None:
-        raise ForeignFileError(f"{options.file} holds no residual network that fastmoco knows: its weights are other")
+        raise ForeignFileError(f"{options.file} holds no network that fastmoco knows: its shapes are of no ResNet")
     changes: dict[str, Any] = network._asdict()
     if weights:  # of a MoCo checkpoint, whose head and queue say more
         last = query.get("fc.2.weight", query.get("fc.weight"))

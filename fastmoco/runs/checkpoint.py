@@ -69,8 +69,8 @@ def save(
 ) -> Path:
     """Write the checkpoint of `step`, then remove all but the newest `keep` (at least 2) and multiples of `keep_every`.
 
-    OSError where the disk refuses; every earlier checkpoint is then still whole. Where a good checkpoint of this step
-    exists it stays: a run has one state at a step.
+    Raises OSError if the disk refuses; every earlier checkpoint is then still whole. A good checkpoint of this step
+    stays: a run has one state at a step.
     """
     root = run / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
@@ -100,8 +100,8 @@ def save(
 def latest(run: Path, report: Callable[[str], None] | None = None) -> Path | None:
     """Newest checkpoint of `run` that verifies, or None where the run has none yet.
 
-    Damaged ones on the way are renamed *.damaged and reported, stale drafts removed. CheckpointError where there are
-    checkpoints and none is good.
+    Damaged ones on the way are renamed *.damaged and reported, stale drafts removed. Raises CheckpointError if there
+    are checkpoints and none is good.
     """
     report = report or _to_stderr
     root = run / "checkpoints"
@@ -156,7 +156,7 @@ def damage(path: Path) -> str | None:
 
 
 def load(path: Path, verified: bool = False) -> Checkpoint:
-    """Read a checkpoint onto the CPU, verifying it unless `latest` just did; CheckpointError where it is damaged."""
+    """Read a checkpoint onto the CPU, verified unless `latest` just did that. Raises CheckpointError if it is damaged."""
     reason = None if verified else damage(path)
     if reason is not None:
         raise CheckpointError(f"{path}: {reason}: use another checkpoint")

@@ -12,7 +12,7 @@ MIB = 2**20
 
 
 def verify(options: CheckpointVerify) -> int:
-    """Check every byte of every checkpoint; 0 where one at least is good, else 3. UsageError where there is none."""
+    """Check every byte of every checkpoint: 0 if at least one is good, else 3. Raises UsageError if there is none."""
     good = 0
     for path in _found(options.run):
         reason = checkpoint.damage(path)

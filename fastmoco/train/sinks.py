@@ -65,6 +65,6 @@ class Tracker:
 
 
 def open_sinks(run: Path, start: int, tensorboard: bool, track: str) -> list[Sink]:
-    """The sinks asked for; ValueError where one needs a package that is not installed."""
+    """The sinks asked for; raises ValueError if one needs a package that is not installed."""
     sinks: list[Sink] = [TensorBoard(run, start)] if tensorboard else []
     return sinks + ([Tracker(track, run)] if track != "none" else [])
