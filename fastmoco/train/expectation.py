@@ -42,7 +42,7 @@ def expectation(recipe: Recipe, steps_per_epoch: int) -> str:
     chance = f"chance level of the loss is {chance_formula(recipe)} = {chance_level(recipe):.3f}. A healthy loss "
     fill = fill_steps(recipe, steps_per_epoch)
     if recipe.dictionary == "batch":
-        return chance + "falls below that within the first steps"
+        return chance + "starts near that or above and falls below it within the first epochs"
     if recipe.dictionary == "bank":
         return chance + (
             f"stays at that or above for the first epoch ({fill} steps), while the bank's entries are random vectors, "

@@ -39,13 +39,15 @@ class Health:
         self.recipe = recipe
         self.skipped = 0
         """Steps whose update was left out because something was not finite."""
+        # A batch holds nothing random, but the first epoch and the warm-up prove nothing.
+        self._early = max(1.0, recipe.warmup_epochs) if recipe.dictionary == "batch" else 0.0
         self._in_a_row = 0
         self._queries = self._hits = 0.0
         self._warned: set[str] = set()
 
     def warnings(self, line: Mapping[str, float], steps: int) -> list[str]:
         """Warnings due after an interval of `steps` finite steps, from its log line."""
-        if not steps or line["queue_filled"] < 1:
+        if not steps or line["queue_filled"] < 1 or line["epoch"] < self._early:
             return []
         queries = steps * self.recipe.queries
         self._queries += queries

@@ -25,7 +25,7 @@ CHANCE = 0.5
 
 
 def line(**changes: float) -> dict[str, float]:
-    return {"step": 70, "queue_filled": 1.0, "spread": 0.8, "top5": 40.0, **changes}
+    return {"step": 70, "epoch": 2.0, "queue_filled": 1.0, "spread": 0.8, "top5": 40.0, **changes}
 
 
 def test_a_run_that_learns_gets_no_warning():
@@ -47,6 +47,13 @@ def test_accuracy_at_chance_is_warned_of_once_there_are_enough_queries(share, ex
     assert health.warnings(line(top5=share), 10) == []  # 1000 queries: 5 hits by chance, too few to judge
     found = [warning for _ in range(20) for warning in health.warnings(line(top5=share), 10)]
     assert len(found) == expected and all("at chance" in warning for warning in found)
+
+
+def test_a_batch_is_judged_after_its_first_epoch_and_the_warm_up():
+    recipe = replace(PRESETS["simclr-cifar"][1], warmup_epochs=3.0)
+    for epoch, expected in ((0.9, 0), (2.0, 0), (3.1, 1)):
+        found = [text for _ in range(20) for text in Health(recipe).warnings(line(epoch=epoch, top5=0.0), 100)]
+        assert len(found) == 20 * expected and all("in batches of this size" in text for text in found)
 
 
 def test_skipping_gives_up_only_where_nothing_is_finite_for_long():

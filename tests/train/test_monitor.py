@@ -203,7 +203,7 @@ def test_chance_levels():
 @pytest.mark.parametrize(
     ("preset", "level", "words"),
     [
-        ("simclr", 9.0108, ("ln(2B-1) = 9.011", "falls below that within the first steps")),
+        ("simclr", 9.0108, ("ln(2B-1) = 9.011", "falls below it within the first epochs")),
         ("end-to-end", 6.9315, ("ln(B) = 6.931",)),
         ("bank", 11.0904, ("ln(K+1) = 11.090", "first epoch (5004 steps)", "random vectors")),
     ],
