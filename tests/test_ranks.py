@@ -30,7 +30,7 @@ from fastmoco.data.manifest import scan
 from fastmoco.data.plan import Plan
 from fastmoco.kernels import reference
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import Recipe
+from fastmoco.recipe import PRESETS, Recipe
 
 STEPS, LR, SIZE = 30, 0.03, 16
 RECIPE = Recipe(
@@ -45,6 +45,12 @@ RECIPE = Recipe(
     queue_size=40,
     temperature=0.2,
 )
+SMALL = {"arch": "resnet18", "width": 0.0625, "stem": "cifar", "dim": 16, "batch_size": 16, "crop_size": SIZE}
+OTHERS = {
+    "end-to-end": replace(PRESETS["end-to-end"][1], **SMALL, bn_group=4),
+    "simclr": replace(PRESETS["simclr-cifar"][1], **SMALL),  # at T = 0.1 rounding grows tenfold a step
+    "bank": replace(PRESETS["bank"][1], **SMALL, bn_group=4, queue_size=40),
+}
 WORLDS = (1, 2, 4)
 FLOAT64_BOUND = 1e-10
 """Losses were seen to part by 1e-15 and weights by 2e-13; the controls part by a tenth."""
@@ -70,11 +76,12 @@ def known() -> dict:
 def train(parallel: Parallel, recipe: Recipe, folder: Path, steps: int = STEPS, precision: str = "fp64") -> dict:
     images = scan(folder, cache=False)
     plan = Plan(recipe, images.sizes, parallel.world, parallel.rank)
-    step, losses, batches = Step(recipe, parallel, precision), [], []
+    step, losses, batches = Step(recipe, parallel, precision, images=len(images)), [], []
+    rate = LR if recipe.optimizer == "sgd" else 0.1
     with Loader(images, plan, parallel, range(steps), Loading(threads=1)) as loader:
         for batch in loader:
             batches.append(copy.deepcopy(batch))
-            losses.append(parallel.mean(step.step(batch, LR).loss))
+            losses.append(parallel.mean(step.step(batch, rate).loss))
     return {"losses": torch.stack(losses), "batches": batches, "state": copy.deepcopy(step.state())}
 
 
@@ -122,6 +129,49 @@ def test_thirty_steps_differ_by_rounding_alone(world: int, known: dict, run_rank
             assert torch.equal(value, ranks[0]["state"][name]), f"{name} differs between ranks"
     pointer, count = (int(alone["state"][f"queue_{name}"]) for name in ("pointer", "count"))
     assert (pointer, count) == (STEPS * 16 % 40, STEPS * 16)
+
+
+# The other dictionaries
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("name", OTHERS)
+def test_no_dictionary_knows_the_number_of_ranks(name: str, world: int, run_ranks: Callable, folder: Path) -> None:
+    """Shuffled groups, batch norm over all ranks, an entry for each image: ten steps in more than three epochs."""
+    (alone,), ranks = (run_ranks(count, train, OTHERS[name], folder, 10) for count in (1, world))
+    for result in ranks:
+        torch.testing.assert_close(result["losses"], alone["losses"], rtol=FLOAT64_BOUND, atol=0)
+        assert result["state"].keys() == alone["state"].keys()
+        for key, value in result["state"].items():
+            torch.testing.assert_close(
+                value, alone["state"][key], rtol=FLOAT64_BOUND, atol=FLOAT64_BOUND, msg=f"{name}: {key}"
+            )
+            assert torch.equal(value, ranks[0]["state"][key]), f"{key} differs between ranks"
+    assert (alone["losses"][0] - alone["losses"][-1]).abs() > 1e-3
+
+
+def first_gradient(parallel: Parallel, recipe: Recipe, folder: Path, without_columns: bool) -> dict:
+    """Loss and gradient of one step; `without_columns`: what other rows pull at a row is lost, as by a plain gather."""
+    if without_columns:
+        reference.nt_xent_columns = lambda z, *_: torch.zeros_like(z)
+    images = scan(folder, cache=False)
+    step = Step(recipe, parallel, "fp64")
+    plan = Plan(recipe, images.sizes, parallel.world, parallel.rank)
+    with Loader(images, plan, parallel, range(1), Loading(threads=1)) as loader:
+        loss = parallel.mean(step.step(next(loader), 0.0).loss)
+    return {"loss": loss, "gradient": torch.cat([each.grad.flatten() for each in step.encoder_q.parameters()])}
+
+
+@pytest.mark.parametrize("name", ["end-to-end", "simclr"])
+def test_a_gather_without_gradient_shows_in_the_gradients_length_alone(
+    name: str, run_ranks: Callable, folder: Path
+) -> None:
+    """Control: the loss is the same to its last digit and the direction nearly so."""
+    (alone,) = run_ranks(1, first_gradient, OTHERS[name], folder, False)
+    right, wrong = (run_ranks(2, first_gradient, OTHERS[name], folder, broken)[0] for broken in (False, True))
+    torch.testing.assert_close(right["gradient"], alone["gradient"], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(wrong["loss"], alone["loss"], rtol=FLOAT64_BOUND, atol=0)
+    assert not 0.95 < wrong["gradient"].norm() / alone["gradient"].norm() < 1.05
 
 
 @pytest.mark.parametrize("change", [{"shuffle_bn": False}, {"bn_group": 8}], ids=["no shuffle", "groups by rank"])

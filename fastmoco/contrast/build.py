@@ -32,12 +32,14 @@ BUFFERS = next(
 QUEUE_SEED = 1 << 63  # added to the recipe's seed, which is smaller: the encoder draws from the seed itself
 
 
-def check_device(recipe: Recipe, device: torch.device, *, key_stream: bool, apex: bool) -> None:
-    """UsageError where an option needs a GPU and `device` is none, or keys that are encoded apart."""
+def check_device(recipe: Recipe, parallel: Parallel, *, key_stream: bool, apex: bool) -> None:
+    """UsageError where an option needs a GPU and there is none, or keys that are encoded apart."""
+    if key_stream and not recipe.bn_group and parallel.world > 1:
+        raise UsageError("--key-stream does not go with --bn-group 0 on several ranks: ranks would gather in any order")
     if key_stream and recipe.dictionary != "queue":
         raise UsageError(f"--key-stream needs a key encoder, which a {recipe.dictionary} has not: leave it out")
     for flag, wanted in (("--key-stream", key_stream), ("--update apex", apex)):
-        if wanted and device.type != "cuda":
+        if wanted and parallel.device.type != "cuda":
             raise UsageError(f"{flag} needs a GPU: leave it out")
 
 
@@ -51,6 +53,16 @@ def set_switches(device: torch.device, tf32: bool, deterministic: bool) -> None:
 def build_encoder_q(recipe: Recipe, device: torch.device) -> Encoder:
     """The query encoder on `device`, in training mode."""
     return build_encoder(recipe).to(device).train()
+
+
+def share_statistics(recipe: Recipe, parallel: Parallel, *encoders: Encoder) -> None:
+    """Let batch norm take its statistics over the rows of all ranks, where the recipe has one group for all."""
+    if recipe.bn_group or parallel.world == 1:
+        return
+    for encoder in encoders:
+        for module in encoder.modules():
+            if isinstance(module, BatchNormAct):
+                module.gather = parallel.all_gather
 
 
 def choose_backend(backend: EncoderBackend, *encoders: Encoder) -> None:

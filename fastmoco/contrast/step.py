@@ -79,7 +79,7 @@ class Step:
         import torch._dynamo  # noqa: F401
 
         recipe.check_ranks(parallel.world)
-        build.check_device(recipe, parallel.device, key_stream=key_stream, apex=update == "apex")
+        build.check_device(recipe, parallel, key_stream=key_stream, apex=update == "apex")
         self.recipe, self.parallel = recipe, parallel
         self.precision = resolve_precision(precision or recipe.precision, parallel.device)
         numbers = PRECISIONS[self.precision]
@@ -93,6 +93,7 @@ class Step:
         self.update = Update(self.encoder_q, self.dictionary.encoder_k, recipe, numbers, update)
         encoders = [self.encoder_q] if self.encoder_k is None else [self.encoder_q, self.encoder_k]
         build.choose_backend(encoder, *encoders)
+        build.share_statistics(recipe, parallel, *encoders)
         self.statistics = Statistics(*encoders)
         self.capture_stream = build.stream(parallel.device, "capture")
 

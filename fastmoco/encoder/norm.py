@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmoco.encoder.norm_over_ranks import Gather, batch_norm_over_ranks
 from fastmoco.kernels.batch_norm import Norm, batch_norm_act, batch_norm_act_twice
 from fastmoco.kernels.batch_norm_pool import batch_norm_pool
 
@@ -23,6 +24,9 @@ class BatchNormAct(nn.Module):
 
     impl: Literal["auto", "triton", "reference", "torch"] = "auto"
     """Who does it: our kernel on a GPU and its twin on a CPU, one of them, or torch's batch norm, group by group."""
+
+    gather: Gather | None = None
+    """Where the batch is spread over ranks and all of it shares statistics: what gathers those of the ranks."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -71,7 +75,7 @@ class BatchNormAct(nn.Module):
         With `twice` the result is a pair, for two readers: their gradients are added in this layer's backward, and not
         in a pass of their own. Both share their memory.
         """
-        if self.impl == "torch" and self.training:
+        if self.training and (self.impl == "torch" or self.gather is not None):
             y = self._with_torch(x, residual, shortcut)
             return (y, y) if twice else y
         call = batch_norm_act_twice if twice else batch_norm_act
@@ -114,6 +118,10 @@ class BatchNormAct(nn.Module):
         return F.relu(y) if self.relu else y
 
     def _normalised(self, x: Tensor) -> Tensor:
+        if self.gather is not None:
+            running = (self.running_mean, self.running_var)
+            given = {"momentum": self.momentum, "eps": self.eps}
+            return batch_norm_over_ranks(x, self.weight, self.bias, running, self.gather, **given)
         groups = self.groups(x.shape[0])
         # With momentum 1 torch leaves each group's own statistics in these.
         mean, var = (torch.zeros(groups, self.weight.shape[0], device=x.device) for _ in range(2))
