@@ -156,7 +156,7 @@ def damage(path: Path) -> str | None:
 
 
 def load(path: Path, verified: bool = False) -> Checkpoint:
-    """Read a checkpoint onto the CPU, verified unless `latest` just did that. Raises CheckpointError if it is damaged."""
+    """Read a checkpoint onto the CPU, verified unless `latest` just did it. Raises CheckpointError if it is damaged."""
     reason = None if verified else damage(path)
     if reason is not None:
         raise CheckpointError(f"{path}: {reason}: use another checkpoint")

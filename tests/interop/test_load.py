@@ -244,7 +244,7 @@ def spoil(content: dict, how: str) -> dict:
         ("nan", "holds infinite or NaN"),
         ("shape", "another shape of encoder_k.fc.2.weight"),
         ("v3", "MoCo v3"),
-        ("other network", "no residual network"),
+        ("other network", "no network that fastmoco knows"),
         ("nothing", "no weights"),
         ("headless", "no projection head"),
     ],
