@@ -257,7 +257,21 @@ def _rows(rows: Sequence[Row]) -> str:
             f"| {_provider(row)} | {quantity(row)} | {_spread(row)} | {len(row.samples)} | "
             f"{_against(row, medians.get(row.baseline))} | {_percent(row.share)} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_practical(rows)])
+
+
+def _practical(rows: Sequence[Row]) -> list[str]:
+    # Below the table: the bound, and the one with convolutions as fast as they are, where the record knows it.
+    known = [row for row in rows if row.extra.get("practical") and row.bound]
+    if not known:
+        return []
+    bounds = "; ".join(f"{row.provider} {_number(row.bound)} and {_between(row.extra['practical'])}" for row in known)
+    return ["", f"Bounds in pairs/s: physical, and practical with convolutions at the rate that they reach: {bounds}."]
+
+
+def _between(values: Sequence[float]) -> str:
+    low, high = _number(min(values)), _number(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def _provider(row: Row) -> str:

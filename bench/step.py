@@ -1,4 +1,4 @@
-"""The whole training step: image pairs a second, beside the published step and beside the physical bound.
+"""The whole training step: image pairs a second, beside the published step, the physical and a practical bound.
 
 Ours is `fastmoco.contrast.step.Step` itself, from uint8 crops that already lie on the device: its time includes the
 photometric augmentation. The published step is given finished float views, so the comparison leans towards it. The
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,8 +18,8 @@ import torch
 from fastmoco.bench.baseline import PublishedStep
 from fastmoco.bench.journal import Journal
 from fastmoco.bench.record_files import Row, named
-from fastmoco.bench.roofline import LEVELS, convolutions, seconds_per_pair
-from fastmoco.bench.timing import Machine, Timing, interleave, measure_machine
+from fastmoco.bench.roofline import CONVOLUTION_RATES, LEVELS, convolutions, seconds_per_pair
+from fastmoco.bench.timing import Machine, Timing, interleave, measure_convolutions, measure_machine
 from fastmoco.contrast.algorithms import algorithms
 from fastmoco.contrast.graph import GraphMode, runner
 from fastmoco.contrast.step import Step
@@ -69,9 +69,10 @@ def run(
     chosen = choose(providers(recipe, device), precision, group, only, skip)
     # First, while the memory is free and the process can still go without it.
     machines = {p.precision: machine_at(device, p.precision) for p in chosen.values()}
+    speeds = {p.precision: convolution_rates(device, p.precision) for p in chosen.values()}
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    row = functools.partial(_row, recipe, chosen, machines)
+    row = functools.partial(_row, recipe, chosen, machines, speeds)
     calls: dict[str, Callable[[], object]] = {}
     for name, provider in chosen.items():
         with journal.attempt(name):
@@ -118,6 +119,24 @@ def pairs_bound(recipe: Recipe, machine: Machine, element_bytes: int, level: str
     """Most pairs a second that `machine` could train at a level of fusion, by default that of our kernels."""
     convs = _convolutions(recipe)
     return 1 / seconds_per_pair(convs, level, recipe.batch_size, machine.flops, machine.bandwidth, element_bytes)
+
+
+def practical_bounds(recipe: Recipe, machine: Machine, rates: Sequence[float], element_bytes: int) -> list[float]:
+    """`pairs_bound` with convolutions at each of `rates`, in operations a second, in place of a matrix product's."""
+    slower = (dataclasses.replace(machine, flops=min(rate, machine.flops)) for rate in rates)
+    return [pairs_bound(recipe, each, element_bytes) for each in slower]
+
+
+@functools.cache
+def convolution_rates(device: torch.device, precision: str) -> tuple[float, ...]:
+    """Operations a second that convolutions reach on `device`: what roofline.py knows of the GPU, else measured."""
+    if device.type == "cuda" and precision in ("bf16", "fp16"):
+        gpu = torch.cuda.get_device_name(device)
+        known = next((rates for name, rates in CONVOLUTION_RATES.items() if name in gpu), None)
+        if known is not None:
+            return known
+    with tf32(convolutions=precision == "tf32", products=False):
+        return (measure_convolutions(device, WORK[precision]),)
 
 
 def graph_mode(device: torch.device) -> GraphMode:
@@ -254,12 +273,24 @@ def tf32(*, convolutions: bool, products: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before[1])
 
 
-def _row(recipe: Recipe, chosen: dict[str, Provider], machines: dict[str, Machine], name: str, timing: Timing) -> Row:
+def _row(
+    recipe: Recipe,
+    chosen: dict[str, Provider],
+    machines: dict[str, Machine],
+    speeds: dict[str, tuple[float, ...]],
+    name: str,
+    timing: Timing,
+) -> Row:
     _, precision, level, _ = chosen[name]
     bound = functools.partial(pairs_bound, recipe, machines[precision], WORK[precision].itemsize)
     config = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size, "queue": recipe.queue_size}
     rates = tuple(recipe.batch_size / sample for sample in timing.samples)
-    extra = {"level": level, "bounds": {each: bound(each) for each in LEVELS}}
+    extra = {
+        "level": level,
+        "bounds": {each: bound(each) for each in LEVELS},
+        "convolutions": list(speeds[precision]),
+        "practical": practical_bounds(recipe, machines[precision], speeds[precision], WORK[precision].itemsize),
+    }
     return Row("step", name, "pairs/s", rates, config, _baseline(chosen), bound(level), extra)
 
 

@@ -177,3 +177,12 @@ def test_clocks_failures_and_an_early_end_stand_below_the_caption():
     assert "\n1 sample: 1,800" in text and "620 W (most 630), throttled" in text
     plain = table(made())
     assert "MHz" not in plain and "failed" not in plain and "Stopped" not in plain
+
+
+def test_the_practical_bound_stands_below_the_table_where_a_record_knows_it():
+    extra = {"practical": [4447.0, 4907.0], "convolutions": [270e12, 340e12]}
+    row = Row("step", "ours", "pairs/s", (4000.0,) * 5, bound=6296.0, extra=extra)
+    plain = Row("step", "theirs", "pairs/s", (2000.0,) * 5, bound=6296.0)
+    text = record_files.table([record_files.record("step", [row, plain], record_files.environment())])
+    assert "convolutions at the rate that they reach: ours 6,296 and 4,447 to 4,907." in text
+    assert "Bounds in" not in record_files.table([record_files.record("step", [plain], record_files.environment())])

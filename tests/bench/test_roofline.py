@@ -172,6 +172,48 @@ def ours(encoder: nn.Module) -> None:
             module.to(torch.bfloat16)
 
 
+class CountedInEagerMode(TorchDispatchMode):
+    """Bytes that a backward pass of plain torch reads and writes, by part, and how often it adds two gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = dict.fromkeys(("conv", "pool", "gradient add"), 0)
+        self.additions = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        size = lambda *tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
+        if name == "convolution_backward":
+            gradient, x, weight, made = *args[:3], out[0]
+            self.parts["conv"] += 0 if made is None else size(gradient, made, weight)
+            self.parts["conv"] += size(gradient, x, weight, weight)  # the weights' gradient is added to what there is
+        elif name == "max_pool2d_with_indices_backward":
+            self.parts["pool"] += size(args[0], args[-1], out)
+        elif name in ("add", "add_") and args[0].ndim == 4:
+            self.parts["gradient add"] += size(*args[:2], out)
+            self.additions += 1
+        return out
+
+
+def test_the_formulas_equal_the_bytes_of_a_backward_pass_in_eager_mode():
+    """The additions of the gradients of 16 blocks' inputs among them, and torch's pooling indices of eight bytes."""
+    convs = roofline.convolutions(build_encoder(SMALL), 64)
+    plain = PlainResNet(SMALL).to(torch.bfloat16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        z = plain(torch.randn(2, 3, 64, 64, dtype=torch.bfloat16))
+        with CountedInEagerMode() as counted:
+            z.sum().backward()
+    formula = dict.fromkeys((*counted.parts, "norm", "dgrad", "wgrad"), 0.0)
+    for work in roofline.backward_work(convs, "eager", batch=2):
+        formula[work.part] += 2 * work.nbytes
+    assert counted.additions == 16 and counted.parts["gradient add"] == formula["gradient add"]
+    assert counted.parts["pool"] == formula["pool"]
+    stem = 2 * 2 * 3 * 64 * 64 / 3
+    skipped = sum(2 * 2 * (conv.inputs - conv.sampled) for conv in convs)
+    assert counted.parts["conv"] == formula["dgrad"] + formula["wgrad"] - stem + skipped
+
+
 @pytest.mark.parametrize(("form", "places"), [("none", ["inner"]), ("plain", ["last"]), ("dual", ["last", "shortcut"])])
 def test_our_own_batch_norm_cannot_beat_its_bound(form, places):
     """What the kernels move, by their own formula, is what the bound counts, besides some vectors."""

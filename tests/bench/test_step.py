@@ -11,7 +11,7 @@ from fastmoco.bench.journal import Journal
 from fastmoco.bench.timing import Machine
 from fastmoco.recipe import PRESETS
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 V2 = PRESETS["v2"][1]
 SMALL = dataclasses.replace(V2, arch="resnet18", width=0.125, batch_size=32, crop_size=16, queue_size=100)
 
@@ -24,8 +24,29 @@ def test_every_provider_runs_also_where_the_queue_is_no_multiple_of_the_batch():
 
 
 def test_the_bound_of_an_h100_is_the_known_one():
-    assert step.pairs_bound(V2, Machine("h100", 3e12, 790e12), 2) == pytest.approx(6291, rel=1e-3)
+    assert step.pairs_bound(V2, Machine("h100", 3e12, 790e12), 2) == pytest.approx(6296, rel=1e-3)
     assert step.pairs_bound(V2, Machine("h100", 3e12, 790e12), 4) < 3400
+
+
+def test_the_practical_bounds_of_an_h100_and_an_h200_are_those_of_their_convolutions(monkeypatch):
+    """The rates that MLPerf's results on both imply, at each one's own bandwidth; a physical bound is never below."""
+    gpus = {"NVIDIA H100 80GB HBM3": (3e12, (4558, 5043)), "NVIDIA H200": (4.3e12, (5365, 6113))}
+    for name, (bandwidth, expected) in gpus.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        step.convolution_rates.cache_clear()
+        machine, rates = Machine(name, bandwidth, 790e12), step.convolution_rates(GPU, "bf16")
+        assert step.practical_bounds(V2, machine, rates, 2) == pytest.approx(expected, rel=1e-3)
+        assert max(expected) < step.pairs_bound(V2, machine, 2)
+    step.convolution_rates.cache_clear()
+    fast = Machine("toy", 3e12, 1e9)
+    assert step.practical_bounds(V2, fast, (1e12,), 2) == [step.pairs_bound(V2, fast, 2)]
+
+
+def test_other_machines_have_their_convolutions_timed(monkeypatch):
+    monkeypatch.setattr(step, "measure_convolutions", lambda device, dtype: 5e9 if dtype == torch.float32 else 7e9)
+    step.convolution_rates.cache_clear()
+    assert step.convolution_rates(CPU, "fp32") == (5e9,) and step.convolution_rates(CPU, "bf16") == (7e9,)
+    step.convolution_rates.cache_clear()
 
 
 def test_a_gpu_has_the_published_step_in_every_form_and_ours_by_backend():
@@ -42,9 +63,6 @@ def test_ours_on_finished_views_makes_none(monkeypatch):
     with pytest.raises(pytest.fail.Exception, match="a view was made"):
         found["fastmoco bf16"].start()()
     found["fastmoco bf16, finished views"].start()()
-
-
-GPU = torch.device("cuda", 0)
 
 
 def chosen(group: str, only: str = "", skip: str = "", device: torch.device = GPU) -> set[str]:
@@ -85,6 +103,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, **starts: Callable) -> None:
     found = {name: step.Provider(start, "fp32") for name, start in starts.items()}
     monkeypatch.setattr(step, "providers", lambda recipe, device: found)
     monkeypatch.setattr(step, "machine_at", lambda *_: Machine("toy", 1e9, 1e9))
+    monkeypatch.setattr(step, "convolution_rates", lambda *_: (1e8, 2e8))
 
 
 def test_a_provider_that_fails_costs_its_own_row_and_rows_are_kept_round_by_round(monkeypatch):
@@ -113,6 +132,8 @@ def test_a_row_knows_the_bounds_of_all_levels(monkeypatch):
     (row,) = step.run(SMALL, CPU, rounds=1)
     assert row.extra["bounds"]["bnrelu"] == row.bound and list(row.extra["bounds"]) == list(step.LEVELS)
     assert sorted(row.extra["bounds"].values()) == list(row.extra["bounds"].values())
+    assert row.extra["convolutions"] == [1e8, 2e8]
+    assert row.extra["practical"][0] < row.extra["practical"][1] < row.bound
 
 
 def test_a_step_that_must_be_captured_is_never_timed_eagerly(monkeypatch):
