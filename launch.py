@@ -9,6 +9,7 @@ the command runs in this process; and so it does under torchrun, where RANK is s
 """
 
 import os
+import signal
 import sys
 
 from fastmoco import environment
@@ -21,7 +22,7 @@ from fastmoco.cli import complain, main, parse
 from fastmoco.options import UsageError
 
 # torchrun's default leaves SIGUSR1 out: the signal would kill the launcher and leave its workers.
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 FLAG_WITHOUT_VALUE = {"--standalone", "--no-python", "--no_python", "--run-path", "--run_path"}
 
 
@@ -48,7 +49,9 @@ def launch(nproc: int, flags: list[str], command: list[str], patience: float) ->
     from fastmoco.process import supervise
 
     alone = [] if any(flag.startswith(("--nnodes", "--rdzv", "--master")) for flag in flags) else ["--standalone"]
-    own = [f"--nproc-per-node={nproc}", f"--signals-to-handle={SIGNALS}", *alone, *flags, __file__, *command]
+    # torchrun would put its handler in the place of nohup's.
+    handled = ",".join(signal.Signals(n).name for n in interrupt.heeded(getattr(signal, name) for name in SIGNALS))
+    own = [f"--nproc-per-node={nproc}", f"--signals-to-handle={handled}", *alone, *flags, __file__, *command]
     return supervise.torchrun(own, patience)
 
 

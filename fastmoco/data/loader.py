@@ -28,8 +28,8 @@ from torch import Tensor
 
 from fastmoco.data.batch import Batch
 from fastmoco.data.decoded import PIXEL, Decoded
-from fastmoco.data.manifest import Manifest
-from fastmoco.data.pipeline import Decoding, Pipeline, Repair, Request, fault, read
+from fastmoco.data.manifest import DataError, Manifest
+from fastmoco.data.pipeline import UNREADABLE, Decoding, Pipeline, Repair, Request, fault, read
 from fastmoco.data.plan import Plan, Route, centre_boxes, route
 from fastmoco.data.quarantine import Quarantine
 from fastmoco.data.rewrite import Damaged, Reading
@@ -48,6 +48,7 @@ FILES_PER_SECOND = 8000  # that readers for a GPU should be able to fetch: more 
 READ_AHEAD = 1  # calls of DALI whose files are being read while another is decoded
 DECODED_AT_ONCE = 128  # images in a call of DALI for a GPU at least; smaller batches are decoded several at a time
 EVALUATION_BATCH = 256
+IN_A_ROW = 8  # images that cannot be read, one after the other in a random order: the disk is at fault
 
 
 @dataclass(frozen=True)
@@ -386,6 +387,7 @@ class _Source:
         kept: Decoded | None = None,
     ) -> None:
         self.reading = reading
+        self._row, self._row_step = 0, -1  # unreadable images at the end of the step that had some last
         self.manifest, self.quarantine, self.boxes, self.device, self.kept = manifest, quarantine, boxes, device, kept
         self.readers = Readers(*(GPU_READERS if device.type == "cuda" else (READERS, READERS)))
 
@@ -424,7 +426,25 @@ class _Source:
         self.readers.took(time.perf_counter() - started, len(wanted) - wanted.count(None))
         return found
 
+    def _refuse_absence(self, request: Request, faults: dict[int, str]) -> None:
+        # A folder that has gone is no fault of the images in it, and records are for good.
+        unread = [faults.get(i, "").startswith(UNREADABLE) for i in range(len(request.encoded))]
+        if not any(unread):
+            return
+        self._row = self._row if request.step == self._row_step + 1 else 0
+        self._row_step, longest = request.step, 0
+        for failed in unread:
+            self._row = self._row + 1 if failed else 0
+            longest = max(longest, self._row)
+        gone = self.manifest.gone()
+        if longest >= IN_A_ROW and not gone:
+            position = unread.index(True)
+            gone = f"{request.names[position]}: {faults[position]}, nor can {longest - 1} others after it be read"
+        if gone:
+            raise DataError(f"{gone}: none was noted as bad; bring the images back, and go on with --resume")
+
     def _repair(self, request: Request, faults: dict[int, str]) -> Request:
+        self._refuse_absence(request, faults)
         samples, encoded = request.samples.copy(), list(request.encoded)
         for position, reason in faults.items():
             while reason:

@@ -28,6 +28,7 @@ from fastmoco.recipe import Recipe
 NAME = "images.npz"  # of a run's own copy
 TRAIN_NAMES, VAL_NAMES = ("train",), ("val", "valid", "validation", "test")
 ONE_COLOUR, SMALL_RANGE = 8, 64  # levels, of 255, that such images span at most; 64 are 14 bits in 16
+FEW = 8  # images, all over a set, that tell whether it is there and is the same
 CHUNK_FILES = 256  # files per task of the header threads
 
 Progress = Callable[[str, int, int], None]
@@ -69,6 +70,10 @@ class Manifest:
     """Tar archives that hold images, relative to the root or absolute."""
     transparent: int = 0
     """How many of the images have transparency, where a scan looked."""
+    printed: tuple[np.ndarray, np.ndarray] = (np.empty(0, np.int64), np.empty((0, 32), np.uint8))
+    """Indices of a few images and the SHA-256 of each, as they were when a loaded manifest was saved."""
+    root_before: str = ""
+    """The root of a loaded manifest when it was saved, where that is known."""
     spans: np.ndarray | None = None
     """uint8 [n]: levels between the darkest and the brightest pixels of each, where a scan has decoded them."""
     places: np.ndarray | None = None
@@ -96,14 +101,58 @@ class Manifest:
         with open(self._archive(number), "rb", buffering=0) as file:
             return np.frombuffer(os.pread(file.fileno(), size, offset), np.uint8)
 
+    def gone(self) -> str:
+        """Why the images cannot be there at all: no folder, no archive, or none of a few can be read; or ""."""
+        archived = self.places is not None and len(self.places) and self.places[:, 0].min() >= 0
+        if not os.path.isdir(self.root):
+            return f"{self.root}: no such folder"
+        lost = next((name for name in self.archives if not os.path.isfile(os.path.join(self.root, name))), None)
+        if lost is not None:
+            return f"{os.path.join(self.root, lost)}: no such archive"
+        few = self._few()
+        if archived or any(map(self._is_readable, few)):
+            return ""
+        return f"{self.path(few[0])}: cannot be read, nor can any of {len(few)} images all over the set"
+
+    def others(self) -> str:
+        """Name of an image that is another than when the manifest was saved, among a few looked at; or ""."""
+        for index, print_ in zip(self.printed[0].tolist(), self.printed[1], strict=True):
+            if self._is_readable(index) and not np.array_equal(_print_of(self, index), print_):
+                return self.path(index)
+        return ""
+
+    def _few(self) -> list[int]:
+        return np.unique(np.linspace(0, len(self) - 1, min(FEW, len(self))).astype(int)).tolist()
+
+    def _is_readable(self, index: int) -> bool:
+        try:
+            file = os.open(self.path(index) if self._is_file(index) else self._archive_of(index), os.O_RDONLY)
+            try:
+                os.pread(file, 1, 0)
+            finally:
+                os.close(file)
+        except OSError:
+            return False
+        return True
+
+    def _is_file(self, index: int) -> bool:
+        return self.places is None or self.places[index, 0] < 0
+
+    def _archive_of(self, index: int) -> str:
+        return self._archive(int(self.places[index, 0]))
+
     def save(self, path: str | os.PathLike) -> None:
-        """Write what `load` needs; OSError where it cannot be written."""
+        """Write what `load` needs, and prints of a few images; OSError where it cannot be written."""
         optional = {"labels": self.labels, "places": self.places}
+        few = [index for index in self._few() if self._is_readable(index)]
+        optional["printed"] = np.array(few, np.int64)
+        optional["prints"] = np.array([_print_of(self, index) for index in few], np.uint8).reshape(-1, 32)
         kept.write(
             Path(path),
             paths=kept.packed(self.paths),
             classes=kept.packed(self.classes),
             archives=kept.packed(self.archives),
+            root=kept.packed([self.root]),
             sizes=self.sizes,
             **{name: value for name, value in optional.items() if value is not None},
         )
@@ -117,7 +166,11 @@ class Manifest:
         names = {name: kept.unpacked(data[name]) for name in ("paths", "classes", "archives")}
         root = os.path.abspath(os.fspath(source))
         root = root if os.path.isdir(root) else os.path.dirname(root)
-        return cls(root=root, sizes=data["sizes"], labels=data.get("labels"), places=data.get("places"), **names)
+        optional = {name: data.get(name) for name in ("labels", "places")}
+        loaded = cls(root=root, sizes=data["sizes"], **optional, **names)
+        if "prints" in data:  # runs of older versions have none
+            loaded.printed, loaded.root_before = (data["printed"], data["prints"]), kept.unpacked(data["root"])[0]
+        return loaded
 
     def part(self, first: int, last: int) -> Manifest:
         """The images from index `first` to before `last`."""
@@ -127,6 +180,14 @@ class Manifest:
 
     def _archive(self, number: int) -> str:
         return os.path.join(self.root, self.archives[number])
+
+
+def _print_of(images: Manifest, index: int) -> np.ndarray:
+    try:
+        data = images.read(index).tobytes()
+    except OSError:
+        data = b""
+    return np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
 
 
 def split(path: str | os.PathLike) -> tuple[str, str | None]:

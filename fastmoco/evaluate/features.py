@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmoco.data.errors import DataError
 from fastmoco.data.loader import EvaluationLoader, Loading
 from fastmoco.data.manifest import Manifest
 from fastmoco.encoder import Encoder
@@ -23,7 +24,7 @@ from fastmoco.recipe import Recipe
 def extract(
     encoder: Encoder, manifest: Manifest, recipe: Recipe, parallel: Parallel, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """Features float32 [n, F] of every image, and labels int64 [n] (-1 where there are none), on the device.
+    """Features [n, F] of every image, and labels int64 [n] (-1 where there are none), on the device.
 
     An image that turns out to be bad has features and label of the next good one. The rest, `options` too, is as
     `encode` says.
@@ -43,14 +44,16 @@ def encode(
     loading: Loading = Loading(),
     batch_size: int = 256,
     normalise: bool = True,
+    dtype: torch.dtype = torch.float32,
     progress: Callable[[int], Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return features float32 [n, F] and, for each, the index int64 [n] of the image it was computed from.
+    """Return features [n, F] of `dtype` and, for each, the index int64 [n] of the image it was computed from.
 
     That is its own image, or the next good one if its own turned out to be bad. Both tensors are on the device.
     `features` chooses those of the backbone or those after the projection head; they have unit length unless
     `normalise` is false. Each rank encodes its share of the images and gets all features, in the manifest's order; all
     ranks call this. The encoder's mode is put back. `progress` is called with the number of images just encoded.
+    Raises DataError or torch.OutOfMemoryError, on every rank, if images are bad or memory is short on one.
     """
     share = -(-len(manifest) // parallel.world)
     # Every rank encodes equally many, the last images again where the shares do not come out even.
@@ -60,18 +63,28 @@ def encode(
     )
     forward = encoder.features if features == "backbone" else encoder
     rows_of_rank, done, shown = None, 0, np.empty(share, np.int64)
+    failed: Exception | None = None
     with loader, _evaluating(encoder), torch.no_grad():
-        for crops, index in loader:
-            rows = forward(_plain(crops, encoder, recipe)).float().flatten(1)
-            rows = F.normalize(rows, dim=1) if normalise else rows
-            if rows_of_rank is None:
-                rows_of_rank = rows.new_empty(share, rows.shape[1])
-            rows_of_rank[done : done + len(rows)] = rows
-            shown[done : done + len(rows)] = index
-            done += len(rows)
+        while done < share:
+            count = min(batch_size, share - done)
+            # A rank that fails goes through the motions, because the others wait for it in `progress`.
+            try:
+                if failed is None:
+                    crops, index = next(loader)
+                    rows = forward(_plain(crops, encoder, recipe)).float().flatten(1)
+                    rows = F.normalize(rows, dim=1) if normalise else rows
+                    if rows_of_rank is None:
+                        rows_of_rank = rows.new_empty(share, rows.shape[1], dtype=dtype)
+                    rows_of_rank[done : done + count] = rows
+                    shown[done : done + count] = index
+            except (DataError, torch.OutOfMemoryError) as error:
+                failed = error
+            done += count
             if progress is not None:
-                progress(len(rows))
-    assert rows_of_rank is not None and done == share
+                progress(count)
+    if parallel.any(failed is not None):
+        raise failed or DataError("another rank could not encode its images")
+    assert rows_of_rank is not None
     origins = torch.from_numpy(shown).to(parallel.device)
     return parallel.all_gather(rows_of_rank)[: len(manifest)], parallel.all_gather(origins)[: len(manifest)]
 

@@ -27,6 +27,7 @@ from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 from fastmoco.runs.run_folder import figures_name, load_encoder
 
+BANK_ROWS = 1 << 15  # rows of the bank that are compared at a time: 256 MiB of 2048 features in fp32
 CHUNK_ELEMENTS = 1 << 25  # similarities held at a time: 128 MiB in fp32
 SHOWN = 8  # images, and neighbours of each, in the contact sheet
 
@@ -61,11 +62,31 @@ def knn_accuracy(
 
 def knn_votes(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int, temperature: float, classes: int) -> Tensor:
     """Votes [m, classes] of the `k` nearest rows of `bank` for each query, float64, the largest weight being 1."""
-    similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=1)
+    similarity, nearest = _nearest(bank, queries, k)
     # The common factor exp(-best / T) changes no ranking and keeps a small T from overflowing.
     weight = ((similarity - similarity[:, :1]).double() / temperature).exp()
     votes = weight.new_zeros(len(queries), classes)
     return votes.scatter_add_(1, bank_labels[nearest], weight)
+
+
+def _nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    # In fp32 whatever the bank is kept in, and of a part of the bank at a time, since that takes more room.
+    similarity = queries.new_empty(len(queries), 0, dtype=torch.float32)
+    nearest = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for first in range(0, len(bank), BANK_ROWS):
+        part = queries.float() @ bank[first : first + BANK_ROWS].float().T
+        best, rows = part.topk(min(k, part.shape[1]), dim=1)
+        if nearest.shape[1]:
+            best, rows = torch.cat([similarity, best], 1), torch.cat([nearest, rows + first], 1)
+            best, chosen = best.topk(min(k, best.shape[1]), dim=1)
+            rows = rows.gather(1, chosen)
+        similarity, nearest = best, rows
+    return similarity, nearest
+
+
+def kept_as(device: torch.device) -> torch.dtype:
+    """What features are kept in: on a GPU 16 bits, because ImageNet's fill 10.5 GB in fp32."""
+    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def evaluate(
@@ -76,7 +97,7 @@ def evaluate(
     `options` are those of `features.encode`; the recipe says which features are compared.
     Returns top1 and top5 in percent, k, temperature, the number of classes and of images on either side.
     """
-    options = {"features": recipe.knn_features, **options}
+    options = {"features": recipe.knn_features, "dtype": kept_as(parallel.device), **options}
     bank, bank_labels = extract(encoder, train, recipe, parallel, **options)
     queries, labels = extract(encoder, val, recipe, parallel, **options)
     classes = len(train.classes)
@@ -97,10 +118,8 @@ def run(options: EvaluateKnn) -> None:
         train, val = both_sides(options.run, options.data, options.val, options.labels, recipe.max_pixels)
         if parallel.is_main:
             print(f"{len(train)} images vote on {len(val)}, encoder of {options.run} after step {step}")
-        bank, queries = (
-            extract(encoder, images, recipe, parallel, features=recipe.knn_features, loading=loading)
-            for images in (train, val)
-        )
+        options_of_features = {"features": recipe.knn_features, "dtype": kept_as(parallel.device), "loading": loading}
+        bank, queries = (extract(encoder, images, recipe, parallel, **options_of_features) for images in (train, val))
         if parallel.is_main:
             _write(options.run, step, recipe, (train, *bank), (val, *queries), options.untrained)
     finally:

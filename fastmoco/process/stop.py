@@ -13,16 +13,19 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import torch
 from torch import Tensor
 
 from fastmoco.parallel import Parallel
+from fastmoco.process.interrupt import UNSAVED, heeded
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 STOPPED = 143
-"""Exit code of a run that was asked to stop, saved and can be resumed."""
+"""Exit code of a run that was asked to stop, saved and can be resumed. No other way to end has it."""
+SAVED_MARK = "saved"
 ECHO_SECONDS = 0.5
 """Signals this soon after the first are the same request: a terminal and a launcher both pass on one Ctrl-C."""
 
@@ -30,6 +33,18 @@ ECHO_SECONDS = 0.5
 EVERY = 8
 """Steps between two votes of ranks on GPUs: a tenth of a second at the smallest batches, and with as much again until
 the result is read, seconds at the largest. torchrun kills what was asked to stop after 30."""
+
+
+def unsaved_code(number: int) -> int:
+    """Exit code of a process that a signal ended before it had saved: 128 + its number, but never STOPPED."""
+    return UNSAVED if 128 + number == STOPPED else 128 + number
+
+
+def note_saved() -> None:
+    """Tell the launcher, if there is one, that this job was asked to stop and has saved."""
+    folder = os.environ.get("FASTMOCO_LAUNCH")
+    if folder and os.path.isdir(folder):
+        Path(folder, SAVED_MARK).touch()
 
 
 class Stopped(Exception):
@@ -42,27 +57,58 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.since = 0.0
+        """When the first signal came, by time.monotonic; known also while the main thread is busy in C, and `signal`
+        is still unset."""
 
     def __bool__(self) -> bool:
         return self.signal is not None
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler: note the first signal; at a second one, leave at once with 128 + its number, unsaved."""
+        """Signal handler: note the first signal; at a second one, leave at once and unsaved (`unsaved_code`)."""
         now = time.monotonic()
         if self.signal is None:
-            self.signal, self.since = number, now
+            self.signal, self.since = number, self.since or now
         elif now - self.since > ECHO_SECONDS:
-            os._exit(128 + number)
+            os._exit(unsaved_code(number))
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Turn SIGTERM, SIGINT and SIGUSR1 into a request while the block lasts; outside the main thread, do nothing."""
+    """Turn SIGNALS into a request while the block lasts; outside the main thread, do nothing."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request.receive) for number in SIGNALS}
+    with _noticed_at_once(request):
+        yield from _received(request)
+
+
+@contextmanager
+def _noticed_at_once(request: StopRequest) -> Iterator[None]:
+    # Python runs a handler only between two steps of the main thread, which a long operation may keep for minutes.
+    # The byte that the interpreter writes for each signal is there at once.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    thread = threading.Thread(target=_notice, args=(reader, request), name="fastmoco-signals", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+        thread.join()
+
+
+def _notice(reader: int, request: StopRequest) -> None:
+    while number := os.read(reader, 1):
+        if number[0] in SIGNALS:
+            request.since = request.since or time.monotonic()
+    os.close(reader)
+
+
+def _received(request: StopRequest) -> Iterator[StopRequest]:
+    before = {number: signal.signal(number, request.receive) for number in heeded(SIGNALS)}
     try:
         yield request
     finally:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastmoco.process.stop import SAVED_MARK, STOPPED, unsaved_code
 from fastmoco.process.watchdog import STUCK
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
 
 def torchrun(argv: Sequence[str], patience: float) -> int:
-    """Do as the command line `argv` of torchrun says; the exit code of the rank to blame, 143 after a signal, or 0.
+    """Do as the command line `argv` of torchrun says; the exit code of the rank to blame, or 0.
+
+    After a signal it is 143 if the job has saved.
 
     A rank that is stopped (SIGSTOP) is killed after `patience` seconds, or when another rank fails.
     """
@@ -33,13 +36,17 @@ def torchrun(argv: Sequence[str], patience: float) -> int:
     from torch.distributed.run import get_args_parser, run
 
     atexit.register(gc.freeze)  # as in train/loop.py
+    saved = False
     try:
         with tempfile.TemporaryDirectory() as folder, _stopped_ranks(patience or math.inf) as stopped:
             # Ranks that restart must know it, and must not read where the dead ones listened.
             os.environ |= {"FASTMOCO_LAUNCH": folder, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-            run(get_args_parser().parse_args(list(argv)))
-    except SignalException:
-        return 143
+            try:
+                run(get_args_parser().parse_args(list(argv)))
+            finally:
+                saved = Path(folder, SAVED_MARK).exists()
+    except SignalException as error:
+        return _after_signal(error.sigval, saved)
     except ChildFailedError as error:
         for failure in error.failures.values():
             failure.exitcode = -signal.SIGSTOP if failure.pid in stopped else failure.exitcode
@@ -47,6 +54,13 @@ def torchrun(argv: Sequence[str], patience: float) -> int:
     except RendezvousError as error:
         return parted(error, stopped)
     return 0
+
+
+def _after_signal(number: int, saved: bool) -> int:
+    if saved:
+        return STOPPED
+    print(f"fastmoco: ended by {signal.Signals(number).name} before all ranks had saved", file=sys.stderr, flush=True)
+    return unsaved_code(number)
 
 
 @contextmanager
@@ -132,9 +146,11 @@ def first(failures: Mapping[int, ProcessFailure]) -> int:
     return min(failures, key=lambda rank: (_innocence(failures[rank].exitcode), failures[rank].timestamp))
 
 
-def _innocence(code: int) -> int:
+def _innocence(code: int) -> float:
     if code == -signal.SIGTERM:
         return 4
+    if code == -signal.SIGABRT:  # NCCL's watchdog ends the ranks that wait for another one
+        return 2.5
     return 0 if code < 0 else 1 if code == STUCK else 2 if code > 1 else 3
 
 
@@ -150,6 +166,8 @@ def cause(failure: ProcessFailure) -> str:
     """How a process ended, in words."""
     if failure.exitcode == -signal.SIGSTOP:
         return "was stopped (SIGSTOP) while the others waited for it, and was killed"
+    if failure.exitcode == -signal.SIGABRT:
+        return "gave up waiting for another rank (SIGABRT, as NCCL's watchdog does), or a library aborted it"
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         hint = ": perhaps the machine ran out of memory, which its kernel log tells" if name == "SIGKILL" else ""

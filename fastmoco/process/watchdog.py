@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +19,11 @@ STUCK = 124
 FIRST_FACTOR = 3
 """The first sign of life may take this many times longer: kernels are compiled and file caches are cold."""
 STOP_SECONDS = 25.0
-"""Patience after a stop request under torchrun, which kills what is left after 30 s, and shows no stacks."""
+"""Patience with a step after a stop request: who asks will soon kill (torchrun after 30 s), and show no stacks."""
+WAITING_SECONDS = 10.0
+"""More patience with a process that waits for others: the one that they wait for is to show its stacks first."""
+WAITING = ("parallel.py", "torch/distributed", "torch/nn/parallel", "torch/autograd/graph.py", "process/stop.py")
+"""Ends of the source files whose calls wait for other ranks, or for a GPU that does."""
 HELD_SECONDS = 30.0
 """Beyond its patience, for the case that a stuck call holds the interpreter's lock and this thread cannot run."""
 
@@ -33,6 +38,8 @@ class Watchdog:
         self._seconds, self._asked, self._exit = seconds, asked, exit
         self._patience = seconds * FIRST_FACTOR
         self._last = time.monotonic()
+        self.saving = False
+        """Whether the process is writing its last state, which may take its time; torchrun's 30 s still hold."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="fastmoco-watchdog", daemon=True)
 
@@ -66,11 +73,13 @@ class Watchdog:
         faulthandler.dump_traceback_later(patience + HELD_SECONDS, exit=True, file=2)
 
     def _limit(self) -> float:
-        hurried = self._asked and "TORCHELASTIC_RUN_ID" in os.environ
-        return min(self._patience, STOP_SECONDS) if hurried else self._patience
+        launched = "TORCHELASTIC_RUN_ID" in os.environ
+        hurried = self._asked.since > 0 and (launched or not self.saving)
+        patience = min(self._patience, STOP_SECONDS) if hurried else self._patience
+        return patience + WAITING_SECONDS if launched and not hurried and _waits_for_others() else patience
 
     def _since(self) -> float:
-        return self._asked.since if self._asked else 0.0
+        return self._asked.since
 
     def _end(self, silent: float) -> None:
         rank = os.environ.get("RANK", "0")
@@ -78,3 +87,12 @@ class Watchdog:
         os.write(2, text.encode())
         faulthandler.dump_traceback(file=2, all_threads=True)
         self._exit(STUCK)
+
+
+def _waits_for_others() -> bool:
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    while frame is not None:
+        if any(part in frame.f_code.co_filename for part in WAITING):
+            return True
+        frame = frame.f_back
+    return False

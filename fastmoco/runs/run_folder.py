@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -67,6 +68,34 @@ def read_facts(run: Path) -> dict[str, Any]:
 def without(prefix: str, weights: Mapping[str, T]) -> dict[str, T]:
     """The entries whose names start with `prefix`, without it."""
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+class Hold:
+    """A lock on a run's folder, for as long as this process lives and does not close it."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+
+    def close(self) -> None:
+        """Let it go."""
+        os.close(self._file)
+
+
+def hold(run: Path) -> Hold | None:
+    """Lock a run against a second process that would write to it; None where the disk knows no locks.
+
+    Raises UsageError if another process holds it.
+    """
+    file = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise UsageError(f"another process is training in {run}: wait for its end, or stop it") from None
+    except OSError:
+        os.close(file)
+        return None
+    return Hold(file)
 
 
 def read_json(path: Path) -> dict[str, Any]:

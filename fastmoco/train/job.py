@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fastmoco.data import manifest, synthetic
+from fastmoco.data.errors import DataError
 from fastmoco.data.loader import Loading
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.plan import Plan
@@ -81,7 +82,9 @@ def places(options: Options, preset: str, parallel: Parallel) -> Options:
     check_places(preset, options, parallel.is_main and not restarted())
     return dataclasses.replace(
         options,
-        data=Path(options.data or synthetic.make(DEMO_IMAGES)),
+        # Absolute, so that the run finds them when it is resumed from another folder.
+        data=Path(options.data or synthetic.make(DEMO_IMAGES)).absolute(),
+        val=None if options.val is None else options.val.absolute(),
         out=Path(options.out or fresh(RUNS / preset)),
     )
 
@@ -96,24 +99,50 @@ def fresh(path: Path) -> Path:
 
 
 def _images(options: Options, max_pixels: int) -> tuple[Manifest, Manifest | None, list[str]]:
-    assert options.data is not None and options.out is not None, "places() names both"
-    train, beside = manifest.split(options.data)
-    kept = options.out / manifest.NAME
+    train, val = manifest.split(options.data)
+    kept = Path(options.out) / manifest.NAME
     # A run keeps its samples, and so its plan, when files are lost or added between two of its parts.
-    images = Manifest.load(kept, train) if kept.exists() else manifest.scan(train, max_pixels=max_pixels)
-    val = options.val or beside
-    notes = []
+    if kept.exists():
+        images = Manifest.load(kept, train)
+        notes = _found_again(images)
+    else:
+        images, notes = manifest.scan(train, max_pixels=max_pixels), []
     if images.rejected:
         notes.append(f"{len(images.rejected)} files were left out: fastmoco data scan {options.data} lists them")
+    against, note = _validation(options.val or val, images, options, max_pixels)
+    return images, against, notes + note
+
+
+def _found_again(images: Manifest) -> list[str]:
+    """Lines about a run's images that are elsewhere now; DataError if they are not there, or are others."""
+    gone = images.gone()
+    if gone:
+        raise DataError(f"{gone}: bring the images back, or say with --data where they are now; nothing was changed")
+    other = images.others()
+    if other and images.root_before != images.root:
+        raise DataError(f"{other} is not the image that the run was started with: give the --data that holds those")
+    if other:
+        return [f"warning: {other} has changed since the run was started"]
+    if images.root_before in ("", images.root):
+        return []
+    checked = len(images.printed[0])
+    return [f"the images are in {images.root} now, before in {images.root_before}: {checked} of them are the same"]
+
+
+def _validation(
+    val: Path | str | None, images: Manifest, options: Options, max_pixels: int
+) -> tuple[Manifest | None, list[str]]:
+    """Images for kNN, or None and the reason in a line: what only watches a run never stops it."""
     if not options.knn:
-        return images, None, notes
+        return None, []
     if val is None or images.labels is None:
-        why = "no val/ folder beside train/, nor --val" if val is None else f"no classes in {train}"
-        return images, None, [*notes, f"no kNN evaluation: {why}"]
-    against = manifest.scan(val, classes=images.classes, max_pixels=max_pixels)
-    if against.labels is None:
-        return images, None, [*notes, f"no kNN evaluation: no classes in {val}"]
-    return images, against, notes
+        why = "no val/ folder beside train/, nor --val" if val is None else f"no classes in {images.root}"
+        return None, [f"no kNN evaluation: {why}"]
+    try:
+        against = manifest.scan(val, classes=images.classes, max_pixels=max_pixels)
+    except DataError as error:
+        return None, [f"warning: no kNN evaluation: {error}"]
+    return (None, [f"no kNN evaluation: no classes in {val}"]) if against.labels is None else (against, [])
 
 
 def _queue_notes(asked: Recipe, settled: Recipe, images: int) -> list[str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -16,11 +18,14 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import torch
+
 from fastmoco import atomic
 from fastmoco.contrast import agreement
 from fastmoco.contrast.graph import closed_at_the_end, runner
 from fastmoco.contrast.step import Step
 from fastmoco.data import manifest, quarantine
+from fastmoco.data.errors import DataError
 from fastmoco.data.loader import Loader
 from fastmoco.data.noise import noise_batch
 from fastmoco.data.quarantine import Quarantine
@@ -28,10 +33,11 @@ from fastmoco.evaluate import knn
 from fastmoco.options import Options, Pretrain
 from fastmoco.parallel import Parallel
 from fastmoco.process import crash_points
-from fastmoco.process.stop import STOPPED, Stopped, StopRequest, Vote, stop_on_signal
+from fastmoco.process.stop import STOPPED, Stopped, StopRequest, Vote, note_saved, stop_on_signal
 from fastmoco.process.watchdog import Watchdog
 from fastmoco.recipe import Recipe
 from fastmoco.runs.lines import KNN, read_lines
+from fastmoco.runs.run_folder import Hold, hold
 from fastmoco.train import record
 from fastmoco.train.curves import draw_curves
 from fastmoco.train.expectation import filled
@@ -51,6 +57,8 @@ def run(command: Pretrain) -> int:
     """`pretrain PRESET`: exit code 0, or 143 where the run was asked to stop."""
     atexit.register(gc.freeze)  # or the interpreter, as it ends, searches all that torch has made: a second or two
     summary = pretrain(command.recipe, command.options, command.preset)
+    if summary["stopped"]:
+        note_saved()
     return STOPPED if summary["stopped"] else 0
 
 
@@ -93,16 +101,27 @@ class Run:
         self.done = self.saving.restore() if options.resume else 0
         self.health, self.rollbacks = Health(job.recipe), 0
         self.meter, self.watch = Meter(parallel.device), Stopwatch()
-        self._first_step_done = False
+        self._hold: Hold | None = None
+        self._first_step_done = self._knn_failed = False
         self.asked, self.watchdog = StopRequest(), Watchdog(0, StopRequest())
         self.monitor: Monitor | None = None
+        self._agree_on_the_start()
         if parallel.is_main:
-            self._open_folder()
+            new = not job.out.exists()
+            try:
+                self._open_folder()
+            except BaseException:
+                if new:  # a start that fails leaves no folder behind, which would refuse the next one
+                    shutil.rmtree(job.out, ignore_errors=True)
+                raise
         parallel.barrier()  # from here on RUN exists, and any rank may write to it
 
     def _open_folder(self) -> None:
         job, options = self.job, self.options
+        if job.out.exists():
+            self._hold = hold(job.out)
         record.write(job, self.step.precision, self.done)
+        self._hold = self._hold or hold(job.out)
         if not (job.out / manifest.NAME).exists():
             job.train_set.save(job.out / manifest.NAME)
         self.saving.open(self._say)
@@ -114,15 +133,21 @@ class Run:
     def train(self, asked: StopRequest) -> dict[str, Any]:
         """Train to the end, or until asked to stop; save, evaluate, sum up."""
         self.asked = asked
-        self._agree_on_the_start()
         try:
-            with Watchdog(self.options.watchdog_seconds, asked) as self.watchdog:
+            with Watchdog(self._watchdog_seconds(), asked) as self.watchdog:
                 stopped = self._train() or self._evaluated_last()
                 return self._finish(stopped)
         finally:
             self.saving.close()
             if self.monitor is not None:
                 self.monitor.close()
+            if self._hold is not None:
+                self._hold.close()
+
+    def _watchdog_seconds(self) -> float:
+        # A stuck rank shows its stacks before those that wait for it are ended.
+        own, others = self.options.watchdog_seconds, self.options.timeout_seconds
+        return min(own, max(others - 20, others / 2)) if self.parallel.world > 1 and others else own
 
     def _train(self) -> bool:
         if self.options.on_nonfinite == "rollback" and self.done == 0:
@@ -132,10 +157,13 @@ class Run:
             while True:
                 try:
                     stopped = self._to_the_end()
+                    self.watchdog.beat()
+                    self.watchdog.saving = True
                     self._save()
                     self.saving.finish()
                     return stopped
                 except NonFiniteError as error:
+                    self.watchdog.saving = False
                     self._roll_back(error)
 
     def _to_the_end(self) -> bool:
@@ -145,6 +173,8 @@ class Run:
             stopped = self._steps()
         except Stopped:
             stopped = True
+        if stopped and self.done == 0:
+            self.saving.copied = -1  # asked to stop before the first step: what is promised is a checkpoint
         self._drain()
         return stopped
 
@@ -197,7 +227,9 @@ class Run:
 
     def _agree_on_the_start(self) -> None:
         # Machines that see other files, or another newest checkpoint, would train on different things.
-        files = agreement.bytes_digest("\n".join(self.job.train_set.paths).encode(), self.job.train_set.sizes.tobytes())
+        files = agreement.bytes_digest(
+            os.fsencode("\n".join(self.job.train_set.paths)), self.job.train_set.sizes.tobytes()
+        )
         agreement.compare(self.parallel, {"the list of images": files, "the step to go on from": self.done})
         agreement.check(self.step, self.plan, self.done)
 
@@ -292,23 +324,28 @@ class Run:
         return self.done == 0 or bool(every) and self.done % every == 0
 
     def _knn(self) -> None:
-        if self.job.val_set is None or not self.options.knn:
+        if self.job.val_set is None or not self.options.knn or self._knn_failed:
             return
         done = self.parallel.is_main and any(line["step"] == self.done for line in read_lines(self.job.out / KNN))
         if self.parallel.any(done):
             return
         if self.parallel.world > 1:
             self.step.state()  # makes the ranks' running statistics one, so that they evaluate one encoder
-        figures = knn.evaluate(
-            self.step.encoder_q,
-            self.job.train_set,
-            self.job.val_set,
-            self.recipe,
-            self.parallel,
-            loading=self.job.loading,
-            progress=self._stop_between,
-        )
-        if self.monitor is not None:
+        figures = None
+        try:
+            figures = knn.evaluate(
+                self.step.encoder_q,
+                self.job.train_set,
+                self.job.val_set,
+                self.recipe,
+                self.parallel,
+                loading=self.job.loading,
+                progress=self._stop_between,
+            )
+        except (DataError, torch.OutOfMemoryError) as error:  # it only watches
+            print(f"warning: no kNN evaluation from here on: {error}", file=sys.stderr, flush=True)
+        self._knn_failed = self.parallel.any(figures is None)
+        if self.monitor is not None and figures is not None:
             self.monitor.knn({"step": self.done, "epoch": self.done / self.plan.steps_per_epoch, **figures})
 
     def _stop_between(self, _: int) -> None:

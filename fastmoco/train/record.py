@@ -45,6 +45,7 @@ def write(job: Job, precision: str, done: int) -> None:
         first = read_facts(job.out)
         names = ("commit", "command", "device", "versions", "ranks")
         first.setdefault("resumed", []).append({"step": done, **{name: facts[name] for name in names}})
+        first["options"] |= {name: facts["options"][name] for name in ("data", "val")}  # where they are now
         facts = first
     else:
         _create(job.out, job.options.resume or restarted())
