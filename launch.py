@@ -21,8 +21,6 @@ if __name__ == "__main__":
 from fastmoco.cli import complain, main, parse
 from fastmoco.options import UsageError
 
-# torchrun's default leaves SIGUSR1 out: the signal would kill the launcher and leave its workers.
-SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 FLAG_WITHOUT_VALUE = {"--standalone", "--no-python", "--no_python", "--run-path", "--run_path"}
 
 
@@ -49,8 +47,7 @@ def launch(nproc: int, flags: list[str], command: list[str], patience: float) ->
     from fastmoco.process import supervise
 
     alone = [] if any(flag.startswith(("--nnodes", "--rdzv", "--master")) for flag in flags) else ["--standalone"]
-    # torchrun would put its handler in the place of nohup's.
-    handled = ",".join(signal.Signals(n).name for n in interrupt.heeded(getattr(signal, name) for name in SIGNALS))
+    handled = ",".join(signal.Signals(number).name for number in interrupt.heeded(interrupt.SIGNALS))
     own = [f"--nproc-per-node={nproc}", f"--signals-to-handle={handled}", *alone, *flags, __file__, *command]
     return supervise.torchrun(own, patience)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from array import array
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ from fastmoco.data import tars
 from fastmoco.data.errors import DataError
 
 Rejected = list[tuple[str, str]]
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+NO_SOURCE = "neither a folder nor a tar nor a text file with one path a line"
+LITTER = "left by a system beside the images"
 
 
 @dataclass
@@ -45,9 +49,10 @@ class Files:
         self.times.append(status.st_mtime_ns)
         self.labels.append(label)
 
-    def add_archive(self, path: str) -> None:
-        """Append what an archive holds; DataError where it is no sound tar."""
+    def add_archive(self, path: str, rejected: Rejected) -> None:
+        """Append what an archive holds, and to `rejected` what is left out; DataError where it is no sound tar."""
         members = tars.index(path)
+        rejected += members.left_out
         # Plain files before and after have no archive.
         self.places.extend([-1] * (2 * len(self.paths) - len(self.places)))
         number = len(self.archives)
@@ -93,7 +98,7 @@ def find_files(source: str, shown: str, rejected: Rejected) -> Files:
     else:
         raise DataError(f"{shown}: no such folder, list of files or tar", exit_code=2)
     for archive in sorted(archives):
-        files.add_archive(archive)
+        files.add_archive(archive, rejected)
     files.sort()
     return files
 
@@ -118,7 +123,9 @@ def _walk(root: str, rejected: Rejected) -> tuple[Files, list[str]]:
             continue
         entered.add((status.st_dev, status.st_ino))
         below = [f"{folder}/{entry.name}" if folder else entry.name for entry in entries]
-        visible = [(entry, name) for entry, name in zip(entries, below, strict=True) if entry.name[0] != "."]
+        rejected += [(name, LITTER) for entry, name in zip(entries, below, strict=True) if entry.name in tars.LITTER]
+        passed = tars.LITTER | {entry.name for entry in entries if entry.name[0] == "."}
+        visible = [(entry, name) for entry, name in zip(entries, below, strict=True) if entry.name not in passed]
         pending += [name for entry, name in reversed(visible) if _is_folder(entry)]
         for entry, name in visible:
             if not _is_folder(entry):
@@ -153,18 +160,41 @@ def _listed(source: str, rejected: Rejected) -> tuple[Files, list[str]]:
     except OSError as error:
         raise DataError(f"{source}: cannot read the list: {error.strerror}", exit_code=2) from None
     if b"\0" in text:
-        raise DataError(f"{source}: neither a folder nor a tar nor a text file with one path a line", exit_code=2)
+        how = "is compressed: unpack it to a plain tar" if source.endswith(COMPRESSED) else NO_SOURCE
+        raise DataError(f"{source}: {how}", exit_code=2)
     lines = os.fsdecode(text.removeprefix(b"\xef\xbb\xbf")).split("\n")
-    files, archives = Files(os.path.dirname(source)), []
-    for name, tab, label in (line.rstrip("\r").partition("\t") for line in lines if line.strip()):
+    files, archives, lost = Files(os.path.dirname(source)), [], []
+    classes: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        name, tab, label = line.rstrip("\r").partition("\t")
+        if not line.strip():
+            continue
+        label = label.strip()
+        if tab and (not label or classes.setdefault(name, label) != label):
+            why = "no class after its tab" if not label else f"another class than before ({classes[name]})"
+            raise DataError(f"{source}: line {number}, {name}: {why}")
         full = os.path.join(files.root, name)
         try:
             status = os.stat(full)
         except OSError as error:
-            rejected.append((name, f"unreadable: {error.strerror}"))
+            lost.append((name, f"unreadable: {error.strerror}"))
             continue
-        if name.endswith(tars.ENDING):
+        if not stat.S_ISREG(status.st_mode):  # a pipe would block whoever opens it
+            rejected.append((name, "not a regular file"))
+        elif name.endswith(tars.ENDING):
             archives.append(full)
         else:
-            files.add(name, status, sys.intern(label.strip()) if tab else None)
+            files.add(name, status, sys.intern(label) if tab else None)
+    if lost and not files.paths and not archives and (told := _in_another_form(lost[0][0], files.root)):
+        raise DataError(f"{source}: {told}")
+    rejected += lost
     return files, archives
+
+
+def _in_another_form(line: str, root: str) -> str:
+    """What to do with a list whose lines are "path class" or "path,class"; or ""."""
+    for separator in (",", ";", " "):
+        name, found, _ = line.rpartition(separator)
+        if found and os.path.isfile(os.path.join(root, name)):
+            return f"a class stands behind a tab, not behind {separator!r}: {name}<tab>CLASS"
+    return ""

@@ -22,12 +22,14 @@ from fastmoco.data import cache as kept
 from fastmoco.data.errors import DataError
 from fastmoco.data.files import Files, find_files
 from fastmoco.data.probe import VERSION, Header, probe
+from fastmoco.data.tars import ENDING
 from fastmoco.environment import share_of_cores
 from fastmoco.recipe import Recipe
 
 NAME = "images.npz"  # of a run's own copy
 TRAIN_NAMES, VAL_NAMES = ("train",), ("val", "valid", "validation", "test")
 ONE_COLOUR, SMALL_RANGE = 8, 64  # levels, of 255, that such images span at most; 64 are 14 bits in 16
+STRAY_SHARE = 20  # at most one of so many images may stand beside the class folders as a stray
 FEW = 8  # images, all over a set, that tell whether it is there and is the same
 CHUNK_FILES = 256  # files per task of the header threads
 
@@ -229,12 +231,14 @@ def scan(
     bad = np.flatnonzero(known.codes)
     rejected += [(files.paths[i], known.reasons[known.codes[i]]) for i in bad.tolist()]
     good = np.flatnonzero(known.codes == 0)
+    if os.path.isdir(source) or source.endswith(ENDING):
+        good = _without_strays(files, good, rejected)
     if not len(good):
         because = f"; {rejected[0][0]}: {rejected[0][1]}" if rejected else ""
         raise DataError(f"{path}: no images in it ({len(rejected)} files left out{because})", exit_code=2)
     labels = [files.labels[i] for i in good.tolist()]
     names, numbers = _number(labels, classes, str(path))
-    chosen = [files.paths[i] for i in good.tolist()] if len(bad) else files.paths
+    chosen = [files.paths[i] for i in good.tolist()] if len(good) < len(files) else files.paths
     manifest = Manifest(files.root, chosen, known.sizes[good], numbers, names, sorted(rejected))
     manifest.bytes = int(files.bytes[good].sum())
     manifest.transparent = int(known.alpha[good].sum())
@@ -355,6 +359,17 @@ def _decode(decode: Decode, files: Files, known: _Results, threads: int | None, 
         known.note_decoded(int(missing[done - 1]), checked)
         if progress and (done % CHUNK_FILES == 0 or done == len(missing)):
             progress("decode", done, len(missing))
+
+
+def _without_strays(files: Files, good: np.ndarray, rejected: list[tuple[str, str]]) -> np.ndarray:
+    # One picture beside class folders must not take all the others their classes.
+    labels = [files.labels[i] for i in good.tolist()]
+    strays = [i for i, label in zip(good.tolist(), labels, strict=True) if label is None]
+    classes = len(set(labels) - {None})
+    if not strays or classes < 2 or len(strays) > max(classes, len(good) // STRAY_SHARE):
+        return good
+    rejected += [(files.paths[i], "in no class, where the others are") for i in strays]
+    return np.setdiff1d(good, strays)
 
 
 def _number(

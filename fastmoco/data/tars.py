@@ -2,7 +2,9 @@
 
 The layout is WebDataset's (https://github.com/webdataset/webdataset): an image is a member, its class stands in the
 member KEY.cls of the same archive, where KEY is the image's name up to the first dot, or is the first folder of its
-name. Members with other sidecar endings are passed over. The name of a member inside its archive is its path.
+name; KEY.output.cls beside KEY.input.jpg will do. Members with other sidecar endings are passed over. The name of a
+member inside its archive is its path. Links are followed inside the archive. Archives that were joined by `cat` are
+read to the end of the last one.
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ from fastmoco.data import cache
 from fastmoco.data.errors import DataError
 
 ENDING = ".tar"
+READ_BYTES = 1 << 20
+# Folders that systems leave beside images: thumbnails, waste baskets.
+LITTER = {"@eaDir", "__MACOSX", "#recycle", "@Recycle", "@__thumb", "$RECYCLE.BIN", "lost+found", "#snapshot"}
 SIDECARS = {"cls", "json", "txt", "id", "index", "__key__"}
-VERSION = 1  # raise it when `index` changes what it finds
+VERSION = 2  # raise it when `index` changes what it finds
 
 
 class Members(NamedTuple):
@@ -35,6 +40,8 @@ class Members(NamedTuple):
     labels: list[str | None]
     time: int
     """Time of the archive's last change in ns."""
+    left_out: list[tuple[str, str]]
+    """Name and reason of each member that is neither an image nor says something about one."""
 
 
 def index(path: str) -> Members:
@@ -53,30 +60,98 @@ def index(path: str) -> Members:
     return members
 
 
+class _Contents:
+    """What is found in an archive, member by member; of two with the same name the later one counts, as for tar."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, tuple[int, int]] = {}
+        self.links: dict[str, str] = {}
+        self.classes: dict[str, dict[str, str]] = {}
+        self.left_out: list[tuple[str, str]] = []
+
+    def add(self, member: tarfile.TarInfo, archive: tarfile.TarFile) -> None:
+        """Take a member over."""
+        name = member.name.removeprefix("./")
+        if member.isdir() or any(part.startswith(".") or part in LITTER for part in name.split("/")):
+            return
+        if name in self.places or name in self.links:
+            self.places.pop(name, None)
+            self.links.pop(name, None)
+            self.left_out.append((name, "replaced by a later member of the same name"))
+        key, ending = _key(name)
+        last = ending.rpartition(".")[2]
+        if member.issym() or member.islnk():
+            folder = os.path.dirname(name) if member.issym() else ""
+            self.links[name] = os.path.normpath(os.path.join(folder, member.linkname))
+        elif not member.isfile() or member.sparse is not None:
+            self.left_out.append((name, "not a regular file" if not member.isfile() else "stored sparsely"))
+        elif last == "cls":
+            text = archive.extractfile(member).read().decode(errors="surrogateescape").strip()
+            self.classes.setdefault(key, {})[ending] = sys.intern(text)
+        elif last not in SIDECARS:
+            self.places[name] = member.offset_data, member.size
+
+    def follow_links(self) -> None:
+        """Give each link the place of what it leads to."""
+        for name, target in self.links.items():
+            for _ in range(len(self.links)):
+                target = self.links.get(target, target)
+            place = self.places.get(target)
+            if _key(name)[1].rpartition(".")[2] in SIDECARS:
+                continue
+            if place is None:
+                self.left_out.append((name, f"link to {target}, which the archive does not hold"))
+            else:
+                self.places[name] = place
+
+    def label(self, name: str, path: str) -> str | None:
+        """The class of an image; DataError where members of its key give it several."""
+        said = self.classes.get(_key(name)[0], {})
+        if len(set(said.values())) > 1 and "cls" not in said:
+            raise DataError(f"{path}: {_key(name)[0]} has several classes ({', '.join(sorted(said))}): leave one")
+        chosen = said.get("cls") or next(iter(said.values()), None)
+        return chosen or (sys.intern(name.split("/", 1)[0]) if "/" in name else None)
+
+
 def _read(path: str, status: os.stat_result) -> Members:
-    names, offsets, sizes, classes = [], [], [], {}
+    found, at = _Contents(), 0
     try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                archive.members.clear()  # it would keep a kilobyte for each
-                name = member.name.removeprefix("./")
-                ending = _key(name)[1]
-                if not member.isfile() or os.path.basename(name).startswith("."):
-                    continue
-                if ending == "cls":
-                    classes[_key(name)[0]] = sys.intern(archive.extractfile(member).read().decode().strip())
-                elif ending not in SIDECARS:
-                    names.append(name)
-                    offsets.append(member.offset_data)
-                    sizes.append(member.size)
-            end = archive.offset
-    except (tarfile.TarError, OSError, UnicodeDecodeError, EOFError) as error:
+        with open(path, "rb") as file:
+            while at is not None:
+                file.seek(at)
+                with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
+                    for member in archive:
+                        archive.members.clear()  # it would keep a kilobyte for each
+                        found.add(member, archive)
+                    end = archive.offset
+                _check_end(path, end, status.st_size)
+                at = _next_archive(path, end, status.st_size, found)
+    except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"{path}: {_reason(path, error)}") from None
-    _check_end(path, end, status.st_size)
-    labels = [
-        classes.get(_key(name)[0]) or (sys.intern(name.split("/", 1)[0]) if "/" in name else None) for name in names
-    ]
-    return Members(names, np.array(offsets, np.int64), np.array(sizes, np.int64), labels, status.st_mtime_ns)
+    found.follow_links()
+    names = list(found.places)
+    offsets, sizes = (np.array([place[i] for place in found.places.values()], np.int64) for i in (0, 1))
+    labels = [found.label(name, path) for name in names]
+    return Members(names, offsets, sizes, labels, status.st_mtime_ns, found.left_out)
+
+
+def _next_archive(path: str, end: int, size: int, found: _Contents) -> int | None:
+    """Where the archive begins that was appended to the one that ends at `end`, or None."""
+    with open(path, "rb") as file:
+        file.seek(end)
+        while block := file.read(READ_BYTES):
+            used = len(block.lstrip(b"\0"))
+            if used:
+                at = file.tell() - used
+                at -= at % tarfile.BLOCKSIZE
+                file.seek(at)
+                try:
+                    tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+                    return at
+                except tarfile.HeaderError:
+                    found.left_out.append((os.path.basename(path), f"{size - at} bytes after its end are no archive"))
+                    return None
+    return None
 
 
 def _key(name: str) -> tuple[str, str]:
@@ -116,9 +191,10 @@ def _kept(path: Path, state: np.ndarray) -> Members | None:
         return None
     names, classes = cache.unpacked(found["names"]), cache.unpacked(found["classes"])
     labels = [classes[code] if code >= 0 else None for code in found["labels"].tolist()]
+    left_out = list(zip(*(cache.unpacked(found[each]) for each in ("left_names", "left_reasons")), strict=True))
     if not len(names) == len(labels) == len(found["offsets"]) == len(found["sizes"]):
         return None
-    return Members(names, found["offsets"], found["sizes"], labels, int(state[2]))
+    return Members(names, found["offsets"], found["sizes"], labels, int(state[2]), left_out)
 
 
 def _keep(path: Path, state: np.ndarray, members: Members) -> None:
@@ -132,4 +208,6 @@ def _keep(path: Path, state: np.ndarray, members: Members) -> None:
         labels=np.array([number.get(label, -1) for label in members.labels], np.int32),
         offsets=members.offsets,
         sizes=members.sizes,
+        left_names=cache.packed(name for name, _ in members.left_out),
+        left_reasons=cache.packed(reason for _, reason in members.left_out),
     )

@@ -70,11 +70,12 @@ def knn_votes(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int, temper
 
 
 def _nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    # In fp32 whatever the bank is kept in, and of a part of the bank at a time, since that takes more room.
-    similarity = queries.new_empty(len(queries), 0, dtype=torch.float32)
+    # Not in the 16 bits that a bank may be kept in, and so of a part of it at a time: that takes more room.
+    wide = torch.float32 if bank.dtype == torch.float16 else bank.dtype
+    similarity = queries.new_empty(len(queries), 0, dtype=wide)
     nearest = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for first in range(0, len(bank), BANK_ROWS):
-        part = queries.float() @ bank[first : first + BANK_ROWS].float().T
+        part = queries.to(wide) @ bank[first : first + BANK_ROWS].to(wide).T
         best, rows = part.topk(min(k, part.shape[1]), dim=1)
         if nearest.shape[1]:
             best, rows = torch.cat([similarity, best], 1), torch.cat([nearest, rows + first], 1)

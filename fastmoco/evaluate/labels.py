@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -48,9 +49,14 @@ def both_sides(
 def one_side(
     path: Path, labels: Path | None, classes: Sequence[str] | None = None, max_pixels: int = Recipe.max_pixels
 ) -> Manifest:
-    """The labelled images of `path`, with the classes numbered as in `classes` where given."""
+    """The labelled images of `path`, with the classes numbered as in `classes` where given.
+
+    The table `labels` serves a side whose images it names; another side has to have classes of its own.
+    """
     if labels is not None:
-        return label(manifest.scan(path, max_pixels=max_pixels), labels, classes)
+        found = manifest.scan(path, max_pixels=max_pixels)
+        if found.labels is None or _classes_of(found, labels):  # of ImageNet a table names the validation images alone
+            return label(found, labels, classes)
     found = manifest.scan(path, classes=classes, max_pixels=max_pixels)
     if found.labels is None:
         raise UsageError(
@@ -62,20 +68,24 @@ def one_side(
 def label(images: Manifest, table: Path, classes: Sequence[str] | None = None) -> Manifest:
     """The images that a CSV file gives a class, one `path,class` a line, with a header line or without.
 
-    A path is relative to the folder of images, or a file's name alone where that is unique. Images that the file does
-    not name are left out. DataError where it names none of them, UsageError where it cannot be read.
+    A path is absolute or relative to the folder of images, with the folder's name in front or without, or a file's name
+    alone, with its ending or without, where that is unique. Images that the file does not name are left out. Raises
+    DataError if it names none of them, if a line fits several images or has no class, or if an image gets two;
+    UsageError if the file cannot be read.
     """
-    known = read_table(table)
-    names = [_look_up(path, known) for path in images.paths]
-    kept = np.array([i for i, name in enumerate(names) if name is not None], np.int64)
-    if not len(kept):
-        raise DataError(f"{table} names none of the {len(images)} images in {images.root}: check its first column")
-    present = sorted({name for name in names if name is not None})
+    names = _classes_of(images, table)
+    if not names:
+        raise DataError(
+            f"{table} names none of the {len(images)} images in {images.root}, as {images.paths[0]}: check its first "
+            f"column"
+        )
+    kept = np.array(sorted(names), np.int64)
+    present = sorted(set(names.values()))
     numbering = {name: number for number, name in enumerate(classes or present)}
     unknown = [name for name in present if name not in numbering]
     if unknown:
         raise DataError(f"{table}: class {unknown[0]!r} is not among the {len(numbering)} classes of the training part")
-    labels = np.array([numbering[names[i]] for i in kept], np.int64)
+    labels = np.array([numbering[names[i]] for i in kept.tolist()], np.int64)
     chosen = subset(images, kept)
     return dataclasses.replace(chosen, labels=labels, classes=list(numbering))
 
@@ -88,18 +98,66 @@ def subset(images: Manifest, indices: np.ndarray) -> Manifest:
     return dataclasses.replace(images, paths=paths, sizes=images.sizes[indices], labels=labels, places=places)
 
 
-def read_table(table: Path) -> dict[str, str]:
-    """Class by path, from the first two columns of a CSV file."""
+class Row(NamedTuple):
+    """One line of a table of classes."""
+
+    line: int
+    path: str
+    label: str
+
+
+def read_table(table: Path) -> list[Row]:
+    """The first two columns of a CSV file."""
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file) if row]
+            reader = csv.reader(file)
+            rows = [(reader.line_num, row) for row in reader if row]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{table} cannot be read as CSV ({error}): use one path,class a line") from error
-    short = next((number for number, row in enumerate(rows, 1) if len(row) < 2), None)
+    short = next((line for line, row in rows if len(row) < 2), None)
     if short is not None:
         raise UsageError(f"{table}: line {short} has one column: use one path,class a line")
-    return {os.path.normpath(row[0].strip()): row[1].strip() for row in rows}
+    return [Row(line, row[0].strip(), row[1].strip()) for line, row in rows]
 
 
-def _look_up(path: str, known: dict[str, str]) -> str | None:
-    return known.get(path, known.get(os.path.basename(path)))
+def _classes_of(images: Manifest, table: Path) -> dict[int, str]:
+    """Class by index of the images that a table names."""
+    finder, named = _Finder(images), {}
+    for number, row in enumerate(read_table(table)):
+        found = finder.find(row.path)
+        if number == 0 and not found:
+            continue  # a header
+        if not row.path or not row.label:
+            raise DataError(f"{table}: line {row.line}, {row.path or repr(row.label)}: an empty cell")
+        if len(found) > 1:
+            several = " and ".join(images.paths[i] for i in found[:2])
+            raise DataError(f"{table}: line {row.line}, {row.path}: may be {several}: give its path")
+        for index in found:
+            line, before = named.setdefault(index, (row.line, row.label))
+            if before != row.label:
+                raise DataError(f"{table}: line {row.line}, {row.path}: {row.label}, but {before} in line {line}")
+    return {index: name for index, (_, name) in named.items()}
+
+
+class _Finder:
+    """Indices of images by what tables call them."""
+
+    def __init__(self, images: Manifest) -> None:
+        self.root = images.root
+        self.paths: dict[str, list[int]] = {}
+        self.bare: dict[str, list[int]] = {}
+        self.stems: dict[str, list[int]] = {}
+        for index, path in enumerate(images.paths):
+            base = os.path.basename(path)
+            for names, name in ((self.paths, path), (self.bare, base), (self.stems, os.path.splitext(base)[0])):
+                names.setdefault(name, []).append(index)
+
+    def find(self, name: str) -> list[int]:
+        """The images that a name may mean, by the first of its meanings that fits any."""
+        path = os.path.normpath(name)
+        inner = os.path.relpath(path, self.root) if os.path.isabs(path) else path
+        prefix = os.path.basename(self.root) + os.sep
+        meanings = [(self.paths, each) for each in (path, inner, path.removeprefix(prefix), path.replace("\\", "/"))]
+        if os.sep not in path:
+            meanings += [(self.bare, path), (self.stems, path)]
+        return next((names[each] for names, each in meanings if each in names), [])

@@ -13,6 +13,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
+"""Signals that ask a run to stop. The launcher passes on all of them: of those that torchrun does not handle, it would
+die and leave its workers."""
 LEFT_IGNORED = (signal.SIGHUP, signal.SIGQUIT)
 """Signals that stay ignored where whoever started the process has them ignored: nohup does, to outlive a terminal."""
 UNSAVED = 1

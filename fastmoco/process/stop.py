@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from fastmoco.parallel import Parallel
-from fastmoco.process.interrupt import UNSAVED, heeded
+from fastmoco.process.interrupt import SIGNALS, UNSAVED, heeded
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 STOPPED = 143
 """Exit code of a run that was asked to stop, saved and can be resumed. No other way to end has it."""
 SAVED_MARK = "saved"

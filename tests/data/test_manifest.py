@@ -60,9 +60,59 @@ def test_flat_and_mixed_folders_and_a_single_class_have_no_labels(tmp_path: Path
     assert scan(tmp_path).labels is None and scan(tmp_path / "one/only").labels is None
     write(tmp_path / "two/b.jpg", JPEG)
     assert scan(tmp_path).classes == ["one", "two"]
-    write(tmp_path / "c.jpg", JPEG)
+    for name in ("c.jpg", "d.jpg", "e.jpg"):
+        write(tmp_path / name, JPEG)
     mixed = scan(tmp_path)
-    assert len(mixed) == 3 and mixed.labels is None and mixed.classes == []
+    assert len(mixed) == 5 and mixed.labels is None and mixed.classes == []
+
+
+def test_a_stray_picture_beside_class_folders_is_named_and_passed_over(tmp_path: Path) -> None:
+    for name in ("cat/a.jpg", "cat/b.jpg", "dog/c.jpg", "montage.jpg"):
+        write(tmp_path / name, JPEG)
+    found = scan(tmp_path)
+    assert found.classes == ["cat", "dog"] and len(found) == 3
+    assert found.rejected == [("montage.jpg", "in no class, where the others are")]
+    listed = tmp_path / "list.txt"  # who lists it wants it
+    listed.write_text("cat/a.jpg\tcat\ndog/c.jpg\tdog\nmontage.jpg\n")
+    assert len(scan(listed)) == 3 and scan(listed).labels is None
+
+
+@pytest.mark.parametrize("litter", ["@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN"])
+def test_folders_that_systems_leave_are_no_classes(tmp_path: Path, litter: str) -> None:
+    for name in ("cat/a.jpg", "dog/b.jpg", f"{litter}/thumb.jpg", f"cat/{litter}/thumb.jpg"):
+        write(tmp_path / name, JPEG)
+    found = scan(tmp_path)
+    assert found.classes == ["cat", "dog"] and found.paths == ["cat/a.jpg", "dog/b.jpg"]
+    assert sorted(path for path, _ in found.rejected) == [litter, f"cat/{litter}"] or len(found.rejected) == 2
+
+
+def test_what_is_no_file_in_a_list_is_named_and_never_opened(tmp_path: Path) -> None:
+    write(tmp_path / "a.jpg", JPEG)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "list.txt").write_text("a.jpg\npipe.jpg\nfolder\n/dev/zero\ngone.jpg\n")
+    found = scan(tmp_path / "list.txt")
+    assert found.paths == ["a.jpg"]
+    reasons = dict(found.rejected)
+    assert {reasons[name] for name in ("pipe.jpg", "folder", "/dev/zero")} == {"not a regular file"}
+    assert "No such file" in reasons["gone.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("a.jpg\tcat\na.jpg\tdog\n", "line 2, a.jpg: another class than before \\(cat\\)"),
+        ("a.jpg\tcat\nb.jpg\t\n", "line 2, b.jpg: no class after its tab"),
+        ("a.jpg 0\nb.jpg 1\n", "behind a tab, not behind ' '"),
+        ("a.jpg,0\nb.jpg,1\n", "behind a tab, not behind ','"),
+    ],
+)
+def test_lists_with_classes_that_do_not_fit(tmp_path: Path, lines: str, said: str) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        write(tmp_path / name, JPEG)
+    (tmp_path / "list.txt").write_text(lines)
+    with pytest.raises(DataError, match=said):
+        scan(tmp_path / "list.txt")
 
 
 def test_numbered_classes_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:

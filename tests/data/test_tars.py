@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from data import odd_images as odd
 
 from fastmoco.data import tars
 from fastmoco.data.batch import Batch
@@ -26,6 +27,7 @@ from fastmoco.data.quarantine import Quarantine
 from fastmoco.recipe import PRESETS
 
 RECIPE = dataclasses.replace(PRESETS["v2"][1], batch_size=32, bn_group=4, crop_size=24)
+JPEG = odd.encoded(odd.COLOURS, "JPEG")
 ALONE = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
 
 
@@ -207,3 +209,74 @@ def test_a_manifest_is_saved_and_loaded_elsewhere(by_class: Path, shards: Path, 
     (tmp_path / "images.npz").write_bytes(b"torn")
     with pytest.raises(DataError, match="missing or damaged"):
         Manifest.load(tmp_path / "images.npz", moved)
+
+
+def make(path: Path, *members: tuple[str, bytes | str], **options: object) -> Path:
+    """A tar of files (bytes) and links: "=target" is a hard one, ">target" a symbolic one."""
+    with tarfile.open(path, "w", **options) as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                info.type, info.linkname = tarfile.LNKTYPE if content[0] == "=" else tarfile.SYMTYPE, content[1:]
+                archive.addfile(info)
+            else:
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_archives_joined_by_cat_are_read_to_the_last_end(tmp_path: Path) -> None:
+    parts = [make(tmp_path / f"{i}.tar", (f"{i}.jpg", JPEG), (f"{i}.cls", str(i % 2).encode())) for i in range(3)]
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(b"".join(part.read_bytes() for part in parts))
+    for part in parts:
+        part.unlink()
+    for _ in range(2):  # the second time from the cache
+        found = scan(joined)
+        assert found.paths == ["0.jpg", "1.jpg", "2.jpg"] and found.labels.tolist() == [0, 1, 0]
+        assert all(bytes(found.read(i)) == JPEG for i in range(3))
+    # What follows that is no archive is counted, and a damaged header in the middle is an error.
+    joined.write_bytes(joined.read_bytes() + b"something else".ljust(512, b"!"))
+    assert scan(joined).rejected == [("joined.tar", "512 bytes after its end are no archive")]
+    data = bytearray(joined.read_bytes())
+    data[data.index(b"1.cls") + 20] ^= 1
+    joined.write_bytes(data)
+    with pytest.raises(DataError, match="damaged|no tar"):
+        scan(joined)
+
+
+def test_links_in_an_archive_are_followed_or_counted(tmp_path: Path) -> None:
+    path = make(
+        tmp_path / "links.tar",
+        ("a/x.jpg", JPEG),
+        ("b/hard.jpg", "=a/x.jpg"),
+        ("b/soft.jpg", ">../a/x.jpg"),
+        ("b/chain.jpg", ">soft.jpg"),
+        ("b/lost.jpg", ">../gone.jpg"),
+        ("b/circle.jpg", ">circle.jpg"),
+        ("b/pipe", JPEG),
+    )
+    for _ in range(2):
+        found = scan(path)
+        assert found.paths == ["a/x.jpg", "b/chain.jpg", "b/hard.jpg", "b/pipe", "b/soft.jpg"]
+        assert all(bytes(found.read(i)) == JPEG for i in range(5)) and found.classes == ["a", "b"]
+        assert [name for name, _ in found.rejected] == ["b/circle.jpg", "b/lost.jpg"]
+
+
+def test_labels_of_keys_with_dots(tmp_path: Path) -> None:
+    pairs = [(f"s{i}.{kind}", JPEG if "jpg" in kind else b"ab"[i % 2 :][:1])
+             for i in range(4) for kind in ("input.jpg", "output.cls", "meta.json")]  # fmt: skip
+    found = scan(make(tmp_path / "dots.tar", *pairs))
+    assert found.paths == [f"s{i}.input.jpg" for i in range(4)] and not found.rejected
+    assert found.classes == ["a", "b"] and found.labels.tolist() == [0, 1, 0, 1]
+    exact = scan(make(tmp_path / "exact.tar", *pairs, ("s0.cls", b"b"), ("s2.cls", b"b")))
+    assert exact.labels is None  # KEY.cls counts more, and so all are b: a single class is none
+    with pytest.raises(DataError, match="s1 has several classes"):
+        scan(make(tmp_path / "two.tar", *pairs, ("s1.other.cls", b"a")))
+
+
+def test_of_two_members_of_one_name_the_later_counts(tmp_path: Path) -> None:
+    other = odd.encoded(np.zeros((20, 30, 3), np.uint8), "JPEG")
+    found = scan(make(tmp_path / "twice.tar", ("x.jpg", JPEG), ("x.jpg", other), (".hidden/y.jpg", JPEG)))
+    assert found.paths == ["x.jpg"] and bytes(found.read(0)) == other
+    assert found.rejected == [("x.jpg", "replaced by a later member of the same name")]

@@ -78,6 +78,9 @@ class OneOf(Parallel):
         SHARES[self.rank, rows.dtype] = rows
         return torch.cat([SHARES.get((rank, rows.dtype), rows) for rank in range(self.world)])
 
+    def any(self, flag: bool) -> bool:
+        return flag
+
 
 SHARES: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 
 from fastmoco.evaluate import knn
-from fastmoco.evaluate.knn import knn_accuracy, knn_votes
+from fastmoco.evaluate.knn import kept_as, knn_accuracy, knn_votes
 
 CLASSES = 7
 
@@ -84,3 +84,14 @@ def test_small_banks_and_few_classes():
 def test_small_temperature_does_not_overflow():
     bank, labels = points(50, 10)
     assert knn_votes(bank, labels, bank, 10, 0.001, CLASSES).isfinite().all()
+
+
+def test_a_bank_of_16_bits_and_in_parts_finds_the_same_neighbours(monkeypatch):
+    (bank, labels), (queries, _) = points(400, 1, 2.0), points(100, 2, 2.0)
+    whole = knn_votes(bank, labels, queries, 20, 0.1, CLASSES)
+    monkeypatch.setattr(knn, "BANK_ROWS", 37)
+    torch.testing.assert_close(knn_votes(bank, labels, queries, 20, 0.1, CLASSES), whole)
+    half = knn_votes(bank.half(), labels, queries.half(), 20, 0.1, CLASSES)
+    exact = knn_votes(bank.half().float(), labels, queries.half().float(), 20, 0.1, CLASSES)
+    assert torch.equal(half, exact)  # products are not rounded to 16 bits
+    assert kept_as(torch.device("cuda", 0)) is torch.float16 and kept_as(torch.device("cpu")) is torch.float32

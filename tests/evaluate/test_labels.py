@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 
 import numpy as np
@@ -100,3 +101,46 @@ def test_both_sides(flat, tmp_path):
         both_sides(tmp_path, None, flat, None)
     with pytest.raises(UsageError, match="has no classes"):
         one_side(flat, None, ["x", "y"])
+
+
+@pytest.fixture
+def nested(tmp_path):
+    """Images a/0000.png, a/0001.png and b/0000.png."""
+    root = tmp_path / "nested"
+    for name in ("a/0000.png", "a/0001.png", "b/0000.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(root / name)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("file,class\n0001.png,dog\n0000.png,cat\n", "line 3, 0000.png: may be a/0000.png and b/0000.png"),
+        ("a/0000.png,cat\n0000,cat\n", "line 2, 0000: may be"),
+        ("a/0000.png,cat\na/0000.png,dog\n", "line 2, a/0000.png: dog, but cat in line 1"),
+        ("a/0001.png,cat\n0001.png,dog\n", "line 2, 0001.png: dog, but cat in line 1"),
+        ("a/0000.png,cat\na/0001.png, \n", "line 2, a/0001.png: an empty cell"),
+        ("a/0000.png,cat\n,dog\n", "line 2, 'dog': an empty cell"),
+    ],
+)
+def test_a_table_that_is_ambiguous_is_refused_with_the_row(nested, tmp_path, text, said):
+    with pytest.raises(DataError, match=re.escape(said)):
+        label(manifest.scan(nested), table(tmp_path, text))
+
+
+@pytest.mark.parametrize("form", ["{}", "{root}/{}", "nested/{}", "./{}"])
+def test_rows_may_name_an_image_in_several_ways(nested, tmp_path, form):
+    rows = [form.format(name, root=nested) for name in ("a/0000.png", "b/0000.png")]
+    found = label(manifest.scan(nested), table(tmp_path, f"id,label\n{rows[0]},cat\n{rows[1]},dog\n"))
+    assert found.paths == ["a/0000.png", "b/0000.png"] and found.labels.tolist() == [0, 1]
+    windows = label(manifest.scan(nested), table(tmp_path, "a\\0001.png,cat\n"))
+    assert windows.paths == ["a/0001.png"]
+    assert label(manifest.scan(nested), table(tmp_path, "0001,cat\n0001.png,cat\n")).paths == ["a/0001.png"]
+
+
+def test_a_table_serves_the_side_that_has_no_classes(nested, flat, tmp_path):
+    """As ImageNet comes: class folders to train on, and a flat folder with a table to validate."""
+    train, val = both_sides(tmp_path, nested, flat, table(tmp_path, "a.png,b\nc.png,a\n"))
+    assert train.classes == val.classes == ["a", "b"] and len(train) == 3
+    assert val.paths == ["a.png", "c.png"] and val.labels.tolist() == [1, 0]

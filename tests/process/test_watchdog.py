@@ -54,17 +54,36 @@ def test_who_moves_is_left_alone_and_so_is_the_slow_first_step():
     assert ended == [STUCK]
 
 
-def test_under_torchrun_a_stop_request_shortens_the_wait(monkeypatch):
+@pytest.mark.parametrize(
+    ("environment", "saving", "expected"),
+    [({"TORCHELASTIC_RUN_ID": "x"}, True, [STUCK]), ({}, False, [STUCK]), ({}, True, [])],
+)
+def test_a_stop_request_shortens_the_wait(monkeypatch, environment, saving, expected):
+    """For a step; the last state may take its time, unless torchrun is about to kill."""
     monkeypatch.setattr(watchdog, "STOP_SECONDS", 0.3)
-    for environment, expected in (({"TORCHELASTIC_RUN_ID": "x"}, [STUCK]), ({}, [])):
-        ended, asked = [], StopRequest()
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            with Watchdog(2.0, asked, ended.append) as dog:
-                dog.beat()
-                asked.receive(signal.SIGTERM, None)
-                time.sleep(0.8)
+    ended, asked = [], StopRequest()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with Watchdog(2.0, asked, ended.append) as dog:
+        dog.beat()
+        dog.saving = saving
+        asked.receive(signal.SIGTERM, None)
+        time.sleep(0.8)
+    assert ended == expected
+
+
+def test_who_waits_for_others_is_more_patient(monkeypatch, tmp_path):
+    """So that the stuck rank is the first to show its stacks, and to end."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    folder = tmp_path / "torch" / "distributed"
+    folder.mkdir(parents=True)
+    ended, source = [], "import time\ndef wait():\n    time.sleep(0.6)\n"
+    for path, expected in ((folder / "waits.py", []), (tmp_path / "works.py", [STUCK])):
+        space = {}
+        exec(compile(source, str(path), "exec"), space)
+        with Watchdog(0.2, StopRequest(), ended.append) as dog:
+            dog.beat()
+            space["wait"]()
         assert ended == expected
 
 
