@@ -25,6 +25,7 @@ Every program keeps a partial result and a second, ordered stage adds them: no a
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -34,7 +35,8 @@ from torch.autograd.function import once_differentiable
 
 from fastmoco.kernels import batch_norm_kernels as kernels
 from fastmoco.kernels import reference
-from fastmoco.kernels.dispatch import NAMES, Impl, is_traced, launch_options, machine, takes_kernel, variant
+from fastmoco.kernels.batch_norm_checks import Running, check, check_residual
+from fastmoco.kernels.dispatch import Impl, Maker, by_loops, is_traced, launch_options, machine, maker, variant
 from fastmoco.kernels.tiles import Tiles, Variant, tiles
 
 FINISH = Tiles((4,), 8, 1, "one 16-byte load of fp32 a row: few partials are left for a program, which is all latency")
@@ -42,8 +44,6 @@ PROGRAMS_PER_MULTIPROCESSOR = 4  # of the reductions: all resident at once, so t
 # Partial sums of a channel that a program of the second stage holds in registers. Several groups are loaded together,
 # so that their memory latencies overlap.
 MAX_SPLITS = 512
-
-Running = tuple[Tensor, Tensor]
 
 
 class Norm(NamedTuple):
@@ -212,39 +212,63 @@ def _gradients_like(
 
 # Operators, for tracers. `moments` is fp32 [2, groups, C]: mean and 1 / sqrt(variance + eps).
 
-_statistics = torch.library.custom_op(
-    "fastmoco::batch_norm_statistics", _launch_statistics, mutates_args=("running_mean", "running_var")
-)
-_apply = torch.library.custom_op("fastmoco::batch_norm_apply", _launch_apply, mutates_args=())
-_gradients = torch.library.custom_op("fastmoco::batch_norm_backward", _launch_gradients, mutates_args=())
+
+class Passes(NamedTuple):
+    """The passes over activations, as functions of one signature each, whoever makes them."""
+
+    statistics: Callable[..., Tensor]
+    apply: Callable[..., Tensor]
+    gradients: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
-@_statistics.register_fake
-def _(x, running_mean, running_var, groups, momentum, eps):
-    return x.new_empty((2, groups, x.shape[1]), dtype=torch.float32)
+def _operators(name: str, launch: Passes) -> Passes:
+    mutated = ("running_mean", "running_var")
+    statistics = torch.library.custom_op(f"{name}_statistics", launch.statistics, mutates_args=mutated)
+    apply = torch.library.custom_op(f"{name}_apply", launch.apply, mutates_args=())
+    gradients = torch.library.custom_op(f"{name}_backward", launch.gradients, mutates_args=())
+
+    @statistics.register_fake
+    def _(x, running_mean, running_var, groups, momentum, eps):
+        return x.new_empty((2, groups, x.shape[1]), dtype=torch.float32)
+
+    @apply.register_fake
+    def _(x, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, relu):
+        return torch.empty_like(x)
+
+    @gradients.register_fake
+    def _(grad, second_grad, x, y, weight, bias, moments, residual, *rest):
+        totals = x.new_empty((2 if residual is None else 3, x.shape[1]), dtype=torch.float32)
+        return *_gradients_like(second_grad, x, y, residual), totals
+
+    return Passes(statistics, apply, gradients)
 
 
-@_apply.register_fake
-def _(x, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, relu):
-    return torch.empty_like(x)
+_KERNELS = Passes(_launch_statistics, _launch_apply, _launch_gradients)
+_LOOPS = Passes(*(by_loops(launch, "batch_norm") for launch in _KERNELS))
+LAUNCHES = {"triton": _KERNELS, "loops": _LOOPS}
+OPERATORS = {
+    "triton": _operators("fastmoco::batch_norm", _KERNELS),
+    "loops": _operators("fastmoco::cpu_batch_norm", _LOOPS),
+}
+
+_statistics = OPERATORS["triton"].statistics
 
 
-@_gradients.register_fake
-def _(grad, second_grad, x, y, weight, bias, moments, residual, *rest):
-    totals = x.new_empty((2 if residual is None else 3, x.shape[1]), dtype=torch.float32)
-    return *_gradients_like(second_grad, x, y, residual), totals
+def _passes(by: Maker, x: Tensor) -> Passes:
+    return (OPERATORS if is_traced(x) else LAUNCHES)[by]
 
 
 def known_moments(
-    x: Tensor, running: Running | None, groups: int, momentum: float, eps: float, training: bool
+    x: Tensor, running: Running | None, groups: int, momentum: float, eps: float, training: bool, by: Maker = "triton"
 ) -> Tensor:
     """fp32 [2, groups, C], mean and 1 / sqrt(variance + eps): of each group, which moves `running`; or of `running`."""
     if not training:
         return torch.stack([running[0], torch.rsqrt(running[1] + eps)])[:, None]
     with torch.no_grad():
+        given = (*(running or (None, None)), groups, momentum, eps)
         if is_traced(x):
-            return _statistics(x.detach(), *(running or (None, None)), groups, momentum, eps)
-        moments = _launch_statistics(x, *(running or (None, None)), groups, momentum, eps)
+            return OPERATORS[by].statistics(x.detach(), *given)
+        moments = LAUNCHES[by].statistics(x, *given)
         if running is not None:
             torch.autograd.graph.increment_version(running)
         return moments
@@ -265,11 +289,11 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, *how):
-        relu, training, twice = how
+        relu, training, twice, by = how
         side = (residual, residual_weight, residual_bias, residual_moments)
-        y = (_apply if is_traced(x) else _launch_apply)(x, weight, bias, moments, *side, relu)
+        y = _passes(by, x).apply(x, weight, bias, moments, *side, relu)
         ctx.plain = residual is not None and residual_moments is None
-        ctx.relu, ctx.training = relu, training
+        ctx.relu, ctx.training, ctx.by = relu, training, by
         ctx.save_for_backward(
             x, y if ctx.plain and relu else None, weight, bias, moments, None if ctx.plain else residual, *side[1:]
         )
@@ -281,53 +305,14 @@ class _Apply(torch.autograd.Function):
     def backward(ctx, grad, second=None):
         grad, second = joined_gradients(grad, second)
         if grad is None:
-            return (None,) * 11
-        call = _gradients if is_traced(grad) else _launch_gradients
+            return (None,) * 12
+        call = _passes(ctx.by, grad).gradients
         grad_x, grad_residual, joined, totals = call(grad, second, *ctx.saved_tensors, ctx.relu, ctx.training)
         bias, weight, *residual_weight = totals.unbind()
         side = (joined if joined.numel() else grad, None, None) if ctx.plain else (None, None, None)
         if residual_weight:  # a bias gradient of its own: both may be changed in place
             side = (grad_residual, residual_weight[0], bias.clone())
-        return grad_x, weight, bias, None, *side, None, None, None, None
-
-
-def check_vector(name: str, vector: Tensor, x: Tensor, channels: int) -> None:
-    """Raise ValueError unless `vector` is contiguous [channels], fp32 (fp64 beside an fp64 x), and where x is."""
-    dtypes = (torch.float32,) if x.dtype in NAMES else (torch.float32, torch.float64)
-    if vector.shape != (channels,) or not vector.is_contiguous():
-        raise ValueError(f"{name} must be contiguous [{channels}], not {list(vector.shape)}")
-    if vector.dtype not in dtypes or vector.device != x.device:
-        raise ValueError(f"{name} must be fp32 on {x.device}, not {vector.dtype} on {vector.device}")
-
-
-def check(x: Tensor, weight: Tensor, bias: Tensor, running: Running | None, groups: int, training: bool) -> None:
-    """Raise ValueError unless x can be normalised so."""
-    if x.dim() not in (2, 4):
-        raise ValueError(f"x must be [N, C] or [N, C, H, W], not {list(x.shape)}")
-    if not x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format):
-        raise ValueError("x must be channels-last: x.contiguous(memory_format=torch.channels_last)")
-    samples, channels = x.shape[:2]
-    if groups < 1 or x.numel() < 1 or samples % groups:
-        raise ValueError(f"{list(x.shape)}: {samples} samples do not divide into {groups} equal groups")
-    if training and x.numel() // channels // groups < 2:
-        raise ValueError(f"training needs more than one value per channel and group: {list(x.shape)}, groups={groups}")
-    if running is None and not training:
-        raise ValueError("training=False needs running statistics")
-    vectors = {"weight": weight, "bias": bias}
-    if running is not None:
-        vectors.update({"running mean": running[0], "running variance": running[1]})
-    for name, vector in vectors.items():
-        check_vector(name, vector, x, channels)
-
-
-def _check_residual(x: Tensor, residual: Tensor) -> None:
-    if (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
-        raise ValueError(
-            f"the residual must be {list(x.shape)} {x.dtype} on {x.device}, not {list(residual.shape)} "
-            f"{residual.dtype} on {residual.device}"
-        )
-    if x.dim() == 4 and not residual.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError("the residual must be channels-last, as x")
+        return grad_x, weight, bias, None, *side, None, None, None, None, None
 
 
 def batch_norm_act(
@@ -399,20 +384,21 @@ def _batch_norm_act(
     if residual_norm is not None and residual is None:
         raise ValueError("residual_norm needs a residual")
     if residual is not None:
-        _check_residual(x, residual)
+        check_residual(x, residual)
     if residual_norm is not None:
         check(residual, *residual_norm, groups, training)
-    if not takes_kernel(impl, x.device, x.dtype):
+    by = maker(impl, x.device, x.dtype)
+    if by == "reference":
         call = reference.batch_norm_act_twice if twice else reference.batch_norm_act
         options = {"relu": relu, "momentum": momentum, "eps": eps, "training": training}
         y = call(x, *norm, groups, residual=residual, residual_norm=residual_norm, **options)
         return y if twice else (y,)
-    moments = known_moments(x, norm.running, groups, momentum, eps, training)
+    moments = known_moments(x, norm.running, groups, momentum, eps, training, by)
     side = (residual, None, None, None)
     if residual_norm is not None:
-        given = known_moments(residual, residual_norm.running, groups, momentum, eps, training)
+        given = known_moments(residual, residual_norm.running, groups, momentum, eps, training, by)
         side = (residual, residual_norm.weight, residual_norm.bias, given)
-    y = _Apply.apply(x, norm.weight, norm.bias, moments, *side, relu, training, twice)
+    y = _Apply.apply(x, norm.weight, norm.bias, moments, *side, relu, training, twice, by)
     return y if twice else (y,)
 
 

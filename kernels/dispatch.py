@@ -8,8 +8,10 @@ capitals, as Triton's documentation writes them, and are passed by name.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -45,12 +47,32 @@ def takes_kernel(impl: Impl, device: torch.device, *dtypes: torch.dtype) -> bool
     return True
 
 
-def takes_loops(impl: Impl, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `impl` means the compiled loops of `kernels/cpu`: "auto" does on a CPU, of fp32 and bf16, with numba."""
-    wanted = impl == "auto" and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-    if wanted and not HAS_NUMBA:
+Maker = Literal["triton", "loops", "reference"]
+
+
+def maker(impl: Impl, device: torch.device, dtype: torch.dtype) -> Maker:
+    """Who computes, where there are compiled loops in `kernels/cpu` too: "auto" takes them on a CPU, of fp32 and bf16.
+
+    Without numba they are not there, which a warning says, and the twin takes their place. Otherwise as `takes_kernel`.
+    """
+    if takes_kernel(impl, device, dtype):
+        return "triton"
+    if impl != "auto" or device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return "reference"
+    if not HAS_NUMBA:
         warnings.warn("batch norm and augmentation run in plain torch, slower: pip install numba", stacklevel=2)
-    return wanted and HAS_NUMBA
+    return "loops" if HAS_NUMBA else "reference"
+
+
+def by_loops(launch: Callable[..., Any], module: str) -> Callable[..., Any]:
+    """What has the signature of `launch`, and calls its namesake in `kernels/cpu`, which imports numba at first."""
+
+    @functools.wraps(launch)
+    def call(*arguments: Any) -> Any:
+        loops = importlib.import_module(f"fastmoco.kernels.cpu.{module}")
+        return getattr(loops, launch.__name__.removeprefix("_launch_"))(*arguments)
+
+    return call
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:

@@ -39,8 +39,7 @@ from fastmoco.kernels.dispatch import (
     check_dtype,
     launch_options,
     machine,
-    takes_kernel,
-    takes_loops,
+    maker,
     variant,
 )
 from fastmoco.kernels.tiles import Tiles, Variant, tiles
@@ -388,8 +387,7 @@ def photometric(
     Raises ValueError for what does not fit.
     """
     _check(crops, parameters, mean, std, dtype, channels, rows, max_sigma)
-    by = "triton" if takes_kernel(impl, crops.device, dtype) else "reference"
-    by = "loops" if takes_loops(impl, crops.device, dtype) else by
+    by = maker(impl, crops.device, dtype)
     mean, std = [float(value) for value in mean], [float(value) for value in std]
     return _photometric(crops, parameters, mean, std, dtype, channels, rows, float(max_sigma), by)
 

@@ -16,7 +16,7 @@ from fastmoco.kernels.batch_norm import Norm, batch_norm_act, batch_norm_act_twi
 from fastmoco.kernels.tiles import TABLE
 
 FORMS = ("none", "plain", "dual")
-IMPLS = ("triton", "reference")
+IMPLS = ("triton", "reference", "auto")  # auto: on a CPU the compiled loops
 EPS = 1e-5
 
 
@@ -473,19 +473,22 @@ def test_refusals(change: dict[str, object], text: str) -> None:
         batch_norm_act(**arguments)
 
 
+@pytest.mark.parametrize("by", ["triton", "loops"])
 @pytest.mark.parametrize("form", FORMS)
-def test_operators_are_well_registered(form: str, device: torch.device) -> None:
+def test_operators_are_well_registered(form: str, by: str, device: torch.device) -> None:
+    operators = batch_norm.OPERATORS[by]
+    device = torch.device("cpu") if by == "loops" else device
     case = make_case((4, 6, 3, 3), form, torch.float32, device)
     statistics = (case.x, *case.main.running, 2, 0.1, EPS)
-    torch.library.opcheck(batch_norm._statistics, statistics)
-    torch.library.opcheck(batch_norm._statistics, (case.x, None, None, 2, 0.1, EPS))
-    moments = batch_norm._statistics(*statistics)
+    torch.library.opcheck(operators.statistics, statistics)
+    torch.library.opcheck(operators.statistics, (case.x, None, None, 2, 0.1, EPS))
+    moments = operators.statistics(*statistics)
     side = (None, None, None) if case.side is None else (*case.side[:2], moments)
-    torch.library.opcheck(batch_norm._apply, (case.x, *case.main[:2], moments, case.residual, *side, True))
+    torch.library.opcheck(operators.apply, (case.x, *case.main[:2], moments, case.residual, *side, True))
     given = (*case.main[:2], moments, case.residual if form == "dual" else None, *side, True, True)
     for second in (None, case.grad.clone()):
         y = case.x.clone() if form == "plain" else None
-        torch.library.opcheck(batch_norm._gradients, (case.grad, second, case.x, y, *given))
+        torch.library.opcheck(operators.gradients, (case.grad, second, case.x, y, *given))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
