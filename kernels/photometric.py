@@ -8,7 +8,10 @@ Three launches, each over all views, each leaving at once where a view has nothi
    for |i - o - r| <= r = ceil(3 sigma), scaled to rows of sum 1; then flip, normalise, cast, store. The borders are
    reflected in the reads. A square of E pixels gives E - 2r. Operands are fp16 with fp32 accumulation: [0, 1] in fp16
    is 1/16 of an 8-bit level off at most. For fp32 results they are fp32, by three-term tf32. A program has one
-   channel: three would share V, but take 115 to 190 registers a thread in place of 75 to 110, and fewer blocks fit.
+   channel: three would share V and store whole pixels, but take 124 registers a thread on sm_90 and 252 on sm_80.
+
+Pixels are read four at a time, 12 bytes by three loads, where the size is even, and a sharp pixel of four channels is
+written by one store of 8 bytes.
 
 Bytes a view of S x S pixels, C channels and e bytes an element: 3 S^2 read, 3 S^2 read again where jitter was drawn
 (from L2 while a launch's crops fit there), C S^2 e written, and 12 S^2 through scratch where blur was drawn (24 for
@@ -37,6 +40,7 @@ from fastmoco.kernels.dispatch import (
     Impl,
     cast,
     check_dtype,
+    dot,
     launch_options,
     machine,
     maker,
@@ -97,10 +101,42 @@ def _jitters(r, g, b, drawn, order, center, count):
 
 
 @triton.jit
-def _pixels(crop, offset, mask, drawn):
-    r = tl.load(crop + offset, mask=mask, other=0).to(tl.float32) * (1.0 / 255.0)
-    g = tl.load(crop + offset + 1, mask=mask, other=0).to(tl.float32) * (1.0 / 255.0)
-    b = tl.load(crop + offset + 2, mask=mask, other=0).to(tl.float32) * (1.0 / 255.0)
+def _quads(first, second, third, fourth, BLOCK: tl.constexpr):
+    # Four numbers of each of BLOCK / 4 quads of pixels, in the order of the pixels.
+    return tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), [BLOCK])
+
+
+@triton.jit
+def _bytes(crop, start, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    # Pixels [start, start + BLOCK) of a crop, zero beyond its end. A crop of an even size is made of whole quads, 12
+    # bytes that three loads fetch.
+    if SIZE % 2 == 0:
+        quad = start // 4 + tl.arange(0, BLOCK // 4)
+        mask = quad < SIZE * SIZE // 4
+        words = crop.to(tl.pointer_type(tl.uint32)) + quad * 3
+        u = tl.load(words, mask=mask, other=0)
+        v = tl.load(words + 1, mask=mask, other=0)
+        w = tl.load(words + 2, mask=mask, other=0)
+        r = _quads(u & 255, u >> 24, (v >> 16) & 255, (w >> 8) & 255, BLOCK)
+        g = _quads((u >> 8) & 255, v & 255, v >> 24, (w >> 16) & 255, BLOCK)
+        b = _quads((u >> 16) & 255, (v >> 8) & 255, w & 255, w >> 24, BLOCK)
+    else:
+        pixel = start + tl.arange(0, BLOCK)
+        mask = pixel < SIZE * SIZE
+        r = tl.load(crop + pixel * 3, mask=mask, other=0)
+        g = tl.load(crop + pixel * 3 + 1, mask=mask, other=0)
+        b = tl.load(crop + pixel * 3 + 2, mask=mask, other=0)
+    return r, g, b
+
+
+@triton.jit
+def _pixels(crop, start, drawn, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    r, g, b = _bytes(crop, start, SIZE, BLOCK)
+    r, g, b = (
+        r.to(tl.float32) * (1.0 / 255.0),
+        g.to(tl.float32) * (1.0 / 255.0),
+        b.to(tl.float32) * (1.0 / 255.0),
+    )
     if tl.load(drawn + GRAY) == GRAY_BEFORE_JITTER:
         gray = _luma(r, g, b)
         r, g, b = gray, gray, gray
@@ -108,12 +144,14 @@ def _pixels(crop, offset, mask, drawn):
 
 
 @triton.jit
-def _jittered_pixels(crop, offset, mask, drawn, sums, blocks: tl.constexpr, lanes: tl.constexpr, pixels: tl.constexpr):
-    r, g, b = _pixels(crop, offset, mask, drawn)
+def _jittered_pixels(
+    crop, start, drawn, sums, SIZE: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr
+):
+    r, g, b = _pixels(crop, start, drawn, SIZE, BLOCK)
     order = tl.load(drawn + ORDER).to(tl.int32)
     if order >= 0:
-        lane = tl.arange(0, lanes)
-        center = tl.sum(tl.load(sums + lane, mask=lane < blocks, other=0.0), 0) / pixels
+        lane = tl.arange(0, LANES)
+        center = tl.sum(tl.load(sums + lane, mask=lane < BLOCKS, other=0.0), 0) / (SIZE * SIZE)
         r, g, b = _jitters(r, g, b, drawn, order, center, 4)
     if tl.load(drawn + GRAY) == GRAY_AFTER_JITTER:
         gray = _luma(r, g, b)
@@ -122,8 +160,8 @@ def _jittered_pixels(crop, offset, mask, drawn, sums, blocks: tl.constexpr, lane
 
 
 @triton.jit
-def _flipped(drawn, pixel, size: tl.constexpr):
-    return tl.where(tl.load(drawn + FLIP) > 0, pixel + (size - 1 - 2 * (pixel % size)), pixel)
+def _flipped(drawn, pixel, SIZE: tl.constexpr):
+    return tl.where(tl.load(drawn + FLIP) > 0, pixel + (SIZE - 1 - 2 * (pixel % SIZE)), pixel)
 
 
 @triton.jit
@@ -136,14 +174,14 @@ def _destination(rows, view):
 
 
 @triton.jit
-def _band(offset, radius, sigma, operand: tl.constexpr):
+def _band(offset, radius, sigma, OPERAND: tl.constexpr):
     ratio = offset.to(tl.float32) / sigma
-    return tl.where(tl.abs(offset) <= radius, tl.exp2(-0.7213475204444817 * ratio * ratio), 0.0).to(operand)
+    return tl.where(tl.abs(offset) <= radius, tl.exp2(-0.7213475204444817 * ratio * ratio), 0.0).to(OPERAND)
 
 
 @triton.jit
-def _reflected(index, size: tl.constexpr):
-    return tl.maximum(size - 1 - tl.abs(size - 1 - tl.abs(index)), 0)  # 0 only where no valid pixel looks
+def _reflected(index, SIZE: tl.constexpr):
+    return tl.maximum(SIZE - 1 - tl.abs(SIZE - 1 - tl.abs(index)), 0)  # 0 only where no valid pixel looks
 
 
 @triton.jit
@@ -152,18 +190,17 @@ def _pick(channel, first, second, third):
 
 
 @triton.jit
-def _mean_gray_kernel(crops, parameters, sums, size: tl.constexpr, blocks: tl.constexpr, block: tl.constexpr):
-    view = tl.program_id(0).to(tl.int64) // blocks
-    start = tl.program_id(0) % blocks * block
+def _mean_gray_kernel(crops, parameters, sums, SIZE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    view = tl.program_id(0).to(tl.int64) // BLOCKS
+    start = tl.program_id(0) % BLOCKS * BLOCK
     drawn = parameters + view * COLUMNS
     order = tl.load(drawn + ORDER).to(tl.int32)
     if order >= 0:
         before = 0
         for position in range(1, 4):
             before = tl.where(((order >> (2 * position)) & 3) == CONTRAST_CODE, position, before)
-        pixel = start + tl.arange(0, block)
-        mask = pixel < size * size
-        r, g, b = _pixels(crops + view * (size * size * 3), pixel * 3, mask, drawn)
+        mask = start + tl.arange(0, BLOCK) < SIZE * SIZE
+        r, g, b = _pixels(crops + view * (SIZE * SIZE * 3), start, drawn, SIZE, BLOCK)
         r, g, b = _jitters(r, g, b, drawn, order, 0.0, before)
         tl.store(sums + tl.program_id(0), tl.sum(tl.where(mask, _luma(r, g, b), 0.0), 0))
 
@@ -182,33 +219,42 @@ def _color_kernel(
     shift_r,
     shift_g,
     shift_b,
-    size: tl.constexpr,
-    channels: tl.constexpr,
-    blocks: tl.constexpr,
-    lanes: tl.constexpr,
-    tiles: tl.constexpr,
-    block: tl.constexpr,
+    SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    LANES: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    view = tl.program_id(0).to(tl.int64) // tiles
-    pixels: tl.constexpr = size * size
-    pixel = tl.program_id(0) % tiles * block + tl.arange(0, block)
+    view = tl.program_id(0).to(tl.int64) // TILES
+    pixels: tl.constexpr = SIZE * SIZE
+    start = tl.program_id(0) % TILES * BLOCK
+    pixel = start + tl.arange(0, BLOCK)
     mask = pixel < pixels
     drawn = parameters + view * COLUMNS
     r, g, b = _jittered_pixels(
-        crops + view * (pixels * 3), pixel * 3, mask, drawn, sums + view * blocks, blocks, lanes, pixels
+        crops + view * (pixels * 3), start, drawn, sums + view * BLOCKS, SIZE, BLOCKS, LANES, BLOCK
     )
-    place = views + _destination(rows, view) * (pixels * channels) + _flipped(drawn, pixel, size) * channels
-    if channels == 4:
-        tl.store(place + 3, tl.zeros([block], views.dtype.element_ty), mask=mask)
     if tl.load(drawn + SIGMA) > 0:
         plane = scratch + view * (pixels * 3) + pixel
         tl.store(plane, r.to(scratch.dtype.element_ty), mask=mask)
         tl.store(plane + pixels, g.to(scratch.dtype.element_ty), mask=mask)
         tl.store(plane + 2 * pixels, b.to(scratch.dtype.element_ty), mask=mask)
     else:
-        tl.store(place, cast(r * scale_r + shift_r, views.dtype.element_ty), mask=mask)
-        tl.store(place + 1, cast(g * scale_g + shift_g, views.dtype.element_ty), mask=mask)
-        tl.store(place + 2, cast(b * scale_b + shift_b, views.dtype.element_ty), mask=mask)
+        dtype: tl.constexpr = views.dtype.element_ty
+        red = cast(r * scale_r + shift_r, dtype)
+        green = cast(g * scale_g + shift_g, dtype)
+        blue = cast(b * scale_b + shift_b, dtype)
+        place = views + _destination(rows, view) * (pixels * CHANNELS)
+        offset = _flipped(drawn, pixel, SIZE) * CHANNELS
+        if CHANNELS == 4:  # a whole pixel by one store; [BLOCK, 2, 2] holds red green, blue 0
+            whole = tl.join(tl.join(red, blue), tl.join(green, tl.zeros_like(blue)))
+            at = offset[:, None] + tl.arange(0, 4)[None, :]
+            tl.store(place + at, tl.reshape(whole, [BLOCK, 4]), mask=mask[:, None])
+        else:
+            tl.store(place + offset, red, mask=mask)
+            tl.store(place + offset + 1, green, mask=mask)
+            tl.store(place + offset + 2, blue, mask=mask)
 
 
 @triton.jit
@@ -223,37 +269,42 @@ def _blur_kernel(
     shift_r,
     shift_g,
     shift_b,
-    size: tl.constexpr,
-    channels: tl.constexpr,
-    tiles: tl.constexpr,
-    edge: tl.constexpr,
-    max_sigma: tl.constexpr,
-    max_radius: tl.constexpr,
-    precision: tl.constexpr,
+    SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TILES: tl.constexpr,
+    EDGE: tl.constexpr,
+    MAX_SIGMA: tl.constexpr,
+    MAX_RADIUS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     channel = tl.program_id(0) % 3  # neighbours share sectors of the views, which L2 joins
-    view = tl.program_id(0).to(tl.int64) // (3 * tiles * tiles)
-    tile = tl.program_id(0) // 3 % (tiles * tiles)
+    view = tl.program_id(0).to(tl.int64) // (3 * TILES * TILES)
+    tile = tl.program_id(0) // 3 % (TILES * TILES)
     drawn = parameters + view * COLUMNS
     drawn_sigma = tl.load(drawn + SIGMA)
-    sigma = tl.maximum(tl.minimum(drawn_sigma, max_sigma), MIN_SIGMA)
-    radius = tl.minimum(tl.ceil(3.0 * sigma).to(tl.int32), max_radius)
-    step = edge - 2 * radius
-    top, left = tile // tiles * step, tile % tiles * step
-    if (drawn_sigma > 0) & (tl.maximum(top, left) < size):
+    sigma = tl.maximum(tl.minimum(drawn_sigma, MAX_SIGMA), MIN_SIGMA)
+    radius = tl.minimum(tl.ceil(3.0 * sigma).to(tl.int32), MAX_RADIUS)
+    step = EDGE - 2 * radius
+    top, left = tile // TILES * step, tile % TILES * step
+    if (drawn_sigma > 0) & (tl.maximum(top, left) < SIZE):
         operand: tl.constexpr = scratch.dtype.element_ty
-        at = tl.arange(0, edge)
+        at = tl.arange(0, EDGE)
         down = _band(at[None, :] - at[:, None] - radius, radius, sigma, operand)
-        scale = 1.0 / tl.sum(_band(at - edge // 2, radius, sigma, operand).to(tl.float32), 0)
+        scale = 1.0 / tl.sum(_band(at - EDGE // 2, radius, sigma, operand).to(tl.float32), 0)
         # V is symmetric, so a view is as well flipped where it is read; and rows and columns make short addresses.
-        row, column = _reflected(top + at - radius, size), _flipped(drawn, _reflected(left + at - radius, size), size)
-        source = scratch + (view * 3 + channel) * (size * size) + row * size
-        x = tl.dot(down, tl.load(source[:, None] + column[None, :]), input_precision=precision) * scale
-        x = tl.dot(x.to(operand), tl.trans(down), input_precision=precision) * scale
+        row, column = _reflected(top + at - radius, SIZE), _flipped(drawn, _reflected(left + at - radius, SIZE), SIZE)
+        source = scratch + (view * 3 + channel) * (SIZE * SIZE) + row * SIZE
+        x = dot(down, tl.load(source[:, None] + column[None, :]), None, PRECISION) * scale
+        x = dot(x.to(operand), tl.trans(down), None, PRECISION) * scale
         x = x * _pick(channel, scale_r, scale_g, scale_b) + _pick(channel, shift_r, shift_g, shift_b)
-        place = views + _destination(rows, view) * (size * size * channels) + channel + (top + at) * (size * channels)
-        mask = ((at < step) & (top + at < size))[:, None] & ((at < step) & (left + at < size))[None, :]
-        tl.store(place[:, None] + ((left + at) * channels)[None, :], cast(x, views.dtype.element_ty), mask=mask)
+        x = cast(x, views.dtype.element_ty)
+        place = views + _destination(rows, view) * (SIZE * SIZE * CHANNELS) + channel + (top + at) * (SIZE * CHANNELS)
+        place = place[:, None] + ((left + at) * CHANNELS)[None, :]
+        mask = ((at < step) & (top + at < SIZE))[:, None] & ((at < step) & (left + at < SIZE))[None, :]
+        tl.store(place, x, mask=mask)
+        if CHANNELS == 4:
+            if channel == 2:  # not by the colours' kernel: half-written sectors would leave the L2 cache in between
+                tl.store(place + 1, tl.zeros_like(x), mask=mask)
 
 
 class _Plan(NamedTuple):
@@ -276,13 +327,13 @@ def _plans(
     blocks, strips = triton.cdiv(pixels, gray.block[0]), triton.cdiv(pixels, color.block[0])
     max_radius = min(math.ceil(np.float32(3) * np.float32(max_sigma)), size - 1)  # as the kernel rounds
     squares = triton.cdiv(size, edge - 2 * max_radius)
-    view = {"size": size, "channels": channels}
-    sums = {"blocks": blocks, "lanes": triton.next_power_of_2(blocks)}
-    square = {"tiles": squares, "edge": edge, "max_sigma": max_sigma, "max_radius": max_radius}
-    square["precision"] = "tf32x3" if wide else "tf32"
+    view = {"SIZE": size, "CHANNELS": channels}
+    sums = {"BLOCKS": blocks, "LANES": triton.next_power_of_2(blocks)}
+    square = {"TILES": squares, "EDGE": edge, "MAX_SIGMA": max_sigma, "MAX_RADIUS": max_radius}
+    square["PRECISION"] = "tf32x3" if wide else "tf32"
     return [
-        _Plan(_mean_gray_kernel, blocks, gray, {"size": size, "blocks": blocks, "block": gray.block[0]}),
-        _Plan(_color_kernel, strips, color, view | sums | {"tiles": strips, "block": color.block[0]}),
+        _Plan(_mean_gray_kernel, blocks, gray, {"SIZE": size, "BLOCKS": blocks, "BLOCK": gray.block[0]}),
+        _Plan(_color_kernel, strips, color, view | sums | {"TILES": strips, "BLOCK": color.block[0]}),
         _Plan(_blur_kernel, 3 * squares**2, blur, view | square),
     ]
 
@@ -313,7 +364,7 @@ def _photometric(
     n, size = crops.shape[:2]
     views = _empty_views(crops, dtype, channels)
     gray, color, blur = _plans(size, channels, dtype, max_sigma, machine(crops.device).capability)
-    sums = crops.new_empty((n, gray.constants["blocks"]), dtype=torch.float32)
+    sums = crops.new_empty((n, gray.constants["BLOCKS"]), dtype=torch.float32)
     scratch = crops.new_empty((n, 3, size, size), dtype=_scratch_dtype(dtype))
     affine = [1 / value for value in std] + [-center / value for center, value in zip(mean, std)]
     with torch.cuda.device_of(crops):
