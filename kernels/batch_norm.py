@@ -486,4 +486,4 @@ def _variant(
     types = dict.fromkeys(fn.arg_names, "*fp32") | dict.fromkeys(_ACTIVATIONS, "*bf16")
     types |= dict.fromkeys(_INTEGERS, "i32") | {"momentum": "fp32", "eps": "fp32"}
     label = f"batch_norm.{fn.__name__.removesuffix('_kernel')} {form} C={channels}".replace("  ", " ")
-    return variant(label, fn, row, types, constants, divisible=("channels",), streaming=bool(kernel))
+    return variant(label, fn, row, types, constants, streaming=bool(kernel))

@@ -126,7 +126,7 @@ def finish_statistics_kernel(
         tl.store(running_var + column, (1 - momentum) * old_var + momentum * unbiased, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def apply_kernel(
     x, y, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, rows, channels, groups,
     RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
@@ -222,7 +222,7 @@ def finish_sums_kernel(
     tl.store(totals + array * channels + column, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def gradient_kernel(
     grad, x, grad_x, grad_residual, sums, weight, bias, moments, residual, residual_weight, residual_bias,
     residual_moments, rows, channels, groups,

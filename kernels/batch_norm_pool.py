@@ -61,7 +61,7 @@ def _at(sample, row, column, height, width, channel, channels):
     return ((sample.to(tl.int64) * height + row) * width + column)[:, None] * channels + channel[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def pool_kernel(
     x,
     y,
@@ -111,7 +111,7 @@ def _gradient(grad, second_grad, places, at, mask):
     return g, tl.load(places + at, mask=mask, other=9).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def unpool_kernel(
     grad,
     second_grad,
@@ -337,5 +337,5 @@ def variants(arch: int) -> list[Variant]:
         row = tiles(f"batch_norm_pool.{name}", arch)
         label = f"batch_norm_pool.{name}{form}"
         constants = constants | block_options(row, 64)
-        gate.append(variant(label, fn, row, types, constants, divisible=("channels",), streaming=True))
+        gate.append(variant(label, fn, row, types, constants, streaming=True))
     return gate

@@ -56,6 +56,7 @@ LIMITS = {
     90: Limits(228 * 1024, 227 * 1024),
     100: Limits(228 * 1024, 227 * 1024, tensor_columns=512),
 }
+ODD_ON = 90  # the architecture for which the forms at odd sizes are compiled too
 SHARED_RESERVED = 1024  # the driver's own, in every block
 REGISTER_UNIT = 256  # registers are given to a warp in units of this many
 
@@ -76,6 +77,7 @@ class Report:
     streaming: bool
     native_mma: bool
     serialized: bool
+    odd: bool
 
 
 def resident_blocks(arch: int, registers: int, shared: int, warps: int, tensor_columns: int = 0) -> int:
@@ -95,21 +97,37 @@ def resident_blocks(arch: int, registers: int, shared: int, warps: int, tensor_c
     return min(bounds)
 
 
-def compile_variant(variant: Variant, arch: int) -> CompiledKernel:
-    """Compile for `arch` with pointers, and the named integers, known to be multiples of 16."""
-    aligned = {
+def specialised(variant: Variant) -> tuple[str, ...]:
+    """The integer arguments for which a launch has other binaries when they are multiples of 16, and when not."""
+    fn = variant.fn
+    # The interpreter's stand-in for a kernel keeps what the decorator was given.
+    free = fn.do_not_specialize if hasattr(fn, "do_not_specialize") else fn.kwargs["do_not_specialize"] or ()
+    return tuple(name for name, kind in variant.signature.items() if kind in ("i32", "i64") and name not in free)
+
+
+def attributes(variant: Variant, odd: bool = False) -> dict[tuple[int], list[list[object]]]:
+    """What the compiler is told of the arguments, by position, as a launch tells it.
+
+    Pointers are multiples of 16, and so is every integer that a launch looks at, unless sizes are `odd`.
+    """
+    aligned = () if odd else specialised(variant)
+    return {
         (position,): [["tt.divisibility", 16]]
         for position, (argument, kind) in enumerate(variant.signature.items())
-        if kind.startswith("*") or argument in variant.divisible
+        if kind.startswith("*") or argument in aligned
     }
-    source = ASTSource(variant.fn, variant.signature, variant.constexprs, aligned)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+
+
+def compile_variant(variant: Variant, arch: int, odd: bool = False) -> CompiledKernel:
+    """Compile for `arch` what a launch at sizes that are multiples of 16 compiles, or at `odd` ones."""
+    source = ASTSource(variant.fn, variant.signature, variant.constexprs, attributes(variant, odd))
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": variant.fp_fusion}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def examine(variant: Variant, arch: int) -> Report:
-    """Compile one variant and read its binary. Raises what the compiler raises."""
-    kernel = compile_variant(variant, arch)
+def examine(variant: Variant, arch: int, odd: bool = False) -> Report:
+    """Compile one form of a variant and read its binary. Raises what the compiler raises."""
+    kernel = compile_variant(variant, arch, odd)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
@@ -119,7 +137,7 @@ def examine(variant: Variant, arch: int) -> Report:
     shared = kernel.metadata.shared
     tensor_columns = getattr(kernel.metadata, "tmem_size", None) or 0
     return Report(
-        name=variant.name,
+        name=variant.name + " odd" * odd,
         arch=arch,
         registers=registers,
         spill=sum(int(match["bits"] or 32) // 8 for match in _SPILL_STORE.finditer(machine_code)),
@@ -131,6 +149,7 @@ def examine(variant: Variant, arch: int) -> Report:
         streaming=variant.streaming,
         native_mma=variant.native_mma,
         serialized=_serialized(kernel.asm["ptx"]),
+        odd=odd,
     )
 
 
@@ -153,13 +172,16 @@ def _cuobjdump(option: str, cubin: Path) -> str:
 
 
 def faults(report: Report) -> list[str]:
-    """Why this kernel must not ship, one line each; empty if it may."""
+    """Why this kernel must not ship, one line each; empty if it may.
+
+    At odd sizes, which no published recipe has, it may be slower, but must run.
+    """
     found = []
-    if report.spill or report.stack:
+    if (report.spill or report.stack) and not report.odd:
         found.append(f"spills {report.spill} bytes (stack {report.stack})")
     if not report.blocks:
         found.append(f"does not fit a multiprocessor ({report.shared} bytes of shared memory)")
-    if report.streaming and report.blocks == 1:
+    if report.streaming and report.blocks == 1 and not report.odd:
         found.append("streams with a single resident block per multiprocessor")
     instruction = NATIVE_MMA[report.arch]
     if report.native_mma and not report.mma[instruction]:
@@ -178,21 +200,25 @@ def kernel_modules() -> list[ModuleType]:
 
 
 def examine_all(architectures: tuple[int, ...] = ARCHITECTURES, workers: int | None = None) -> list[Report]:
-    """Every variant of every kernel, compiled in parallel processes; by kernel, then architecture."""
+    """Every variant of every kernel, by kernel and architecture, compiled in parallel processes.
+
+    On one architecture in both forms, where it has two.
+    """
     if triton.knobs.runtime.interpret:
         raise ValueError("inspect compiles: unset TRITON_INTERPRET")
     jobs = [
-        (module.__name__, index, arch)
+        (module.__name__, index, arch, odd)
         for module in kernel_modules()
         for arch in architectures
-        for index in range(len(module.variants(arch)))
+        for index, each in enumerate(module.variants(arch))
+        for odd in ((False, True) if specialised(each) and arch == ODD_ON else (False,))
     ]
     with ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("fork")) as pool:
         return list(pool.map(_examine_job, *zip(*jobs, strict=True)))
 
 
-def _examine_job(module: str, index: int, arch: int) -> Report:
-    return examine(importlib.import_module(module).variants(arch)[index], arch)
+def _examine_job(module: str, index: int, arch: int, odd: bool) -> Report:
+    return examine(importlib.import_module(module).variants(arch)[index], arch, odd)
 
 
 def table(reports: list[Report]) -> str:

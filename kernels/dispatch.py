@@ -117,7 +117,7 @@ def variant(
     types: dict[str, str],
     constants: dict[str, Any],
     *,
-    divisible: tuple[str, ...] = (),
+    fp_fusion: bool = True,
     streaming: bool = False,
     native_mma: bool = False,
 ) -> Variant:
@@ -130,7 +130,7 @@ def variant(
         constants,
         row.num_warps,
         row.num_stages,
-        divisible=divisible,
+        fp_fusion=fp_fusion,
         streaming=streaming,
         native_mma=native_mma,
     )

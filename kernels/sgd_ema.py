@@ -468,6 +468,14 @@ def variants(arch: int) -> list[Variant]:
         ("ema", _ema_kernel, {"ON_DEVICE": 0}),
     )
     return [
-        variant(f"sgd_ema.{name}", fn, row, types, constants | {"CHUNK": chunk, "BLOCK": block}, streaming=True)
+        variant(
+            f"sgd_ema.{name}",
+            fn,
+            row,
+            types,
+            constants | {"CHUNK": chunk, "BLOCK": block},
+            fp_fusion=False,
+            streaming=True,
+        )
         for name, fn, constants in kernels
     ]

@@ -29,10 +29,11 @@ class Variant:
     """One compilation of one Triton function, as `inspect` compiles it and as production launches it.
 
     `signature` maps every argument in order to its Triton type ("*bf16", "i32", "fp32", or "constexpr");
-    `constexprs` gives the values of the latter. Pointers are taken as 16-byte aligned, as torch allocates them;
-    `divisible` names the integer arguments that are multiples of 16 in production. `streaming` kernels live on
-    memory bandwidth and must leave room for two resident blocks per multiprocessor; `native_mma` kernels must use
-    their architecture's own tensor-core instruction (mma, wgmma, tcgen05).
+    `constexprs` gives the values of the latter. Pointers are taken as 16-byte aligned, as torch allocates them, and
+    integers as multiples of 16, as those of the published recipes are; a launch at other sizes makes a second binary,
+    which the gate compiles too. `fp_fusion`: whether the compiler may join a product and a sum. `streaming` kernels
+    live on memory bandwidth and must leave room for two resident blocks per multiprocessor; `native_mma` kernels must
+    use their architecture's own tensor-core instruction (mma, wgmma, tcgen05).
     """
 
     name: str
@@ -41,7 +42,7 @@ class Variant:
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int
-    divisible: tuple[str, ...] = ()
+    fp_fusion: bool = True
     streaming: bool = False
     native_mma: bool = False
 

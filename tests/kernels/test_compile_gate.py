@@ -6,8 +6,18 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import triton.language as tl
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import BaseBackend
+from triton.runtime.jit import KernelInterface
 
+from fastmoco.kernels import batch_norm as batch_norm_module
+from fastmoco.kernels import compile_gate
+from fastmoco.kernels import sgd_ema as sgd_ema_module
+from fastmoco.kernels.batch_norm import Norm, batch_norm_act, batch_norm_act_twice
 from fastmoco.kernels.compile_gate import Report, faults, resident_blocks
+from fastmoco.kernels.sgd_ema import TensorTable, sgd_ema
 
 KERNELS = {"batch_norm", "batch_norm_pool", "enqueue", "info_nce", "photometric", "sgd_ema"}
 
@@ -48,8 +58,8 @@ def test_every_kernel_passes_the_gate(tmp_path):
     for arch in (80, 90, 100):
         compiled = [report for report in reports if report["arch"] == arch]
         assert {report["name"].split()[0].split(".")[0] for report in compiled} == KERNELS
-        assert all(report["spill"] == report["stack"] == 0 for report in compiled)
-        assert all(report["blocks"] >= 2 for report in compiled if report["streaming"])
+        assert all(report["spill"] == report["stack"] == 0 for report in compiled if not report["odd"])
+        assert all(report["blocks"] >= 2 for report in compiled if report["streaming"] and not report["odd"])
     # What the gate asks of streaming kernels and of wgmma it can ask only of those that say what they are.
     streaming = {report["name"].split()[0].split(".")[0] for report in reports if report["streaming"]}
     assert streaming == KERNELS - {"info_nce"}
@@ -93,6 +103,7 @@ SOUND = dict(
     streaming=True,
     native_mma=True,
     serialized=False,
+    odd=False,
 )
 
 
@@ -108,7 +119,7 @@ SOUND = dict(
     ],
 )
 def test_each_fault_is_named(change, fault):
-    assert faults(Report(**SOUND)) == []
+    assert faults(Report(**SOUND)) == faults(Report(**{**SOUND, "odd": True, "spill": 4, "blocks": 1})) == []
     (found,) = faults(Report(**{**SOUND, **change}))
     assert found.startswith("sm_90 probe: ")
     assert fault in found
@@ -131,3 +142,104 @@ def test_each_fault_is_named(change, fault):
 )
 def test_resident_blocks(arch, registers, shared, warps, columns, blocks):
     assert resident_blocks(arch, registers, shared, warps, columns) == blocks
+
+
+SIZES = (256, 64, 5)  # channels: those that the gate compiles, and an odd number
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What every launch of a kernel would be compiled for, in place of running it: kernel, arguments, options."""
+    seen = []
+
+    def watched(kernel, grid):
+        def launch(*given, **options):
+            arguments = dict(zip(kernel.arg_names, given, strict=False))
+            arguments |= {name: options.pop(name) for name in list(options) if name in kernel.arg_names}
+            seen.append((kernel, arguments, options))
+
+        return launch
+
+    monkeypatch.setattr(KernelInterface, "__getitem__", watched)
+    return seen
+
+
+def normalise_layers(channels: int) -> None:
+    """Every form of batch norm, forward and backward."""
+    samples, pixels = (6, 3) if channels % 2 else (32, 4)
+    x, side = (torch.randn(samples, channels, pixels, pixels).bfloat16() for _ in range(2))
+    x, side = (t.contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, side))
+    running = (torch.zeros(channels), torch.ones(channels))
+    norm = Norm(torch.ones(channels, requires_grad=True), torch.zeros(channels, requires_grad=True), running)
+    for options in ({}, {"residual": side}, {"residual": side, "residual_norm": norm}):
+        batch_norm_act(x, *norm, 2, **options, impl="triton").float().sum().backward()
+        if options:
+            one, other = batch_norm_act_twice(x, *norm, 2, **options, impl="triton")
+            (one + other).float().sum().backward()
+
+
+def step_tensors() -> None:
+    q, velocity, k = ([torch.randn(4096)] for _ in range(3))
+    table = TensorTable(q, velocity, k, [q[0].bfloat16()], [k[0].bfloat16()])
+    flag, lr = torch.zeros(1, dtype=torch.int32), torch.tensor(0.1)
+    sgd_ema(table, [torch.randn(4096).bfloat16()], lr, 0.9, 1e-4, 0.99, flag, impl="triton")
+
+
+def compiled_for(kernel, arguments: dict, options: dict) -> tuple:
+    """What Triton makes a binary of at a launch: types, what is known of each argument, constants, options."""
+    free = kernel.kwargs["do_not_specialize"] or ()
+    signature, known = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        value = arguments.get(name)
+        if kernel.fn.__annotations__.get(name) in (tl.constexpr, "tl.constexpr") or value is None:
+            signature[name] = "constexpr"
+            continue
+        kind, fact = native_specialize_impl(BaseBackend, value, False, name not in free, name not in free)
+        signature[name] = kind
+        if fact and kind != "constexpr":
+            known[position,] = BaseBackend.parse_attr(fact)
+    constants = {name: arguments.get(name) for name, kind in signature.items() if kind == "constexpr"}
+    return signature, known, constants, options
+
+
+def test_a_launch_compiles_what_the_gate_compiles(launches):
+    """Types, alignment of every argument, constants and options; at odd sizes all but the constants, which follow."""
+    for channels in SIZES:
+        normalise_layers(channels)
+    step_tensors()
+    gate = [variant for module in compile_gate.kernel_modules() for variant in module.variants(90)]
+    compared, forms = 0, set()
+    for kernel, arguments, options in launches:
+        signature, known, constants, given = compiled_for(kernel, arguments, options)
+        odd = arguments.get("channels") == SIZES[-1]
+        fitting = [
+            each
+            for each in gate
+            if each.fn is kernel and each.signature == signature and compile_gate.attributes(each, odd) == known
+        ]
+        if odd:
+            assert fitting, (kernel, signature, known)
+            forms.add(kernel)
+            continue
+        wanted = {"num_warps": given["num_warps"], "num_stages": given.get("num_stages", 1)}
+        wanted["enable_fp_fusion"] = given.get("enable_fp_fusion", True)
+        shape_free = ("BLOCK_SPLITS", "BLOCK_GROUPS")  # of the second stage, which follow from the number of processors
+        assert any(
+            {name: value for name, value in each.constexprs.items() if name not in shape_free}
+            == {name: value for name, value in constants.items() if name not in shape_free}
+            and wanted["num_warps"] == each.num_warps
+            and wanted["enable_fp_fusion"] == each.fp_fusion
+            for each in fitting
+        ), (kernel, signature, known, constants, given)
+        compared += 1
+    assert compared > 20 and len(forms) > 4
+
+
+def test_a_gate_that_compiles_something_else_is_noticed():
+    """Of an argument more that is a multiple of 16, and of the options that the update is launched with."""
+    (update,) = [each for each in sgd_ema_module.variants(90) if each.name == "sgd_ema.update"]
+    assert not update.fp_fusion and compile_gate.specialised(update) == ()
+    apply = next(each for each in batch_norm_module.variants(90) if ".apply" in each.name)
+    assert compile_gate.specialised(apply) == ("rows", "channels")
+    plain, odd = (compile_gate.attributes(apply, odd) for odd in (False, True))
+    assert len(plain) == len(odd) + 2 and odd.items() <= plain.items()
