@@ -1,6 +1,6 @@
 """Compile every kernel ahead of time at its production tiles, without a GPU, and show what the compiler made of it.
 
-    python -m fastmoco.kernels.compile_gate [--arch 80|90|100|all] [--json FILE]
+    python -m fastmoco.kernels.compile_gate [--arch 80|90|100|all] [--only NAME] [--json FILE]
 
 A module of this package takes part by having `variants(arch) -> list[Variant]` (see tiles.py). Registers and stack
 come from `cuobjdump --dump-resource-usage`, spills and 16-byte loads from the machine code, tensor-core instructions
@@ -199,16 +199,19 @@ def kernel_modules() -> list[ModuleType]:
     return [module for module in modules if hasattr(module, "variants")]
 
 
-def examine_all(architectures: tuple[int, ...] = ARCHITECTURES, workers: int | None = None) -> list[Report]:
-    """Every variant of every kernel, by kernel and architecture, compiled in parallel processes.
+def examine_all(
+    architectures: tuple[int, ...] = ARCHITECTURES, workers: int | None = None, only: str = ""
+) -> list[Report]:
+    """Every variant of the kernels whose file name contains `only`, compiled in parallel; by kernel and architecture.
 
     On one architecture in both forms, where it has two.
     """
     if triton.knobs.runtime.interpret:
-        raise ValueError("inspect compiles: unset TRITON_INTERPRET")
+        raise ValueError("the compile gate compiles: unset TRITON_INTERPRET")
     jobs = [
         (module.__name__, index, arch, odd)
         for module in kernel_modules()
+        if only in module.__name__.rpartition(".")[2]
         for arch in architectures
         for index, each in enumerate(module.variants(arch))
         for odd in ((False, True) if specialised(each) and arch == ODD_ON else (False,))
@@ -237,10 +240,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the table and any faults; 1 if there are faults."""
     parser = argparse.ArgumentParser(prog="python -m fastmoco.kernels.compile_gate", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", choices=[*map(str, ARCHITECTURES), "all"], default="all")
+    parser.add_argument("--only", default="", metavar="NAME", help="only kernels whose file name contains it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table here, with the versions")
     options = parser.parse_args(arguments)
     architectures = ARCHITECTURES if options.arch == "all" else (int(options.arch),)
-    reports = examine_all(architectures)
+    reports = examine_all(architectures, only=options.only)
     found = [fault for report in reports for fault in faults(report)]
     print(table(reports))
     print(f"\n{len(reports)} variants, {len(found)} faults (triton {triton.__version__})", *found, sep="\n")
