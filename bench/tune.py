@@ -1,4 +1,4 @@
-"""Tile sizes by measurement: from each row of `kernels/tiles.py` towards faster neighbours, one number at a time.
+"""Tile sizes by measurement: from each row of `kernels/tiles.py` towards faster neighbours, few numbers at a time.
 
 Explicit and rare, so that production compiles one variant of each kernel and never searches. What is printed is a row
 for the table; run the tests of the kernels after taking it over.
@@ -7,13 +7,14 @@ for the table; run the tests of the kernels after taking it over.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from fastmoco import atomic
-from fastmoco.bench.kernels import OURS, PROVIDED, Size
+from fastmoco.bench.kernels import OURS, PROVIDED, Size, replayed
 from fastmoco.bench.timing import interleave
 from fastmoco.kernels.tiles import TABLE, Tiles, tiles
 from fastmoco.options import BenchTune, UsageError
@@ -34,38 +35,47 @@ def run(options: BenchTune) -> None:
     capability = torch.cuda.get_device_capability(device)
     lines = []
     for name in names:
-        lines.append(_tuned(name, capability, device, options.rounds))
+        lines.append(_tuned(name, capability, device, options))
         print(lines[-1], flush=True)
     if options.out is not None:
         atomic.write_text(Path(options.out), "\n".join(lines) + "\n")
 
 
-def climb(start: Tiles, seconds: Callable[[Tiles], float | None]) -> tuple[Tiles, float, float]:
-    """The fastest row reached from `start`, its seconds and those of `start`; None means that a row does not run."""
+def climb(start: Tiles, seconds: Callable[[Tiles], float | None], together: int = 1) -> tuple[Tiles, float, float]:
+    """The fastest row reached from `start`, its seconds and those of `start`; None means that a row does not run.
+
+    Where no change of one number gains, changes of two are tried, and so on up to `together`: a smaller block may only
+    pay with fewer warps and more blocks at once.
+    """
     best, first = start, seconds(start)
     assert first is not None, "a committed row does not run"
-    least = first
-    for _ in range(MOVES):
-        timed = [(time, row) for row in neighbours(best) if (time := seconds(row)) is not None]
+    least, changes, tried = first, 1, {start}
+    for _ in range(MOVES + together):
+        found = [row for row in neighbours(best, changes) if row not in tried]
+        tried |= set(found)
+        timed = [(time, row) for row in found if (time := seconds(row)) is not None]
         time, row = min(timed, key=lambda pair: pair[0], default=(least, best))
-        if time > least * (1 - GAIN):
+        if time <= least * (1 - GAIN):
+            best, least, changes = row, time, 1
+        elif changes < together:
+            changes += 1
+        else:
             break
-        best, least = row, time
     return best, least, first
 
 
-def neighbours(row: Tiles) -> Iterator[Tiles]:
-    """Rows that differ in one number: a block halved or doubled, other warps, one stage more or less."""
-    for index, size in enumerate(row.block):
-        for changed in (size // 2, size * 2):
-            if BLOCK[0] <= changed <= BLOCK[1]:
-                yield dataclasses.replace(row, block=(*row.block[:index], changed, *row.block[index + 1 :]))
-    for warps in (row.num_warps // 2, row.num_warps * 2):
-        if warps in WARPS:
-            yield dataclasses.replace(row, num_warps=warps)
-    for stages in (row.num_stages - 1, row.num_stages + 1):
-        if stages in STAGES:
-            yield dataclasses.replace(row, num_stages=stages)
+def neighbours(row: Tiles, changes: int = 1) -> Iterator[Tiles]:
+    """Rows that differ in so many numbers: a block halved or doubled, other warps, one stage more or less."""
+    numbers = (*row.block, row.num_warps, row.num_stages)
+    blocks = [tuple(size for size in (n // 2, n * 2) if BLOCK[0] <= size <= BLOCK[1]) for n in row.block]
+    warps = tuple(n for n in (row.num_warps // 2, row.num_warps * 2) if n in WARPS)
+    stages = tuple(n for n in (row.num_stages - 1, row.num_stages + 1) if n in STAGES)
+    choices = [*blocks, warps, stages]
+    for places in itertools.combinations(range(len(numbers)), changes):
+        for values in itertools.product(*(choices[place] for place in places)):
+            changed = dict(zip(places, values, strict=True))
+            *block, num_warps, num_stages = (changed.get(place, number) for place, number in enumerate(numbers))
+            yield dataclasses.replace(row, block=tuple(block), num_warps=num_warps, num_stages=num_stages)
 
 
 def size_of(entry: str) -> Size:
@@ -77,7 +87,19 @@ def size_of(entry: str) -> Size:
     return Size(Recipe.from_dict(recipe), torch.float32 if entry.endswith("fp32") else torch.bfloat16)
 
 
-def _tuned(name: str, capability: tuple[int, int], device: torch.device, rounds: int) -> str:
+def timed(name: str, size: Size, device: torch.device, rounds: int) -> float:
+    """Seconds of our kernels in all cases of an entry, each as a training step runs it: many launches as one graph."""
+    total = 0.0
+    for case in PROVIDED[name.partition(".")[0]](size, device):
+        calls = {OURS: case.providers[OURS]}
+        if case.launches and device.type == "cuda":  # launched one by one, it is the host that would be timed
+            stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+            calls = {OURS: replayed(calls[OURS], stream, pool)}
+        total += interleave(calls, rounds=rounds, device=device, cold=True)[OURS].median
+    return total
+
+
+def _tuned(name: str, capability: tuple[int, int], device: torch.device, options: BenchTune) -> str:
     architecture, size = 10 * capability[0] + capability[1], size_of(name)
     kept = TABLE[name]
 
@@ -85,17 +107,16 @@ def _tuned(name: str, capability: tuple[int, int], device: torch.device, rounds:
         # The case is made anew, because tables on the device are laid out by the row.
         TABLE[name] = watched = _Watched({architecture: row})
         try:
-            calls = {case.name: case.providers[OURS] for case in PROVIDED[name.partition(".")[0]](size, device)}
-            times = interleave(calls, rounds=rounds, device=device, cold=True)
+            total = timed(name, size, device, options.rounds)
         except Exception:  # a candidate may exceed the machine in many ways, each with its own exception
             return None
-        return sum(timing.median for timing in times.values()) if watched.used else None
+        return total if watched.used else None
 
     try:
         start = tiles(name, capability)
         if seconds(start) is None:
             return f"# {name}: no benchmark reaches this entry"
-        best, least, first = climb(start, seconds)
+        best, least, first = climb(start, seconds, options.together)
     finally:
         TABLE[name] = kept
     why = f"measured on {torch.cuda.get_device_name(device)}: {1e6 * least:.1f} us, the row before {1e6 * first:.1f} us"

@@ -414,6 +414,12 @@ class BenchTune:
     """File to write the rows to."""
     rounds: int = 20
     """Samples of each candidate."""
+    together: int = 2
+    """Numbers of a row that a move may change at once, where changing fewer gains nothing; 3 tries some 200 rows."""
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "together"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "use a number of at least 1")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from fastmoco.kernels.reference import BRIGHTNESS, HUE, NO_JITTER, ORDER
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 
+SEARCHING = ("cuda",)  # devices on which a batch of another size costs a search for algorithms
+
 
 def extract(
     encoder: Encoder, manifest: Manifest, recipe: Recipe, parallel: Parallel, **options: Any
@@ -71,7 +73,8 @@ def encode(
             try:
                 if failed is None:
                     crops, index = next(loader)
-                    rows = forward(_plain(crops, encoder, recipe)).float().flatten(1)
+                    crops = _filled(crops, min(batch_size, share))
+                    rows = forward(_plain(crops, encoder, recipe))[:count].float().flatten(1)
                     rows = F.normalize(rows, dim=1) if normalise else rows
                     if rows_of_rank is None:
                         rows_of_rank = rows.new_empty(share, rows.shape[1], dtype=dtype)
@@ -87,6 +90,13 @@ def encode(
     assert rows_of_rank is not None
     origins = torch.from_numpy(shown).to(parallel.device)
     return parallel.all_gather(rows_of_rank)[: len(manifest)], parallel.all_gather(origins)[: len(manifest)]
+
+
+def _filled(crops: Tensor, count: int) -> Tensor:
+    # The last batch is as large as the others, because cuDNN looks for algorithms anew at each size: seconds.
+    if crops.device.type not in SEARCHING or len(crops) == count:
+        return crops
+    return F.pad(crops, (0, 0, 0, 0, 0, 0, 0, count - len(crops)))
 
 
 def _plain(crops: Tensor, encoder: Encoder, recipe: Recipe) -> Tensor:

@@ -1,8 +1,11 @@
 """The search over tiles finds the fastest row within its reach and passes over those that do not run."""
 
+import pytest
 import torch
 
-from fastmoco.bench.kernels import PROVIDED
+from fastmoco.bench import tune
+from fastmoco.bench.kernels import PROVIDED, Case
+from fastmoco.bench.timing import Timing
 from fastmoco.bench.tune import climb, neighbours, size_of
 from fastmoco.kernels.tiles import TABLE, Tiles
 
@@ -26,10 +29,61 @@ def test_without_a_real_gain_the_row_stays():
     assert climb(START, lambda row: 1.0 if row == START else None)[0] == START
 
 
-def test_neighbours_differ_in_one_number():
-    def numbers(row: Tiles) -> tuple:
-        return (*row.block, row.num_warps, row.num_stages)
+def numbers(row: Tiles) -> tuple:
+    return (*row.block, row.num_warps, row.num_stages)
 
+
+def valley(row: Tiles) -> float:
+    """As an H100's InfoNCE is expected to be: half the block pays only with half the warps and twice the programs."""
+    together = (row.block[0] == 64) + (row.block[2] == 2) + (row.num_warps == 4)
+    return {0: 1.0, 1: 1.3, 2: 1.2, 3: 0.7}[together]
+
+
+def test_a_row_behind_a_valley_is_reached_by_changing_three_numbers_at_once():
+    """The control is the climb that changes fewer: every step on the way loses."""
+    start = Tiles((128, 64, 1, 128), 8, 3, "")
+    best, least, first = climb(start, valley, 3)
+    assert (best.block[0], best.block[2], best.num_warps) == (64, 2, 4) and (least, first) == (0.7, 1.0)
+    for together in (1, 2):
+        assert climb(start, valley, together) == (start, 1.0, 1.0)
+
+
+def test_no_row_is_timed_twice():
+    seen = []
+    climb(START, lambda row: seen.append(row) or toy(row), 2)
+    assert len(set(seen)) == len(seen)
+
+
+def test_several_numbers_change_at_once():
+    for changes in (1, 2, 3):
+        found = [numbers(row) for row in neighbours(START, changes)]
+        assert len(set(found)) == len(found) > 7
+        assert all(sum(a != b for a, b in zip(row, numbers(START), strict=True)) == changes for row in found)
+
+
+@pytest.mark.parametrize("launches", [True, False])
+def test_many_launches_are_timed_as_the_graph_that_production_replays(monkeypatch, launches):
+    """On a GPU; launched one by one, every row would time alike, as long as the host takes."""
+    asked, gpu = [], torch.device("cuda", 0)
+    case = Case("x", {}, {tune.OURS: lambda: "eager"}, tune.OURS, 1.0, launches=launches)
+    monkeypatch.setitem(tune.PROVIDED, "toy", lambda size, device: [case, case])
+    monkeypatch.setattr(tune, "replayed", lambda call, *_: lambda: "replayed")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+
+    def interleave(calls: dict, **_: object) -> dict:
+        asked.append(calls[tune.OURS]())
+        return {tune.OURS: Timing((0.25,))}
+
+    monkeypatch.setattr(tune, "interleave", interleave)
+    assert tune.timed("toy.phase", None, gpu, 1) == 0.5
+    assert asked == (["replayed"] * 2 if launches else ["eager"] * 2)
+    asked.clear()
+    tune.timed("toy", None, torch.device("cpu"), 1)
+    assert asked == ["eager"] * 2
+
+
+def test_neighbours_differ_in_one_number():
     found = [numbers(row) for row in neighbours(START)]
     assert len(set(found)) == len(found) == 8
     assert all(sum(a != b for a, b in zip(row, numbers(START), strict=True)) == 1 for row in found)

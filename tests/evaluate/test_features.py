@@ -13,7 +13,7 @@ from fastmoco.data import loader, manifest
 from fastmoco.data.loader import Loading
 from fastmoco.data.pipeline import Decoding
 from fastmoco.encoder import build_encoder
-from fastmoco.evaluate import knn
+from fastmoco.evaluate import features, knn
 from fastmoco.evaluate.features import encode, extract
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS
@@ -127,3 +127,20 @@ def test_images_are_decoded_as_the_recipe_and_the_run_say(images, encoder, monke
 def test_images_without_labels(images, encoder):
     unlabelled = replace(images, labels=None, classes=[])
     assert extract(encoder, unlabelled, RECIPE, Parallel(), loading=Loading(threads=1))[1].eq(-1).all()
+
+
+def test_on_a_gpu_the_last_batch_is_as_large_as_the_others(images, encoder, monkeypatch):
+    """And its features are those of its own images; there are 23 of them, in batches of 8."""
+    sizes, plain = [], features._plain
+
+    def counted(crops, *rest):
+        sizes.append(len(crops))
+        return plain(crops, *rest)
+
+    monkeypatch.setattr(features, "_plain", counted)
+    found = []
+    for searching in ((), ("cpu",)):
+        monkeypatch.setattr(features, "SEARCHING", searching)
+        found.append(extract(encoder, images, RECIPE, Parallel(), loading=Loading(threads=1), batch_size=8)[0])
+    assert sizes == [8, 8, 7, 8, 8, 8]
+    torch.testing.assert_close(*found)
