@@ -60,9 +60,10 @@ prepare() {
 }
 
 check() { # CALL MINUTES PARTS
-    local results=${OUT:-bench/records}
+    local results=${OUT:-bench/records} minutes=$2
+    [ -z "${REHEARSE:-}" ] || minutes=60
     "$python" -m fastmoco env || true
-    "$python" -m fastmoco.bench gpu-check --minutes "$2" --parts "$3" --archive "$results/gpu15-$1.tar.gz" \
+    "$python" -m fastmoco.bench gpu-check --minutes "$minutes" --parts "$3" --archive "$results/gpu15-$1.tar.gz" \
         ${REHEARSE:+--rehearse}
 }
 
