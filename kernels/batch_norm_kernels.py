@@ -68,15 +68,16 @@ def statistics_kernel(x, partial, rows, channels, BLOCK_ROWS: tl.constexpr, BLOC
     column = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     row = tl.arange(0, BLOCK_ROWS)[:, None]
     inside = (column < channels)[None, :]
-    first = (tl.cdiv(rows, BLOCK_ROWS) - 1 - split) * BLOCK_ROWS
+    tiles = tl.cdiv(rows, BLOCK_ROWS)
+    first = (tiles - 1 - split) * BLOCK_ROWS
     base = (group * rows + first).to(tl.int64) * channels
     tile = row * channels + column[None, :]
     # Deviations from the first tile's mean: their squares do not cancel however large the mean.
     shift = tl.sum(_load(x, base + tile, (row < rows - first) & inside), 0) / tl.minimum(rows - first, BLOCK_ROWS)
     total = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
     square = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
-    for start in range(first, -1, -splits * BLOCK_ROWS):
-        mask = (row < rows - start) & inside
+    for index in range(split, tiles, splits):  # counted from the end: the compiler's loops only go up
+        mask = (row < rows - (tiles - 1 - index) * BLOCK_ROWS) & inside
         deviation = tl.where(mask, _load(x, base + tile, mask) - shift[None, :], 0.0)
         total += deviation
         square += deviation * deviation
@@ -161,7 +162,8 @@ def sums_kernel(
     splits, groups = tl.num_programs(0), tl.num_programs(2)
     column = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     row = tl.arange(0, BLOCK_ROWS)[:, None]
-    first = (tl.cdiv(rows, BLOCK_ROWS) - 1 - split) * BLOCK_ROWS
+    tiles = tl.cdiv(rows, BLOCK_ROWS)
+    first = (tiles - 1 - split) * BLOCK_ROWS
     base = (group * rows + first).to(tl.int64) * channels
     tile = row * channels + column[None, :]
     mean, invstd, scale, shift = vectors(weight, bias, moments, group, groups, channels, column)
@@ -172,8 +174,8 @@ def sums_kernel(
     total = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
     total_x = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
     total_2 = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
-    for start in range(first, -1, -splits * BLOCK_ROWS):
-        mask = (row < rows - start) & (column < channels)[None, :]
+    for index in range(split, tiles, splits):
+        mask = (row < rows - (tiles - 1 - index) * BLOCK_ROWS) & (column < channels)[None, :]
         g = _load(grad, base + tile, mask)
         if second_grad is not None:
             g += _load(second_grad, base + tile, mask)

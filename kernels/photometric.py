@@ -364,6 +364,8 @@ def _photometric(
     n, size = crops.shape[:2]
     views = _empty_views(crops, dtype, channels)
     gray, color, blur = _plans(size, channels, dtype, max_sigma, machine(crops.device).capability)
+    if crops.data_ptr() % 4:
+        crops = crops.clone()  # its pixels are read by words
     sums = crops.new_empty((n, gray.constants["BLOCKS"]), dtype=torch.float32)
     scratch = crops.new_empty((n, 3, size, size), dtype=_scratch_dtype(dtype))
     affine = [1 / value for value in std] + [-center / value for center, value in zip(mean, std)]

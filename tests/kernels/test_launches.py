@@ -1,6 +1,8 @@
 """What holds for every launch of every kernel: it goes to the device of its tensors, and masked lanes hold numbers."""
 
+import ast
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,3 +159,24 @@ def watch_loads(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", watched)
     return found
+
+
+def falling_loops(source: str) -> list[str]:
+    """Loops of Triton functions whose step is the negative of something that only the launch knows.
+
+    The interpreter runs them; compiled, a loop compares its counter as if it went up, and such a one never runs.
+    """
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    jitted = [f for f in functions if any("jit" in ast.unparse(decorator) for decorator in f.decorator_list)]
+    calls = [node.iter for f in jitted for node in ast.walk(f) if isinstance(node, ast.For)]
+    steps = [call.args[2] for call in calls if isinstance(call, ast.Call) and len(call.args) == 3]
+    falling = [step for step in steps if any(isinstance(node, (ast.USub, ast.Sub)) for node in ast.walk(step))]
+    return [ast.unparse(step) for step in falling if not isinstance(getattr(step, "operand", None), ast.Constant)]
+
+
+def test_no_loop_falls_by_a_step_that_the_compiler_does_not_know() -> None:
+    folder = Path(reference.__file__).parent
+    assert {path.name: found for path in folder.glob("*.py") if (found := falling_loops(path.read_text()))} == {}
+    control = "@triton.jit\ndef kernel(n, B):\n    for i in range(n, -1, -n * B):\n        pass\n"
+    assert falling_loops(control) == ["-n * B"]
+    assert falling_loops(control.replace("-n * B", "-1")) == falling_loops(control.replace("-n * B", "B")) == []

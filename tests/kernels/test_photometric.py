@@ -517,3 +517,12 @@ def test_speed_of_pillow(benchmark):
 
     assert run().dtype == np.float32
     benchmark(run)
+
+
+def test_crops_that_begin_between_two_words_are_read_as_well(device: torch.device) -> None:
+    crops = torch.randint(0, 256, (2 * 12 * 12 * 3 + 1,), dtype=torch.uint8, device=device)[1:].view(2, 12, 12, 3)
+    parameters = torch.zeros(2, 8, device=device)
+    parameters[:, ORDER] = NO_JITTER
+    assert crops.data_ptr() % 4
+    given = (parameters, MEAN, STD)
+    assert torch.equal(photometric(crops, *given, impl="triton"), photometric(crops.clone(), *given, impl="triton"))
