@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PosixPath
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -36,14 +39,29 @@ def read(path: Path) -> dict[str, Any]:
         content = _guarded(path, lambda: load_file(path))
     elif head == ZIP:
         _verify_zip(path)
-        content = _guarded(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
+        content = _guarded(path, lambda: _load(path))
     elif head[:1] == PICKLE:
-        content = _guarded(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
+        content = _guarded(path, lambda: _load(path))
     else:
         raise ForeignFileError(f"{path} is no PyTorch checkpoint (it starts with {head!r}): give a .pth or .pth.tar")
     if not isinstance(content, dict):
         raise ForeignFileError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
     return content
+
+
+def _load(path: Path) -> Any:
+    # Beside what torch allows: numbers and settings that training scripts keep, all of them plain data.
+    with torch.serialization.safe_globals(_plain_data()):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _plain_data() -> list:
+    scalar, array = np._core.multiarray.scalar, np._core.multiarray._reconstruct
+    kinds = [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdFD"]
+    # Files name these as the NumPy and the Python that wrote them did.
+    old = [(scalar, "numpy.core.multiarray.scalar"), (array, "numpy.core.multiarray._reconstruct")]
+    paths = [(PosixPath, "pathlib.PosixPath"), (PosixPath, "pathlib._local.PosixPath")]
+    return [scalar, array, np.ndarray, np.dtype, *kinds, *old, *paths, argparse.Namespace, SimpleNamespace]
 
 
 def _verify_zip(path: Path) -> None:

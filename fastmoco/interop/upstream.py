@@ -16,11 +16,17 @@ from torch import Tensor
 from fastmoco.encoder import build_encoder
 from fastmoco.interop.names import MODULE
 from fastmoco.recipe import Recipe
-from fastmoco.runs.run_folder import KEY, QUERY, without
+from fastmoco.runs.run_folder import KEY, QUERY
 
 OWN = "fastmoco"
 """Entry of our own files: recipe, step, precision, and what the layout has no place for."""
 PLACED = (QUERY, KEY, "velocity.")
+WRAPPERS = ("module", "_orig_mod")
+# Names under which programs keep a model's weights, the trained ones before their averages.
+CONTAINERS = (
+    *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params"),
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
+)
 QUEUE, POINTER = "queue", "queue_ptr"
 
 
@@ -76,11 +82,20 @@ def group(optimizer: Any) -> dict[str, Any]:
 
 
 def weights_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors by name, from `state_dict` where there is one, without DistributedDataParallel's prefix."""
-    inner = content.get("state_dict", content)
-    inner = inner if isinstance(inner, dict) else {}
+    """Tensors by name, from the entry that holds them where there is one, without what wrappers put into names."""
+    inner: Any = content
+    for _ in range(3):  # {"model": {"state_dict": ...}} is not unheard of
+        key = next((key for key in CONTAINERS if isinstance(inner.get(key), dict)), None)
+        if key is None:
+            break
+        inner = inner[key]
     tensors = {name: value for name, value in inner.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    return without(MODULE, tensors) or tensors
+    return {unwrapped(name): value for name, value in tensors.items()}
+
+
+def unwrapped(name: str) -> str:
+    """A weight's name without the parts that DistributedDataParallel and torch.compile put into it, wherever."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _group(recipe: Recipe, lr: float, count: int) -> dict[str, Any]:

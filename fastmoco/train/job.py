@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 
 RUNS = Path("runs")
+BRING_BACK = "bring the images back, or say with --data where they are now; nothing was changed"
 DEMO_IMAGES = RUNS / "images"
 
 
@@ -83,8 +85,8 @@ def places(options: Options, preset: str, parallel: Parallel) -> Options:
     return dataclasses.replace(
         options,
         # Absolute, so that the run finds them when it is resumed from another folder.
-        data=Path(options.data or synthetic.make(DEMO_IMAGES)).absolute(),
-        val=None if options.val is None else options.val.absolute(),
+        data=Path(os.path.abspath(options.data or synthetic.make(DEMO_IMAGES))),
+        val=None if options.val is None else Path(os.path.abspath(options.val)),
         out=Path(options.out or fresh(RUNS / preset)),
     )
 
@@ -103,6 +105,8 @@ def _images(options: Options, max_pixels: int) -> tuple[Manifest, Manifest | Non
     kept = Path(options.out) / manifest.NAME
     # A run keeps its samples, and so its plan, when files are lost or added between two of its parts.
     if kept.exists():
+        if not os.path.exists(train):
+            raise DataError(f"{train}: no such folder, list or tar: {BRING_BACK}")
         images = Manifest.load(kept, train)
         notes = _found_again(images)
     else:
@@ -117,7 +121,7 @@ def _found_again(images: Manifest) -> list[str]:
     """Lines about a run's images that are elsewhere now; DataError if they are not there, or are others."""
     gone = images.gone()
     if gone:
-        raise DataError(f"{gone}: bring the images back, or say with --data where they are now; nothing was changed")
+        raise DataError(f"{gone}: {BRING_BACK}")
     other = images.others()
     if other and images.root_before != images.root:
         raise DataError(f"{other} is not the image that the run was started with: give the --data that holds those")

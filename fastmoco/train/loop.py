@@ -147,7 +147,7 @@ class Run:
     def _watchdog_seconds(self) -> float:
         # A stuck rank shows its stacks before those that wait for it are ended.
         own, others = self.options.watchdog_seconds, self.options.timeout_seconds
-        return min(own, max(others - 20, others / 2)) if self.parallel.world > 1 and others else own
+        return min(own, others - 20) if self.parallel.world > 1 and others > 40 else own
 
     def _train(self) -> bool:
         if self.options.on_nonfinite == "rollback" and self.done == 0:
