@@ -14,8 +14,10 @@ import importlib
 import io
 import json
 import os
+import shutil
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ from fastmoco.process import interrupt
 from fastmoco.recipe import HARMLESS_ON_RESUME, PRESETS, Recipe, RecipeError
 
 PROG = "fastmoco"
+LEAST_COLUMNS = 40
 HELP = {"-h", "--help", "--help-all"}
 
 
@@ -103,7 +106,30 @@ COMMANDS: dict[str, Command] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 wrong use, 3 bad data or checkpoint, 143 asked to stop."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file's name may hold bytes that no encoding knows
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _stdout_is_gone():
+            raise
+        return 128 + signal.SIGPIPE
+
+
+def _stdout_is_gone() -> bool:
+    # Whoever read, as in `| head`, has read enough.
+    try:
+        sys.stdout.flush()
+        return False
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it leaves
+        return True
+
+
+def _main(argv: Sequence[str]) -> int:
     environment.spin_briefly()
     try:
         command, options = parse(argv)
@@ -112,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return work(options) or 0
     except SystemExit as stop:  # tyro's way out of --help and of a wrong flag
         return stop.code if isinstance(stop.code, int) else 2
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         return complain(error)
     except KeyboardInterrupt:
@@ -150,7 +178,7 @@ def _flags(kind: type, name: str, argv: Sequence[str], default: Any = None) -> A
     kwargs = {} if default is None else {"default": default}
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), _wide_enough():
             return tyro.cli(kind, prog=f"{PROG} {name}", args=list(argv), config=config, **kwargs)
     except SystemExit as stop:
         # tyro frames whatever a field's check says; one plain line is better, and its box stays for typing mistakes.
@@ -159,6 +187,19 @@ def _flags(kind: type, name: str, argv: Sequence[str], default: Any = None) -> A
             raise ours from None
         sys.stderr.write(said.getvalue())
         raise
+
+
+@contextlib.contextmanager
+def _wide_enough() -> Iterator[None]:
+    # tyro's help never ends in a terminal of a few columns.
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(max(LEAST_COLUMNS, shutil.get_terminal_size().columns))
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS")
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def _cause(error: BaseException | None) -> Exception | None:

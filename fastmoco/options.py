@@ -534,4 +534,5 @@ def require_new(path: Path) -> None:
 
 def _require(ok: bool, name: str, value: object, remedy: str) -> None:
     if not ok:
-        raise UsageError(f"--{name.replace('_', '-')} is {value!r}: {remedy}")
+        said = "missing" if value is None else repr(value)
+        raise UsageError(f"--{name.replace('_', '-')} is {said}: {remedy}")

@@ -248,7 +248,7 @@ class Recipe:
             ranks = f"{world} ranks in " if world > 1 else ""
             raise RecipeError(
                 f"batch_size {self.batch_size} does not split over {ranks}batch-norm groups of bn_group "
-                f"{self.bn_group}: use --batch-size {near}, or another --bn-group"
+                f"{self.bn_group}: use --batch-size {near}, or another --bn-group (a divisor of the batch of a rank)"
             )
         if self.bn_group == 0 and self.batch_size * self.forward_views == 1:
             raise RecipeError("batch_size 1 has nothing to take batch-norm statistics over: use --batch-size 2 or more")

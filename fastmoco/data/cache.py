@@ -48,3 +48,8 @@ def packed(names: Iterable[str]) -> np.ndarray:
 def unpacked(names: np.ndarray) -> list[str]:
     """What `packed` was given."""
     return os.fsdecode(names.tobytes()).split("\0")[:-1]
+
+
+def printable(name: str) -> str:
+    """A file's name for people: bytes that are no UTF-8 as \\xNN, a dollar sign such that no formula begins."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace").replace("$", "\\$")

@@ -70,7 +70,10 @@ class Plan:
         if len(self.sizes) < recipe.batch_size:
             unit = world * max(1, recipe.bn_group)
             fitting = len(self.sizes) // unit * unit
-            remedy = f"use --batch-size {fitting} or less" if fitting else "use more images, or a smaller --bn-group"
+            share = len(self.sizes) // world
+            remedy = f"use --batch-size {fitting} or less" if fitting else "use more images"
+            if share and not fitting:
+                remedy += f", or --batch-size {share * world} --bn-group {share}"
             raise RecipeError(
                 f"batch_size {recipe.batch_size} is more than the {len(self.sizes)} images there are: {remedy}"
             )

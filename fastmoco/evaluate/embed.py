@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,17 @@ def _parquet_writer():
     except ImportError as error:
         raise UsageError("a .parquet file needs pyarrow: pip install pyarrow, or end --out in .npz") from error
 
+    def names(texts: list[str]) -> arrow.Array:
+        try:
+            return arrow.array(texts)
+        except UnicodeEncodeError:  # one is no UTF-8: then bytes, as the disk has them
+            return arrow.array([os.fsencode(text) for text in texts])
+
     def save(path: Path, features: np.ndarray, images: Manifest) -> None:
         flat = arrow.FixedSizeListArray.from_arrays(arrow.array(features.ravel()), features.shape[1])
-        columns = {"file": arrow.array(images.paths), "features": flat}
+        columns = {"file": names(images.paths), "features": flat}
         if images.labels is not None:
-            columns["label"] = arrow.array([images.classes[label] for label in images.labels])
+            columns["label"] = names([images.classes[label] for label in images.labels])
         parquet.write_table(arrow.table(columns), path)
 
     return save

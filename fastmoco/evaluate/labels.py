@@ -26,7 +26,7 @@ def both_sides(
 
     UsageError where one side is missing or has no classes, DataError where the labels do not fit.
     """
-    source = data or json.loads((run / "recipe.json").read_text())["options"].get("data")
+    source = data or json.loads((run / "recipe.json").read_text(encoding="utf-8"))["options"].get("data")
     if source is None:
         raise UsageError(f"{run} does not say what it was trained on: name labelled images with --data PATH")
     train, beside = manifest.split(source)

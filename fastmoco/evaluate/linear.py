@@ -310,6 +310,8 @@ def run(options: EvaluateLinear) -> None:
         "seconds": time.perf_counter() - began,
         "backbone": "trained" if options.finetune else "bit-equal after the probe",
     }
+    if (options.run / f"{name}.json").exists():
+        print(f"note: the figures of an earlier probe in {options.run / name}.json are replaced")
     _write(options.run, name, probe, facts, train.classes, encoder if options.finetune else None)
     pair = [figures_name(each, options.untrained) for each in ("linear", "linear-fast")]
     agreement = _agreement(options.run, evaluation, step, pair) if not options.finetune else None

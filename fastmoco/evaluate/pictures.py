@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from fastmoco import atomic, plots
+from fastmoco.data.cache import printable
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.plan import centre_boxes
 from fastmoco.data.rewrite import Reading, rewritten
@@ -80,7 +81,8 @@ def _draw_confusion(figure: Any, axes: Any, confusion: Tensor, classes: Sequence
     picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set_title("Class (row) taken for (column)", loc="left", fontsize=10)
     if len(classes) <= NAMED_CLASSES:
-        names = [name if len(name) <= 14 else f"{name[:13]}…" for name in classes]
+        shown = map(printable, classes)
+        names = [name if len(name) <= 14 else f"{name[:13]}…" for name in shown]
         axes.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
         axes.set_yticks(range(len(names)), names, fontsize=7)
     bar = figure.colorbar(picture, ax=axes, fraction=0.046, pad=0.03)

@@ -19,6 +19,7 @@ from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 
 RUNS = Path("runs")
+LEAST_CROP, LARGE_RATE = 12, 10.0  # below and above, a setting is seldom meant
 BRING_BACK = "bring the images back, or say with --data where they are now; nothing was changed"
 DEMO_IMAGES = RUNS / "images"
 
@@ -75,7 +76,11 @@ def prepare(recipe: Recipe, options: Options, preset: str, parallel: Parallel) -
     """Look at the images and settle everything; DataError on bad images, RecipeError if recipe and data do not fit."""
     train_set, val_set, notes = _images(options, recipe.max_pixels)
     settled = recipe.for_images(len(train_set))
-    notes += _queue_notes(recipe, settled, len(train_set))
+    notes += _queue_notes(recipe, settled, len(train_set)) + _settings_notes(settled, parallel)
+    if train_set.transparent and settled.background != "ignore":
+        notes.append(
+            f"{train_set.transparent} images have transparency: shown over {settled.background} (--background)"
+        )
     return Job(preset, settled, options, parallel, train_set, val_set, tuple(notes))
 
 
@@ -150,8 +155,29 @@ def _validation(
 
 
 def _queue_notes(asked: Recipe, settled: Recipe, images: int) -> list[str]:
-    if asked.queue_size != "auto":
+    if settled.dictionary != "queue":
         return []
-    many = 4 * settled.check_queue() > images
+    keys = settled.check_queue()
+    if asked.queue_size != "auto":
+        share = "more keys than there are images" if keys > images else "more than a quarter of the images"
+        if 4 * keys <= images:
+            return []
+        return [
+            f"warning: --queue-size {keys} is {share} ({images}): the queue holds other keys of the query's own image; "
+            f"--queue-size auto suits the set"
+        ]
+    many = 4 * keys > images
     remedy = ", more than a quarter of them: a smaller --batch-size makes the queue smaller" if many else ""
-    return [f"queue_size auto: {settled.queue_size} keys for {images} images{remedy}"]
+    return [f"queue_size auto: {keys} keys for {images} images{remedy}"]
+
+
+def _settings_notes(recipe: Recipe, parallel: Parallel) -> list[str]:
+    """Warnings of settings that are allowed, and seldom meant."""
+    notes = []
+    if recipe.precision == "fp16" and parallel.device.type == "cpu":
+        notes.append("warning: a CPU computes fp16 many times slower than fp32: use --precision fp32")
+    if recipe.crop_size < LEAST_CROP:
+        notes.append(f"warning: views of {recipe.crop_size} pixels show next to nothing: give a larger --crop-size")
+    if recipe.optimizer == "sgd" and recipe.base_lr > LARGE_RATE:
+        notes.append(f"warning: a learning rate of {recipe.base_lr:g} is far above what SGD bears: give a smaller --lr")
+    return notes
