@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ FAR = 4.0  # levels of 255 on average: two decoders and two resamplers stay with
 SAME, AGAIN, UNIT = "decoded as on a CPU", "decoded again", "images differ"
 CONTROL = "control: each image beside the next"
 # How a file of each kind is saved, in turn: an engine takes some of them, and the rest goes another way.
-KINDS = (
+KINDS: tuple[dict[str, Any], ...] = (
     {},
     {"quality": 75},
     {"subsampling": 0},

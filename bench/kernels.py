@@ -158,7 +158,10 @@ def info_nce_cases(size: Size, device: torch.device) -> list[Case]:
         loss, _ = info_nce.info_nce(z, keys, queue, t)
         return torch.autograd.grad(loss.mean(), z)[0]
 
-    providers = {OURS: ours, "eager": functools.partial(published_loss, z, keys, queue, t)}
+    providers: dict[str, Callable[[], object]] = {
+        OURS: ours,
+        "eager": functools.partial(published_loss, z, keys, queue, t),
+    }
     if device.type == "cuda":
         compiled = torch.compile(_published_forward)
         providers["torch.compile"] = functools.partial(published_loss, z, keys, queue, t, compiled)
@@ -252,18 +255,18 @@ def batch_norm_pool_cases(size: Size, device: torch.device) -> list[Case]:
     stem = convolutions(build_encoder(recipe), recipe.crop_size)[0]
     shape, groups = (size.batch, stem.channels, stem.side, stem.side), size.batch // recipe.bn_group
     x = torch.randn(shape, device=device, dtype=size.dtype).to(memory_format=torch.channels_last).requires_grad_()
-    affine = [torch.ones(stem.channels, device=device, requires_grad=True) for _ in range(2)]
+    weight, bias = (torch.ones(stem.channels, device=device, requires_grad=True) for _ in range(2))
     running = (torch.zeros(stem.channels, device=device), torch.ones(stem.channels, device=device))
     with torch.no_grad():
         dy = [torch.randn_like(F.max_pool2d(x, 3, 2, 1)) for _ in range(2)]
 
     def ours() -> None:
-        pair = batch_norm_pool.batch_norm_pool(x, *affine, running, groups)
-        torch.autograd.grad(pair, [x, *affine], dy)
+        pair = batch_norm_pool.batch_norm_pool(x, weight, bias, running, groups)
+        torch.autograd.grad(pair, [x, weight, bias], dy)
 
     def native() -> None:
-        y = F.max_pool2d(F.relu(F.batch_norm(x, *running, *affine, training=True)), 3, 2, 1)
-        torch.autograd.grad([y.view_as(y), y.view_as(y)], [x, *affine], dy)
+        y = F.max_pool2d(F.relu(F.batch_norm(x, *running, weight, bias, True)), 3, 2, 1)
+        torch.autograd.grad([y.view_as(y), y.view_as(y)], [x, weight, bias], dy)
 
     costs = [batch_norm_pool.cost(shape, size.dtype.itemsize, groups, backward=b) for b in (False, True)]
     nbytes, flops = (sum(column) for column in zip(*costs, strict=True))

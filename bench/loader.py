@@ -280,13 +280,13 @@ def _dali(recipe: Recipe, manifest: Manifest, device: torch.device, *, crops: bo
     @pipeline_def(
         batch_size=recipe.batch_size,
         num_threads=cores(),
-        device_id=(device.index or 0) if on_gpu else None,  # type: ignore[arg-type]
+        device_id=(device.index or 0) if on_gpu else None,
         prefetch_queue_depth=PREFETCH,
         seed=recipe.seed,
     )
     def graph() -> tuple:
         encoded, _ = fn.readers.file(files=[os.fspath(manifest.path(i)) for i in range(len(manifest))])
-        image = fn.decoders.image(encoded, output_type=types.RGB, **decoding)
+        image = fn.decoders.image(encoded, output_type=types.RGB, **decoding)  # type: ignore[call-overload]
         if not crops:
             return image
         cut: dict[str, Any] = {

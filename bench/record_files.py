@@ -265,7 +265,9 @@ def _practical(rows: Sequence[Row]) -> list[str]:
     known = [row for row in rows if row.extra.get("practical") and row.bound]
     if not known:
         return []
-    bounds = "; ".join(f"{row.provider} {_number(row.bound)} and {_between(row.extra['practical'])}" for row in known)
+    bounds = "; ".join(
+        f"{row.provider} {_number(row.bound or 0)} and {_between(row.extra['practical'])}" for row in known
+    )
     return ["", f"Bounds in pairs/s: physical, and practical with convolutions at the rate that they reach: {bounds}."]
 
 

@@ -17,6 +17,7 @@ gradients it is 5.25 + 8. Statistics and sums are those of batch_norm.py.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -295,8 +296,9 @@ def batch_norm_pool(
     if x.dim() != 4:
         raise ValueError(f"x must be [N, C, H, W] to be pooled, not {list(x.shape)}")
     if not takes_kernel(impl, x.device, x.dtype):
-        options = {"momentum": momentum, "eps": eps, "training": training}
-        return reference.batch_norm_pool(x, weight, bias, running, groups, **options)
+        return reference.batch_norm_pool(
+            x, weight, bias, running, groups, momentum=momentum, eps=eps, training=training
+        )
     moments = known_moments(x, running, groups, momentum, eps, training)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
     return _Pool.apply(x, weight, bias, moments, training, keep)
@@ -328,6 +330,7 @@ def variants(arch: int) -> list[Variant]:
     types |= dict.fromkeys(("weight", "bias", "moments", "sums"), "*fp32")
     types |= dict.fromkeys(("samples", "height", "width", "channels", "groups"), "i32")
     gate = []
+    constants: dict[str, Any]
     for name, fn, form, constants in (
         ("pool", pool_kernel, "", {}),
         ("pool", pool_kernel, " keys", {"picked": None, "places": None}),

@@ -49,7 +49,7 @@ def instructions() -> Instructions:
     "bf16 at half rate" is AVX-512's dot product of bf16 pairs on Intel's processors without AMX, or with AMX hidden by
     a virtual machine: half as many multiplications a second as in fp32, where AMD's Zen 5 makes twice as many.
     """
-    found = getattr(torch.cpu, "get_capabilities", dict)()
+    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     if found.get("amx_bf16"):
         return "amx"
     if not found.get("avx512_bf16"):
@@ -148,10 +148,9 @@ def forward(x: Tensor, weight: Tensor, layer: Layer, way: Way) -> Tensor:
     if way == "product":
         product = _windows(x, layer.kernel, layer.stride, layer.padding) @ _rows(weight).T
         return _as_images(product, x.shape[0], _side(x.shape[2], layer))
-    options = {"stride": layer.stride, "padding": layer.padding}
     if way == "widened":
-        return F.conv2d(x.float(), weight.float(), **options).to(x.dtype)
-    return F.conv2d(x, weight, **options)
+        return F.conv2d(x.float(), weight.float(), stride=layer.stride, padding=layer.padding).to(x.dtype)
+    return F.conv2d(x, weight, stride=layer.stride, padding=layer.padding)
 
 
 def input_gradient(grad: Tensor, x: Tensor, weight: Tensor, layer: Layer, way: Way) -> Tensor:

@@ -226,9 +226,9 @@ def info_nce(
     _check_ids(z_q, queue, row_ids, key_ids)
     if not takes_kernel(impl, z_q.device, z_q.dtype, k.dtype, queue.dtype) or row_ids is not None:
         return reference.info_nce(z_q, k, queue, temperature, row_ids, key_ids)
-    on_device = isinstance(temperature, Tensor)
-    device_temperature = temperature.detach().float() if on_device else None
-    return _InfoNCE.apply(z_q, k.detach(), queue.detach(), 0.0 if on_device else float(temperature), device_temperature)
+    device_temperature = temperature.detach().float() if isinstance(temperature, Tensor) else None
+    known = float(temperature) if device_temperature is None else 0.0
+    return _InfoNCE.apply(z_q, k.detach(), queue.detach(), known, device_temperature)
 
 
 def scratch_bytes(n: int, size: int, dim: int, queue_dtype: torch.dtype, device: torch.device, running: bool) -> int:

@@ -461,7 +461,7 @@ def variants(arch: int) -> list[Variant]:
     types = {"records": "*i64", "chunks": "*i32", "skip": "*i32", "nonfinite": "*i32", "lr": "*fp32"}
     types |= dict.fromkeys(("momentum", "weight_decay", "ema_momentum", "grad_scale"), "fp32")
     chunk, block = row.block
-    kernels = (
+    kernels: tuple[tuple[str, Any, dict[str, Any]], ...] = (
         ("check", _check_kernel, {}),
         ("update", _update_kernel, {"ON_DEVICE": 1, "KEYS": True}),
         ("update without keys", _update_kernel, {"ON_DEVICE": 1, "KEYS": False}),

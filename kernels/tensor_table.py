@@ -163,6 +163,7 @@ def _addresses(tensors: Tensors) -> list[list[int]]:
 
 def _check_entry(index: int, device: torch.device, entry: dict[str, Tensor]) -> None:
     q = entry["q"]
+    dtypes: tuple[torch.dtype, ...]
     for name, tensor in entry.items():
         if name in ("q_work", "k_work"):
             dtypes = (*WORK_DTYPES, q.dtype)
@@ -215,4 +216,4 @@ def _copies(masters: Sequence[Tensor], detached: list[Tensor], copies: Sequence[
 
 def _memory(tensor: Tensor) -> tuple[int, int]:
     # By storage, because meta and fake tensors have no address.
-    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())

@@ -115,7 +115,7 @@ def distributed(encoder: Encoder, parallel: Parallel) -> nn.Module:
     return DistributedDataParallel(
         encoder,
         device_ids=[parallel.device] if parallel.device.type == "cuda" else None,
-        **{BUFFERS: False},
+        **{BUFFERS: False},  # type: ignore[arg-type]
         gradient_as_bucket_view=True,
         static_graph=True,
     )

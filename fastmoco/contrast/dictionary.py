@@ -142,12 +142,13 @@ class QueueDictionary(Dictionary):
             return start_unshuffle(self.parallel, self._encode(batch), batch.unshuffle)
         # Safe without record_stream: memory freed on the key stream is reused only after the key stream has waited for
         # the main stream again.
-        self._key_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._key_stream):
+        side = self._key_stream
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
             unshuffled = start_unshuffle(self.parallel, self._encode(batch), batch.unshuffle)
 
         def join() -> Tensor:
-            torch.cuda.current_stream().wait_stream(self._key_stream)
+            torch.cuda.current_stream().wait_stream(side)
             return unshuffled()
 
         return join
@@ -175,6 +176,7 @@ class QueueDictionary(Dictionary):
     @torch.no_grad()
     def _encode(self, batch: Batch) -> Tensor:
         views = self.make_views(batch.key_crops, batch.key_parameters, batch.key_rows)
+        assert self.encoder_k is not None
         with part("key encoder"):
             return F.normalize(self.encoder_k(views).to(self._precision), dim=1)
 
@@ -213,7 +215,8 @@ class BatchDictionary(Dictionary):
     @part("loss")
     def contrast(self, z: Tensor, keys: Tensor, batch: Batch) -> Contrast:
         """NT-Xent or InfoNCE, mean over the rows of this rank; entries are the unit vectors of both views [2B, D]."""
-        order, gathered = keys, []
+        order = keys
+        gathered: list[Tensor] = []
         here = self.parallel.rank * len(z)
         rows = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
@@ -221,9 +224,9 @@ class BatchDictionary(Dictionary):
             gathered.append(self.parallel.all_gather(values).index_select(0, order))
             return gathered[-1]
 
-        loss, rank = nt_xent(
-            *z.chunk(2), self.recipe.temperature, form=self.form, gather=gather, rows=rows[here : here + len(z)]
-        )
+        a, b = z.chunk(2)
+        own = rows[here : here + len(z)]
+        loss, rank = nt_xent(a, b, self.recipe.temperature, form=self.form, gather=gather, rows=own)
         return Contrast(loss, rank, gathered[0].to(torch.promote_types(z.dtype, torch.float32)))
 
     def commit(self, entries: Tensor, batch: Batch) -> None:

@@ -132,7 +132,7 @@ def captured(
         # Other threads (NCCL's watchdog, the progress bar) may call CUDA meanwhile.
         with (
             _no_collection(),
-            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),  # type: ignore[arg-type]
         ):
             call()
     except RuntimeError as error:

@@ -18,9 +18,12 @@ LOSS_SCALE = ("loss_scale", "loss_scale_good_steps")
 class Stateful(Protocol):
     """What a step holds that the next one depends on."""
 
-    encoder_q: nn.Module
     update: Update
     dictionary: Dictionary
+
+    @property
+    def encoder_q(self) -> nn.Module:
+        """The encoder that is trained."""
 
     @property
     def encoder_k(self) -> nn.Module | None:

@@ -8,7 +8,7 @@ step of (1 - m) = 0.001 towards the query rounds to nothing.
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +116,7 @@ class Update:
         Where one was, nothing moves but the loss scale.
         """
         self.nonfinite.zero_()
-        grads = [parameter.grad for parameter in self._parameters]
+        grads = [cast(Tensor, parameter.grad) for parameter in self._parameters]
         self._advance(grads, self.lr, self.nonfinite, None if self.scale is None else self.scale.value)
         overflow = self.nonfinite[0] > 0
         if self.scale is not None:

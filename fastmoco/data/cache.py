@@ -37,7 +37,7 @@ def save(path: Path, **arrays: np.ndarray) -> None:
 def write(path: Path, **arrays: np.ndarray) -> None:
     """Replace a file, whole or not at all; OSError if that fails."""
     with atomic.replacing(path) as draft, draft.open("wb") as file:  # NumPy adds .npz to a name
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def packed(names: Iterable[str]) -> np.ndarray:

@@ -448,6 +448,7 @@ class _Source:
         samples, encoded = request.samples.copy(), list(request.encoded)
         for position, reason in faults.items():
             while reason:
+                assert self.quarantine is not None, "without one there is no repair"
                 sample = self.quarantine.add(request.step, int(samples[position]), reason)
                 samples[position] = sample
                 (encoded[position],) = self._read(samples[position : position + 1])

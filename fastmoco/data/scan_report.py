@@ -77,7 +77,8 @@ class Bar:
     """A progress bar for each thing that a scan does; nothing where stderr is no terminal."""
 
     def __init__(self) -> None:
-        self._what, self._bar = "", None
+        self._what = ""
+        self._bar: tqdm | None = None
 
     def __enter__(self) -> Bar:
         return self
@@ -91,6 +92,7 @@ class Bar:
             self._close()
             self._what = what
             self._bar = tqdm(total=total, desc=what, unit=" files", leave=False, disable=not sys.stderr.isatty())
+        assert self._bar is not None
         self._bar.update(done - self._bar.n)
 
     def _close(self) -> None:

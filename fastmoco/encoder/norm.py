@@ -31,6 +31,7 @@ class BatchNormAct(nn.Module):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    bias: Tensor
 
     def __init__(self, channels: int, *, group_size: int = 0, relu: bool = True, shift: bool = True) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ class Convolution(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, out, H/stride, W/stride], channels-last."""
-        return conv2d(x, self.weight, stride=self.stride[0], padding=self.padding[0])
+        return conv2d(x, self.weight, stride=self.stride[0], padding=int(self.padding[0]))
 
 
 Pair = tuple[Tensor, Tensor]
@@ -57,6 +57,7 @@ class Block(nn.Module):
     """
 
     downsample: nn.Sequential | None
+    bn2: BatchNormAct
 
     def _join(self, norm: BatchNormAct, y: Tensor, x: Tensor) -> Pair:
         if self.downsample is None:
@@ -109,6 +110,11 @@ class Encoder(nn.Module):
     whole 8 bytes are what cuDNN's tensor-core kernels for a first layer take. `state_dict` has torchvision's keys, and
     the head's.
     """
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
 
     def __init__(
         self,

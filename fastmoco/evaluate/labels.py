@@ -122,7 +122,8 @@ def read_table(table: Path) -> list[Row]:
 
 def _classes_of(images: Manifest, table: Path) -> dict[int, str]:
     """Class by index of the images that a table names."""
-    finder, named = _Finder(images), {}
+    finder = _Finder(images)
+    named: dict[int, tuple[int, str]] = {}
     for number, row in enumerate(read_table(table)):
         found = finder.find(row.path)
         if number == 0 and not found:

@@ -58,7 +58,7 @@ def _tile(images: Manifest, index: int, frame: tuple[int, int, int]) -> Image.Im
     top, left, height, width = centre_boxes(images.sizes[index : index + 1], TILE)[0].tolist()
     data = rewritten(images.read(index), Reading())
     try:
-        with Image.open(io.BytesIO(data.tobytes())) as image:
+        with Image.open(io.BytesIO(data.tobytes())) as image:  # type: ignore[union-attr]
             box = (left, top, left + width, top + height)
             tile = image.convert("RGB").resize((TILE, TILE), box=box, reducing_gap=2)
     except (AttributeError, OSError, SyntaxError, ValueError):  # damaged, or of a kind that Pillow does not read

@@ -90,7 +90,7 @@ class Watchdog:
 
 
 def _waits_for_others() -> bool:
-    frame = sys._current_frames().get(threading.main_thread().ident)
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         if any(part in frame.f_code.co_filename for part in WAITING):
             return True

@@ -106,8 +106,9 @@ def fresh(path: Path) -> Path:
 
 
 def _images(options: Options, max_pixels: int) -> tuple[Manifest, Manifest | None, list[str]]:
+    assert options.data is not None and options.out is not None, "places() names both"
     train, val = manifest.split(options.data)
-    kept = Path(options.out) / manifest.NAME
+    kept = options.out / manifest.NAME
     # A run keeps its samples, and so its plan, when files are lost or added between two of its parts.
     if kept.exists():
         if not os.path.exists(train):

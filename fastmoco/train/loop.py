@@ -125,7 +125,7 @@ class Run:
         if not (job.out / manifest.NAME).exists():
             job.train_set.save(job.out / manifest.NAME)
         self.saving.open(self._say)
-        sinks = {"tensorboard": options.tensorboard, "track": options.track}
+        sinks: dict[str, Any] = {"tensorboard": options.tensorboard, "track": options.track}
         self.monitor = Monitor(job.out, job.last, self.done, dictionary=job.recipe.dictionary, **sinks)
         for line in record.announcement(job, self.step.precision, self.done):
             self._say(line)

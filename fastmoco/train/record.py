@@ -24,7 +24,7 @@ SUMMARY = "summary.json"
 
 def write(job: Job, precision: str, done: int) -> None:
     """Make RUN with recipe.json in it, or note there that the run goes on; UsageError if RUN is another run's."""
-    facts = {
+    facts: dict[str, Any] = {
         "preset": job.preset,
         "recipe": job.recipe.as_dict(),
         "options": {
