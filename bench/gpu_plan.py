@@ -25,8 +25,9 @@ from fastmoco.options import UsageError
 ROOT = Path(__file__).resolve().parent.parent
 OURSELVES = (sys.executable, "-m", "fastmoco")
 GATE = "gate"
-# One replay against one step in the arithmetic that everything is timed in, and a hundred steps that wait for nothing.
-GATE_TESTS = "bf16-plain-sgd or hundred_steps or (waits_for_nothing and bf16-sgd)"
+# Replays against steps in the arithmetic that everything is timed in, with and without deterministic algorithms, and a
+# hundred steps that wait for nothing.
+GATE_TESTS = "bf16-plain-sgd or fastest_algorithms or hundred_steps or (waits_for_nothing and bf16-sgd)"
 MORE_TESTS = ("tests/data", "tests/train")
 DALI = "nvidia.dali"
 # What a rehearsal on a CPU asks of every benchmark: toy sizes and a single round.

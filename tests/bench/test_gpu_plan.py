@@ -135,6 +135,6 @@ def test_the_selections_of_tests_hold_what_they_are_meant_to(tmp_path):
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *words]
     listed = subprocess.run(command, cwd=gpu_plan.ROOT, capture_output=True, text=True).stdout
     tests = [line for line in listed.splitlines() if "::" in line]
-    # One replay against one step, a hundred steps with and without a graph, and one step that waits for nothing.
+    # Replays against steps in two settings, a hundred steps with and without a graph, one step that waits for nothing.
     assert len(tests) == 5, listed
     assert sum("hundred_steps" in line for line in tests) == 2 and any("bf16-plain-sgd" in line for line in tests)
