@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmoco.data.batch import Batch
+from fastmoco.data.batch import Batch, assemble
 from fastmoco.data.decoded import PIXEL, Decoded
 from fastmoco.data.manifest import DataError, Manifest
 from fastmoco.data.pipeline import UNREADABLE, Decoding, Pipeline, Repair, Request, fault, read
-from fastmoco.data.plan import Plan, Route, centre_boxes, route
+from fastmoco.data.plan import Plan, centre_boxes
 from fastmoco.data.quarantine import Quarantine
 from fastmoco.data.rewrite import Damaged, Reading
 from fastmoco.environment import share_of_cores
@@ -263,7 +263,7 @@ def _training(source: _Source, plan: Plan, steps: range, loading: Loading) -> Ge
     wanted = ((step, plan.samples(step)[mine]) for step in steps)
     with _crops(source, wanted, len(plan.views), plan.per_rank, plan.recipe, loading) as crops_of_steps:
         for step, crops in zip(steps, crops_of_steps, strict=True):
-            yield *_assemble(plan, step, crops, source.shown(step, plan.samples(step)[mine])), _event(source.device)
+            yield *assemble(plan, step, crops, source.shown(step, plan.samples(step)[mine])), _event(source.device)
 
 
 def _evaluation(source: _Source, recipe: Recipe, batches: list[np.ndarray], loading: Loading) -> Generator:
@@ -323,34 +323,6 @@ def _boxes(plan: Plan, step: int, samples: np.ndarray) -> np.ndarray:
 
 def _centre(manifest: Manifest, crop_size: int, _: int, samples: np.ndarray) -> np.ndarray:
     return centre_boxes(manifest.sizes[samples], crop_size)[None]
-
-
-def _assemble(plan: Plan, step: int, crops: Tensor, shown: np.ndarray) -> tuple[Batch, Route]:
-    epoch, samples = plan.epoch(step), plan.samples(step)
-    own = samples[plan.rank * plan.per_rank :][: plan.per_rank]
-    routed = route([plan.shuffle(step, view) for view in plan.key_views], plan.world, plan.rank)
-    arriving = np.empty((len(routed.slots), 8), np.float32)
-    for number, view in enumerate(plan.key_views):
-        rows = routed.views == number
-        arriving[rows] = plan.photometric(epoch, samples[routed.slots[rows]], view)
-    key_crops = crops[len(plan.views) - len(plan.key_views) :].flatten(0, 1)
-    if plan.world > 1 and plan.key_views:
-        key_crops = key_crops[_move(routed.send_rows, crops.device)]
-    batch = Batch(
-        step=step,
-        epoch=epoch,
-        sample=own,
-        query_crops=crops[: len(plan.query_views)].flatten(0, 1),
-        query_parameters=_move(
-            np.concatenate([plan.photometric(epoch, own, view) for view in plan.query_views]), crops.device
-        ),
-        key_crops=key_crops,
-        key_parameters=_move(arriving, crops.device),
-        key_rows=_move(routed.key_rows, crops.device),
-        unshuffle=_move(routed.unshuffle, crops.device),
-        shown=_move(shown, crops.device),
-    )
-    return batch, routed
 
 
 class Readers:
@@ -454,11 +426,6 @@ class _Source:
                 (encoded[position],) = self._read(samples[position : position + 1])
                 reason = fault(encoded[position], self.manifest.sizes[sample])
         return self._request(request.step, samples, iter([encoded]))
-
-
-def _move(array: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
