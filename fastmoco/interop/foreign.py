@@ -56,7 +56,7 @@ def _load(path: Path) -> Any:
 
 
 def _plain_data() -> list:
-    scalar, array = np._core.multiarray.scalar, np._core.multiarray._reconstruct
+    scalar, array = np._core.multiarray.scalar, np._core.multiarray._reconstruct  # type: ignore[attr-defined]
     kinds = [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdFD"]
     # Files name these as the NumPy and the Python that wrote them did.
     old = [(scalar, "numpy.core.multiarray.scalar"), (array, "numpy.core.multiarray._reconstruct")]
