@@ -202,7 +202,7 @@ def finish(path: str | Path, records: Sequence[Record]) -> None:
 
 
 def stored(folder: Path) -> list[Path]:
-    """The records in `folder`; those that were never finished only where there is no finished one of their name."""
+    """The records in `folder`. A .partial.json counts only if its finished file does not exist."""
     paths = sorted(folder.glob("*.json"))
     unneeded = {partial(path) for path in paths}
     return [path for path in paths if path not in unneeded]

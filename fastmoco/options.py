@@ -24,7 +24,11 @@ class UsageError(ValueError):
 
 @dataclass(frozen=True)
 class Options:
-    """Where a pretraining run reads and writes, and how it goes about it; none of it changes the numbers."""
+    """Where a pretraining run reads and writes, and how it works.
+
+    What is learnt does not depend on these, up to rounding: the implementations behind `encoder`, `update` and
+    `photometric` round differently.
+    """
 
     data: Path | None = None
     """Images: a folder of class folders, a flat folder, a parent of train/ and val/, or a text file of
@@ -82,8 +86,8 @@ class Options:
     stop_after: int | None = None
     """Step of the run after which to stop early, checkpoint written; the schedule stays that of all epochs."""
     on_nonfinite: Literal["stop", "rollback", "skip"] = "stop"
-    """Where loss or gradients become infinite or NaN, which no update survives: stop; go back to the last checkpoint
-    and on after the bad batch; or go on without that step's update."""
+    """What to do when loss or gradients become NaN or infinite; that update is always skipped. stop ends the run;
+    rollback returns to the last checkpoint and skips the batch; skip goes on."""
     watchdog_seconds: float = 600.0
     """Seconds without a step after which the process shows the stacks of its threads and ends with code 124, three
     times as many before the first step; 0 is never."""
@@ -204,7 +208,8 @@ class EvaluateLinear:
         for name in ("epochs", "batch_size"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "use a number of at least 1")
         _require(self.lr is None or self.lr > 0, "lr", self.lr, "use more than 0")
-        _require(not (self.fast and self.finetune), "finetune", True, "leave --fast out: features change as it trains")
+        if self.fast and self.finetune:
+            raise UsageError("--finetune does not go with --fast, which computes the features once: leave one out")
 
 
 @dataclass(frozen=True)
@@ -379,7 +384,8 @@ class Bench:
 
     def __post_init__(self) -> None:
         _require(self.rounds >= 0, "rounds", self.rounds, "use a number of at least 0")
-        _require(not self.model or self.subjects == ("scaling",), "model", True, "use it as bench scaling --model")
+        if self.model and self.subjects != ("scaling",):
+            raise UsageError("--model belongs to one subject: bench scaling --model")
 
 
 @dataclass(frozen=True)
@@ -515,7 +521,7 @@ def restarted() -> bool:
 
 
 def check_places(preset: str, options: Options, is_main: bool = True) -> None:
-    """UsageError where a run lacks a place that its preset does not bring, or would overwrite another run."""
+    """Raise UsageError if --data or --out is missing (only demo has defaults), or --out exists already."""
     for name in ("data", "out"):
         if getattr(options, name) is None and preset != "demo":
             raise UsageError(f"pretrain {preset} needs --{name} PATH: only pretrain demo brings its own")

@@ -55,11 +55,11 @@ class Step:
     `precision` overrides the recipe's. TF32 is a process-wide switch in torch, which this sets. With several ranks,
     `step` and `state` are collective: every rank calls them. `images`: how many there are, which a bank needs.
 
-    The rest is how, and changes rounding at most. `encoder`: batch norm by our kernels, in plain torch, or plain torch
-    through torch.compile. `update`: see `contrast/backends.py`. `key_stream`: keys are encoded on a CUDA stream of
-    their own, beside the queries. `channels`: of the views; left out, 4 on a GPU. `deterministic`: on a GPU, only
-    algorithms that give the same bits each time, as `contrast/algorithms.py` sets them for the process. UsageError
-    where the device or the installation lacks what these need.
+    The keyword arguments choose implementations; results differ by rounding only. `encoder`: batch norm by our kernels,
+    in plain torch, or plain torch through torch.compile. `update`: see `contrast/backends.py`. `key_stream`: keys are
+    encoded on a CUDA stream of their own, beside the queries. `channels`: of the views; left out, 4 on a GPU.
+    `deterministic`: on a GPU, only algorithms that give the same bits each time, as `contrast/algorithms.py` sets them
+    for the process. Raises UsageError if the device or the installation lacks what these need.
     """
 
     def __init__(
@@ -75,7 +75,8 @@ class Step:
         deterministic: bool = False,
         images: int | None = None,
     ) -> None:
-        # The first custom operator imports it, and the import keeps the frames of all callers alive: that step's graph.
+        # torch imports this when the first custom operator runs. That import keeps every calling frame alive, and with
+        # it the first step's autograd graph. So import it here.
         import torch._dynamo  # noqa: F401
 
         recipe.check_ranks(parallel.world)

@@ -409,9 +409,8 @@ def _by_request(part: _Part, faults: dict[int, str]) -> dict[int, dict[int, str]
 
 
 def _faults(build: Callable[[_Feed], DaliPipeline], feed: _Feed, error: RuntimeError, stream: object) -> dict[int, str]:
-    # DALI names the first image that failed, by its place among those it was given, but never says why: a GPU without
-    # memory, or one that has failed for good, reads the same. So an image that a CPU decodes is to blame only where the
-    # GPU still works and fails with that image alone, too.
+    # DALI says which sample failed and not why: running out of GPU memory looks the same. So blame the image only if
+    # the CPU's decoder fails too, or the GPU fails on it alone while it still works otherwise.
     part, named = feed.pending[0], SAMPLE.search(str(error))
     given = [i for i, data in enumerate(part.request.encoded) if data is not PIXEL]
     position = None
