@@ -101,8 +101,32 @@ def _running_shift(queue_dtype: torch.dtype, temperature: float, on_device: bool
 
 
 def _launch(
-    z_q: Tensor, k: Tensor, queue: Tensor, temperature: float, device_temperature: Tensor | None
+    z_q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    temperature: float,
+    device_temperature: Tensor | None,
+    left_out: Tensor | None = None,
+    key_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return launch(z_q, k, queue, temperature, device_temperature, left_out, key_ids)
+
+
+def launch(
+    z_q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    temperature: float,
+    device_temperature: Tensor | None = None,
+    left_out: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    normaliser: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sweep and combine: loss [N], rank [N] and gradient [N, D].
+
+    `normaliser` fp32 [N, 2] takes log2 of each row's sum and the share that the negatives have of it.
+    `left_out` int32 [2, N]: two keys that count for nothing in each row, by number, or by `key_ids` int32 [K].
+    """
     (n, dim), size = z_q.shape, queue.shape[0]
     plan = _plan(n, size, dim, queue.dtype, z_q.device)
     on_device = device_temperature is not None
@@ -117,8 +141,9 @@ def _launch(
     whole = size % plan.sweep.block[1] == 0
     constants = _sweep_constants(plan.sweep, dim, queue.dtype, whole=whole, on_device=on_device, running=running)
     partials = (z_part, a_part, rank_part, shift_part, positive)
-    sweep = (_operand(z_q, queue.dtype), k, queue, given, *partials, n, size, plan.tiles_per_piece)
-    combine = (z_q, k, given, *partials, loss, rank, gradient, n, plan.pieces)
+    keys = (queue, left_out, key_ids, None)
+    sweep = (_operand(z_q, queue.dtype), k, *keys, given, *partials, n, size, plan.tiles_per_piece)
+    combine = (z_q, k, given, *partials, loss, rank, normaliser, gradient, n, plan.pieces)
     with torch.cuda.device_of(z_q):
         kernels.sweep_kernel[(plan.row_tiles, plan.pieces, plan.chunks)](
             *sweep, **constants, **launch_options(plan.sweep)
@@ -127,6 +152,33 @@ def _launch(
             *combine, **_combine_constants(plan.combine, dim, constants), **launch_options(plan.combine)
         )
     return loss, rank, gradient
+
+
+def launch_columns(
+    z: Tensor, k: Tensor, keys: Tensor, temperature: float, left_out: Tensor, key_log_z: Tensor, share: Tensor
+) -> Tensor:
+    """Gradient fp32 [N, D] of the losses of `keys`, whose sums' log2 are `key_log_z` fp32 [K], with respect to z.
+
+    `left_out` names the positive, too, whose row's negatives have the `share` fp32 [N].
+    """
+    (n, dim), size = z.shape, keys.shape[0]
+    plan = _plan(n, size, dim, keys.dtype, z.device)
+    a_part = z.new_empty(plan.pieces, n, dim, dtype=torch.float32)
+    gradient = z.new_empty(z.shape, dtype=torch.float32)
+    whole = size % plan.sweep.block[1] == 0
+    constants = _sweep_constants(plan.sweep, dim, keys.dtype, whole=whole, on_device=False, running=False)
+    unused = (None, a_part, None, None, None)
+    sweep = (_operand(z, keys.dtype), None, keys, left_out, None, key_log_z, temperature, *unused)
+    combine = _combine_constants(plan.combine, dim, constants)
+    del combine["RUNNING"]
+    with torch.cuda.device_of(z):
+        kernels.sweep_kernel[(plan.row_tiles, plan.pieces, plan.chunks)](
+            *sweep, n, size, plan.tiles_per_piece, **constants, **launch_options(plan.sweep)
+        )
+        kernels.combine_columns_kernel[(n,)](
+            z, k, share, temperature, a_part, gradient, n, plan.pieces, **combine, **launch_options(plan.combine)
+        )
+    return gradient
 
 
 def _operand(z_q: Tensor, dtype: torch.dtype) -> Tensor:
@@ -145,7 +197,7 @@ _operator = torch.library.custom_op("fastmoco::info_nce", _launch, mutates_args=
 
 
 @_operator.register_fake
-def _(z_q, k, queue, temperature, device_temperature):
+def _(z_q, k, queue, temperature, device_temperature, left_out=None, key_ids=None):
     return _outputs(z_q)
 
 
@@ -153,9 +205,9 @@ class _InfoNCE(torch.autograd.Function):
     """The gradient comes with the loss; backward scales it."""
 
     @staticmethod
-    def forward(ctx, z_q, k, queue, temperature, device_temperature):
+    def forward(ctx, z_q, k, queue, *given):
         call = _operator if is_traced(z_q) else _launch
-        loss, rank, gradient = call(z_q.contiguous(), k.contiguous(), queue, temperature, device_temperature)
+        loss, rank, gradient = call(z_q.contiguous(), k.contiguous(), queue, *given)
         ctx.save_for_backward(gradient)
         ctx.dtype = z_q.dtype
         ctx.mark_non_differentiable(rank)
@@ -168,7 +220,7 @@ class _InfoNCE(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         # Scaled and rounded by one kernel.
         scaled = torch.mul(gradient, grad_loss[:, None], out=torch.empty_like(gradient, dtype=ctx.dtype))
-        return scaled, None, None, None, None
+        return scaled, None, None, None, None, None, None
 
 
 def _check(z_q: Tensor, k: Tensor, queue: Tensor, temperature: float | Tensor) -> None:
@@ -217,18 +269,23 @@ def info_nce(
     queue hold unit vectors. All fp32, fp16 or bf16 (the twin also takes fp64), D a multiple of 16 up to 512. The
     queue's dtype is the dtype of the products. temperature: a positive number, or a 0-d float tensor on the same
     device, which is never read back and therefore takes the form with a running maximum (as do numbers below 0.025,
-    and fp16 queues). row_ids [N] and key_ids [K], both or neither, int64: a row leaves out the keys of its own id.
+    and fp16 queues). row_ids [N] and key_ids [K], both or neither, int64 from 0 to below 2^31: a row leaves out the
+    keys of its own id.
 
     Returns (loss fp32 [N], rank int32 [N]); top-k accuracy is (rank < k). Differentiable in z_q, once.
     Raises ValueError for anything else. After He et al., "Momentum Contrast", 2020, equation 1.
     """
     _check(z_q, k, queue, temperature)
     _check_ids(z_q, queue, row_ids, key_ids)
-    if not takes_kernel(impl, z_q.device, z_q.dtype, k.dtype, queue.dtype) or row_ids is not None:
+    if not takes_kernel(impl, z_q.device, z_q.dtype, k.dtype, queue.dtype):
         return reference.info_nce(z_q, k, queue, temperature, row_ids, key_ids)
     device_temperature = temperature.detach().float() if isinstance(temperature, Tensor) else None
     known = float(temperature) if device_temperature is None else 0.0
-    return _InfoNCE.apply(z_q, k.detach(), queue.detach(), known, device_temperature)
+    left_out = ids = None
+    if row_ids is not None and key_ids is not None:
+        left_out = torch.stack([row_ids, torch.full_like(row_ids, -1)]).to(torch.int32)
+        ids = key_ids.to(torch.int32)
+    return _InfoNCE.apply(z_q, k.detach(), queue.detach(), known, device_temperature, left_out, ids)
 
 
 def scratch_bytes(n: int, size: int, dim: int, queue_dtype: torch.dtype, device: torch.device, running: bool) -> int:
@@ -262,6 +319,7 @@ def variants(arch: int) -> list[Variant]:
     gate += [_sweep_variant(arch, dim, fp32, running=True, whole=False) for dim in (128, 512)]
     gate.append(_sweep_variant(arch, 128, bf16, running=True, on_device=True))
     gate += [_sweep_variant(arch, 128, bf16, k=fp32), _sweep_variant(arch, 128, fp16, running=True, k=fp32)]
+    gate += [sweep_variant_of_a_batch(arch, 128, bf16, key_ids=True, k=fp32)]
     return gate + [_combine_variant(arch, 128, running=False), _combine_variant(arch, 512, running=True, k="fp32")]
 
 
@@ -280,6 +338,7 @@ def _sweep_variant(
 ) -> Variant:
     row = _sweep_tiles(dim, dtype, arch)
     constants = _sweep_constants(row, dim, dtype, whole=whole, on_device=on_device, running=running)
+    constants |= dict.fromkeys(("left_out", "key_ids", "key_log_z"))
     types = dict.fromkeys(("z_q", "queue"), f"*{NAMES[dtype]}") | {
         "k": f"*{NAMES[k or dtype]}",
         "positive_out": "*fp32",
@@ -291,10 +350,48 @@ def _sweep_variant(
     return variant(label, kernels.sweep_kernel, row, types, constants, native_mma=dtype is not torch.float32)
 
 
+def sweep_variant_of_a_batch(
+    arch: int,
+    dim: int,
+    dtype: torch.dtype,
+    *,
+    key_ids: bool = False,
+    columns: bool = False,
+    k: torch.dtype | None = None,
+) -> Variant:
+    """The sweep that leaves keys out, by number or by `key_ids`; `columns`: with the keys' normalisers given."""
+    row, running = _sweep_tiles(dim, dtype, arch), dtype is torch.float16 and not columns
+    constants = _sweep_constants(row, dim, dtype, whole=False, on_device=False, running=running)
+    constants |= {} if key_ids else {"key_ids": None}
+    unused = ("k", "z_part", "rank_part", "shift_part", "positive_out") if columns else ("key_log_z",)
+    constants |= dict.fromkeys(unused)
+    types = dict.fromkeys(("z_q", "queue"), f"*{NAMES[dtype]}") | {"k": f"*{NAMES[k or dtype]}", "temperature": "fp32"}
+    types |= _PARTIAL_TYPES | {"positive_out": "*fp32", "left_out": "*i32", "key_ids": "*i32", "key_log_z": "*fp32"}
+    types |= dict.fromkeys(("n", "size", "tiles_per_piece"), "i32")
+    label = f"{'nt_xent.columns' if columns else 'info_nce.sweep ids' if key_ids else 'nt_xent.rows'}"
+    label += f" {NAMES[dtype]} D={dim}"
+    return variant(label, kernels.sweep_kernel, row, types, constants, native_mma=dtype is not torch.float32)
+
+
+def combine_variants_of_a_batch(arch: int, dim: int) -> list[Variant]:
+    """The ends of both sweeps of a batch."""
+    row = tiles("info_nce.combine", arch)
+    constants = {"DIM": dim, "ON_DEVICE": False, "RUNNING": False, "HEADROOM": 0}
+    constants = _combine_constants(row, dim, constants)
+    types = {"z_q": "*bf16", "k": "*bf16", "temperature": "fp32", "positive_in": "*fp32", "loss_out": "*fp32"}
+    types |= _PARTIAL_TYPES | {"rank_out": "*i32", "gradient_out": "*fp32", "n": "i32", "pieces": "i32"}
+    types |= {"normaliser_out": "*fp32", "share": "*fp32"}
+    rows = variant(f"nt_xent.combine D={dim}", kernels.combine_kernel, row, types, constants)
+    del constants["RUNNING"]
+    return [rows, variant(f"nt_xent.columns end D={dim}", kernels.combine_columns_kernel, row, types, constants)]
+
+
 def _combine_variant(arch: int, dim: int, *, running: bool, k: str = "bf16") -> Variant:
     row = tiles("info_nce.combine", arch)
     sweep = {"DIM": dim, "ON_DEVICE": False, "RUNNING": running, "HEADROOM": 0}
     types = {"z_q": "*bf16", "k": f"*{k}", "temperature": "fp32", "positive_in": "*fp32", "loss_out": "*fp32"}
     types |= _PARTIAL_TYPES | {"rank_out": "*i32", "gradient_out": "*fp32", "n": "i32", "pieces": "i32"}
     label = f"info_nce.combine D={dim}" + " running" * running
-    return variant(label, kernels.combine_kernel, row, types, _combine_constants(row, dim, sweep))
+    return variant(
+        label, kernels.combine_kernel, row, types, _combine_constants(row, dim, sweep) | {"normaliser_out": None}
+    )

@@ -1,4 +1,4 @@
-"""The Triton kernels of info_nce.py.
+"""The Triton kernels of info_nce.py and nt_xent.py.
 
 Read `sweep_kernel` first, as a training step runs it: D = 128 columns in one CHUNK, bf16 projections and queue, a fixed
 shift (not RUNNING), and a queue of whole tiles (WHOLE). Projections are operands as they are, of the queue's dtype, and
@@ -7,6 +7,9 @@ shift (not RUNNING), and a queue of whole tiles (WHOLE). Projections are operand
 - RUNNING: where the fixed shift would leave the range of the dtype, a running maximum takes its place.
 - D > CHUNK: accumulators of all columns do not fit the registers, so further programs have the other columns, and
   each computes the scores anew.
+- LEFT_OUT: of each row two keys count for nothing, by their number in the queue or, with `key_ids`, by their id.
+- `key_log_z`: the weight of a key is of the softmax of that key, whose normaliser is given, and not of the row's. Then
+  neither a maximum nor a sum is needed, and a weight is at most 1.
 
 Z, A and p are those of info_nce.py. A logit is in powers of two: a score times log2(e) / T.
 """
@@ -95,6 +98,9 @@ def sweep_kernel(
     z_q,
     k,
     queue,
+    left_out,
+    key_ids,
+    key_log_z,
     temperature,
     z_part,
     a_part,
@@ -120,12 +126,16 @@ def sweep_kernel(
     log2_scale = _log2_scale(temperature, ON_DEVICE)
     scale = _inverse_norms(z_q, start, n, BLOCK_N, DIM, CHUNK) * log2_scale  # a score s is the logit s * scale
 
-    # The positive goes through the same instruction as the negatives, so that equal keys score equally.
-    own = cast(_load_rows(k, start, n, column, BLOCK_N, DIM, CHUNK, False).to(tl.float32), operand)
-    square = _scores(q, own, z_q, start, n, k, start, n, BLOCK_N, BLOCK_N, DIM, CHUNK, False, PRECISION)
-    positive = _diagonal(square, BLOCK_N)
-
-    shift = positive * scale
+    rows = start + tl.arange(0, BLOCK_N)
+    if left_out is not None:
+        first_out = tl.load(left_out + rows, mask=rows < n, other=-1)
+        second_out = tl.load(left_out + n + rows, mask=rows < n, other=-1)
+    if key_log_z is None:
+        # The positive goes through the same instruction as the negatives, so that equal keys score equally.
+        own = cast(_load_rows(k, start, n, column, BLOCK_N, DIM, CHUNK, False).to(tl.float32), operand)
+        square = _scores(q, own, z_q, start, n, k, start, n, BLOCK_N, BLOCK_N, DIM, CHUNK, False, PRECISION)
+        positive = _diagonal(square, BLOCK_N)
+        shift = positive * scale
     z = tl.zeros([BLOCK_N], tl.float32)
     a = tl.zeros([BLOCK_N, CHUNK], tl.float32)
     rank = tl.zeros([BLOCK_N], tl.float32)  # exact up to 2^24 keys a piece, and fewer instructions than an integer
@@ -135,28 +145,39 @@ def sweep_kernel(
         s = _scores(q, keys, z_q, start, n, queue, tile * BLOCK_K, size, BLOCK_N, BLOCK_K, DIM, CHUNK, WHOLE, PRECISION)
         if not WHOLE:
             s = tl.where((tile * BLOCK_K + tl.arange(0, BLOCK_K) < size)[None, :], s, float("-inf"))
-        rank += tl.sum(tl.where(s > positive[:, None], 1.0, 0.0), 1)
-        if RUNNING:
-            new_shift = tl.maximum(shift, tl.max(s, 1) * scale)
-            z *= tl.exp2(shift - new_shift)
-            a *= tl.exp2(shift - new_shift)[:, None]
-            shift = new_shift
-            p = tl.exp2(s * scale[:, None] - (shift - HEADROOM)[:, None])
+        if left_out is not None:
+            number = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+            if key_ids is not None:
+                number = tl.load(key_ids + number, mask=number < size, other=-2)
+            out = (number[None, :] == first_out[:, None]) | (number[None, :] == second_out[:, None])
+            s = tl.where(out, float("-inf"), s)
+        if key_log_z is not None:
+            number = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+            log_z = tl.load(key_log_z + number, mask=number < size, other=0.0)
+            p = tl.exp2(s * scale[:, None] - (log_z - HEADROOM)[None, :])
         else:
-            p = tl.exp2(s * scale[:, None] - log2_scale)
-        z += tl.sum(p, 1)
+            rank += tl.sum(tl.where(s > positive[:, None], 1.0, 0.0), 1)
+            if RUNNING:
+                new_shift = tl.maximum(shift, tl.max(s, 1) * scale)
+                z *= tl.exp2(shift - new_shift)
+                a *= tl.exp2(shift - new_shift)[:, None]
+                shift = new_shift
+                p = tl.exp2(s * scale[:, None] - (shift - HEADROOM)[:, None])
+            else:
+                p = tl.exp2(s * scale[:, None] - log2_scale)
+            z += tl.sum(p, 1)
         a = dot(cast(p, operand), keys, a, PRECISION)
 
-    rows = start + tl.arange(0, BLOCK_N)
     columns = column + tl.arange(0, CHUNK)
     slot = piece.to(tl.int64) * n + rows
     tl.store(a_part + slot[:, None] * DIM + columns[None, :], a, mask=(rows < n)[:, None] & (columns < DIM)[None, :])
-    held = (rows < n) & (column == 0)
-    tl.store(z_part + slot, z, mask=held)
-    tl.store(rank_part + slot, rank.to(tl.int32), mask=held)
-    if RUNNING:
-        tl.store(shift_part + slot, shift, mask=held)
-    tl.store(positive_out + rows, positive * scale, mask=held & (piece == 0))
+    if key_log_z is None:
+        held = (rows < n) & (column == 0)
+        tl.store(z_part + slot, z, mask=held)
+        tl.store(rank_part + slot, rank.to(tl.int32), mask=held)
+        if RUNNING:
+            tl.store(shift_part + slot, shift, mask=held)
+        tl.store(positive_out + rows, positive * scale, mask=held & (piece == 0))
 
 
 @triton.jit(do_not_specialize=["n", "pieces"])
@@ -171,6 +192,7 @@ def combine_kernel(
     positive_in,
     loss_out,
     rank_out,
+    normaliser_out,
     gradient_out,
     n,
     pieces,
@@ -216,6 +238,9 @@ def combine_kernel(
     total = negatives + tl.exp2(positive - shift + HEADROOM)
     tl.store(loss_out + row, (tl.log2(total) - HEADROOM - (positive - shift)) * LN2)
     tl.store(rank_out + row, tl.sum(rank, 0))
+    if normaliser_out is not None:
+        tl.store(normaliser_out + 2 * row, tl.log2(total) - HEADROOM + shift)
+        tl.store(normaliser_out + 2 * row + 1, negatives / total)
 
     at = row.to(tl.int64) * DIM + columns
     raw = tl.load(z_q + at, mask=columns < DIM, other=0.0).to(tl.float32)
@@ -224,5 +249,41 @@ def combine_kernel(
     q = raw * inverse
     # p_0 - 1 = -negatives / total, without the cancellation.
     towards = (tl.sum(a, 0) - negatives * key) * (log2_scale * LN2 / total)
+    gradient = (towards - q * tl.sum(q * towards, 0)) * inverse
+    tl.store(gradient_out + at, gradient, mask=columns < DIM)
+
+
+@triton.jit(do_not_specialize=["n", "pieces"])
+def combine_columns_kernel(
+    z_q,
+    k,
+    share,
+    temperature,
+    a_part,
+    gradient_out,
+    n,
+    pieces,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr,
+    ON_DEVICE: tl.constexpr,
+    HEADROOM: tl.constexpr,
+):
+    # The end of a sweep with `key_log_z`: what keys pull at a row, through the normalisation. The positive pulls by
+    # p - 1 = -share, the part that it gives to others: without the cancellation, as in combine_kernel.
+    row = tl.program_id(0)
+    columns, lanes = tl.arange(0, PADDED), tl.arange(0, BLOCK_PIECES)
+    a = tl.zeros([BLOCK_PIECES, PADDED], tl.float32)
+    for start in range(0, pieces, BLOCK_PIECES):
+        slot = (start + lanes).to(tl.int64) * n + row
+        mask = (start + lanes < pieces)[:, None] & (columns < DIM)[None, :]
+        a += tl.load(a_part + slot[:, None] * DIM + columns[None, :], mask=mask, other=0.0)
+    at = row.to(tl.int64) * DIM + columns
+    raw = tl.load(z_q + at, mask=columns < DIM, other=0.0).to(tl.float32)
+    key = tl.load(k + at, mask=columns < DIM, other=0.0).to(tl.float32)
+    inverse = _inverse_norm(tl.sum(raw * raw, 0))
+    q = raw * inverse
+    towards = tl.sum(a, 0) * tl.exp2(-1.0 * HEADROOM) - tl.load(share + row) * key
+    towards *= _log2_scale(temperature, ON_DEVICE) * LN2
     gradient = (towards - q * tl.sum(q * towards, 0)) * inverse
     tl.store(gradient_out + at, gradient, mask=columns < DIM)

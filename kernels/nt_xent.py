@@ -7,8 +7,9 @@ With unit rows z_i of both views (2B over all ranks), scores s_ij = z_i z_j / T,
                  + sum_j exp(s_ij) / Z_j z_j - z_pos(i) )   how all other rows pull at it, since s_ij = s_ji
                  / (M T)
 
-for the mean over a rank's M rows, where DistributedDataParallel averages over ranks. The second line needs one number
-of each other row, log Z_j. So a rank gathers embeddings, sweeps over them, gathers log Z and sweeps once more, and what
+for the mean over a rank's M rows, where DistributedDataParallel averages over ranks. The second line needs two numbers
+of each other row: log Z_j, and how much of Z_j its negatives have, which is what exp(s_ij) / Z_j lacks to 1 where i is
+its positive. So a rank gathers embeddings, sweeps over them, gathers these numbers and sweeps once more, and what
 a row gets comes about where it was encoded: no gradient travels, nothing is added atomically, and one rank and eight
 give the same numbers. Gathering without gradient, a frequent fault, would leave out the second line: the direction is
 nearly right (cosine 0.99) and the length is half.
@@ -26,43 +27,68 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmoco.kernels import reference
+from fastmoco.kernels import info_nce, reference
+from fastmoco.kernels.dispatch import Impl, check_dtype, is_traced, takes_kernel
+from fastmoco.kernels.tiles import Variant
+
+__all__ = ["Form", "cost", "nt_xent", "variants"]
 
 Form = Literal["all", "across", "one-sided"]
 Gather = Callable[[Tensor], Tensor]
 FORMS: tuple[Form, ...] = ("all", "across", "one-sided")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def nt_xent(
-    z_a: Tensor,
-    z_b: Tensor,
-    temperature: float,
-    *,
-    form: Form = "all",
-    gather: Gather | None = None,
-    rows: Tensor | None = None,
-    impl: Literal["auto", "triton", "reference"] = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Mean loss of this rank's rows, and for each row how many keys score above its positive.
+def _rows(
+    z: Tensor, k: Tensor, keys: Tensor, left_out: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    normaliser = z.new_empty(len(z), 2, dtype=torch.float32)
+    loss, rank, gradient = info_nce.launch(z, k, keys, temperature, left_out=left_out, normaliser=normaliser)
+    return loss, rank, normaliser, gradient
 
-    `z_a`, `z_b`: raw projections [N, D] of two views, normalised here; fp32, fp16 or bf16, which is also the dtype of
-    the products; the twin takes fp64 too. Over several ranks `gather` makes of rows [2N, ...] of this rank, first those
-    of `z_a`, the rows of all ranks [2B, ...], the same on each, such that rows i and B + i are the views of one sample;
-    `rows` int64 [2N] says where this rank's own stand there, in any order. Left out, there is one rank, and row i of
-    one view belongs to row i of the other.
 
-    Returns (loss fp32 [], rank int32 [2N]; [N] where the form is "one-sided"). The loss is the mean over rows, as in
-    the paper; SimCLR's code adds the means of both views. Top-k accuracy is (rank < k). Differentiable in both views,
-    once, for a mean over ranks as DistributedDataParallel takes it.
-    Raises ValueError for anything else. After Chen et al., "A Simple Framework for Contrastive Learning of Visual
-    Representations", 2020, algorithm 1.
-    """
-    _check(z_a, z_b, temperature, form, rows)
-    z = torch.cat([z_a, z_b])
-    with torch.no_grad():
-        loss, rank, gradient = _loss_and_gradient(z.detach(), temperature, form, gather or _alone, rows)
-    return _Known.apply(loss, z, gradient), rank
+def _columns(
+    z: Tensor, k: Tensor, keys: Tensor, left_out: Tensor, log_z: Tensor, share: Tensor, temperature: float
+) -> Tensor:
+    return info_nce.launch_columns(z, k, keys, temperature, left_out, log_z, share)
+
+
+_rows_operator = torch.library.custom_op("fastmoco::nt_xent_rows", _rows, mutates_args=())
+_columns_operator = torch.library.custom_op("fastmoco::nt_xent_columns", _columns, mutates_args=())
+
+
+@_rows_operator.register_fake
+def _(z, k, keys, left_out, temperature):
+    loss = z.new_empty(z.shape[0], dtype=torch.float32)
+    return (
+        loss,
+        torch.empty_like(loss, dtype=torch.int32),
+        torch.stack([loss, loss], 1),
+        torch.empty_like(z, dtype=loss.dtype),
+    )
+
+
+@_columns_operator.register_fake
+def _(z, k, keys, left_out, log_z, share, temperature):
+    return torch.empty_like(z, dtype=torch.float32)
+
+
+def _rows_by_kernel(
+    z: Tensor, keys: Tensor, own: Tensor | None, positive: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = _rows_operator if is_traced(z) else _rows
+    return call(z, keys[positive], keys, _left_out(positive, own), temperature)
+
+
+def _columns_by_kernel(
+    z: Tensor, keys: Tensor, normaliser: Tensor, own: Tensor | None, positive: Tensor, temperature: float
+) -> Tensor:
+    call = _columns_operator if is_traced(z) else _columns
+    log_z, share = normaliser[:, 0].contiguous(), normaliser[positive, 1]
+    return call(z, keys[positive], keys, _left_out(positive, own), log_z, share, temperature)
+
+
+def _left_out(first: Tensor, own: Tensor | None) -> Tensor:
+    return torch.stack([first, torch.full_like(first, -1) if own is None else own]).to(torch.int32)
 
 
 class _Known(torch.autograd.Function):
@@ -81,28 +107,30 @@ class _Known(torch.autograd.Function):
         return None, (gradient * grad_loss).to(ctx.dtype), None
 
 
-def _alone(rows: Tensor) -> Tensor:
-    return rows
-
-
 def _loss_and_gradient(
-    z: Tensor, temperature: float, form: Form, gather: Gather, rows: Tensor | None
+    rows_of: Callable,
+    columns_of: Callable,
+    z: Tensor,
+    temperature: float,
+    form: Form,
+    gather: Gather,
+    rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     keys = gather(F.normalize(z.to(_wide(z)), dim=1).to(z.dtype))
     place = torch.arange(len(z), device=z.device) if rows is None else rows
     against, pulled_by = _sides(form, len(z) // 2, len(keys) // 2)
-    gradient, log_z = torch.zeros_like(z, dtype=_wide(z)), z.new_zeros(len(z), dtype=_wide(z))
+    gradient, normaliser = torch.zeros_like(z, dtype=_wide(z)), z.new_zeros(len(z), 2, dtype=_wide(z))
 
     losses, ranks = [], []
     for mine, others in against:
-        columns = _columns(place[mine], len(keys), form)
-        loss, rank, log_z[mine], gradient[mine] = reference.nt_xent_rows(z[mine], keys[others], *columns, temperature)
+        columns = _names(place[mine], len(keys), form)
+        loss, rank, normaliser[mine], gradient[mine] = rows_of(z[mine], keys[others], *columns, temperature)
         losses.append(loss)
         ranks.append(rank)
-    all_log_z = gather(log_z)
+    normalisers = gather(normaliser)
     for mine, others in pulled_by:
-        columns = _columns(place[mine], len(keys), form)
-        gradient[mine] += reference.nt_xent_columns(z[mine], keys[others], all_log_z[others], *columns, temperature)
+        columns = _names(place[mine], len(keys), form)
+        gradient[mine] += columns_of(z[mine], keys[others], normalisers[others], *columns, temperature)
     loss = torch.cat(losses)
     return loss.mean(), torch.cat(ranks), gradient / len(loss)
 
@@ -118,8 +146,8 @@ def _sides(form: Form, n: int, batch: int) -> tuple[list[tuple[slice, slice]], l
     }[form]
 
 
-def _columns(place: Tensor, keys: int, form: Form) -> tuple[Tensor | None, Tensor]:
-    # Columns of the row itself, among keys of both views, and of its positive.
+def _names(place: Tensor, keys: int, form: Form) -> tuple[Tensor | None, Tensor]:
+    # Numbers of the row itself, among keys of both views, and of its positive.
     batch = keys // 2
     return (place, (place + batch) % keys) if form == "all" else (None, place % batch)
 
@@ -128,19 +156,82 @@ def _wide(z: Tensor) -> torch.dtype:
     return torch.promote_types(z.dtype, torch.float32)
 
 
+def _alone(rows: Tensor) -> Tensor:
+    return rows
+
+
 def _check(z_a: Tensor, z_b: Tensor, temperature: float, form: str, rows: Tensor | None) -> None:
-    if z_a.dim() != 2 or z_a.shape != z_b.shape or not len(z_a):
+    n = len(z_a)
+    if z_a.dim() != 2 or z_a.shape != z_b.shape or not n:
         raise ValueError(f"nt_xent: needs z_a and z_b [N, D], N at least 1; got {tuple(z_a.shape)}, {tuple(z_b.shape)}")
-    if z_a.dtype not in (*DTYPES, torch.float64) or z_b.dtype != z_a.dtype or z_b.device != z_a.device:
-        found = f"{z_a.dtype} on {z_a.device}, {z_b.dtype} on {z_b.device}"
+    check_dtype("nt_xent: z_a", z_a.dtype)
+    if z_b.dtype != z_a.dtype or z_b.device != z_a.device:
         raise ValueError(
-            f"nt_xent: z_a and z_b must be fp32, fp16 or bf16, both the same and on one device; got {found}"
+            f"nt_xent: z_a is {z_a.dtype} on {z_a.device}, z_b {z_b.dtype} on {z_b.device}: use both alike"
         )
+    if z_a.shape[1] % 16 or not 16 <= z_a.shape[1] <= 512:
+        raise ValueError(f"nt_xent: D must be a multiple of 16 from 16 to 512, not {z_a.shape[1]}")
     if not temperature > 0:
         raise ValueError(f"nt_xent: temperature must be positive, not {temperature}")
     if form not in FORMS:
         raise ValueError(f"nt_xent: form is {form!r}: use {', '.join(FORMS)}")
-    if rows is not None and (rows.shape != (2 * len(z_a),) or rows.dtype != torch.int64 or rows.device != z_a.device):
-        raise ValueError(
-            f"nt_xent: rows must be int64 [{2 * len(z_a)}] on {z_a.device}, not {rows.dtype} {tuple(rows.shape)}"
-        )
+    if rows is not None and (rows.shape != (2 * n,) or rows.dtype != torch.int64 or rows.device != z_a.device):
+        raise ValueError(f"nt_xent: rows must be int64 [{2 * n}], not {rows.dtype} {tuple(rows.shape)}")
+
+
+def nt_xent(
+    z_a: Tensor,
+    z_b: Tensor,
+    temperature: float,
+    *,
+    form: Form = "all",
+    gather: Gather | None = None,
+    rows: Tensor | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Mean loss of this rank's rows, and for each row how many keys score above its positive.
+
+    `z_a`, `z_b`: raw projections [N, D] of two views, normalised here; fp32, fp16 or bf16, which is also the dtype of
+    the products; the twin takes fp64 too. D is a multiple of 16 up to 512. Over several ranks `gather` makes of rows
+    [2N, ...] of this rank, first those of `z_a`, the rows of all ranks [2B, ...], the same on each, such that rows i
+    and B + i are the views of one sample; `rows` int64 [2N] says where this rank's own stand there, in any order. Left
+    out, there is one rank, and row i of one view belongs to row i of the other.
+
+    Returns (loss fp32 [], rank int32 [2N]; [N] where the form is "one-sided"). The loss is the mean over rows, as in
+    the paper; SimCLR's code adds the means of both views. Top-k accuracy is (rank < k). Differentiable in both views,
+    once, for a mean over ranks as DistributedDataParallel takes it.
+    Raises ValueError for anything else. After Chen et al., "A Simple Framework for Contrastive Learning of Visual
+    Representations", 2020, algorithm 1.
+    """
+    _check(z_a, z_b, temperature, form, rows)
+    z = torch.cat([z_a, z_b])
+    with torch.no_grad():
+        # Between the two, log Z is a natural logarithm, and with the kernel one to base 2.
+        sweeps: tuple[Callable, Callable] = (reference.nt_xent_rows, reference.nt_xent_columns)
+        if takes_kernel(impl, z.device, z.dtype):
+            sweeps = (_rows_by_kernel, _columns_by_kernel)
+        loss, rank, gradient = _loss_and_gradient(*sweeps, z.detach(), temperature, form, gather or _alone, rows)
+    return _Known.apply(loss, z, gradient), rank
+
+
+def cost(n: int, batch: int, dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(bytes, flops) of loss and gradient of 2 n rows of a rank among the 2 `batch` rows of all: the form "all".
+
+    Rows, keys and normalisers are read once, losses, ranks and the gradient (in `dtype`) are written once; two products
+    of each sweep. What travels between ranks is no part of it.
+    """
+    rows, keys = 2 * n, 2 * batch
+    nbytes = (2 * rows + keys) * dim * dtype.itemsize + 8 * rows + 8 * keys
+    return nbytes, 8 * rows * keys * dim
+
+
+def variants(arch: int) -> list[Variant]:
+    """What the compile gate compiles: both sweeps, ragged, at every width, and how they end."""
+    shapes = [(torch.bfloat16, dim) for dim in (64, 128, 256, 512)]
+    shapes += [(torch.float16, 128), (torch.float16, 256), (torch.float32, 128)]
+    gate = [
+        info_nce.sweep_variant_of_a_batch(arch, dim, dtype, columns=columns)
+        for dtype, dim in shapes
+        for columns in (False, True)
+    ]
+    return gate + info_nce.combine_variants_of_a_batch(arch, 128)

@@ -443,8 +443,8 @@ class NtXentRows(NamedTuple):
     """[N]: log Z - s_pos."""
     rank: Tensor
     """int32 [N]: keys that score above the positive."""
-    log_z: Tensor
-    """[N]: logarithm of the sum over all keys but the row's own, the positive included."""
+    normaliser: Tensor
+    """[N, 2]: logarithm of the sum over all keys but the row's own, and the share that the negatives have of it."""
     gradient: Tensor
     """[N, D]: of each row's own loss with respect to that row of z."""
 
@@ -461,18 +461,22 @@ def nt_xent_rows(z: Tensor, keys: Tensor, own: Tensor | None, positive: Tensor, 
     rank = (scores > right).sum(1, dtype=torch.int32)
     shares = scores.sub_(log_z[:, None]).exp_()
     # p_positive - 1 = -(sum of the others' shares), without the cancellation.
-    pull = shares @ keys.to(q.dtype) - shares.sum(1, keepdim=True) * keys[positive].to(q.dtype)
-    return NtXentRows(log_z - right_logit, rank, log_z, _through_normalise(z, q, pull / temperature))
+    share = shares.sum(1)
+    pull = shares @ keys.to(q.dtype) - share[:, None] * keys[positive].to(q.dtype)
+    normaliser = torch.stack([log_z, share], 1)
+    return NtXentRows(log_z - right_logit, rank, normaliser, _through_normalise(z, q, pull / temperature))
 
 
 def nt_xent_columns(
-    z: Tensor, keys: Tensor, log_z: Tensor, own: Tensor | None, positive: Tensor, temperature: float
+    z: Tensor, keys: Tensor, normaliser: Tensor, own: Tensor | None, positive: Tensor, temperature: float
 ) -> Tensor:
-    """Gradient [N, D] that the losses of `keys`, whose normalisers are `log_z` [K], have with respect to rows of z."""
+    """Gradient [N, D] that the losses of `keys`, with their `normaliser` [K, 2], have with respect to rows of z."""
     q, scores = _scores(z, keys, temperature)
+    log_z, share = normaliser.unbind(1)
+    scores.scatter_(1, positive[:, None], -math.inf)
     if own is not None:
         scores.scatter_(1, own[:, None], -math.inf)
-    pull = scores.sub_(log_z).exp_() @ keys.to(q.dtype) - keys[positive].to(q.dtype)
+    pull = scores.sub_(log_z).exp_() @ keys.to(q.dtype) - share[positive, None] * keys[positive].to(q.dtype)
     return _through_normalise(z, q, pull / temperature)
 
 

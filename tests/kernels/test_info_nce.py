@@ -319,3 +319,41 @@ def test_cost_counts_the_bytes_of_the_tensors(device):
     assert moved == sum(t.nbytes for t in (z, k, queue, loss, rank, gradient))
     # Scores and gradient are a product each, of N rows with the queue and the positive.
     assert flops == 2 * (2 * 6 * 91 * 48)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize("temperature", [0.02, 0.07])
+def test_keys_of_a_rows_own_id_are_left_out(device, temperature, dtype):
+    """Against the float64 twin, and against the queue without those keys, row by row; ids may repeat."""
+    z, k, queue = _inputs(9, 130, 32, dtype, device)
+    key_ids = torch.randint(0, 20, (130,), generator=torch.Generator().manual_seed(0)).to(device)
+    row_ids = torch.arange(9, device=device) * 3
+    given = z.detach().requires_grad_()
+    loss, rank = info_nce(given, k, queue, temperature, row_ids=row_ids, key_ids=key_ids, impl="triton")
+    (gradient,) = torch.autograd.grad(loss.sum(), given)
+    for row in range(9):
+        kept = queue[key_ids != row_ids[row]]
+        one = z[row : row + 1].double().requires_grad_()
+        expected, expected_rank = reference.info_nce(one, k[row : row + 1].double(), kept.double(), temperature)
+        (exact,) = torch.autograd.grad(expected.sum(), one)
+        scale = EPSILON[dtype] / temperature
+        assert (loss[row] - expected[0]).abs() <= 4 * scale
+        assert (gradient[row] - exact[0]).norm() <= 4 * scale / z[row].norm() / temperature**0.5
+        margin = (
+            F.normalize(one.detach()) @ kept.double().T - (F.normalize(one.detach()) * k[row].double()).sum()
+        ).abs()
+        assert (rank[row] - expected_rank[0]).abs() <= (margin < 4 * EPSILON[dtype]).sum()
+    # The control: with its own keys a row's loss is higher.
+    assert (info_nce(z, k, queue, temperature, impl="triton")[0] > loss).any()
+
+
+def test_ids_go_together(device):
+    z, k, queue = _inputs(3, 20, 16, torch.float32, device)
+    ids = torch.arange(3, device=device)
+    for given, what in (
+        ({"row_ids": ids}, "go together"),
+        ({"key_ids": ids}, "go together"),
+        ({"row_ids": ids, "key_ids": ids}, r"key_ids must be int64 \[20\]"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            info_nce(z, k, queue, 0.1, **given)

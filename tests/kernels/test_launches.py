@@ -18,6 +18,7 @@ from fastmoco.kernels.batch_norm_pool import batch_norm_pool
 from fastmoco.kernels.compile_gate import kernel_modules
 from fastmoco.kernels.enqueue import enqueue
 from fastmoco.kernels.info_nce import info_nce
+from fastmoco.kernels.nt_xent import nt_xent
 from fastmoco.kernels.photometric import photometric
 from fastmoco.kernels.sgd_ema import TensorTable, ema, sgd_ema
 
@@ -27,6 +28,11 @@ interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="loo
 def launch_info_nce(device: torch.device) -> None:
     z, k, queue = (F.normalize(torch.randn(rows, 16, device=device)) for rows in (3, 3, 70))
     info_nce(z.requires_grad_(), k, queue, 0.07, impl="triton")[0].sum().backward()
+
+
+def launch_nt_xent(device: torch.device) -> None:
+    z_a, z_b = (torch.randn(5, 16, device=device, requires_grad=True) for _ in range(2))
+    nt_xent(z_a, z_b, 0.1, impl="triton")[0].backward()
 
 
 def launch_enqueue(device: torch.device) -> None:
@@ -63,6 +69,7 @@ def launch_photometric(device: torch.device) -> None:
 
 LAUNCHERS = (
     launch_info_nce,
+    launch_nt_xent,
     launch_enqueue,
     launch_batch_norm,
     launch_batch_norm_pool,

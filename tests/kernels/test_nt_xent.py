@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmoco.kernels.nt_xent import nt_xent
+from fastmoco.kernels import nt_xent as module
+from fastmoco.kernels.nt_xent import cost, nt_xent
 
 FORMS = ("all", "across", "one-sided")
 
@@ -118,10 +119,12 @@ def test_chance_is_the_logarithm_of_all_others() -> None:
 class Ranks:
     """A batch over `world` ranks in one process; `shuffled`: rows of the second view stand anywhere."""
 
-    def __init__(self, z_a: Tensor, z_b: Tensor, world: int, shuffled: bool) -> None:
-        batch = len(z_a)
+    def __init__(self, z_a: Tensor, z_b: Tensor, world: int, shuffled: bool, impl: str = "auto") -> None:
+        batch, self.impl = len(z_a), impl
         self.world, n = world, batch // world
-        order = torch.randperm(batch, generator=torch.Generator().manual_seed(1)) if shuffled else torch.arange(batch)
+        order = torch.arange(batch)
+        if shuffled:
+            order = torch.randperm(batch, generator=torch.Generator().manual_seed(1))
         places = [
             torch.cat([torch.arange(r * n, (r + 1) * n), batch + order[r * n : (r + 1) * n]]) for r in range(world)
         ]
@@ -151,7 +154,7 @@ class Ranks:
             return known[at] if at < len(known) else rows.new_ones(len(order), *rows.shape[1:])
 
         views = [self.z[half].clone().requires_grad_() for half in place.chunk(2)]
-        loss, _ = nt_xent(*views, temperature, form=form, gather=gather, rows=place)
+        loss, _ = nt_xent(*views, temperature, form=form, gather=gather, rows=place, impl=self.impl)
         return loss.detach(), torch.cat(torch.autograd.grad(loss, views))
 
 
@@ -198,13 +201,125 @@ def test_it_scales_with_the_gradient_that_comes_in() -> None:
         torch.testing.assert_close(more, 1024 * plain, rtol=1e-14, atol=0)
 
 
+# The kernel, in the interpreter where there is no GPU
+
+
+EPSILON = {torch.float32: 3e-7, torch.bfloat16: 2**-9, torch.float16: 2**-12}  # one rounding of one number
+
+
+def in_plain_torch(form: str, z_a: Tensor, z_b: Tensor, temperature: float, dtype: torch.dtype) -> tuple:
+    """What autocast would compute: products in `dtype`, the rest in fp32."""
+    a, b = z_a.detach().requires_grad_(), z_b.detach().requires_grad_()
+    p, q = (F.normalize(z.float(), dim=1).to(dtype) for z in (a, b))
+    n, target = len(a), torch.arange(len(a), device=a.device)
+
+    def loss(one: Tensor, other: Tensor) -> Tensor:
+        logits = [one @ other.T / temperature]
+        if form == "all":
+            itself = torch.eye(n, dtype=torch.bool, device=a.device)
+            logits.append((one @ one.T / temperature).masked_fill(itself, -math.inf))
+        return F.cross_entropy(torch.cat(logits, 1).float(), target)
+
+    total = loss(p, q) if form == "one-sided" else (loss(p, q) + loss(q, p)) / 2
+    return total.detach(), *torch.autograd.grad(total, (a, b))
+
+
+@pytest.mark.parametrize(
+    ("n", "dim", "temperature", "dtype"),
+    [(n, dim, t, dtype) for n, dim, t in [(1, 16, 0.1), (13, 48, 0.05), (40, 64, 0.1)] for dtype in EPSILON]
+    + [(13, 48, 0.02, torch.float32), (20, 128, 0.5, torch.bfloat16)],  # the first takes a running maximum
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_kernel_keeps_within_the_error_budget(
+    form: str, n: int, dim: int, temperature: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    """|truth - ours| <= |truth - plain torch in this dtype| + one rounding of the largest there can be."""
+    z_a, z_b = (z.to(device) for z in drawn(n, dim, dtype))
+    exact = [z.double() for z in (z_a, z_b)]
+    truth = with_gradients(lambda a, b: nt_xent(a, b, temperature, form=form, impl="reference")[0], *exact)
+    ours = with_gradients(lambda a, b: nt_xent(a, b, temperature, form=form, impl="triton")[0], z_a, z_b)
+    plain = in_plain_torch(form, z_a, z_b, temperature, dtype)
+    bounds = [1 / temperature, *(2 / (temperature * n * z.norm(dim=1)) for z in exact)]
+    for found, expected, other, bound in zip(ours, truth, plain, bounds, strict=True):
+        size = torch.as_tensor(bound, dtype=torch.float64).norm()
+        budget = (other.double() - expected).norm() + EPSILON[dtype] * size
+        assert (found.double() - expected).norm() <= budget
+
+
+@pytest.mark.parametrize("dtype", EPSILON)
+@pytest.mark.parametrize("form", FORMS)
+def test_ranks_of_the_kernel_are_exact_but_for_ties(form: str, dtype: torch.dtype, device: torch.device) -> None:
+    """With the positive among the swept keys, products of two shapes would make it outscore itself."""
+    z_a, z_b = (z.to(device) for z in drawn(40, 64, dtype))
+    rank = nt_xent(z_a, z_b, 0.1, form=form, impl="triton")[1]
+    exact = nt_xent(z_a.double(), z_b.double(), 0.1, form=form, impl="reference")[1]
+    a, b = F.normalize(z_a.double(), dim=1), F.normalize(z_b.double(), dim=1)
+    queries, keys = {"all": (torch.cat([a, b]), torch.cat([a, b])), "one-sided": (a, b)}.get(form, (None, None))
+    if form == "across":
+        scores = torch.cat([a @ b.T, b @ a.T])
+    else:
+        scores = queries @ keys.T
+    positive = (a * b).sum(1).repeat(1 if form == "one-sided" else 2)
+    ties = ((scores - positive[:, None]).abs() < 4 * EPSILON[dtype]).sum(1)
+    assert ((rank - exact).abs() <= ties).all() and rank.any()
+    same = z_a[:1].repeat(20, 1)
+    assert not nt_xent(same, same, 0.1, form=form, impl="triton")[1].any()
+
+
+def test_the_kernel_is_one_run_over_ranks_too(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32, four ranks, shuffled, against the formula in float64."""
+    z_a, z_b = drawn(24, 16)
+    expected = with_gradients(lambda a, b: ORACLES["all"](a, b, 0.1), z_a, z_b)
+    ranks = Ranks(z_a.float().to(device), z_b.float().to(device), 4, True, impl="triton")
+    loss, gradient = ranks.losses(0.1, "all")
+    torch.testing.assert_close(loss.double().cpu(), expected[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient.double().cpu(), torch.cat(expected[1:]), rtol=1e-4, atol=1e-7)
+
+
+def test_two_runs_of_the_kernel_give_the_same_bits(device: torch.device) -> None:
+    z_a, z_b = (z.to(device) for z in drawn(40, 64, torch.bfloat16))
+    first, again = (with_gradients(lambda a, b: nt_xent(a, b, 0.1, impl="triton")[0], z_a, z_b) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+
+
+def test_the_operators_keep_their_contract(device: torch.device) -> None:
+    z = torch.cat(drawn(6, 16, torch.float32)).to(device)
+    keys, log_z = F.normalize(z, dim=1), torch.full((12,), 20.0, device=device)
+    left_out = torch.stack([torch.arange(12), torch.arange(12).roll(6)]).to(device, torch.int32)
+    torch.library.opcheck(module._rows_operator, (z, keys.roll(6, 0), keys, left_out, 0.1))
+    torch.library.opcheck(module._columns_operator, (z, keys.roll(6, 0), keys, left_out, log_z, log_z / 40, 0.1))
+
+
+def test_it_traces_whole(device: torch.device) -> None:
+    z_a, z_b = (z.to(device).requires_grad_() for z in drawn(6, 16, torch.float32))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(a: Tensor, b: Tensor) -> Tensor:
+        return nt_xent(a * 2, b, 0.1, impl="triton")[0]
+
+    loss = step(z_a, z_b)
+    eager = nt_xent(z_a * 2, z_b, 0.1, impl="triton")[0]
+    assert torch.equal(loss, eager)
+    for one, other in zip(torch.autograd.grad(loss, (z_a, z_b)), torch.autograd.grad(eager, (z_a, z_b)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_cost_counts_the_bytes_of_the_tensors() -> None:
+    """Of one rank among two: its rows and their gradient, all keys and their normalisers, losses and ranks."""
+    rows, keys, dtype = torch.empty(12, 48), torch.empty(24, 48), torch.bfloat16
+    moved, flops = cost(6, 12, 48, dtype)
+    assert moved == 2 * rows.to(dtype).nbytes + keys.to(dtype).nbytes + 12 * 8 + 24 * 8
+    assert flops == 2 * 2 * (2 * 12 * 24 * 48)
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
         ({"z_b": torch.ones(3, 16)}, r"needs z_a and z_b \[N, D\]"),
         ({"z_a": torch.ones(0, 16), "z_b": torch.ones(0, 16)}, "N at least 1"),
-        ({"z_b": torch.ones(4, 16).bfloat16()}, "both the same"),
-        ({"z_a": torch.ones(4, 16).int(), "z_b": torch.ones(4, 16).int()}, "fp32, fp16 or bf16"),
+        ({"z_b": torch.ones(4, 16).bfloat16()}, "use both alike"),
+        ({"z_a": torch.ones(4, 16).int(), "z_b": torch.ones(4, 16).int()}, "must be fp32, bf16, fp16"),
+        ({"z_a": torch.ones(4, 20), "z_b": torch.ones(4, 20)}, "D must be a multiple of 16"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"form": "both"}, "form is 'both': use all, across, one-sided"),
         ({"rows": torch.arange(4)}, r"rows must be int64 \[8\]"),
