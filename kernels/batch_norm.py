@@ -105,7 +105,9 @@ def _launch_statistics(
     partial = x.new_empty((2, groups, pass_.splits, channels), dtype=torch.float32)
     moments = partial.new_empty((2, groups, channels))
     with torch.cuda.device_of(x):
-        kernels.statistics_kernel[pass_.split_grid](x, partial, pass_.rows, channels, **pass_.options)
+        kernels.statistics_kernel[pass_.split_grid](
+            x, partial, pass_.rows, channels, STAGES=pass_.options["num_stages"], **pass_.options
+        )
         kernels.finish_statistics_kernel[(triton.cdiv(channels, FINISH.block[0]),)](
             partial,
             moments,
@@ -179,9 +181,10 @@ def _launch_gradients(
     grad_x, grad_residual, joined = _gradients_like(second_grad, x, y, residual)
     masked = joined if joined.numel() else None
     vectors = (weight, bias, moments, residual, residual_weight, residual_bias, residual_moments)
+    gradients, stages = (grad, second_grad), first.options["num_stages"]
     with torch.cuda.device_of(x):
         kernels.sums_kernel[first.split_grid](
-            grad, second_grad, x, y, masked, partial, *vectors, first.rows, channels, RELU=relu, **first.options
+            *gradients, x, y, masked, partial, *vectors, first.rows, channels, RELU=relu, STAGES=stages, **first.options
         )
         sums, totals = launch_finish_sums(partial)
         kernels.gradient_kernel[second.grid](
@@ -482,6 +485,8 @@ def _variant(
     if not form.startswith("dual"):
         absent += ("grad_residual",)
     constants = constants | (block_options(row, channels) if kernel else {})
+    if "STAGES" in fn.arg_names:
+        constants["STAGES"] = row.num_stages
     constants |= dict.fromkeys(name for name in fn.arg_names if name in absent)
     types = dict.fromkeys(fn.arg_names, "*fp32") | dict.fromkeys(_ACTIVATIONS, "*bf16")
     types |= dict.fromkeys(_INTEGERS, "i32") | {"momentum": "fp32", "eps": "fp32"}

@@ -6,7 +6,8 @@ None, which compiles its branch away; so does a vector that nothing uses.
 
 Order: programs that run at the same time work side by side in memory. A reduction takes the tiles of all groups from
 their ends to their beginnings, and what is applied after it starts at the beginnings: with the tiles that the
-reduction has left in the L2 cache.
+reduction has left in the L2 cache. With several STAGES a reduction's loads pass through shared memory, so that those of
+later tiles are on their way while this one is added.
 """
 
 import triton
@@ -63,7 +64,9 @@ def _cube(splits, channels, group, column, BLOCK_SPLITS: tl.constexpr):
 
 
 @triton.jit
-def statistics_kernel(x, partial, rows, channels, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+def statistics_kernel(
+    x, partial, rows, channels, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, STAGES: tl.constexpr
+):
     split, group, splits = tl.program_id(0), tl.program_id(2), tl.num_programs(0)
     column = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     row = tl.arange(0, BLOCK_ROWS)[:, None]
@@ -76,7 +79,7 @@ def statistics_kernel(x, partial, rows, channels, BLOCK_ROWS: tl.constexpr, BLOC
     shift = tl.sum(_load(x, base + tile, (row < rows - first) & inside), 0) / tl.minimum(rows - first, BLOCK_ROWS)
     total = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
     square = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
-    for index in range(split, tiles, splits):  # counted from the end: the compiler's loops only go up
+    for index in tl.range(split, tiles, splits, num_stages=STAGES):  # from the end: loops only go up
         mask = (row < rows - (tiles - 1 - index) * BLOCK_ROWS) & inside
         deviation = tl.where(mask, _load(x, base + tile, mask) - shift[None, :], 0.0)
         total += deviation
@@ -157,6 +160,7 @@ def sums_kernel(
     grad, second_grad, x, y, masked, partial, weight, bias, moments, residual, residual_weight, residual_bias,
     residual_moments, rows, channels,
     RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     split, group = tl.program_id(0), tl.program_id(2)
     splits, groups = tl.num_programs(0), tl.num_programs(2)
@@ -174,7 +178,7 @@ def sums_kernel(
     total = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
     total_x = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
     total_2 = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
-    for index in range(split, tiles, splits):
+    for index in tl.range(split, tiles, splits, num_stages=STAGES):
         mask = (row < rows - (tiles - 1 - index) * BLOCK_ROWS) & (column < channels)[None, :]
         g = _load(grad, base + tile, mask)
         if second_grad is not None:

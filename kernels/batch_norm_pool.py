@@ -215,10 +215,10 @@ def _launch_gradients(
     first, second = plan("batch_norm.sums", picked, groups), plan("batch_norm_pool.unpool", picked, groups)
     partial = x.new_empty((2, groups, first.splits, channels), dtype=torch.float32)
     vectors_ = (weight, bias, moments, None, None, None, None)
-    grad_x = torch.empty_like(x)
+    grad_x, how = torch.empty_like(x), {"RELU": True, "STAGES": first.options["num_stages"]}
     with torch.cuda.device_of(x):
         batch_norm_kernels.sums_kernel[first.split_grid](
-            grad, second_grad, picked, None, None, partial, *vectors_, first.rows, channels, RELU=True, **first.options
+            grad, second_grad, picked, None, None, partial, *vectors_, first.rows, channels, **how, **first.options
         )
         sums, totals = launch_finish_sums(partial)
         unpool_kernel[second.grid](

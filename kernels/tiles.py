@@ -96,15 +96,18 @@ TABLE: dict[str, dict[int, Tiles]] = {
     # block: rows x channels of a channels-last activation; fewer channels give as many more rows.
     "batch_norm.statistics": {
         80: Tiles((32, 128), 4, 1, "four 16-byte loads in flight a thread; both accumulators stay in registers"),
+        100: Tiles((32, 128), 4, 3, "8 TB/s want 43 KB in flight a processor: 64 KB in shared memory, 32 in registers"),
     },
     "batch_norm.apply": {
         80: Tiles((32, 128), 4, 1, "four 16-byte loads a tensor and thread; 256-byte runs of a row"),
     },
     "batch_norm.sums": {
         80: Tiles((16, 128), 4, 1, "two sums of up to three tensors: at 16 values a thread four blocks are resident"),
+        100: Tiles((16, 128), 4, 3, "as the statistics: two to four tensors, two tiles ahead in shared memory"),
     },
     "batch_norm.sums_dual": {
         80: Tiles((8, 128), 4, 1, "three accumulators and three tensors; at 16 values a thread three blocks are left"),
+        100: Tiles((8, 128), 4, 3, "as the sums of two accumulators"),
     },
     "batch_norm.gradient": {
         80: Tiles((16, 128), 4, 1, "three tensors in, two out: 16 values a thread keep the registers under 128"),
