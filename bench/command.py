@@ -87,7 +87,7 @@ def write(options: Bench, records: list[Record]) -> None:
 
 
 def compare(options: BenchCompare) -> None:
-    """`bench compare A B`: print how each row that both files have moved; ValueError where there is none."""
+    """`bench compare A B`: print how each row that both files have moved; raises ValueError if there is none."""
     before, after = record_files.load(options.a), record_files.load(options.b)
     print(comparison.report(str(options.a), before, str(options.b), after))
 

@@ -100,14 +100,14 @@ def decoded(manifest: Manifest, recipe: Recipe, device: torch.device, share: flo
 
 
 def judge(rows: list[Row], count: int) -> None:
-    """DecodingError where an image differs; its text says how many."""
+    """Raises DecodingError if an image differs; its text says how many."""
     for row in rows:
         if row.median:
             raise DecodingError(f"{row.median:.0f} of {count} images differ ({row.name}, {row.provider})")
 
 
 def judge_control(row: Row, count: int) -> None:
-    """DecodingError where the comparison would not notice one image in the place of another."""
+    """Raises DecodingError if the comparison would not notice one image in the place of another."""
     if row.median < 0.95 * count:
         raise DecodingError(
             f"the comparison is blind: of {count} images beside their neighbours {row.median:.0f} differ"

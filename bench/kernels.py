@@ -126,7 +126,7 @@ def rows(
 
 
 def replayed(call: Callable[[], object], stream: torch.cuda.Stream, pool: tuple[int, int]) -> Callable[[], object]:
-    """`call` as a CUDA graph, captured on `stream` after a warm-up there; CaptureError where it cannot be."""
+    """`call` as a CUDA graph, captured on `stream` after a warm-up there; raises CaptureError if it cannot be."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(CAPTURE_WARMUP):

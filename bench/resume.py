@@ -67,7 +67,7 @@ def compared(left: Path, killed: Path, every: int) -> list[Row]:
 
 
 def judge(rows: list[Row]) -> None:
-    """ResumeError where the rows do not show what is promised; its text says what they show instead."""
+    """Raises ResumeError if the rows do not show what is promised; its text says what they show instead."""
     resumed, control = rows
     if not control.median:
         raise ResumeError("the comparison is blind: two checkpoints of different steps are equal")

@@ -33,7 +33,7 @@ QUEUE_SEED = 1 << 63  # added to the recipe's seed, which is smaller: the encode
 
 
 def check_device(recipe: Recipe, parallel: Parallel, *, key_stream: bool, apex: bool) -> None:
-    """UsageError where an option needs a GPU and there is none, or keys that are encoded apart."""
+    """Raises UsageError if an option needs a GPU and there is none, or keys that are encoded apart."""
     if key_stream and not recipe.bn_group and parallel.world > 1:
         raise UsageError("--key-stream does not go with --bn-group 0 on several ranks: ranks would gather in any order")
     if key_stream and recipe.dictionary != "queue":

@@ -155,7 +155,7 @@ class Step:
         return state.tensors(self)
 
     def load(self, saved: dict[str, Tensor]) -> None:
-        """Continue from what `state` gave; ValueError where names or shapes do not fit this recipe."""
+        """Continue from what `state` gave; raises ValueError if names or shapes do not fit this recipe."""
         state.load(self, saved)
 
     def rehearsal(self) -> AbstractContextManager[None]:

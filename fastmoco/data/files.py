@@ -50,7 +50,7 @@ class Files:
         self.labels.append(label)
 
     def add_archive(self, path: str, rejected: Rejected) -> None:
-        """Append what an archive holds, and to `rejected` what is left out; DataError where it is no sound tar."""
+        """Append what an archive holds, and to `rejected` what is left out; raises DataError if it is no sound tar."""
         members = tars.index(path)
         rejected += members.left_out
         # Plain files before and after have no archive.
@@ -66,7 +66,7 @@ class Files:
     def sort(self) -> None:
         """Order by path, so that the same files give the same samples from a folder and from archives.
 
-        DataError where two archives hold the same name.
+        Raises DataError if two archives hold the same name.
         """
         self.places = np.array(self.places, np.int64).reshape(-1, 2)
         self.bytes, self.times = np.array(self.bytes, np.int64), np.array(self.times, np.int64)

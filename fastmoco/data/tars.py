@@ -45,7 +45,7 @@ class Members(NamedTuple):
 
 
 def index(path: str) -> Members:
-    """Members of an archive, from the cache where size and time are still those; DataError where it is no sound tar."""
+    """Members of an archive, from the cache if size and time are as noted there. Raises DataError if it is no tar."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -105,7 +105,7 @@ class _Contents:
                 self.places[name] = place
 
     def label(self, name: str, path: str) -> str | None:
-        """The class of an image; DataError where members of its key give it several."""
+        """The class of an image; raises DataError if members of its key give it several."""
         said = self.classes.get(_key(name)[0], {})
         if len(set(said.values())) > 1 and "cls" not in said:
             raise DataError(f"{path}: {_key(name)[0]} has several classes ({', '.join(sorted(said))}): leave one")

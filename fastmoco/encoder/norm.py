@@ -58,7 +58,7 @@ class BatchNormAct(nn.Module):
         return Norm(self.weight, self.bias, (self.running_mean, self.running_var))
 
     def groups(self, samples: int) -> int:
-        """Groups among `samples`; ValueError where they do not divide."""
+        """Groups among `samples`; raises ValueError if they do not divide."""
         if not self.training or not self.group_size:
             return 1
         if samples % self.group_size:

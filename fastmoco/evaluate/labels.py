@@ -24,7 +24,7 @@ def both_sides(
 ) -> tuple[Manifest, Manifest]:
     """Labelled training and validation images; where `data` is None, those that `run` was trained on.
 
-    UsageError where one side is missing or has no classes, DataError where the labels do not fit.
+    Raises UsageError if one side is missing or has no classes, DataError if the labels do not fit.
     """
     source = data or json.loads((run / "recipe.json").read_text(encoding="utf-8"))["options"].get("data")
     if source is None:

@@ -43,7 +43,7 @@ class Saved(NamedTuple):
 
 
 def load(run: Path) -> Saved:
-    """The newest good checkpoint of `run`; UsageError where it is no run, CheckpointError where it has none."""
+    """The newest good checkpoint of `run`; raises UsageError if it is no run, CheckpointError if it has none."""
     facts = read_facts(run)
     path = checkpoint.latest(run)
     if path is None:
@@ -55,7 +55,7 @@ def load(run: Path) -> Saved:
 
 
 def read_facts(run: Path) -> dict[str, Any]:
-    """What RUN/recipe.json holds; UsageError where there is none or it is damaged."""
+    """What RUN/recipe.json holds; raises UsageError if there is none or it is damaged."""
     path = run / RECIPE
     if not path.is_file():
         raise UsageError(f"{run} is no run (it has no {RECIPE}): give the folder that pretrain wrote")
@@ -107,7 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def one_rank(device: str) -> Parallel:
-    """This process alone on a device; UsageError where a launcher started several."""
+    """This process alone on a device; raises UsageError if a launcher started several."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("this command runs in one process: start it with fastmoco, not with torchrun")
     return Parallel.start(device)
@@ -116,8 +116,8 @@ def one_rank(device: str) -> Parallel:
 def load_encoder(run: Path, parallel: Parallel, untrained: bool = False) -> tuple[Encoder, Recipe, int]:
     """Query encoder of the newest good checkpoint of `run`, in evaluation mode on the device, its recipe and step.
 
-    With `untrained` it has the weights that the recipe's seed draws, and the step is 0. UsageError where `run` is no
-    run, CheckpointError where it has no good checkpoint.
+    With `untrained` it has the weights that the recipe's seed draws, and the step is 0. Raises UsageError if `run` is
+    no run, CheckpointError if it has no good checkpoint.
     """
     saved = None if untrained else load(run)
     recipe = saved.recipe if saved else Recipe.from_dict(read_facts(run)["recipe"])

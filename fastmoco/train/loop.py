@@ -65,8 +65,8 @@ def run(command: Pretrain) -> int:
 def pretrain(recipe: Recipe, options: Options, preset: str = "custom") -> dict[str, Any]:
     """Pretrain as `recipe` says and write RUN (`options.out`); returns what RUN/summary.json holds.
 
-    UsageError or RecipeError before anything is written, DataError on bad images, CheckpointError where nothing can
-    be resumed, NonFiniteError where training diverged, SaveError where the last state found no place. Where the process
+    Raises UsageError or RecipeError before anything is written, DataError on bad images, CheckpointError if nothing can
+    be resumed, NonFiniteError if training diverged, SaveError if the last state found no place. Where the process
     is asked to stop, it saves and returns with `stopped` true.
     """
     with Parallel.start(options.device) as parallel, closed_at_the_end():

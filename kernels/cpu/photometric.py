@@ -258,7 +258,7 @@ def photometric(
     rows: Tensor | None,
     max_sigma: float,
 ) -> Tensor:
-    """Views of crops: `kernels.photometric` for fp32 and bf16. Raises ValueError where `rows` is no permutation."""
+    """Views of crops: `kernels.photometric` for fp32 and bf16. Raises ValueError if `rows` is no permutation."""
     count, size = crops.shape[:2]
     if rows is not None:
         reference.inverse(rows)

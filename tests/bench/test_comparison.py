@@ -43,7 +43,7 @@ def test_one_percent_of_noise_or_drift_is_not_called_a_change():
 
 
 @pytest.mark.parametrize("noise", [0.03, 0.10])
-def test_the_fewest_samples_that_get_a_verdict_call_noise_a_change_in_under_5_of_100_draws(noise):
+def test_noise_is_called_a_change_in_under_5_of_100_draws(noise):
     found = verdicts(1.00, noise, draws=200, n=FEWEST)
     assert found.count("slower") + found.count("faster") < 10
 

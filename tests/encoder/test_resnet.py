@@ -216,8 +216,7 @@ def test_batches_are_counted_in_training_only() -> None:
     assert {int(value) for name, value in encoder.named_buffers() if name.endswith("tracked")} == {3}
 
 
-def test_modules_other_than_nn_are_few() -> None:
-    """A state dict of these names loads into an nn.BatchNorm2d network as it is."""
+def test_the_state_of_a_norm_loads_into_torchs() -> None:
     encoder = build_encoder(Recipe(**TINY))
     plain = nn.BatchNorm2d(8)
     plain.load_state_dict(encoder.bn1.state_dict())
