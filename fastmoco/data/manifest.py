@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -105,14 +106,13 @@ class Manifest:
 
     def gone(self) -> str:
         """Why the images cannot be there at all: no folder, no archive, or none of a few can be read; or ""."""
-        archived = self.places is not None and len(self.places) and self.places[:, 0].min() >= 0
         if not os.path.isdir(self.root):
             return f"{self.root}: no such folder"
         lost = next((name for name in self.archives if not os.path.isfile(os.path.join(self.root, name))), None)
         if lost is not None:
             return f"{os.path.join(self.root, lost)}: no such archive"
         few = self._few()
-        if archived or any(map(self._is_readable, few)):
+        if any(map(self._is_readable, few)):
             return ""
         return f"{self.path(few[0])}: cannot be read, nor can any of {len(few)} images all over the set"
 
@@ -127,21 +127,12 @@ class Manifest:
         return np.unique(np.linspace(0, len(self) - 1, min(FEW, len(self))).astype(int)).tolist()
 
     def _is_readable(self, index: int) -> bool:
+        archived = self.places is not None and self.places[index, 0] >= 0
         try:
-            file = os.open(self.path(index) if self._is_file(index) else self._archive_of(index), os.O_RDONLY)
-            try:
-                os.pread(file, 1, 0)
-            finally:
-                os.close(file)
+            # A pipe would block whoever opens it.
+            return (archived or stat.S_ISREG(os.stat(self.path(index)).st_mode)) and self.read(index) is not None
         except OSError:
             return False
-        return True
-
-    def _is_file(self, index: int) -> bool:
-        return self.places is None or self.places[index, 0] < 0
-
-    def _archive_of(self, index: int) -> str:
-        return self._archive(int(self.places[index, 0]))
 
     def save(self, path: str | os.PathLike) -> None:
         """Write what `load` needs, and prints of a few images; OSError where it cannot be written."""
