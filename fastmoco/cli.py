@@ -14,6 +14,7 @@ import importlib
 import io
 import json
 import os
+import select
 import shutil
 import signal
 import sys
@@ -121,12 +122,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _stdout_is_gone() -> bool:
     # Whoever read, as in `| head`, has read enough.
-    try:
-        sys.stdout.flush()
+    watched = select.poll()
+    watched.register(sys.stdout.fileno(), 0)
+    if not any(events & select.POLLERR for _, events in watched.poll(0)):
         return False
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it leaves
-        return True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it leaves
+    return True
 
 
 def _main(argv: Sequence[str]) -> int:

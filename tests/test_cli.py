@@ -12,6 +12,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fastmoco import cli
 from fastmoco.cli import COMMANDS, main, parse
@@ -248,3 +249,24 @@ def test_env_prints_json():
     command = [sys.executable, "-m", "fastmoco", "env", "--json"]
     facts = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=60).stdout)
     assert {"torch", "python", "nvidia-dali-cuda130", "cores", "commit", "processor"} <= facts.keys()
+
+
+@pytest.mark.parametrize("command", [["--help"], ["env"], ["pretrain", "v2", "--help-all"], ["data", "scan", "images"]])
+def test_a_reader_that_goes_away_ends_a_command_without_a_word(tmp_path, command):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images/a.png")
+    reader, writer = os.pipe()
+    os.close(reader)
+    here = os.environ | {"PYTHONPATH": str(ROOT)}
+    where = {"cwd": tmp_path, "stdout": writer, "stderr": subprocess.PIPE, "text": True, "env": here}
+    done = subprocess.run([sys.executable, "-m", "fastmoco", *command], **where)
+    os.close(writer)
+    assert done.stderr == "" and done.returncode == 141
+
+
+@pytest.mark.parametrize("columns", ["1", "0", "7", "abc", "-3", "100000"])
+@pytest.mark.parametrize("command", ["pretrain v2 --help", "embed --help"])
+def test_help_ends_at_any_width(columns, command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert cli.main(command.split()) == 0
+    assert "--data" in capsys.readouterr().out and os.environ["COLUMNS"] == columns

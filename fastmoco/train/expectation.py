@@ -11,14 +11,18 @@ from fastmoco.recipe import Recipe
 
 
 def chance_level(recipe: Recipe) -> float:
-    """Loss of a guess among all candidates, the positive included."""
-    return math.log(recipe.candidates)
+    """Loss of a guess among all candidates, the positive included; a symmetric loss is the sum of two."""
+    return _terms(recipe) * math.log(recipe.candidates)
+
+
+def _terms(recipe: Recipe) -> int:
+    return 2 if recipe.dictionary == "queue" and recipe.symmetric else 1
 
 
 def chance_formula(recipe: Recipe) -> str:
     """`chance_level` as a formula: ln(K+1), and of a batch B ln(2B-1), or ln(B) without negatives of the same view."""
     if recipe.dictionary != "batch":
-        return "ln(K+1)"
+        return "2 ln(K+1)" if _terms(recipe) == 2 else "ln(K+1)"
     return "ln(2B-1)" if recipe.same_view_negatives else "ln(B)"
 
 

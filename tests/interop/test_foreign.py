@@ -1,13 +1,16 @@
 """Files that are damaged, unsafe or of another kind: one clear line, and nothing of theirs is run."""
 
+import argparse
 import os
 import pickle
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastmoco.interop import foreign
+from fastmoco.interop import foreign, upstream
 from fastmoco.interop.foreign import ForeignFileError
 from fastmoco.options import UsageError
 
@@ -95,3 +98,41 @@ def test_safetensors_and_other_contents(tmp_path):
         foreign.read(tmp_path / "list.pth")
     with pytest.raises(UsageError, match="no such file"):
         foreign.read(tmp_path / "none.pth")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_numbers_and_settings_of_training_scripts_are_data(tmp_path, legacy):
+    path, settings = tmp_path / "a.pth", argparse.Namespace(lr=0.03, out=Path("runs"), steps=[1, 2])
+    more = {"best_acc1": np.float64(61.2), "epoch": np.int64(3), "history": np.arange(3.0), "args": settings}
+    torch.save({"state_dict": WEIGHTS, **more}, path, _use_new_zipfile_serialization=not legacy)
+    content = foreign.read(path)
+    assert content["best_acc1"] == 61.2 and content["epoch"] == 3 and content["history"].tolist() == [0, 1, 2]
+    assert content["args"] == settings
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "_orig_mod.{}",
+        "module.{}",
+        "module._orig_mod.{}",
+        "_orig_mod.module.{}",
+    ],
+)
+@pytest.mark.parametrize("inner", ["{}", "_orig_mod.{}", "module.{}"])
+def test_wrappers_are_taken_off_names_wherever_they_stand(form, inner):
+    names = ["encoder_q.conv1.weight", "encoder_k.layer1.0.bn1.running_mean", "queue"]
+    wrapped = {}
+    for name in names:
+        side, dot, rest = name.partition(".")
+        wrapped[form.format(f"{side}.{inner.format(rest)}" if dot else name)] = torch.zeros(1)
+    assert list(upstream.weights_of({"state_dict": wrapped})) == names
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_ema", "net", "weights"])
+def test_weights_are_found_under_any_usual_name(key):
+    weights = {"conv1.weight": torch.zeros(1)}
+    assert upstream.weights_of({"epoch": 1, key: weights}).keys() == weights.keys()
+    assert upstream.weights_of({key: {"state_dict": weights}, "optimizer": {}}).keys() == weights.keys()
+    both = {"state_dict": weights, "state_dict_ema": {"other": torch.zeros(1)}}
+    assert upstream.weights_of(both).keys() == weights.keys()

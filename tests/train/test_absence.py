@@ -255,3 +255,16 @@ def test_few_images_get_a_remedy_that_works(recipe):
     with pytest.raises(RecipeError, match="--batch-size 16 --bn-group 16"):
         Plan(Recipe(), sizes)
     assert Plan(replace(Recipe(), batch_size=16, bn_group=16), sizes).steps_per_epoch == 1
+
+
+def test_the_chance_level_of_a_symmetric_loss_is_that_of_two():
+    import math
+    from dataclasses import replace
+
+    from fastmoco.recipe import PRESETS
+    from fastmoco.train.expectation import chance_formula, chance_level
+
+    v2 = PRESETS["v2"][1]
+    assert chance_level(v2) == math.log(65537) and chance_formula(v2) == "ln(K+1)"
+    assert chance_level(replace(v2, symmetric=True)) == 2 * math.log(65537)
+    assert chance_formula(replace(v2, symmetric=True)) == "2 ln(K+1)"
