@@ -39,7 +39,7 @@ RECIPE = dataclasses.replace(PRESETS["v2"][1], batch_size=32, bn_group=4, crop_s
 def test_batches_are_what_the_plan_says(photo_manifest: Manifest, symmetric: bool) -> None:
     recipe = dataclasses.replace(RECIPE, symmetric=symmetric)
     plan = Plan(recipe, photo_manifest.sizes)
-    views, rows = recipe.views, recipe.views * 32
+    rows = recipe.views * 32
     for step, batch in enumerate(batches(photo_manifest, recipe, range(5))):
         samples, epoch = plan.samples(step), step // 3
         assert (batch.step, batch.epoch) == (step, epoch)
