@@ -43,7 +43,7 @@ from fastmoco.data import manifest
 from fastmoco.data.noise import noise_batch
 from fastmoco.data.plan import Plan
 from fastmoco.encoder import build_encoder
-from fastmoco.kernels import enqueue, info_nce, photometric, sgd_ema
+from fastmoco.kernels import photometric, sgd_ema
 from fastmoco.kernels.tensor_table import TensorTable
 from fastmoco.options import Profile, UsageError
 from fastmoco.parallel import Parallel
@@ -110,15 +110,24 @@ def run(preset: str, options: Profile) -> None:
 @contextlib.contextmanager
 def prepared(recipe: Recipe, options: Profile, parallel: Parallel) -> Iterator[tuple[Callable[[], object], Step]]:
     """A call that trains one step, warmed up, and the step; batches come from `options.data`."""
-    step = Step(recipe, parallel, encoder=options.encoder, update=options.update, key_stream=options.key_stream)
+    images = None
+    if options.data != "synthetic":
+        images = manifest.scan(manifest.split(Path(options.data))[0], max_pixels=recipe.max_pixels)
+    step = Step(
+        recipe,
+        parallel,
+        encoder=options.encoder,
+        update=options.update,
+        key_stream=options.key_stream,
+        images=recipe.batch_size if images is None else len(images),
+    )
     noise = noise_batch(recipe, parallel)
     advance = runner(step, lambda: noise, options.graph, options.update)
     with contextlib.ExitStack() as stack:
         draw = lambda: noise  # noqa: E731
-        if options.data != "synthetic":
+        if images is not None:
             from fastmoco.data.loader import Loader  # here, because it needs DALI, and noise does not
 
-            images = manifest.scan(manifest.split(Path(options.data))[0], max_pixels=recipe.max_pixels)
             plan = Plan(recipe, images.sizes)
             draw = partial(next, stack.enter_context(Loader(images, plan, parallel, range(1 << 30))))
         for _ in range(WARMUP):
@@ -184,19 +193,18 @@ def costs_of_parts(step: Step, machine: Machine) -> dict[str, Cost]:
     The bound of the encoders is that of our fusion, layer by layer: `bench/roofline.py`, level bnrelu, or key.
     """
     recipe, update, work = step.recipe, step.update, PRECISIONS[step.precision].work
-    keys = recipe.check_queue()
-    rows, size = recipe.views * recipe.batch_size, work.itemsize
+    rows, size = recipe.forward_views * recipe.batch_size // step.parallel.world, work.itemsize
+    keys = 0 if step.encoder_k is None else rows
     convs = convolutions(build_encoder(recipe), recipe.crop_size)
-    copies = [list(encoder.parameters()) for encoder in (step.encoder_q, step.encoder_k)]
+    encoders = (step.encoder_q, step.encoder_k)
+    copies: list[list[torch.Tensor]] = [[] if each is None else list(each.parameters()) for each in encoders]
     table = TensorTable(*(list(group.values()) for group in (update.q, update.velocity, update.k)), *copies)
+    blurred = recipe.augmentation.blur_p
     single = {
         # Of three channels: a fourth of zeros, where the step asks for one, is no work that must be done.
-        "photometric": photometric.cost(2 * rows, recipe.crop_size, dtype=work, blurred=recipe.augmentation.blur_p),
-        "loss": info_nce.cost(rows, keys, recipe.dim, work, step.dictionary.queue.keys.dtype),
+        "photometric": photometric.cost(rows + keys, recipe.crop_size, dtype=work, blurred=blurred),
         "update": sgd_ema.cost(table, [copy.dtype for copy in copies[0]]),
-        "enqueue": enqueue.cost(
-            recipe.check_queue(), recipe.dim, rows, step.dictionary.queue.keys.dtype, torch.float32
-        ),
+        **step.dictionary.costs(rows, work),
     }
     found = {name: Cost(*cost, machine.bound(*cost)) for name, cost in single.items()}
     layers = {
@@ -205,8 +213,9 @@ def costs_of_parts(step: Step, machine: Machine) -> dict[str, Cost]:
         "backward": backward_work,
     }
     for name, count in layers.items():
+        many = keys if name == "key encoder" else rows
         costs = [
-            (rows * layer.nbytes * size / ACTIVATION_BYTES, rows * layer.flops)
+            (many * layer.nbytes * size / ACTIVATION_BYTES, many * layer.flops)
             for layer in count(convs, "bnrelu", rows)
         ]
         nbytes, flops = (sum(column) for column in zip(*costs, strict=True))
@@ -222,7 +231,8 @@ def describe(preset: str, step: Step, options: Profile) -> str:
         where = torch.cuda.get_device_name(device)
     how = f"encoder {options.encoder}, update {options.update}, graph {options.graph}"
     return (
-        f"{preset}: {recipe.arch}, {recipe.batch_size:,} pairs of {recipe.crop_size} px, {recipe.queue_size:,} keys\n"
+        f"{preset}: {recipe.arch}, {recipe.batch_size:,} pairs of {recipe.crop_size} px, "
+        f"{recipe.candidates - 1:,} keys\n"
         f"{step.precision} on {where}; {how}{', key stream' * options.key_stream}"
     )
 

@@ -21,7 +21,10 @@ def sized(recipe: Recipe, options: Bench | Profile, device: torch.device) -> Rec
     if device.type != "cuda":
         small = {name: value for name, value in ON_A_CPU.items() if name == "arch" or getattr(recipe, name) > value}
         # The batch stays whole batch-norm groups.
-        small["batch_size"] = max(1, ON_A_CPU["batch_size"] // recipe.bn_group) * recipe.bn_group
+        group = max(1, recipe.bn_group)
+        small["batch_size"] = max(1, ON_A_CPU["batch_size"] // group) * group
+        if recipe.dictionary == "batch":  # which has no queue
+            small.pop("queue_size", None)
     return dataclasses.replace(recipe, **small | given(options))
 
 

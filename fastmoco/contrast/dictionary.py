@@ -23,9 +23,12 @@ from fastmoco.contrast.shuffle import positives, start_unshuffle
 from fastmoco.contrast.views import Views
 from fastmoco.data.plan import BANK_STREAM, hash_words
 from fastmoco.encoder import Encoder
+from fastmoco.kernels.enqueue import cost as enqueue_cost
 from fastmoco.kernels.enqueue import enqueue
+from fastmoco.kernels.info_nce import cost as info_nce_cost
 from fastmoco.kernels.info_nce import info_nce
 from fastmoco.kernels.nt_xent import Form, nt_xent
+from fastmoco.kernels.nt_xent import cost as nt_xent_cost
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
@@ -76,6 +79,10 @@ class Dictionary(ABC):
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds of it, by name."""
+
+    @abstractmethod
+    def costs(self, rows: int, work: torch.dtype) -> dict[str, tuple[int, int]]:
+        """Bytes and operations that a rank's "loss" and "enqueue" cannot avoid, of `rows` projections in `work`."""
 
     def check(self, state: dict[str, Tensor]) -> None:
         """Raises UsageError if the `tensors` of a saved `state` are of other images than these."""
@@ -173,6 +180,15 @@ class QueueDictionary(Dictionary):
         """Keys, the row written next, and how many keys were ever enqueued."""
         return {"queue": self.queue.keys, "queue_pointer": self.queue.pointer, "queue_count": self.queue.count}
 
+    def costs(self, rows: int, work: torch.dtype) -> dict[str, tuple[int, int]]:
+        """A sweep over the queue; the keys of all ranks written."""
+        size, dim = self.queue.keys.shape
+        keys = rows * self.parallel.world
+        return {
+            "loss": info_nce_cost(rows, size, dim, work, self.queue.keys.dtype),
+            "enqueue": enqueue_cost(size, dim, keys, self.queue.keys.dtype, torch.float32),
+        }
+
     @torch.no_grad()
     def _encode(self, batch: Batch) -> Tensor:
         views = self.make_views(batch.key_crops, batch.key_parameters, batch.key_rows)
@@ -236,6 +252,11 @@ class BatchDictionary(Dictionary):
         """Nothing."""
         return {}
 
+    def costs(self, rows: int, work: torch.dtype) -> dict[str, tuple[int, int]]:
+        """Two sweeps over the views of all ranks."""
+        batch = rows // 2 * self.parallel.world
+        return {"loss": nt_xent_cost(rows // 2, batch, self.recipe.dim, work), "enqueue": (0, 0)}
+
 
 class BankDictionary(Dictionary):
     """The positive is the sample's own entry, from when it was last seen; negatives are entries drawn for each batch.
@@ -285,6 +306,14 @@ class BankDictionary(Dictionary):
     def tensors(self) -> dict[str, Tensor]:
         """The bank, and the steps that it drew negatives for."""
         return {"bank": self.bank, "bank_steps": self.drawn_steps}
+
+    def costs(self, rows: int, work: torch.dtype) -> dict[str, tuple[int, int]]:
+        """A sweep over the drawn entries, which are copied first; entries of all ranks read and written."""
+        size, dim, item = self.recipe.check_queue(), self.bank.shape[1], self.bank.element_size()
+        moved, flops = info_nce_cost(rows, size, dim, work, work)
+        written = rows * self.parallel.world * dim
+        copied = size * dim * (item + work.itemsize)
+        return {"loss": (moved + copied, flops), "enqueue": (3 * written * item, 6 * written)}
 
     def check(self, state: dict[str, Tensor]) -> None:
         """Raises UsageError if the bank of `state` is of another number of images."""

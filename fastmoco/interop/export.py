@@ -113,6 +113,11 @@ def command(options: Export) -> None:
 
 
 def _moco(_: Path, saved: Saved) -> Callable[[Path], None]:
+    if saved.recipe.dictionary != "queue":
+        raise UsageError(
+            f"--format moco holds a key encoder and a queue, and this run has a {saved.recipe.dictionary} in their "
+            "place: use torchvision, timm, detectron2 or safetensors"
+        )
     per_epoch = max(1, saved.facts.get("steps", 0) // saved.recipe.epochs)
     lr = saved.recipe.learning_rate(max(saved.step - 1, 0), per_epoch)
     content = upstream.pack(saved.state, saved.recipe, saved.step, saved.step // per_epoch, lr, saved.precision)

@@ -234,3 +234,11 @@ def test_real_images_can_be_profiled(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "out" / profiler.TRACE).exists()
     assert main(["profile", "demo", "--data", str(tmp_path / "none"), *SIZE]) != 0
     assert "none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("preset", "negatives"), [("simclr-cifar", "62 keys"), ("bank", "64 keys")])
+def test_every_dictionary_can_be_profiled(preset: str, negatives: str, tmp_path: Path, capsys) -> None:
+    sizes = {"batch_size": 32, "crop_size": 16, "queue_size": 64 if preset == "bank" else None}
+    profiler.run(preset, Profile(out=tmp_path, steps=1, device="cpu", arch="resnet18", **sizes))
+    shown = capsys.readouterr().out
+    assert f"{preset}: resnet18, 32 pairs of 16 px, {negatives}" in shown and "| loss |" in shown

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from safetensors.torch import load_file
 
 from fastmoco.cli import main
 from fastmoco.encoder import build_encoder
-from fastmoco.interop.export import export
+from fastmoco.interop.export import WRITERS, export
 from fastmoco.interop.names import to_detectron2
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
+from fastmoco.recipe import Recipe
 from fastmoco.runs import run_folder
+from fastmoco.runs.run_folder import Saved
 
 
 @pytest.fixture
@@ -127,3 +130,10 @@ def test_upstreams_file_of_a_lars_run_says_what_it_cannot_hold(make_run, make_re
         make_run(tmp_path / optimizer, make_recipe(optimizer=optimizer))
         main(["export", str(tmp_path / optimizer), "--format", "moco", "--out", str(tmp_path / f"{optimizer}.pth.tar")])
         assert ("trained with LARS" in capsys.readouterr().out) == (optimizer == "lars")
+
+
+@pytest.mark.parametrize("dictionary", ["batch", "bank"])
+def test_what_has_no_key_encoder_is_no_moco_checkpoint(dictionary):
+    recipe = Recipe(dictionary=dictionary)
+    with pytest.raises(UsageError, match=f"this run has a {dictionary} in their place: use torchvision"):
+        WRITERS["moco"](Path("run"), Saved(1, {}, recipe, "fp32", {}))
