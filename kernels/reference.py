@@ -1,7 +1,8 @@
 """Plain-torch twins of the kernels: the CPU path, the tests' oracle and the benchmarks' baseline.
 
 Each function has the public signature of its kernel less `impl`. They compute in the widest of fp32 and the inputs'
-type, so float64 inputs give a float64 oracle. None but `photometric` reads a value back to the host.
+type, so float64 inputs give a float64 oracle. Two read values
+back to the host, `photometric` and `sgd_ema`: on a CPU that waits for nothing.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def _masked_sum(grads: Sequence[Tensor], y: Tensor | None) -> Tensor:
 
 
 def _moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    # Torch gives the statistics of 16-bit numbers in the type of the running ones, so it gets some to overwrite.
+    # batch_norm_update_stats returns statistics in the dtype of its running buffers, so pass wide scratch buffers.
     wide = torch.promote_types(x.dtype, torch.float32)
     unused = torch.zeros(2, x.shape[1], dtype=wide, device=x.device)
     pairs = [torch.batch_norm_update_stats(part, *unused, 1.0) for part in x.chunk(groups)]
@@ -267,8 +268,8 @@ def sgd_ema(
 ) -> None:
     """SGD with momentum, EMA and casts, in place; a non-finite gradient changes nothing but `nonfinite`.
 
-    Alone among the twins it reads values back, the scalars and the verdict on the gradients: on a CPU that waits for
-    nothing, and it makes the arithmetic that of `torch.optim.SGD` to the last bit.
+    It reads the scalars and the verdict on the gradients back to the host. So its arithmetic is that of
+    `torch.optim.SGD` to the last bit.
     """
     lr, momentum, decay, weight = float(lr), float(momentum), float(weight_decay), 1 - float(ema_momentum)
     unscale = 1 / float(1 if grad_scale is None else grad_scale)

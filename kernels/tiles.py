@@ -26,7 +26,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Variant:
-    """One compilation of one Triton function, as `inspect` compiles it and as production launches it.
+    """One compilation of one Triton function, as the compile gate compiles it and as production launches it.
 
     `signature` maps every argument in order to its Triton type ("*bf16", "i32", "fp32", or "constexpr");
     `constexprs` gives the values of the latter. Pointers are taken as 16-byte aligned, as torch allocates them, and
