@@ -28,7 +28,8 @@ RECIPE = Recipe(
 )
 
 
-INPUTS = tuple(field.name for field in dataclasses.fields(Batch) if field.type == "Tensor")
+# The ids of the samples shown are read by a memory bank alone, and the proof's recipe has a queue.
+INPUTS = tuple(field.name for field in dataclasses.fields(Batch) if field.type == "Tensor" and field.name != "shown")
 
 
 def proven(steps: int = 3) -> tuple[dict[str, float], dict[str, str]]:
