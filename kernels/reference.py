@@ -1,8 +1,8 @@
 """Plain-torch twins of the kernels: the CPU path, the tests' oracle and the benchmarks' baseline.
 
 Each function has the public signature of its kernel less `impl`. They compute in the widest of fp32 and the inputs'
-type, so float64 inputs give a float64 oracle. Two read values
-back to the host, `photometric` and `sgd_ema`: on a CPU that waits for nothing.
+type, so float64 inputs give a float64 oracle. Two read values back to the host, `photometric` and `sgd_ema`: on a CPU
+that waits for nothing.
 """
 
 from __future__ import annotations
