@@ -13,7 +13,8 @@
 # Stop rule: where call 1 ends with another code than 0, stop. Its gate or its proof did not pass, and no figure after
 # that means anything: mend it, and begin again with what is left of the time.
 #
-# Results go to $OUT, or else to bench/records: one archive for each call, gpu15-1.tar.gz and so on.
+# Results go to $OUT, or else to bench/records: one archive for each call, gpu15-1.tar.gz and so on. What is in them
+# also stands in $RECORDS, or else in bench/records.
 # REHEARSE=1 runs the same parts at toy sizes on a CPU.
 set -euo pipefail
 
@@ -63,8 +64,8 @@ check() { # CALL MINUTES PARTS
     local results=${OUT:-bench/records} minutes=$2
     [ -z "${REHEARSE:-}" ] || minutes=60
     "$python" -m fastmoco env || true
-    "$python" -m fastmoco.bench gpu-check --minutes "$minutes" --parts "$3" --archive "$results/gpu15-$1.tar.gz" \
-        ${REHEARSE:+--rehearse}
+    "$python" -m fastmoco.bench gpu-check --minutes "$minutes" --parts "$3" --records "${RECORDS:-bench/records}" \
+        --archive "$results/gpu15-$1.tar.gz" ${REHEARSE:+--rehearse}
 }
 
 case ${1:-} in

@@ -252,9 +252,11 @@ def test_the_three_calls_name_parts_that_exist_and_each_fits_its_minutes(tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_call_of_the_script_is_rehearsed(tmp_path):
     """The second call, at a toy size, into a folder of results: one archive, and exit code 0."""
     environment = {**os.environ, "REHEARSE": "1", "OUT": str(tmp_path), "PYTHON": sys.executable}
+    environment["RECORDS"] = str(tmp_path / "records")
     done = subprocess.run([SCRIPT, "2"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     with tarfile.open(tmp_path / "gpu15-2.tar.gz") as packed:
