@@ -26,7 +26,7 @@ from fastmoco.bench.timing import Machine, interleave, measure_machine
 from fastmoco.contrast.graph import CaptureError, captured
 from fastmoco.data.plan import Plan
 from fastmoco.encoder import build_encoder
-from fastmoco.kernels import batch_norm, batch_norm_pool, enqueue, info_nce, photometric, sgd_ema
+from fastmoco.kernels import batch_norm, batch_norm_pool, enqueue, info_nce, nt_xent, photometric, sgd_ema
 from fastmoco.recipe import Recipe
 
 OURS = "fastmoco"
@@ -171,6 +171,32 @@ def info_nce_cases(size: Size, device: torch.device) -> list[Case]:
     return [Case("info_nce", config, providers, "eager", nbytes, flops)]
 
 
+def nt_xent_cases(size: Size, device: torch.device) -> list[Case]:
+    """Loss, rank and gradient of NT-Xent over both views of a batch."""
+    n, d, t = size.batch, size.recipe.dim, size.recipe.temperature
+    views = [torch.randn(n, d, device=device, dtype=size.dtype).requires_grad_() for _ in range(2)]
+
+    def ours() -> object:
+        loss, _ = nt_xent.nt_xent(*views, t)
+        return torch.autograd.grad(loss, views)
+
+    def plain(forward: Callable[..., Tensor] = _plain_nt_xent) -> object:
+        return torch.autograd.grad(forward(*views, t), views)
+
+    providers: dict[str, Callable[[], object]] = {OURS: ours, "eager": plain}
+    if device.type == "cuda":
+        providers["torch.compile"] = functools.partial(plain, torch.compile(_plain_nt_xent))
+    nbytes, flops = nt_xent.cost(n, n, d, size.dtype)
+    return [Case("nt_xent", {"N": n, "D": d, "dtype": short_name(size.dtype)}, providers, "eager", nbytes, flops)]
+
+
+def _plain_nt_xent(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
+    # As SimCLR's code has it: logits of both views materialised, a row's own masked, cross-entropy.
+    z = F.normalize(torch.cat([z_a, z_b]), dim=1)
+    logits = (z @ z.T / temperature).float().fill_diagonal_(-torch.inf)
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z_a)))
+
+
 def enqueue_cases(size: Size, device: torch.device) -> list[Case]:
     """Write one batch of keys into the ring."""
     k, d = size.recipe.check_queue(), size.recipe.dim
@@ -300,6 +326,7 @@ def photometric_cases(size: Size, device: torch.device) -> list[Case]:
 
 PROVIDED: dict[str, Callable[[Size, torch.device], list[Case]]] = {
     "info_nce": info_nce_cases,
+    "nt_xent": nt_xent_cases,
     "sgd_ema": sgd_ema_cases,
     "batch_norm": batch_norm_cases,
     "batch_norm_pool": batch_norm_pool_cases,

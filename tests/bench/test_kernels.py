@@ -51,8 +51,9 @@ def test_every_case_runs_ours_and_its_baseline(cases):
 
 
 def test_the_losses_have_one_gradient(cases):
-    ours, eager = (cases["info_nce"].providers[name]() for name in (OURS, "eager"))
-    torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-6)
+    for loss in ("info_nce", "nt_xent"):
+        ours, eager = (cases[loss].providers[name]() for name in (OURS, "eager"))
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-6)
 
 
 def test_split_attention_is_the_same_gradient_where_it_runs():
