@@ -254,15 +254,13 @@ OPERATORS = {
     "loops": _operators("fastmoco::cpu_batch_norm", _LOOPS),
 }
 
-_statistics = OPERATORS["triton"].statistics
-
 
 def _passes(by: Maker, x: Tensor) -> Passes:
     return (OPERATORS if is_traced(x) else LAUNCHES)[by]
 
 
 def known_moments(
-    x: Tensor, running: Running | None, groups: int, momentum: float, eps: float, training: bool, by: Maker = "triton"
+    x: Tensor, running: Running | None, groups: int, momentum: float, eps: float, training: bool, by: Maker
 ) -> Tensor:
     """fp32 [2, groups, C], mean and 1 / sqrt(variance + eps): of each group, which moves `running`; or of `running`."""
     if not training:

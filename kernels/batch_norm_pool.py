@@ -17,7 +17,8 @@ gradients it is 5.25 + 8. Statistics and sums are those of batch_norm.py.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -36,7 +37,7 @@ from fastmoco.kernels.batch_norm import (
     plan,
 )
 from fastmoco.kernels.batch_norm_kernels import affine, vectors
-from fastmoco.kernels.dispatch import Impl, cast, is_traced, takes_kernel, variant
+from fastmoco.kernels.dispatch import Impl, Maker, by_loops, cast, is_traced, maker, variant
 from fastmoco.kernels.tiles import Variant, tiles
 
 NOWHERE = tl.constexpr(9)  # the place of a result that the ReLU has clipped
@@ -237,28 +238,49 @@ def _launch_gradients(
     return grad_x, totals
 
 
-_pool = torch.library.custom_op("fastmoco::batch_norm_pool", _launch_pool, mutates_args=())
-_gradients = torch.library.custom_op("fastmoco::batch_norm_pool_backward", _launch_gradients, mutates_args=())
+class Passes(NamedTuple):
+    """The passes over x, as functions of one signature each, whoever makes them."""
+
+    pool: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    gradients: Callable[..., tuple[Tensor, Tensor]]
 
 
-@_pool.register_fake
-def _(x, weight, bias, moments, keep):
-    return _outputs(x, keep)
+def _operators(name: str, launch: Passes) -> Passes:
+    pool = torch.library.custom_op(name, launch.pool, mutates_args=())
+    gradients = torch.library.custom_op(f"{name}_backward", launch.gradients, mutates_args=())
+
+    @pool.register_fake
+    def _(x, weight, bias, moments, keep):
+        return _outputs(x, keep)
+
+    @gradients.register_fake
+    def _(grad, second_grad, x, *rest):
+        return torch.empty_like(x), x.new_empty((2, x.shape[1]), dtype=torch.float32)
+
+    return Passes(pool, gradients)
 
 
-@_gradients.register_fake
-def _(grad, second_grad, x, *rest):
-    return torch.empty_like(x), x.new_empty((2, x.shape[1]), dtype=torch.float32)
+_KERNELS = Passes(_launch_pool, _launch_gradients)
+_LOOPS = Passes(*(by_loops(launch, "batch_norm_pool") for launch in _KERNELS))
+LAUNCHES = {"triton": _KERNELS, "loops": _LOOPS}
+OPERATORS = {
+    "triton": _operators("fastmoco::batch_norm_pool", _KERNELS),
+    "loops": _operators("fastmoco::cpu_batch_norm_pool", _LOOPS),
+}
+
+
+def _passes(by: Maker, x: Tensor) -> Passes:
+    return (OPERATORS if is_traced(x) else LAUNCHES)[by]
 
 
 class _Pool(torch.autograd.Function):
     """In training the gradient takes the moments for statistics of x."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, moments, training, keep):
-        y, picked, places = (_pool if is_traced(x) else _launch_pool)(x, weight, bias, moments, keep)
+    def forward(ctx, x, weight, bias, moments, training, keep, by):
+        y, picked, places = _passes(by, x).pool(x, weight, bias, moments, keep)
         ctx.save_for_backward(x, picked, places, weight, bias, moments)
-        ctx.training = training
+        ctx.training, ctx.by = training, by
         ctx.set_materialize_grads(False)
         return y, y.view_as(y)
 
@@ -267,11 +289,10 @@ class _Pool(torch.autograd.Function):
     def backward(ctx, grad, second):
         grad, second = joined_gradients(grad, second)
         if grad is None:
-            return (None,) * 6
-        call = _gradients if is_traced(grad) else _launch_gradients
-        grad_x, totals = call(grad, second, *ctx.saved_tensors, ctx.training)
+            return (None,) * 7
+        grad_x, totals = _passes(ctx.by, grad).gradients(grad, second, *ctx.saved_tensors, ctx.training)
         bias, weight = totals.unbind()
-        return grad_x, weight, bias, None, None, None
+        return grad_x, weight, bias, None, None, None, None
 
 
 def batch_norm_pool(
@@ -295,13 +316,14 @@ def batch_norm_pool(
     check(x, weight, bias, running, groups, training)
     if x.dim() != 4:
         raise ValueError(f"x must be [N, C, H, W] to be pooled, not {list(x.shape)}")
-    if not takes_kernel(impl, x.device, x.dtype):
+    by = maker(impl, x.device, x.dtype)
+    if by == "reference":
         return reference.batch_norm_pool(
             x, weight, bias, running, groups, momentum=momentum, eps=eps, training=training
         )
-    moments = known_moments(x, running, groups, momentum, eps, training)
+    moments = known_moments(x, running, groups, momentum, eps, training, by)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
-    return _Pool.apply(x, weight, bias, moments, training, keep)
+    return _Pool.apply(x, weight, bias, moments, training, keep, by)
 
 
 def cost(

@@ -13,11 +13,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmoco.kernels.cpu.batch_norm_loops import LOOPS, finish, finish_sums
+from fastmoco.kernels.cpu import batch_norm_loops as loops
+from fastmoco.kernels.cpu.batch_norm_loops import finish, finish_sums
+from fastmoco.kernels.cpu.loops import Loop
 
 WIDTH = 256  # numbers of a run, about
 PIECE = 16384  # numbers of a piece, at least where a group has more
 MOST_PIECES = 16  # of a group
+
+
+class Loops(NamedTuple):
+    """The loops over activations of one type."""
+
+    moments: Loop
+    apply: Loop
+    sums: Loop
+    gradient: Loop
+
+
+LOOPS = {
+    torch.bfloat16: Loops(loops.moments_bf16, loops.apply_bf16, loops.sums_bf16, loops.gradient_bf16),
+    torch.float32: Loops(loops.moments_fp32, loops.apply_fp32, loops.sums_fp32, loops.gradient_fp32),
+}
 
 
 class _Cut(NamedTuple):
@@ -67,21 +84,9 @@ def apply(
     cut, y = _cut(x.shape, moments.shape[1]), torch.empty_like(x)
     pieces = moments.shape[1] * cut["splits"]
     vectors = torch.empty(pieces * 3 * cut["width"], dtype=torch.float32)
-    LOOPS[x.dtype].apply(
-        pieces,
-        x=x,
-        y=y,
-        weight=weight,
-        bias=bias,
-        moments=moments,
-        residual=residual,
-        residual_weight=residual_weight,
-        residual_bias=residual_bias,
-        residual_moments=residual_moments,
-        vectors=vectors,
-        floor=_floor(relu),
-        **cut,
-    )
+    side = (residual, residual_weight, residual_bias, residual_moments)
+    named = _named(weight, bias, moments, side)
+    LOOPS[x.dtype].apply(pieces, x=x, y=y, vectors=vectors, floor=_floor(relu), **named, **cut)
     return y
 
 
@@ -105,25 +110,51 @@ def gradients(
     `y` is given where the ReLU's mask is to be read from it (plain residual), the residual only in the dual form. What
     there is none of is empty. The last are fp32 [2 or 3, C]: of the bias, the weight and the residual's weight.
     """
-    groups, channels, dual = moments.shape[1], x.shape[1], residual is not None
-    cut, loops = _cut(x.shape, groups), LOOPS[x.dtype]
-    pieces, join = groups * cut["splits"], second_grad is not None or y is not None
-    grad_x, grad_residual, joined = (torch.empty_like(x) if each else x.new_empty(0) for each in (True, dual, join))
+    cut, dual = _cut(x.shape, moments.shape[1]), residual is not None
+    side = (residual, residual_weight, residual_bias, residual_moments)
+    joined, sums, totals = sums_of(grad, second_grad, x, weight, bias, moments, y, side, relu)
+    masked = joined is not grad
+    grad_x, grad_residual = torch.empty_like(x), torch.empty_like(x) if dual else None
+    pieces = moments.shape[1] * cut["splits"]
     vectors = torch.empty(pieces * 9 * cut["width"], dtype=torch.float32)
+    tensors = {"grad": joined, "x": x, "grad_x": grad_x, "grad_residual": grad_residual, "sums": sums}
+    tensors |= {"vectors": vectors, **_named(weight, bias, moments, side)}
+    how = {"floor": _floor(relu and not masked), "training": int(training)}
+    LOOPS[x.dtype].gradient(pieces, **tensors, **how, **cut)
+    nothing = x.new_empty(0)
+    return grad_x, grad_residual if dual else nothing, joined if masked else nothing, totals
+
+
+def sums_of(
+    grad: Tensor,
+    second_grad: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    moments: Tensor,
+    y: Tensor | None = None,
+    side: tuple[Tensor | None, ...] = (None,) * 4,
+    relu: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first pass of `gradients`, which makes its `joined` (or takes `grad`), sums of each group, and its totals."""
+    groups, channels, arrays = moments.shape[1], x.shape[1], 2 if side[0] is None else 3
+    cut = _cut(x.shape, groups)
+    pieces = groups * cut["splits"]
+    masked = torch.empty_like(x) if second_grad is not None or y is not None else None
+    vectors = torch.empty(pieces * 8 * cut["width"], dtype=torch.float32)
     partial, sums = (torch.empty(size * 3 * channels, dtype=torch.float64) for size in (pieces, groups))
-    totals = torch.empty((3 if dual else 2, channels), dtype=torch.float32)
-    main = {"weight": weight, "bias": bias, "moments": moments}
-    side = {"residual_weight": residual_weight, "residual_bias": residual_bias, "residual_moments": residual_moments}
-    same = {"x": x, "residual": residual, "vectors": vectors, **main, **side, **cut}
-    masked = joined if join else None
-    loops.sums(pieces, grad=grad, grad_2=second_grad, y=y, masked=masked, partial=partial, floor=_floor(relu), **same)
-    given = {"channels": channels, "splits": cut["splits"], "groups": groups}
-    moments = {"moments": moments, "residual_moments": residual_moments}
-    finish_sums(1, partial=partial, sums=sums, totals=totals, **moments, **given)
-    results = {"grad_x": grad_x, "grad_residual": grad_residual if dual else None}
-    last = {"floor": _floor(relu and not join), "training": int(training)}
-    loops.gradient(pieces, grad=joined if join else grad, sums=sums, **results, **last, **same)
-    return grad_x, grad_residual, joined, totals
+    totals = torch.empty((arrays, channels), dtype=torch.float32)
+    tensors = {"grad": grad, "grad_2": second_grad, "x": x, "y": y, "masked": masked, "partial": partial}
+    named = _named(weight, bias, moments, side)
+    LOOPS[x.dtype].sums(pieces, **tensors, vectors=vectors, floor=_floor(relu), **named, **cut)
+    given = {"moments": moments, "residual_moments": side[3], "channels": channels, "splits": cut["splits"]}
+    finish_sums(1, partial=partial, sums=sums, totals=totals, groups=groups, **given)
+    return grad if masked is None else masked, sums, totals
+
+
+def _named(weight: Tensor, bias: Tensor, moments: Tensor, side: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
+    names = ("residual", "residual_weight", "residual_bias", "residual_moments")
+    return {"weight": weight, "bias": bias, "moments": moments, **dict(zip(names, side, strict=True))}
 
 
 def _floor(relu: bool) -> float:

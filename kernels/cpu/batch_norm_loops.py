@@ -12,13 +12,11 @@ digits, and pieces are joined as in Chan, Golub and LeVeque (1983), equation 1.5
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numba
 import numpy as np
-import torch
 
-from fastmoco.kernels.cpu.loops import Loop, Words, doubles, floats, halves, loop, narrow, part, take, widen
+from fastmoco.kernels.cpu.loops import Words, doubles, floats, halves, loop, narrow, part, take, times, widen
 
 STRETCH = 64  # runs that are summed in fp32
 PIVOTS = 16  # rows whose mean is subtracted, at most
@@ -115,13 +113,13 @@ def _all_moments(words, a, x):
 
 
 @loop(MOMENTS)
-def _moments_bf16(words):
+def moments_bf16(words):
     a = numba.carray(words, 1)[0]
     _all_moments(words, a, halves(a.x))
 
 
 @loop(MOMENTS)
-def _moments_fp32(words):
+def moments_fp32(words):
     a = numba.carray(words, 1)[0]
     _all_moments(words, a, floats(a.x))
 
@@ -187,7 +185,7 @@ APPLY = Words(
 
 
 @part
-def _affine(a, group, scale, shift, residual_scale):
+def affine(a, group, scale, shift, residual_scale):
     """scale and shift of a group's channels, repeated over a run; the residual's shift is in shift."""
     groups, channels = a.pieces // a.splits, a.channels
     weight, bias, moments = floats(a.weight), floats(a.bias), floats(a.moments)
@@ -224,7 +222,7 @@ def _apply_all(words, a, x, residual, y):
         group, first, last = _piece(piece, a.splits, a.rows * a.channels, a.width)
         scale, shift = floats(a.vectors + 12 * piece * a.width), floats(a.vectors + 4 * (3 * piece + 1) * a.width)
         residual_scale = floats(a.vectors + 4 * (3 * piece + 2) * a.width)
-        _affine(a, group, scale, shift, residual_scale)
+        affine(a, group, scale, shift, residual_scale)
         first, last = first + group * a.rows * a.channels, last + group * a.rows * a.channels
         if a.residual == 0:
             _apply(x, None, y, first, last, a.width, scale, shift, None, floor)
@@ -236,13 +234,13 @@ def _apply_all(words, a, x, residual, y):
 
 
 @loop(APPLY)
-def _apply_bf16(words):
+def apply_bf16(words):
     a = numba.carray(words, 1)[0]
     _apply_all(words, a, halves(a.x), halves(a.residual), halves(a.y))
 
 
 @loop(APPLY)
-def _apply_fp32(words):
+def apply_fp32(words):
     a = numba.carray(words, 1)[0]
     _apply_all(words, a, floats(a.x), floats(a.residual), floats(a.y))
 
@@ -276,9 +274,7 @@ def _add_sums(
         if value <= floor:
             g = np.float32(0)
         if masked is not None:
-            rounded = narrow(g, masked)
-            masked[k] = rounded
-            g = widen(rounded)
+            masked[k] = narrow(g, masked)
         sums[c] += g
         sums[width + c] += g * away
         if residual is not None:
@@ -346,7 +342,7 @@ def _sums_all(words, a, grad, grad_2, x, residual, y, masked):
         group, first, last = _piece(piece, a.splits, a.rows * a.channels, a.width)
         width, channels, v = a.width, a.channels, a.vectors + 32 * piece * a.width
         p = a.partial + 24 * piece * a.channels
-        _affine(a, group, floats(v), floats(v + 4 * width), floats(v + 8 * width))
+        affine(a, group, floats(v), floats(v + 4 * width), floats(v + 8 * width))
         _means(a, group, floats(v + 12 * width), floats(v + 16 * width))
         first, last = first + group * a.rows * channels, last + group * a.rows * channels
         if a.residual_moments != 0 and a.grad_2 != 0:
@@ -365,7 +361,7 @@ def _sums_all(words, a, grad, grad_2, x, residual, y, masked):
 
 
 @loop(SUMS)
-def _sums_bf16(words):
+def sums_bf16(words):
     a = numba.carray(words, 1)[0]
     _sums_all(
         words, a, halves(a.grad), halves(a.grad_2), halves(a.x), halves(a.residual), halves(a.y), halves(a.masked)
@@ -373,7 +369,7 @@ def _sums_bf16(words):
 
 
 @loop(SUMS)
-def _sums_fp32(words):
+def sums_fp32(words):
     a = numba.carray(words, 1)[0]
     _sums_all(
         words, a, floats(a.grad), floats(a.grad_2), floats(a.x), floats(a.residual), floats(a.y), floats(a.masked)
@@ -417,7 +413,7 @@ GRADIENT = Words(
 
 
 @part
-def _slopes(a, group, weight, moments, product, vectors):
+def slopes(a, group, weight, moments, product, vectors):
     """From dL/dx = w s (g - mean(g) - (x - mean) s^2 mean(g (x - mean))), s being 1 / deviation."""
     groups, channels, width = a.pieces // a.splits, a.channels, a.width
     sums = doubles(a.sums)
@@ -451,9 +447,9 @@ def _gradient(grad, x, residual, grad_x, grad_residual, first, last, width, vect
                 output += other * residual_scale[c]
             if output <= floor:
                 g = np.float32(0)
-            grad_x[k] = narrow(g * g_x[c] + (value * x_x[c] + shift_x[c]), grad_x)
+            grad_x[k] = narrow(g * g_x[c] + times(value, x_x[c]) + shift_x[c], grad_x)
             if residual is not None:
-                grad_residual[k] = narrow(g * g_r[c] + (other * r_r[c] + shift_r[c]), grad_residual)
+                grad_residual[k] = narrow(g * g_r[c] + times(other, r_r[c]) + shift_r[c], grad_residual)
 
 
 @part
@@ -463,11 +459,11 @@ def _gradient_all(words, a, grad, x, residual, grad_x, grad_residual):
     while piece < a.pieces:
         group, first, last = _piece(piece, a.splits, a.rows * a.channels, a.width)
         width, v = a.width, a.vectors + 36 * piece * a.width
-        _affine(a, group, floats(v), floats(v + 4 * width), floats(v + 8 * width))
-        _slopes(a, group, floats(a.weight), floats(a.moments), 1, v + 12 * width)
+        affine(a, group, floats(v), floats(v + 4 * width), floats(v + 8 * width))
+        slopes(a, group, floats(a.weight), floats(a.moments), 1, v + 12 * width)
         first, last = first + group * a.rows * a.channels, last + group * a.rows * a.channels
         if a.residual_moments != 0:
-            _slopes(a, group, floats(a.residual_weight), floats(a.residual_moments), 2, v + 24 * width)
+            slopes(a, group, floats(a.residual_weight), floats(a.residual_moments), 2, v + 24 * width)
             _gradient(grad, x, residual, grad_x, grad_residual, first, last, width, v, floor)
         else:
             _gradient(grad, x, None, grad_x, None, first, last, width, v, floor)
@@ -475,27 +471,12 @@ def _gradient_all(words, a, grad, x, residual, grad_x, grad_residual):
 
 
 @loop(GRADIENT)
-def _gradient_bf16(words):
+def gradient_bf16(words):
     a = numba.carray(words, 1)[0]
     _gradient_all(words, a, halves(a.grad), halves(a.x), halves(a.residual), halves(a.grad_x), halves(a.grad_residual))
 
 
 @loop(GRADIENT)
-def _gradient_fp32(words):
+def gradient_fp32(words):
     a = numba.carray(words, 1)[0]
     _gradient_all(words, a, floats(a.grad), floats(a.x), floats(a.residual), floats(a.grad_x), floats(a.grad_residual))
-
-
-class Loops(NamedTuple):
-    """The loops over activations of one type."""
-
-    moments: Loop
-    apply: Loop
-    sums: Loop
-    gradient: Loop
-
-
-LOOPS = {
-    torch.bfloat16: Loops(_moments_bf16, _apply_bf16, _sums_bf16, _gradient_bf16),
-    torch.float32: Loops(_moments_fp32, _apply_fp32, _sums_fp32, _gradient_fp32),
-}

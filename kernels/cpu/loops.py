@@ -142,6 +142,16 @@ floats, halves, bytes_, longs, doubles = map(_at, (np.float32, np.uint16, np.uin
 
 
 @intrinsic
+def alike(typing_context, pointer, address):
+    """A pointer of the type of `pointer`, to another address."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[1], context.get_value_type(pointer))
+
+    return pointer(pointer, types.int64), generate
+
+
+@intrinsic
 def _as_float(typing_context, bits):
     def generate(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], ir.FloatType())
@@ -184,3 +194,9 @@ def _narrow(x, like):
         return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
     return to_bf16
+
+
+@part
+def times(value, slope):
+    """Their product; of slope 0, which evaluation has, 0 also where the value is infinite or NaN."""
+    return value * slope if slope != 0 else np.float32(0)

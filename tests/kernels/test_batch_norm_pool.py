@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastmoco.kernels import batch_norm, batch_norm_kernels, batch_norm_pool, reference
 from fastmoco.kernels.batch_norm_pool import cost
 
-IMPLS = ("triton", "reference")
+IMPLS = ("triton", "reference", "auto")  # auto: on a CPU the compiled loops
 LOW = (torch.bfloat16, torch.float16)
 EPS = 1e-5
 
@@ -116,36 +116,39 @@ def test_error_budget_in_fp32(
     assert_within_budget(make_case(shape, torch.float32, device), groups, impl, training=training)
 
 
+@pytest.mark.parametrize("impl", ["triton", "auto"])
 @pytest.mark.parametrize("dtype", LOW)
-def test_error_budget_in_16_bits(dtype: torch.dtype, device: torch.device) -> None:
+def test_error_budget_in_16_bits(dtype: torch.dtype, impl: str, device: torch.device) -> None:
     """Torch rounds before it compares; where no two values round alike, both pick the same."""
     case = distinct(make_case((4, 8, 9, 8), dtype, device))
-    assert_within_budget(case, 2, "triton")
+    assert_within_budget(case, 2, impl)
 
 
 def test_the_budget_rejects(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case((4, 8, 8, 8), torch.float32, device)
-    launch = batch_norm_pool._launch_gradients
-    one_reader = lambda grad, second, *rest: launch(grad, None, *rest)  # noqa: E731
-    monkeypatch.setattr(batch_norm_pool, "_launch_gradients", one_reader)
+    passes = batch_norm_pool.LAUNCHES["triton"]
+    one_reader = lambda grad, second, *rest: passes.gradients(grad, None, *rest)  # noqa: E731
+    monkeypatch.setitem(batch_norm_pool.LAUNCHES, "triton", passes._replace(gradients=one_reader))
     with pytest.raises(AssertionError, match="d_x: .* > "):
         assert_within_budget(case, 2, "triton")
 
 
-def test_gradients_go_to_the_first_of_equals(device: torch.device) -> None:
+@pytest.mark.parametrize("impl", ["triton", "auto"])
+def test_gradients_go_to_the_first_of_equals(impl: str, device: torch.device) -> None:
     """As in torch, where x itself has ties: many of few values."""
     case = make_case((4, 6, 9, 8), torch.float32, device)
     case = case._replace(x=(case.x * 2).round() / 2)
-    ours, torchs = results(batch_norm_pool.batch_norm_pool, case, 2, impl="triton"), results(by_torch, case, 2)
+    ours, torchs = results(batch_norm_pool.batch_norm_pool, case, 2, impl=impl), results(by_torch, case, 2)
     torch.testing.assert_close(ours["d_x"], torchs["d_x"], rtol=1e-4, atol=1e-5)
 
 
-def test_a_channel_of_weight_zero_and_nan(device: torch.device) -> None:
+@pytest.mark.parametrize("impl", ["triton", "auto"])
+def test_a_channel_of_weight_zero_and_nan(impl: str, device: torch.device) -> None:
     case = make_case((2, 3, 6, 6), torch.float32, device)
     case.weight[0] = 0.0
     case.x[0, 1, 2, 3] = torch.nan
     for training in (True, False):
-        ours = results(batch_norm_pool.batch_norm_pool, case, 1, training=training, impl="triton")
+        ours = results(batch_norm_pool.batch_norm_pool, case, 1, training=training, impl=impl)
         torchs = results(by_torch, case, 1, training=training)
         for name in ("y", "d_x", "d_weight", "d_bias"):
             torch.testing.assert_close(ours[name], torchs[name], rtol=1e-4, atol=1e-5, equal_nan=True)
@@ -204,15 +207,17 @@ def test_refusals(change: dict[str, object], text: str) -> None:
         batch_norm_pool.batch_norm_pool(**arguments)
 
 
-def test_operators_are_well_registered(device: torch.device) -> None:
+@pytest.mark.parametrize("by", ["triton", "loops"])
+def test_operators_are_well_registered(by: str, device: torch.device) -> None:
+    device = torch.device("cpu") if by == "loops" else device
     case = make_case((4, 6, 5, 4), torch.float32, device)
-    moments = batch_norm._statistics(case.x, None, None, 2, 0.1, EPS)
+    moments = batch_norm.OPERATORS[by].statistics(case.x, None, None, 2, 0.1, EPS)
     for keep in (True, False):
-        torch.library.opcheck(batch_norm_pool._pool, (case.x, case.weight, case.bias, moments, keep))
-    _, picked, places = batch_norm_pool._pool(case.x, case.weight, case.bias, moments, True)
+        torch.library.opcheck(batch_norm_pool.OPERATORS[by].pool, (case.x, case.weight, case.bias, moments, keep))
+    _, picked, places = batch_norm_pool.OPERATORS[by].pool(case.x, case.weight, case.bias, moments, True)
     for second in (None, case.grads[1]):
         given = (case.grads[0], second, case.x, picked, places, case.weight, case.bias, moments, True)
-        torch.library.opcheck(batch_norm_pool._gradients, given)
+        torch.library.opcheck(batch_norm_pool.OPERATORS[by].gradients, given)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
