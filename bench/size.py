@@ -16,9 +16,12 @@ ON_A_CPU: dict[str, Any] = {"arch": "resnet18", "batch_size": 32, "crop_size": 1
 
 
 def sized(recipe: Recipe, options: Bench | Profile, device: torch.device) -> Recipe:
-    """`recipe` at the size that `options` ask for: left out, its own on a GPU, and on a CPU no larger than ON_A_CPU."""
+    """`recipe` at the size that `options` ask for: left out, its own, and on a CPU no larger than ON_A_CPU.
+
+    Recipes of small views are trained on CPUs as they are, so that they are measured so.
+    """
     small: dict[str, Any] = {}
-    if device.type != "cuda":
+    if device.type != "cuda" and recipe.crop_size > ON_A_CPU["crop_size"]:
         small = {name: value for name, value in ON_A_CPU.items() if name == "arch" or getattr(recipe, name) > value}
         # The batch stays whole batch-norm groups.
         group = max(1, recipe.bn_group)

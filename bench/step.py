@@ -112,7 +112,11 @@ def choose(found: dict[str, Provider], precision: str, group: str, only: str, sk
 
 def machine_at(device: torch.device, precision: str) -> Machine:
     """The ceilings of `device` for a precision of the step."""
-    return measure_machine(device, WORK[precision], tf32=precision == "tf32")
+    found = measure_machine(device, WORK[precision], tf32=precision == "tf32")
+    if device.type == "cpu" and precision == "bf16":
+        # Where fp32 is multiplied faster, `kernels.convolution` widens bf16 numbers to it.
+        found = dataclasses.replace(found, flops=max(found.flops, measure_machine(device, torch.float32).flops))
+    return found
 
 
 def pairs_bound(recipe: Recipe, machine: Machine, element_bytes: int, level: str = LEVEL) -> float:
@@ -135,8 +139,9 @@ def convolution_rates(device: torch.device, precision: str) -> tuple[float, ...]
         known = next((rates for name, rates in CONVOLUTION_RATES.items() if name in gpu), None)
         if known is not None:
             return known
+    dtypes = {WORK[precision]} | ({torch.float32} if device.type == "cpu" else set())  # as in `machine_at`
     with tf32(convolutions=precision == "tf32", products=False):
-        return (measure_convolutions(device, WORK[precision]),)
+        return (max(measure_convolutions(device, dtype) for dtype in dtypes),)
 
 
 def graph_mode(device: torch.device) -> GraphMode:
@@ -162,9 +167,12 @@ def providers(recipe: Recipe, device: torch.device) -> dict[str, Provider]:
         **_autocast(published_step, torch.bfloat16, "bf16", group),
         "fastmoco fp32": Provider(functools.partial(ours_step, "fp32"), "fp32", group=group),
         "fastmoco bf16": Provider(functools.partial(ours_step, "bf16"), "bf16"),
-        "fastmoco bf16, finished views": Provider(
-            functools.partial(ours_step, "bf16", finished_views=True), "bf16", group=group
-        ),
+        **{
+            f"fastmoco {precision}, finished views": Provider(
+                functools.partial(ours_step, precision, finished_views=True), precision, group=group
+            )
+            for precision in ("fp32", "bf16")
+        },
     }
     return found | (_gpu_providers(published_step, ours_step) if on_gpu else {})
 

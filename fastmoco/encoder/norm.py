@@ -23,7 +23,7 @@ class BatchNormAct(nn.Module):
     """
 
     impl: Literal["auto", "triton", "reference", "torch"] = "auto"
-    """Who does it: our kernel on a GPU and its twin on a CPU, one of them, or torch's batch norm, group by group."""
+    """Who does it: our kernel on a GPU and compiled loops on a CPU, one of kernel and twin, or torch by groups."""
 
     gather: Gather | None = None
     """Where the batch is spread over ranks and all of it shares statistics: what gathers those of the ranks."""

@@ -49,6 +49,15 @@ def test_other_machines_have_their_convolutions_timed(monkeypatch):
     step.convolution_rates.cache_clear()
 
 
+def test_a_cpu_that_multiplies_fp32_faster_has_that_for_its_ceiling(monkeypatch):
+    rates = {torch.float32: 9e9, torch.bfloat16: 7e9}
+    monkeypatch.setattr(step, "measure_machine", lambda device, dtype, tf32=False: Machine("toy", 1e9, rates[dtype]))
+    monkeypatch.setattr(step, "measure_convolutions", lambda device, dtype: rates[dtype] / 2)
+    step.convolution_rates.cache_clear()
+    assert step.machine_at(CPU, "bf16").flops == 9e9 and step.convolution_rates(CPU, "bf16") == (4.5e9,)
+    step.convolution_rates.cache_clear()
+
+
 def test_a_gpu_has_the_published_step_in_every_form_and_ours_by_backend():
     names = set(step.providers(SMALL, torch.device("cuda", 0)))
     assert {"published tf32", "published fp16 autocast", "channels-last fp16 autocast"} <= names
