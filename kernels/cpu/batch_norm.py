@@ -121,8 +121,9 @@ def gradients(
     tensors |= {"vectors": vectors, **_named(weight, bias, moments, side)}
     how = {"floor": _floor(relu and not masked), "training": int(training)}
     LOOPS[x.dtype].gradient(pieces, **tensors, **how, **cut)
-    nothing = x.new_empty(0)
-    return grad_x, grad_residual if dual else nothing, joined if masked else nothing, totals
+    # An operator returns no tensor twice.
+    grad_residual, joined = grad_residual if dual else x.new_empty(0), joined if masked else x.new_empty(0)
+    return grad_x, grad_residual, joined, totals
 
 
 def sums_of(
