@@ -174,14 +174,14 @@ def info_nce_cases(size: Size, device: torch.device) -> list[Case]:
 def nt_xent_cases(size: Size, device: torch.device) -> list[Case]:
     """Loss, rank and gradient of NT-Xent over both views of a batch."""
     n, d, t = size.batch, size.recipe.dim, size.recipe.temperature
-    views = [torch.randn(n, d, device=device, dtype=size.dtype).requires_grad_() for _ in range(2)]
+    z_a, z_b = (torch.randn(n, d, device=device, dtype=size.dtype).requires_grad_() for _ in range(2))
 
     def ours() -> object:
-        loss, _ = nt_xent.nt_xent(*views, t)
-        return torch.autograd.grad(loss, views)
+        loss, _ = nt_xent.nt_xent(z_a, z_b, t)
+        return torch.autograd.grad(loss, (z_a, z_b))
 
     def plain(forward: Callable[..., Tensor] = _plain_nt_xent) -> object:
-        return torch.autograd.grad(forward(*views, t), views)
+        return torch.autograd.grad(forward(z_a, z_b, t), (z_a, z_b))
 
     providers: dict[str, Callable[[], object]] = {OURS: ours, "eager": plain}
     if device.type == "cuda":
