@@ -207,7 +207,7 @@ def parts(records: Path, stem: str, scratch: Path, rehearse: bool = False) -> li
             ),
             form("kernels", 90, 75, "kernels", toy=("--only", "enqueue")),
         ),  # fmt: skip
-        Part("more-tests", (_tests(90, 60, 8, "-m", "gpu", "tests/contrast", "tests/bench"),)),
+        Part("more-tests", (_tests(90, 60, 8, "-m", "gpu", "tests/contrast"),)),
         bench("memory", form("memory", 60, 50, "memory")),
         _sanitizer("memcheck", 60),
         _sanitizer("racecheck", 60),
