@@ -102,7 +102,7 @@ list(pipeline.undecodable(Manifest(sys.argv[1], names, np.full((len(names), 2), 
 @pytest.mark.slow
 def test_without_the_guard_a_file_ends_the_process(tmp_path: Path) -> None:
     """The control."""
-    (tmp_path / "b int32.tif").write_bytes(odd.tiff((odd.RAMP * 2**31).astype(np.int32)))
+    (tmp_path / "b int32.tif").write_bytes(odd.tiff((odd.RAMP * (2**31 - 1)).astype(np.int32)))
     (tmp_path / "a good.jpg").write_bytes(FORMATS["jpeg"])
     good = run(tmp_path, "-c", UNGUARDED, str(tmp_path), "a good.jpg")
     bad = run(tmp_path, "-c", UNGUARDED, str(tmp_path), "a good.jpg", "b int32.tif")

@@ -47,7 +47,7 @@ def decoded(data: bytes, **fields: object) -> np.ndarray:
 
 # Legal, but DALI has no name for their pixels, or no decoder.
 REFUSED = {
-    "int32": odd.tiff((RAMP * 2**31).astype(np.int32)),
+    "int32": odd.tiff((RAMP * (2**31 - 1)).astype(np.int32)),
     "uint32": odd.tiff((RAMP * 2**31).astype(np.uint32)),
     "int16": odd.tiff((RAMP * 2**15 - 1).astype(np.int16)),
     "int8": odd.tiff((RAMP * 127).astype(np.int8)),
