@@ -79,7 +79,8 @@ def run(recipe: Recipe, device: torch.device, *, data: Path | None = None, journ
 
 def decoded(manifest: Manifest, recipe: Recipe, device: torch.device, share: float) -> Tensor:
     """Every image of `manifest`, whole, scaled to the recipe's crop size: uint8 [n, S, S, 3] on the CPU."""
-    from fastmoco.data.pipeline import Decoding, Pipeline, Request, read
+    from fastmoco.data.pipeline import Decoding, Pipeline
+    from fastmoco.data.request import Request, read
 
     def requests() -> Iterator[Request]:
         for at in range(0, len(manifest), BATCH[device.type]):

@@ -29,9 +29,10 @@ from torch import Tensor
 from fastmoco.data.batch import Batch, assemble
 from fastmoco.data.decoded import PIXEL, Decoded
 from fastmoco.data.manifest import DataError, Manifest
-from fastmoco.data.pipeline import UNREADABLE, Decoding, Pipeline, Repair, Request, fault, read
+from fastmoco.data.pipeline import Decoding, Pipeline
 from fastmoco.data.plan import Plan, centre_boxes
 from fastmoco.data.quarantine import Quarantine
+from fastmoco.data.request import UNREADABLE, Repair, Request, fault, read
 from fastmoco.data.rewrite import Damaged, Reading
 from fastmoco.environment import share_of_cores
 from fastmoco.recipe import Recipe

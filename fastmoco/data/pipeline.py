@@ -22,15 +22,27 @@ from nvidia.dali import fn, types
 from torch import Tensor
 
 from fastmoco.data.decoded import PIXEL, Decoded
-from fastmoco.data.manifest import ONE_COLOUR, Checked, DataError, Manifest
-from fastmoco.data.probe import Bytes, examine
-from fastmoco.data.rewrite import Damaged, Reading, rewritten
+from fastmoco.data.manifest import ONE_COLOUR, Checked, Manifest
+from fastmoco.data.request import (
+    CPU_BATCH,
+    NO_BOXES,
+    DecodeError,
+    Part,
+    Repair,
+    Request,
+    by_request,
+    checked_requests,
+    joined_parts,
+    read,
+    small_parts,
+    some_of,
+    together,
+)
+from fastmoco.data.rewrite import Reading
 from fastmoco.environment import share_of_cores
-from fastmoco.recipe import MOST_PIXELS
 
 DEPTH = 2  # batches that DALI works on at once
 RESIZED_AT_ONCE = 64  # images a GPU resizes in one launch; bounds the memory of what stands between the two passes
-CPU_BATCH = 32  # images decoded at once on a CPU; bounds the memory that decoded images take
 # Share of JPEGs for the GPU's decoding engines, by its name and the least number of decoding threads: the rest goes to
 # the multiprocessors, where each image needs a thread for its entropy coding. GPUs without an engine ignore it. Not
 # ours: A100 7,000 a second at 0.75 against 5,000 at 1 (NVIDIA/DALI#5362), and 0.65, DALI's default, for even times
@@ -44,50 +56,7 @@ HW_DECODER_LOADS = {
     "": ((12, 0.65), (6, 0.8), (3, 0.9), (0, 1.0)),
 }
 SAMPLE = re.compile(r"sample #(\d+)")  # what DALI's error says of an image it cannot decode
-UNREADABLE = "cannot be read"
 JPEG = b"\xff\xd8"  # how one begins
-NO_SAMPLES, NO_BOXES = np.empty(0, np.int64), np.empty((0, 0, 4), np.int32)
-
-
-class DecodeError(DataError):
-    """Images that cannot be decoded: `positions` in the batch, `names` and `reasons` of each."""
-
-    def __init__(self, positions: list[int], names: list[str], reasons: list[str]) -> None:
-        more = f" (and {len(names) - 1} more in this batch)" if len(names) > 1 else ""
-        super().__init__(f"{names[0]}: {reasons[0]}{more}")
-        self.positions, self.names, self.reasons = positions, names, reasons
-
-    @classmethod
-    def of(cls, names: list[str], faults: dict[int, str], first: int = 0) -> DecodeError:
-        """The error for `faults`, reasons by position in `names`; these begin at position `first` of the batch."""
-        positions = list(faults)
-        return cls([first + i for i in positions], [names[i] for i in positions], list(faults.values()))
-
-
-class Request(NamedTuple):
-    """One batch of n images to be decoded and cut into V crops each."""
-
-    names: list[str]
-    """What to call each image in an error."""
-    encoded: list[np.ndarray | OSError | Damaged]
-    """Bytes of each image file, uint8, or why they cannot be used; or PIXEL for one that `Decoded` keeps."""
-    sizes: np.ndarray
-    """int32 [n, 2]: height and width that the boxes were made for."""
-    boxes: np.ndarray
-    """int32 [V, n, 4]: top, left, height and width of each box."""
-    step: int = 0
-    """Which batch this is, and `samples` int64 [n] which images they are: for the repair."""
-    samples: np.ndarray = NO_SAMPLES
-
-    def rows(self, rows: slice) -> Request:
-        """The same request for some of its images."""
-        names, encoded, sizes, boxes, step, samples = self
-        return Request(names[rows], encoded[rows], sizes[rows], boxes[:, rows], step, samples[rows])
-
-
-Repair = Callable[[Request, dict[int, str]], Request]
-"""Given a request and the reason why each position at fault cannot be decoded: the request with others in their place,
-whose headers `fault` finds nothing wrong with."""
 
 
 class Decoding(NamedTuple):
@@ -131,7 +100,7 @@ class Pipeline:
         kept: Decoded | None = None,
         joined: int = 1,
     ) -> None:
-        checked, threads = _checked(requests, repair), threads or share_of_cores()
+        checked, threads = checked_requests(requests, repair), threads or share_of_cores()
         if device.type == "cuda":
             options = decoding.options(threads, torch.cuda.get_device_name(device))
             shape = (batch_size, crop_size, views)
@@ -162,7 +131,7 @@ def _cpu_crops(
     build = partial(_dali, min(batch_size, CPU_BATCH), threads, None, 1, _decode_graph)
     with ThreadPoolExecutor(threads) as pool:
         run = map if threads == 1 else pool.map
-        for part, (images,) in _outputs(build, _Feed(_parts(requests), _encoded), repair):
+        for part, (images,) in _outputs(build, _Feed(small_parts(requests), _encoded), repair):
             request, first, total, _ = part
             if first == 0:
                 crops = torch.empty(views, total, crop_size, crop_size, 3, dtype=torch.uint8)
@@ -208,7 +177,7 @@ def _dali_crops(
     # Tests run it on a CPU too.
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     device_id, decoder = (None, "cpu") if stream is None else (device.index or 0, "mixed")
-    parts = _joined(requests, joined)
+    parts = joined_parts(requests, joined)
     decode = partial(_decode_graph, device=decoder, **decoding)
     batch_size *= joined
     resize = partial(_resize_graph, crop_size=crop_size, at_once=min(batch_size, RESIZED_AT_ONCE))
@@ -231,8 +200,8 @@ def _dali_crops(
 
 
 def _cut_kept(
-    decoded: Iterator[tuple[_Part, tuple]], kept: Decoded, cutter: DaliPipeline, stream: torch.cuda.Stream | None
-) -> Iterator[tuple[_Part, tuple]]:
+    decoded: Iterator[tuple[Part, tuple]], kept: Decoded, cutter: DaliPipeline, stream: torch.cuda.Stream | None
+) -> Iterator[tuple[Part, tuple]]:
     if stream is not None:
         kept.lend(stream)
     for part, (images,) in decoded:
@@ -247,54 +216,7 @@ def _cut_kept(
         cutter.release_outputs()
 
 
-class _Part(NamedTuple):
-    """What DALI gets at once: consecutive images of one request, or several requests."""
-
-    request: Request
-    first: int
-    total: int
-    several: tuple[Request, ...] = ()
-    """What `request` was made of, where DALI gets several at once."""
-
-    @property
-    def requests(self) -> tuple[Request, ...]:
-        return self.several or (self.request,)
-
-
-def _parts(requests: Iterable[Request]) -> Iterator[_Part]:
-    for request in requests:
-        total = len(request.encoded)
-        for at in range(0, total, CPU_BATCH):
-            yield _Part(request.rows(slice(at, at + CPU_BATCH)), at, total)
-
-
-def _joined(requests: Iterator[Request], count: int) -> Iterator[_Part]:
-    waiting: list[Request] = []
-    try:
-        for request in requests:
-            waiting.append(request)
-            if len(waiting) == count:
-                yield _together(waiting)
-                waiting = []
-    except Exception:
-        if waiting:  # what comes before the error is handed out before it
-            yield _together(waiting)
-        raise
-    if waiting:
-        yield _together(waiting)
-
-
-def _together(requests: Sequence[Request]) -> _Part:
-    first, total = requests[0], sum(len(request.encoded) for request in requests)
-    if len(requests) == 1:
-        return _Part(first, 0, total)
-    names, encoded = ([item for request in requests for item in request[field]] for field in (0, 1))
-    sizes, samples = (np.concatenate([request[field] for request in requests]) for field in (2, 5))
-    boxes = np.concatenate([request.boxes for request in requests], 1)
-    return _Part(Request(names, encoded, sizes, boxes, first.step, samples), 0, total, tuple(requests))
-
-
-def _encoded(part: _Part) -> tuple:
+def _encoded(part: Part) -> tuple:
     # Never nothing at all, which DALI does not take.
     return ([data for data in part.request.encoded if data is not PIXEL] or [PIXEL],)
 
@@ -303,7 +225,7 @@ def _tensors(images: Sequence) -> list[Tensor]:
     return [torch.from_dlpack(images[i]) for i in range(len(images))]
 
 
-def _with_corners(part: _Part) -> tuple:
+def _with_corners(part: Part) -> tuple:
     starts = part.request.boxes[..., :2].astype(np.float32)
     ends = starts + part.request.boxes[..., 2:].astype(np.float32)
     corners = [np.ascontiguousarray(corner) for pair in zip(starts, ends, strict=True) for corner in pair]
@@ -317,9 +239,9 @@ class _Feed:
     Python's lock meanwhile.
     """
 
-    def __init__(self, parts: Iterator[_Part], inputs: Callable[[_Part], tuple]) -> None:
+    def __init__(self, parts: Iterator[Part], inputs: Callable[[Part], tuple]) -> None:
         self.parts, self.inputs = parts, inputs
-        self.pending: deque[_Part] = deque()
+        self.pending: deque[Part] = deque()
         self.error: Exception | None = None
         self._given: deque[tuple] = deque()  # of the pending parts, in their order
         self._read: deque[tuple[tuple, Any]] = deque()  # of those handed out, until a GPU has passed the event
@@ -354,7 +276,7 @@ class _Feed:
 
 def _outputs(
     build: Callable[[_Feed], DaliPipeline], feed: _Feed, repair: Repair | None, stream: Any = None
-) -> Iterator[tuple[_Part, tuple]]:
+) -> Iterator[tuple[Part, tuple]]:
     pipe = build(feed)
     try:
         while True:
@@ -381,31 +303,20 @@ def _outputs(
 
 def _repaired(feed: _Feed, repair: Repair | None, faults: dict[int, str]) -> _Feed:
     part = feed.pending.popleft()
-    wrong = _by_request(part, faults)
+    wrong = by_request(part, faults)
     first = min(wrong)
     if repair is None and first == 0:
         raise DecodeError.of(part.requests[0].names, wrong[0], part.first)
     if repair is None:  # those before it are handed out first
-        mended = [_together(part.several[:first]), _together(part.several[first:])]
+        mended = [together(part.several[:first]), together(part.several[first:])]
     elif part.several:
-        mended = [_together([repair(one, wrong[i]) if i in wrong else one for i, one in enumerate(part.several)])]
+        mended = [together([repair(one, wrong[i]) if i in wrong else one for i, one in enumerate(part.several)])]
     else:
         mended = [part._replace(request=repair(part.request, faults))]
     again = _Feed(itertools.chain([*mended, *feed.pending], feed.parts), feed.inputs)
     again.error = feed.error
     feed.forget()
     return again
-
-
-def _by_request(part: _Part, faults: dict[int, str]) -> dict[int, dict[int, str]]:
-    # Of positions in the part: the request of each, and the position there.
-    ends = np.cumsum([len(request.encoded) for request in part.requests])
-    found: dict[int, dict[int, str]] = {}
-    for position, reason in faults.items():
-        number = int(np.searchsorted(ends, position, side="right"))
-        begin = 0 if number == 0 else int(ends[number - 1])
-        found.setdefault(number, {})[position - begin] = reason
-    return found
 
 
 def _faults(build: Callable[[_Feed], DaliPipeline], feed: _Feed, error: RuntimeError, stream: object) -> dict[int, str]:
@@ -420,7 +331,7 @@ def _faults(build: Callable[[_Feed], DaliPipeline], feed: _Feed, error: RuntimeE
         position = _found_by_halves(part, given)
     if position is None:
         raise error
-    alone = _some(part, [position])
+    alone = some_of(part, [position])
     if _cpu_fails_at(part, [position]):
         return {position: "damaged: cannot be decoded"}
     if stream is not None:
@@ -433,7 +344,7 @@ def _faults(build: Callable[[_Feed], DaliPipeline], feed: _Feed, error: RuntimeE
     return {position: "cannot be decoded on the GPU"}
 
 
-def _found_by_halves(part: _Part, given: list[int]) -> int | None:
+def _found_by_halves(part: Part, given: list[int]) -> int | None:
     # The position that a CPU fails at, where DALI's error names none; None where it fails at none.
     if not _cpu_fails_at(part, given):
         return None
@@ -443,21 +354,9 @@ def _found_by_halves(part: _Part, given: list[int]) -> int | None:
     return given[0]
 
 
-def _cpu_fails_at(part: _Part, positions: list[int]) -> str:
+def _cpu_fails_at(part: Part, positions: list[int]) -> str:
     build = partial(_dali, len(positions), 1, None, 1, _decode_graph)
-    return _failure(build, _Feed(iter([_some(part, positions)]), _encoded))
-
-
-def _some(part: _Part, positions: list[int]) -> _Part:
-    request = part.request
-    chosen = request._replace(
-        names=[request.names[i] for i in positions] if request.names else [],
-        encoded=[request.encoded[i] for i in positions],
-        sizes=request.sizes[positions],
-        boxes=request.boxes[:, positions] if request.boxes.size else request.boxes,
-        samples=request.samples[positions] if len(request.samples) else request.samples,
-    )
-    return _Part(chosen, 0, len(positions))
+    return _failure(build, _Feed(iter([some_of(part, positions)]), _encoded))
 
 
 def _failure(build: Callable[[_Feed], DaliPipeline], feed: _Feed) -> str:
@@ -525,31 +424,6 @@ def _cutter(batch_size: int, device_id: int | None, corners: int, graph: Callabl
     return pipe
 
 
-def _checked(requests: Iterable[Request], repair: Repair | None) -> Iterator[Request]:
-    # DALI 2.4 may crash the process on what its operator gives up on while the rest of the batch is decoding. So the
-    # header's parser is asked first, 9 us an image.
-    for request in requests:
-        found = (fault(data, size) for data, size in zip(request.encoded, request.sizes.tolist(), strict=True))
-        faults = {i: reason for i, reason in enumerate(found) if reason}
-        if faults and repair is None:
-            raise DecodeError.of(request.names, faults)
-        yield repair(request, faults) if faults else request
-
-
-def fault(data: np.ndarray | Exception, size: Sequence[int]) -> str:
-    """Why an image of height and width `size` cannot be decoded from `data`, as far as its header tells; or ""."""
-    if data is PIXEL:
-        return ""
-    if isinstance(data, OSError):
-        return f"{UNREADABLE}: {data.strerror}"
-    if isinstance(data, Damaged):
-        return str(data)
-    height, width, reason = examine(Bytes.of(data), MOST_PIXELS)[:3]
-    if not reason and (height, width) != tuple(size):
-        return f"is {width} x {height} pixels, but was {size[1]} x {size[0]} when it was scanned"
-    return reason
-
-
 def undecodable(
     manifest: Manifest, threads: int | None = None, reading: Reading = Reading(), at_once: int | None = None
 ) -> Iterator[Checked]:
@@ -565,7 +439,7 @@ def undecodable(
 
     build = partial(_dali, CPU_BATCH, threads or share_of_cores(), None, 1, _decode_graph)
     requests = _whole(manifest, reading, at_once or CPU_BATCH)
-    parts = _parts(_checked(requests, leave_out))
+    parts = small_parts(checked_requests(requests, leave_out))
     for part, (images,) in _outputs(build, _Feed(parts, _encoded), leave_out):
         decoded = iter(_tensors(images))
         for sample, data in zip(part.request.samples.tolist(), part.request.encoded, strict=True):
@@ -592,11 +466,3 @@ def _whole(manifest: Manifest, reading: Reading, at_once: int) -> Iterator[Reque
         samples = np.arange(at, min(at + at_once, len(manifest)))
         sizes = manifest.sizes[samples]
         yield Request([], [read(manifest, i, reading) for i in samples.tolist()], sizes, NO_BOXES, 0, samples)
-
-
-def read(manifest: Manifest, index: int, reading: Reading = Reading()) -> np.ndarray | OSError | Damaged:
-    """The encoded bytes of an image as DALI shall get them, or why there are none."""
-    try:
-        return rewritten(manifest.read(index), reading)
-    except OSError as error:
-        return error

@@ -24,9 +24,10 @@ from fastmoco.data.batch import Batch
 from fastmoco.data.decoded import PIXEL, Decoded
 from fastmoco.data.loader import Loader, Loading
 from fastmoco.data.manifest import Manifest, scan
-from fastmoco.data.pipeline import DecodeError, Pipeline, Request
+from fastmoco.data.pipeline import Pipeline
 from fastmoco.data.plan import Plan
 from fastmoco.data.quarantine import Quarantine
+from fastmoco.data.request import DecodeError, Request
 from fastmoco.options import Options, UsageError
 from fastmoco.recipe import PRESETS
 from fastmoco.runs import checkpoint

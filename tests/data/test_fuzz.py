@@ -90,9 +90,9 @@ def test_no_file_ends_a_command(command: str, folder: Path, tmp_path: Path) -> N
 UNGUARDED = """
 import sys
 import numpy as np
-from fastmoco.data import pipeline
+from fastmoco.data import pipeline, request
 from fastmoco.data.manifest import Manifest
-pipeline.fault = lambda data, size: ""
+request.fault = lambda data, size: ""
 pipeline._found_by_halves = lambda part, given: None
 names = sys.argv[2:]
 list(pipeline.undecodable(Manifest(sys.argv[1], names, np.full((len(names), 2), 48, np.int32))))

@@ -28,8 +28,8 @@ from fastmoco.data import plan as plan_module
 from fastmoco.data.batch import Batch
 from fastmoco.data.loader import Background, EvaluationLoader, Loader, Loading
 from fastmoco.data.manifest import Manifest, scan
-from fastmoco.data.pipeline import DecodeError
 from fastmoco.data.plan import Plan, centre_boxes
+from fastmoco.data.request import DecodeError
 from fastmoco.recipe import PRESETS
 
 RECIPE = dataclasses.replace(PRESETS["v2"][1], batch_size=32, bn_group=4, crop_size=24)  # 3 steps an epoch

@@ -19,7 +19,8 @@ from PIL import Image, ImageOps
 from fastmoco.data import pipeline as pipeline_module
 from fastmoco.data.decoded import PIXEL, Decoded
 from fastmoco.data.manifest import Manifest
-from fastmoco.data.pipeline import CPU_BATCH, DecodeError, Decoding, Pipeline, Request, cut, fault
+from fastmoco.data.pipeline import Decoding, Pipeline, cut
+from fastmoco.data.request import CPU_BATCH, DecodeError, Part, Request, fault
 from fastmoco.environment import share_of_cores
 
 CPU = torch.device("cpu")
@@ -252,7 +253,7 @@ def test_where_the_gpu_is_to_blame_no_image_is(photo_manifest: Manifest, monkeyp
     monkeypatch.setattr(Gpu, "message", "CUDA allocation failed")
     with pytest.raises(RuntimeError, match="CUDA allocation failed"):
         list(Pipeline([asked], **options))
-    part = pipeline_module._Part(asked, 0, 40)
+    part = Part(asked, 0, 40)
     feed = pipeline_module._Feed(iter(()), pipeline_module._with_corners)
     feed.pending.append(part)
     for message in ("CUDA allocation failed", "CUDA runtime API error cudaErrorIllegalAddress (700)"):

@@ -20,9 +20,10 @@ from PIL import Image
 from fastmoco.data.batch import Batch
 from fastmoco.data.loader import EvaluationLoader, Loader
 from fastmoco.data.manifest import DataError, Manifest, scan
-from fastmoco.data.pipeline import DecodeError, undecodable
+from fastmoco.data.pipeline import undecodable
 from fastmoco.data.plan import Plan
 from fastmoco.data.quarantine import Quarantine, Record
+from fastmoco.data.request import DecodeError
 from fastmoco.options import Options
 from fastmoco.process import crash_points
 from fastmoco.recipe import PRESETS, Recipe
@@ -80,7 +81,8 @@ def test_exactly_the_broken_ones_are_replaced_and_the_records_make_the_run_again
 
 
 def _crops_of(manifest: Manifest, plan: Plan, sample: int, epoch: int) -> torch.Tensor:
-    from fastmoco.data.pipeline import Pipeline, Request
+    from fastmoco.data.pipeline import Pipeline
+    from fastmoco.data.request import Request
 
     boxes = np.stack([plan.boxes(epoch, np.array([sample]), view) for view in (0, 1)])
     request = Request(["x"], [manifest.read(sample)], manifest.sizes[[sample]], boxes)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from fastmoco.cli import main
 from fastmoco.data import full_scan, pipeline
+from fastmoco.data import request as requests
 from fastmoco.data.full_scan import decoded_apart
 from fastmoco.data.loader import EvaluationLoader
 from fastmoco.data.manifest import Manifest, scan
@@ -36,10 +37,10 @@ def decoded(data: bytes, **fields: object) -> np.ndarray:
     recipe = Recipe(**fields)
     header = examine(Bytes.of(array(data)))
     assert not header.reason, header
-    request = pipeline.Request(
+    request = requests.Request(
         ["x"], [rewritten(array(data), Reading.of(recipe))], np.array([header[:2]]), np.empty((0, 1, 4), np.int32)
     )
-    feed = pipeline._Feed(pipeline._parts(iter([request])), pipeline._encoded)
+    feed = pipeline._Feed(requests.small_parts(iter([request])), pipeline._encoded)
     build = pipeline._dali(1, 1, None, 1, pipeline._decode_graph, feed)
     build.schedule_run()
     return np.array(build.share_outputs()[0][0]).astype(float)
@@ -70,19 +71,19 @@ def test_unnamed_pixel_types_are_left_out_at_the_scan_and_never_decoded(tmp_path
     assert reasons["int32.img"] == "pixels of type int32, which DALI cannot decode"
     assert reasons["no bits.img"] == "broken header"
     for name, data in REFUSED.items():  # the same at run time, where the file was another at the scan
-        assert pipeline.fault(array(data), (HEIGHT, WIDTH)) == reasons[f"{name}.img"]
+        assert requests.fault(array(data), (HEIGHT, WIDTH)) == reasons[f"{name}.img"]
 
 
 def test_where_dali_names_no_image_it_is_found_by_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the test before: without the guard DALI ends with an error that names nobody."""
     images = [array(odd.encoded(COLOURS, "PNG"))] * 5
     images[3] = array(REFUSED["float64 rgb"])
-    request = pipeline.Request(list("abcde"), images, np.full((5, 2), 48), np.empty((0, 5, 4), np.int32))
+    request = requests.Request(list("abcde"), images, np.full((5, 2), 48), np.empty((0, 5, 4), np.int32))
     feed = pipeline._Feed(iter(()), pipeline._encoded)
-    feed.pending.append(pipeline._Part(request, 0, 5))
+    feed.pending.append(requests.Part(request, 0, 5))
     unnamed = RuntimeError("Invalid sample_type: 16397")
     assert pipeline._faults(pytest.fail, feed, unnamed, None) == {3: "damaged: cannot be decoded"}
-    feed.pending[0] = pipeline._Part(request.rows(slice(0, 3)), 0, 3)
+    feed.pending[0] = requests.Part(request.rows(slice(0, 3)), 0, 3)
     with pytest.raises(RuntimeError, match="Invalid sample_type"):  # no image is to blame
         pipeline._faults(pytest.fail, feed, unnamed, None)
 
@@ -209,7 +210,7 @@ def test_damage_in_what_is_rewritten_is_named() -> None:
     at = cut.index(b"IDAT") + 30
     for data in (cut[:at] + bytes(40) + cut[at + 40 :], GOOD["jpeg 2000"][:-400]):
         broken = rewritten(array(data), Reading())
-        assert isinstance(broken, Damaged) and pipeline.fault(broken, (HEIGHT, WIDTH)) == str(broken)
+        assert isinstance(broken, Damaged) and requests.fault(broken, (HEIGHT, WIDTH)) == str(broken)
 
 
 def test_a_loader_shows_what_the_recipe_says(tmp_path: Path) -> None:

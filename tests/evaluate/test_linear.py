@@ -15,8 +15,8 @@ from sklearn.linear_model import LogisticRegression
 from fastmoco.cli import main
 from fastmoco.data import manifest
 from fastmoco.data.loader import Loading
-from fastmoco.data.pipeline import DecodeError
 from fastmoco.data.plan import Plan
+from fastmoco.data.request import DecodeError
 from fastmoco.encoder import build_encoder
 from fastmoco.evaluate import linear
 from fastmoco.evaluate.linear import (

@@ -1,0 +1,175 @@
+"""What a pipeline is asked for: batches of encoded images with the boxes to cut, and what is wrong with an image.
+
+A `Part` is what DALI gets in one call: a piece of one batch on a CPU, one or several batches on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fastmoco.data.decoded import PIXEL
+from fastmoco.data.errors import DataError
+from fastmoco.data.manifest import Manifest
+from fastmoco.data.probe import Bytes, examine
+from fastmoco.data.rewrite import Damaged, Reading, rewritten
+from fastmoco.recipe import MOST_PIXELS
+
+CPU_BATCH = 32  # images decoded at once on a CPU; bounds the memory that decoded images take
+UNREADABLE = "cannot be read"
+NO_SAMPLES, NO_BOXES = np.empty(0, np.int64), np.empty((0, 0, 4), np.int32)
+
+
+class DecodeError(DataError):
+    """Images that cannot be decoded: `positions` in the batch, `names` and `reasons` of each."""
+
+    def __init__(self, positions: list[int], names: list[str], reasons: list[str]) -> None:
+        more = f" (and {len(names) - 1} more in this batch)" if len(names) > 1 else ""
+        super().__init__(f"{names[0]}: {reasons[0]}{more}")
+        self.positions, self.names, self.reasons = positions, names, reasons
+
+    @classmethod
+    def of(cls, names: list[str], faults: dict[int, str], first: int = 0) -> DecodeError:
+        """The error for `faults`, reasons by position in `names`; these begin at position `first` of the batch."""
+        positions = list(faults)
+        return cls([first + i for i in positions], [names[i] for i in positions], list(faults.values()))
+
+
+class Request(NamedTuple):
+    """One batch of n images to be decoded and cut into V crops each."""
+
+    names: list[str]
+    """What to call each image in an error."""
+    encoded: list[np.ndarray | OSError | Damaged]
+    """Bytes of each image file, uint8, or why they cannot be used; or PIXEL for one that `Decoded` keeps."""
+    sizes: np.ndarray
+    """int32 [n, 2]: height and width that the boxes were made for."""
+    boxes: np.ndarray
+    """int32 [V, n, 4]: top, left, height and width of each box."""
+    step: int = 0
+    """Which batch this is, and `samples` int64 [n] which images they are: for the repair."""
+    samples: np.ndarray = NO_SAMPLES
+
+    def rows(self, rows: slice) -> Request:
+        """The same request for some of its images."""
+        names, encoded, sizes, boxes, step, samples = self
+        return Request(names[rows], encoded[rows], sizes[rows], boxes[:, rows], step, samples[rows])
+
+
+Repair = Callable[[Request, dict[int, str]], Request]
+"""Given a request and the reason why each position at fault cannot be decoded: the request with others in their place,
+whose headers `fault` finds nothing wrong with."""
+
+
+class Part(NamedTuple):
+    """What DALI gets at once: consecutive images of one request, or several requests."""
+
+    request: Request
+    first: int
+    total: int
+    several: tuple[Request, ...] = ()
+    """What `request` was made of, where DALI gets several at once."""
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        return self.several or (self.request,)
+
+
+def small_parts(requests: Iterable[Request]) -> Iterator[Part]:
+    """Each request in parts of at most CPU_BATCH images."""
+    for request in requests:
+        total = len(request.encoded)
+        for at in range(0, total, CPU_BATCH):
+            yield Part(request.rows(slice(at, at + CPU_BATCH)), at, total)
+
+
+def joined_parts(requests: Iterator[Request], count: int) -> Iterator[Part]:
+    """Parts of `count` whole requests; an error of `requests` comes after those before it."""
+    waiting: list[Request] = []
+    try:
+        for request in requests:
+            waiting.append(request)
+            if len(waiting) == count:
+                yield together(waiting)
+                waiting = []
+    except Exception:
+        if waiting:  # what comes before the error is handed out before it
+            yield together(waiting)
+        raise
+    if waiting:
+        yield together(waiting)
+
+
+def together(requests: Sequence[Request]) -> Part:
+    """The part that holds all of `requests`, in their order."""
+    first, total = requests[0], sum(len(request.encoded) for request in requests)
+    if len(requests) == 1:
+        return Part(first, 0, total)
+    names = [name for request in requests for name in request.names]
+    encoded = [data for request in requests for data in request.encoded]
+    sizes = np.concatenate([request.sizes for request in requests])
+    samples = np.concatenate([request.samples for request in requests])
+    boxes = np.concatenate([request.boxes for request in requests], 1)
+    return Part(Request(names, encoded, sizes, boxes, first.step, samples), 0, total, tuple(requests))
+
+
+def by_request(part: Part, faults: dict[int, str]) -> dict[int, dict[int, str]]:
+    """`faults`, whose positions are those in `part`, by request and by position in that request."""
+    ends = np.cumsum([len(request.encoded) for request in part.requests])
+    found: dict[int, dict[int, str]] = {}
+    for position, reason in faults.items():
+        number = int(np.searchsorted(ends, position, side="right"))
+        begin = 0 if number == 0 else int(ends[number - 1])
+        found.setdefault(number, {})[position - begin] = reason
+    return found
+
+
+def some_of(part: Part, positions: list[int]) -> Part:
+    """The images of `part` at `positions` alone."""
+    request = part.request
+    chosen = request._replace(
+        names=[request.names[i] for i in positions] if request.names else [],
+        encoded=[request.encoded[i] for i in positions],
+        sizes=request.sizes[positions],
+        boxes=request.boxes[:, positions] if request.boxes.size else request.boxes,
+        samples=request.samples[positions] if len(request.samples) else request.samples,
+    )
+    return Part(chosen, 0, len(positions))
+
+
+def checked_requests(requests: Iterable[Request], repair: Repair | None) -> Iterator[Request]:
+    """`requests` with nothing in them that `fault` complains of: repaired, or raises DecodeError without a `repair`."""
+    # DALI 2.4 may crash the process on what its operator gives up on while the rest of the batch is decoding. So the
+    # header's parser is asked first, 9 us an image.
+    for request in requests:
+        found = (fault(data, size) for data, size in zip(request.encoded, request.sizes.tolist(), strict=True))
+        faults = {i: reason for i, reason in enumerate(found) if reason}
+        if faults:
+            if repair is None:
+                raise DecodeError.of(request.names, faults)
+            request = repair(request, faults)
+        yield request
+
+
+def fault(data: np.ndarray | OSError | Damaged, size: Sequence[int]) -> str:
+    """Why an image of height and width `size` cannot be decoded from `data`, as far as its header tells; or ""."""
+    if data is PIXEL:
+        return ""
+    if isinstance(data, OSError):
+        return f"{UNREADABLE}: {data.strerror}"
+    if isinstance(data, Damaged):
+        return str(data)
+    height, width, reason = examine(Bytes.of(data), MOST_PIXELS)[:3]
+    if not reason and (height, width) != tuple(size):
+        return f"is {width} x {height} pixels, but was {size[1]} x {size[0]} when it was scanned"
+    return reason
+
+
+def read(manifest: Manifest, index: int, reading: Reading = Reading()) -> np.ndarray | OSError | Damaged:
+    """The encoded bytes of an image as DALI shall get them, or why there are none."""
+    try:
+        return rewritten(manifest.read(index), reading)
+    except OSError as error:
+        return error
