@@ -14,10 +14,11 @@ from fastmoco import atomic
 from fastmoco.bench import comparison, headlines, record_files, traffic
 from fastmoco.bench.clocks import Clocks
 from fastmoco.bench.journal import Journal
+from fastmoco.bench.options import Bench, BenchCompare, BenchReport
 from fastmoco.bench.record_files import Record, Row
 from fastmoco.bench.size import given, sized
 from fastmoco.contrast.update import PRECISIONS, resolve_precision
-from fastmoco.options import Bench, BenchCompare, BenchReport, UsageError
+from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS, Recipe
 

@@ -29,8 +29,9 @@ import torch
 from fastmoco.bench import gpu_plan, record_files, targets
 from fastmoco.bench.gpu_plan import GATE, ROOT, Part, Planned
 from fastmoco.bench.kernels import OURS, PROVIDED, Size
+from fastmoco.bench.options import BenchGpuCheck
 from fastmoco.bench.record_files import Record
-from fastmoco.options import BenchGpuCheck, UsageError
+from fastmoco.options import UsageError
 from fastmoco.recipe import PRESETS
 
 TO_REPORT = 5  # seconds of the time given that are kept for tables and archive

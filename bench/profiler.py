@@ -31,6 +31,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastmoco import plots
+from fastmoco.bench.options import Profile
 from fastmoco.bench.roofline import ACTIVATION_BYTES, backward_work, convolutions, forward_work
 from fastmoco.bench.size import sized
 from fastmoco.bench.timeline import STEP, Row, kernels, leaves, seconds_of_parts
@@ -45,7 +46,7 @@ from fastmoco.data.plan import Plan
 from fastmoco.encoder import build_encoder
 from fastmoco.kernels import photometric, sgd_ema
 from fastmoco.kernels.tensor_table import TensorTable
-from fastmoco.options import Profile, UsageError
+from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS, Recipe
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastmoco.options import Bench, Profile
+from fastmoco.bench.options import Bench, Profile
 from fastmoco.recipe import Recipe
 
 # Flags override them. Much smaller views would time layers of 2 x 2 pixels, whose weights outweigh their activations:

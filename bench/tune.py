@@ -15,9 +15,10 @@ import torch
 
 from fastmoco import atomic
 from fastmoco.bench.kernels import OURS, PROVIDED, Size, replayed
+from fastmoco.bench.options import BenchTune
 from fastmoco.bench.timing import interleave
 from fastmoco.kernels.tiles import TABLE, Tiles, tiles
-from fastmoco.options import BenchTune, UsageError
+from fastmoco.options import UsageError
 from fastmoco.recipe import PRESETS, Recipe
 
 MOVES, GAIN = 6, 0.02  # moves at most from a row; a move must gain 2 %

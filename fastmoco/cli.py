@@ -42,24 +42,26 @@ class Command(NamedTuple):
     """Whether the launcher starts one process per GPU for it."""
 
 
+BENCH = "fastmoco.bench"
+
+
 def _presets() -> dict[str, Command]:
     row = ("fastmoco.options:PretrainFlags", "fastmoco.train.loop:run", True)
     return {f"pretrain {name}": Command(text, *row) for name, (text, _) in PRESETS.items()}
 
 
 def _benchmarks() -> dict[str, Command]:
-    where = "fastmoco.bench"
     return {
-        "bench": Command("measure speed beside baselines and bounds", "fastmoco.options:Bench", f"{where}.command:run"),
+        "bench": Command("measure speed beside baselines and bounds", f"{BENCH}.options:Bench", f"{BENCH}.command:run"),
         "bench compare": Command(
-            "tell whether B is slower than A", "fastmoco.options:BenchCompare", f"{where}.command:compare"
+            "tell whether B is slower than A", f"{BENCH}.options:BenchCompare", f"{BENCH}.command:compare"
         ),
         "bench report": Command(
-            "write the pages of records", "fastmoco.options:BenchReport", f"{where}.command:write_pages"
+            "write the pages of records", f"{BENCH}.options:BenchReport", f"{BENCH}.command:write_pages"
         ),
-        "bench tune": Command("time tile sizes on this GPU", "fastmoco.options:BenchTune", f"{where}.tune:run"),
+        "bench tune": Command("time tile sizes on this GPU", f"{BENCH}.options:BenchTune", f"{BENCH}.tune:run"),
         "bench gpu-check": Command(
-            "tests and benchmarks that need a GPU", "fastmoco.options:BenchGpuCheck", f"{where}.gpu_check:run"
+            "tests and benchmarks that need a GPU", f"{BENCH}.options:BenchGpuCheck", f"{BENCH}.gpu_check:run"
         ),
     }
 
@@ -67,7 +69,9 @@ def _benchmarks() -> dict[str, Command]:
 def _profiles() -> dict[str, Command]:
     return {
         f"profile {name}": Command(
-            "show where the time goes", "fastmoco.options:Profile", f"fastmoco.bench.profiler:{name.replace('-', '_')}"
+            "show where the time goes",
+            f"{BENCH}.options:Profile",
+            f"{BENCH}.profiler:{name.replace('-', '_')}",
         )
         for name in PRESETS
     }

@@ -15,8 +15,9 @@ import torch
 from fastmoco.bench import gpu_check, record_files
 from fastmoco.bench.gpu_check import NO_GATE, NOT_INSTALLED, TO_REPORT, Outcome, carried_out, done, summary
 from fastmoco.bench.gpu_plan import GATE, Form, Part, Planned
+from fastmoco.bench.options import BenchGpuCheck
 from fastmoco.bench.record_files import Row
-from fastmoco.options import BenchGpuCheck, UsageError
+from fastmoco.options import UsageError
 
 H100 = "NVIDIA H100 80GB HBM3"
 # Starts a process of its own, says which, and outlives every limit.

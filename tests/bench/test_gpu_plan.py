@@ -9,8 +9,9 @@ import pytest
 
 from fastmoco.bench import gpu_plan
 from fastmoco.bench.gpu_plan import GATE, Form, Part, fit, parts, select, table
+from fastmoco.bench.options import Bench
 from fastmoco.cli import main, parse
-from fastmoco.options import Bench, UsageError
+from fastmoco.options import UsageError
 
 H100 = "2026-01-01-nvidia-h100-80gb-hbm3"
 SECONDS = (115, 295, 535, 895)  # of 2, 5, 9 and 15 minutes, less what the report takes

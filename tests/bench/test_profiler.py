@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from fastmoco.bench import profiler
+from fastmoco.bench.options import Profile
 from fastmoco.bench.timeline import Row, leaves
 from fastmoco.bench.timing import Machine
 from fastmoco.cli import main
 from fastmoco.contrast.parts import PARTS
 from fastmoco.contrast.step import Step
-from fastmoco.options import Profile, UsageError
+from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 

@@ -2,8 +2,8 @@
 
 import torch
 
+from fastmoco.bench.options import Bench, Profile
 from fastmoco.bench.size import sized
-from fastmoco.options import Bench, Profile
 from fastmoco.recipe import PRESETS
 
 CPU = torch.device("cpu")
