@@ -190,20 +190,23 @@ def round_the_keys(step: Step) -> None:
 
 @pytest.mark.slow
 def test_bf16_tracks_fp32_over_200_steps_and_a_rounded_average_does_not(make_batch: Callable) -> None:
-    """Means of 20 steps within 3 % throughout, of the last 60 within 2 %.
+    """The mean of the last 60 losses of bf16 differs from fp32's by less than 3 % on average over three seeds.
 
-    Control: with key masters rounded to bf16, (1 - m) = 0.001 of a change is lost, the keys stand still, and the last
-    60 losses are more than 3 % too high.
+    One seed alone cannot tell: rounding moves a run of 200 steps by up to 3 %, to either side. Control: with key
+    masters rounded to bf16, (1 - m) = 0.001 of a change is lost, the keys stand still, and the losses are higher than
+    bf16's for every seed and differ from fp32's by more than 3 % on average.
     """
-    recipe = tiny(queue_size=64)
-    exact, low, rounded = (
-        losses_of(Step(recipe, Parallel(), precision), 200, make_batch, after)
-        for precision, after in (("fp32", lambda step: None), ("bf16", lambda step: None), ("bf16", round_the_keys))
-    )
-    blocks, exact_blocks = low.view(10, 20).mean(1), exact.view(10, 20).mean(1)
-    assert ((blocks - exact_blocks).abs() / exact_blocks).max() < 0.03
-    assert abs(low[-60:].mean() / exact[-60:].mean() - 1) < 0.02
-    assert rounded[-60:].mean() / exact[-60:].mean() > 1.03
+    changes = []
+    for seed in range(3):
+        recipe = tiny(queue_size=64, seed=seed)
+        exact, low, rounded = (
+            losses_of(Step(recipe, Parallel(), precision), 200, make_batch, after)[-60:].mean()
+            for precision, after in (("fp32", lambda step: None), ("bf16", lambda step: None), ("bf16", round_the_keys))
+        )
+        assert rounded > low
+        changes.append((low / exact - 1, rounded / exact - 1))
+    low, rounded = torch.tensor(changes).mean(0)
+    assert abs(low) < 0.03 < rounded
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

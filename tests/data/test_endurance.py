@@ -23,6 +23,7 @@ from fastmoco.data import files, manifest
 from fastmoco.data.loader import Loader, Loading
 from fastmoco.data.manifest import Manifest, scan
 from fastmoco.data.plan import Plan
+from fastmoco.data.probe import Header
 from fastmoco.recipe import PRESETS
 
 RECIPE = dataclasses.replace(PRESETS["v2"][1], batch_size=32, bn_group=4, crop_size=16)
@@ -162,7 +163,7 @@ def test_benchmark_as_many_images_as_imagenet(
     """Building the manifest from a listing and cached headers, loading a run's copy, and planning the first batch."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(manifest, "find_files", lambda *_: listing(IMAGENET))
-    monkeypatch.setattr(manifest, "probe", lambda *_: (375, 500, ""))
+    monkeypatch.setattr(manifest, "probe", lambda *_: Header(375, 500))
     with growth() as grown:
         found = scan(tmp_path)  # headers and all, the cache still empty
     assert len(found) == IMAGENET and grown() < 1000 * MIB
