@@ -84,6 +84,15 @@ def session_of(process: Path) -> int:
         return 0
 
 
+@pytest.fixture(scope="module")
+def compiled(flags, images, tmp_path_factory) -> None:
+    """The loops of a CPU are compiled when they first run, some ten seconds that a signal has to wait for once."""
+    out = tmp_path_factory.mktemp("compiled") / "run"
+    command = ["pretrain", "demo", f"--data={images}", f"--out={out}", *flags, "--device=cpu", "--stop-after=1"]
+    subprocess.run([sys.executable, "-m", "fastmoco", *command], check=True, capture_output=True)
+
+
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(
     "situation", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SITUATIONS]
 )
@@ -159,12 +168,15 @@ def test_a_second_signal_ends_the_process_and_an_echo_does_not(pause, code, in_f
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_each_signal_is_a_request_and_the_handlers_are_put_back(number):
-    before = signal.getsignal(number)
-    with stop_on_signal() as asked:
-        assert not asked
-        signal.raise_signal(number)
-        assert asked and asked.signal == number
-    assert signal.getsignal(number) is before
+    started_under = signal.signal(number, signal.SIG_DFL)  # nohup and a shell's background ignore some
+    try:
+        with stop_on_signal() as asked:
+            assert not asked
+            signal.raise_signal(number)
+            assert asked and asked.signal == number
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, started_under)
 
 
 def vote(parallel: Parallel, every: int, wished_at: int, calls: int) -> tuple[list[int], int]:
