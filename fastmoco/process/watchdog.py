@@ -61,13 +61,15 @@ class Watchdog:
 
     def _watch(self) -> None:
         pause = min(1.0, self._seconds / 10)
-        while not self._over.wait(pause):
-            patience, silent = self._limit(), time.monotonic() - max(self._last, self._since())
-            if silent > patience:
-                self._end(silent)
-                return
-            self._arm(patience)
-        faulthandler.cancel_dump_traceback_later()
+        try:
+            while not self._over.wait(pause):
+                patience, silent = self._limit(), time.monotonic() - max(self._last, self._since())
+                if silent > patience:
+                    self._end(silent)
+                    return
+                self._arm(patience)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     def _arm(self, patience: float) -> None:
         faulthandler.dump_traceback_later(patience + HELD_SECONDS, exit=True, file=2)

@@ -91,3 +91,13 @@ def test_no_watchdog():
     with Watchdog(0, StopRequest()) as dog:
         dog.beat()
         assert not dog._thread.is_alive()
+
+
+def test_an_end_that_is_caught_leaves_no_timer_that_ends_the_process_later(monkeypatch):
+    armed, ended = [], []
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *_, **__: armed.append(True))
+    monkeypatch.setattr(watchdog.faulthandler, "cancel_dump_traceback_later", armed.clear)
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda *_, **__: None)
+    with Watchdog(0.05, StopRequest(), ended.append):
+        time.sleep(1)
+    assert ended == [watchdog.STUCK] and not armed
