@@ -56,7 +56,8 @@ def test_3000_batches_grow_nothing(tmp_path: Path, write_set: Callable[[Path, in
                 seen.append((resident(), descriptors(tmp_path), threading.active_count()))
     memory, opened, threads = (np.array(column) for column in zip(*seen, strict=True))
     print(f"memory {memory[4] / MIB:.1f} to {memory[-1] / MIB:.1f} MiB")
-    assert len(seen) == 30 and len(set(opened[4:])) == 1 and len(set(threads[4:])) == 1
+    # One more may be open at the moment of looking, so the fewest of many looks are compared.
+    assert len(seen) == 30 and opened[-10:].min() <= opened[4:14].min() and len(set(threads[4:])) == 1
     assert memory[5:].max() <= 1.02 * memory[4]
 
 
