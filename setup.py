@@ -46,6 +46,7 @@ setup(
         "lint": ["ruff>=0.15", "mypy>=1.18", "pre-commit>=4"],
         "tensorboard": ["tensorboard>=2.15"],
         "export": ["timm>=1.0"],
+        "search": ["faiss-cpu>=1.8", "umap-learn>=0.5"],
         "gpu": ["nvidia-ml-py>=12"],
     },
     entry_points={"console_scripts": ["fastmoco = fastmoco.__main__:start"]},

@@ -86,6 +86,16 @@ COMMANDS: dict[str, Command] = {
         "train a classifier on the frozen backbone", "fastmoco.options:EvaluateLinear", "fastmoco.evaluate.linear:run"
     ),
     "embed": Command("write the features of images", "fastmoco.options:Embed", "fastmoco.evaluate.embed:run"),
+    "search": Command(
+        "find the images that look most like given ones",
+        "fastmoco.evaluate.options:Search",
+        "fastmoco.evaluate.search:run",
+    ),
+    "duplicates": Command(
+        "find images that are nearly the same",
+        "fastmoco.evaluate.options:Duplicates",
+        "fastmoco.evaluate.duplicates:run",
+    ),
     "report": Command("write one HTML page about a run", "fastmoco.options:Report", "fastmoco.report:run"),
     "export": Command(
         "write the weights as other projects read them", "fastmoco.options:Export", "fastmoco.interop.export:command"

@@ -249,6 +249,8 @@ class Report:
     """File to write; left out, RUN/report.html."""
     views: bool = True
     """Show the first batch's augmented views, where the images are still there."""
+    map: bool = False
+    """First draw a map of the features of up to 2,000 images: RUN/map.png."""
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,15 @@ from fastmoco.runs.lines import KNN, LOG, read_lines
 from fastmoco.train.expectation import chance_formula, chance_level
 
 PAIRS, TILE = 8, 150
+MAPPED = 2000  # images of a map
 PICTURES = {
     "linear.png": "Linear probe",
     "linear-fast.png": "Linear probe, fast",
     "finetune.png": "Fine-tuned",
     "knn.png": "kNN",
+    "map.png": "Images whose features are alike stand together",
+    "duplicates.png": "Images that are nearly the same, a group a row",
+    "search.png": "Images that were looked for, and their nearest neighbours with their similarity",
     "neighbours.png": "Validation images (grey) and the training images nearest to them: green is of the same class",
 }
 SAME = ("commit", "command", "device", "ranks", "precision", "images", "steps")
@@ -35,9 +39,26 @@ SAME = ("commit", "command", "device", "ranks", "precision", "images", "steps")
 def run(options: Report) -> None:
     """Write the page and say where; raises UsageError if RUN is no run."""
     out = options.out or options.run / "report.html"
+    if options.map:
+        _draw_map(options.run)
     text = render(options.run, views=options.views)
     atomic.write_text(out, text)
     print(f"{out}: {len(text) / 1e6:.1f} MB, opens in any browser and needs no network")
+
+
+def _draw_map(folder: Path) -> None:
+    import numpy as np
+
+    from fastmoco.evaluate.feature_map import draw_map
+    from fastmoco.evaluate.index import Source, index, scan_of
+    from fastmoco.evaluate.labels import subset
+
+    parallel = runs.one_rank("auto")
+    encoder, recipe, _ = runs.load_encoder(folder, parallel)
+    images = scan_of(folder, None, recipe.max_pixels)
+    some = np.unique(np.linspace(0, len(images) - 1, min(MAPPED, len(images))).astype(np.int64))
+    found = index(Source(encoder, recipe, parallel, "backbone"), subset(images, some))
+    print(f"{folder / 'map.png'}: {len(found.images)} images by {draw_map(folder / 'map.png', *found)}")
 
 
 def render(folder: Path, views: bool = True) -> str:
@@ -135,9 +156,13 @@ def _evaluation(folder: Path) -> str:
         for name, caption in PICTURES.items()
         if (folder / name).is_file()
     ]
-    if not rows:
+    if not rows and not shown:
         return ""
-    return section("Evaluation", table(rows, head), f'<div class="wide" style="margin-top:12px">{"".join(shown)}</div>')
+    return section(
+        "Evaluation",
+        table(rows, head) if rows else "",
+        f'<div class="wide" style="margin-top:12px">{"".join(shown)}</div>',
+    )
 
 
 def _protocol(figures: dict[str, Any]) -> str:

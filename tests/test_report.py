@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -125,6 +126,13 @@ def test_evaluations_appear_with_their_circumstances(trained, tmp_path):
     text = report.render(tmp_path / "run", views=False)
     assert "87.50%" in text and "100 epochs, batch 24, lr 30 for 256, backbone bit-equal" in text
     assert 'alt="Linear probe"' in text
+
+
+def test_the_map_is_drawn_where_it_is_asked_for(trained, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / "run", symlinks=True)
+    assert "map.png" not in os.listdir(run) and main(["report", str(run), "--map", "--no-views"]) == 0
+    assert "stand together" in (run / "report.html").read_text()
+    assert re.search(r"map.png: \d+ images by (PCA|UMAP)", capsys.readouterr().out)
 
 
 def test_the_command(trained, tmp_path, capsys):

@@ -20,6 +20,7 @@ from fastmoco.data.manifest import Manifest
 from fastmoco.encoder import Encoder
 from fastmoco.evaluate.features import extract
 from fastmoco.evaluate.labels import both_sides
+from fastmoco.evaluate.neighbours import nearest
 from fastmoco.evaluate.pictures import draw_confusion, draw_neighbours
 from fastmoco.evaluate.scores import score
 from fastmoco.options import EvaluateKnn
@@ -27,7 +28,6 @@ from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 from fastmoco.runs.run_folder import figures_name, load_encoder
 
-BANK_ROWS = 1 << 15  # rows of the bank that are compared at a time: 256 MiB of 2048 features in fp32
 CHUNK_ELEMENTS = 1 << 25  # similarities held at a time: 128 MiB in fp32
 SHOWN = 8  # images, and neighbours of each, in the contact sheet
 
@@ -62,27 +62,11 @@ def knn_accuracy(
 
 def knn_votes(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int, temperature: float, classes: int) -> Tensor:
     """Votes [m, classes] of the `k` nearest rows of `bank` for each query, float64, the largest weight being 1."""
-    similarity, nearest = _nearest(bank, queries, k)
+    similarity, rows = nearest(bank, queries, k)
     # The common factor exp(-best / T) changes no ranking and keeps a small T from overflowing.
     weight = ((similarity - similarity[:, :1]).double() / temperature).exp()
     votes = weight.new_zeros(len(queries), classes)
-    return votes.scatter_add_(1, bank_labels[nearest], weight)
-
-
-def _nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    # Not in the 16 bits that a bank may be kept in, and so of a part of it at a time: that takes more room.
-    wide = torch.float32 if bank.dtype == torch.float16 else bank.dtype
-    similarity = queries.new_empty(len(queries), 0, dtype=wide)
-    nearest = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    for first in range(0, len(bank), BANK_ROWS):
-        part = queries.to(wide) @ bank[first : first + BANK_ROWS].to(wide).T
-        best, rows = part.topk(min(k, part.shape[1]), dim=1)
-        if nearest.shape[1]:
-            best, rows = torch.cat([similarity, best], 1), torch.cat([nearest, rows + first], 1)
-            best, chosen = best.topk(min(k, best.shape[1]), dim=1)
-            rows = rows.gather(1, chosen)
-        similarity, nearest = best, rows
-    return similarity, nearest
+    return votes.scatter_add_(1, bank_labels[rows], weight)
 
 
 def kept_as(device: torch.device) -> torch.dtype:
@@ -149,7 +133,7 @@ def _write(run: Path, step: int, recipe: Recipe, train: Side, val: Side, untrain
     atomic.write_json(run / f"{knn}.json", {**facts, **scores.as_dict(images.classes)})
     draw_confusion(run / f"{knn}.png", scores.confusion, images.classes)
     rows = np.linspace(0, len(shown) - 1, min(SHOWN, len(shown))).astype(np.int64)
-    near = (queries[torch.from_numpy(rows).to(queries.device)] @ bank.T).topk(min(SHOWN, len(bank)), dim=1).indices
+    near = nearest(bank, queries[torch.from_numpy(rows).to(queries.device)], SHOWN).rows
     draw_neighbours(run / f"{neighbours}.png", shown, images, rows, near.cpu().numpy())
     print(
         f"kNN top-1 {scores.top1:.2f}%, top-5 {scores.top5:.2f}% (k {facts['k']}, T {facts['temperature']}, "

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from fastmoco import atomic, plots
@@ -20,7 +20,7 @@ from fastmoco.plots import BLUE, ORANGE, Level, Series
 
 RIGHT, WRONG, QUERY = (58, 138, 95), (196, 70, 60), (120, 126, 136)
 NAMED_CLASSES = 30  # beyond, a name beside each row is unreadable
-TILE, FRAME, GAP = 96, 4, 6
+TILE, FRAME, GAP, TEXT = 96, 4, 6, 14
 
 
 def draw_probe(path: Path, curve: Sequence[Mapping[str, float]], confusion: Tensor, classes: Sequence[str]) -> None:
@@ -39,31 +39,54 @@ def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str]) -> Non
     plots.save(figure, path)
 
 
+class Tile(NamedTuple):
+    """One image of a contact sheet."""
+
+    images: Manifest
+    at: int
+    text: str = ""
+    """What stands below it."""
+    frame: tuple[int, int, int] = QUERY
+
+
 def draw_neighbours(path: Path, val: Manifest, bank: Manifest, queries: np.ndarray, nearest: np.ndarray) -> None:
     """Each query image (int64 [m]) with its neighbours (int64 [m, k]): a framed contact sheet, green of its class."""
     assert bank.labels is not None and val.labels is not None
-    rows, columns = len(queries), nearest.shape[1] + 1
-    step = TILE + 2 * FRAME + GAP
-    sheet = Image.new("RGB", (columns * step + 2 * GAP, rows * step + GAP), "white")
-    for row, query in enumerate(queries.tolist()):
-        sheet.paste(_tile(val, query, QUERY), (GAP, row * step + GAP))
-        for column, index in enumerate(nearest[row].tolist(), start=1):
-            colour = RIGHT if bank.labels[index] == val.labels[query] else WRONG
-            sheet.paste(_tile(bank, index, colour), (column * step + 2 * GAP, row * step + GAP))
+    rows = []
+    for query, row in zip(queries.tolist(), nearest.tolist(), strict=True):
+        same = [bank.labels[index] == val.labels[query] for index in row]
+        near = [Tile(bank, index, frame=RIGHT if right else WRONG) for index, right in zip(row, same, strict=True)]
+        rows.append([Tile(val, query), *near])
+    draw_sheet(path, rows, Reading(), gap=2 * GAP)
+
+
+def draw_sheet(path: Path, rows: Sequence[Sequence[Tile]], reading: Reading, gap: int = GAP) -> None:
+    """Rows of framed images, each row's first one apart by `gap` pixels; rows may be of different lengths."""
+    text = TEXT if any(tile.text for row in rows for tile in row) else 0
+    across, down = TILE + 2 * FRAME + GAP, TILE + 2 * FRAME + GAP + text
+    size = max(map(len, rows)) * across + gap + GAP, len(rows) * down + GAP
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, tiles in enumerate(rows):
+        for column, tile in enumerate(tiles):
+            place = column * across + (gap if column else GAP), row * down + GAP
+            sheet.paste(ImageOps.expand(thumbnail(tile.images, tile.at, TILE, reading), FRAME, tile.frame), place)
+            if tile.text:
+                draw.text((place[0] + FRAME, place[1] + TILE + 2 * FRAME), tile.text, fill=QUERY)
     with atomic.replacing(path) as draft:
-        sheet.save(draft)
+        sheet.save(draft, "PNG")
 
 
-def _tile(images: Manifest, index: int, frame: tuple[int, int, int]) -> Image.Image:
-    top, left, height, width = centre_boxes(images.sizes[index : index + 1], TILE)[0].tolist()
-    data = rewritten(images.read(index), Reading())
+def thumbnail(images: Manifest, index: int, side: int, reading: Reading) -> Image.Image:
+    """The centre of an image that evaluation looks at, as `side` x `side` pixels; grey where it cannot be shown."""
+    top, left, height, width = centre_boxes(images.sizes[index : index + 1], side)[0].tolist()
+    data = rewritten(images.read(index), reading)
     try:
         with Image.open(io.BytesIO(data.tobytes())) as image:  # type: ignore[union-attr]
             box = (left, top, left + width, top + height)
-            tile = image.convert("RGB").resize((TILE, TILE), box=box, reducing_gap=2)
+            return image.convert("RGB").resize((side, side), box=box, reducing_gap=2)
     except (AttributeError, OSError, SyntaxError, ValueError):  # damaged, or of a kind that Pillow does not read
-        tile = Image.new("RGB", (TILE, TILE), QUERY)
-    return ImageOps.expand(tile, FRAME, frame)
+        return Image.new("RGB", (side, side), QUERY)
 
 
 def _draw_curve(axes: Any, curve: Sequence[Mapping[str, float]], classes: int) -> None:

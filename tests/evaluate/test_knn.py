@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 
-from fastmoco.evaluate import knn
+from fastmoco.evaluate import knn, neighbours
 from fastmoco.evaluate.knn import kept_as, knn_accuracy, knn_votes
 
 CLASSES = 7
@@ -89,7 +89,7 @@ def test_small_temperature_does_not_overflow():
 def test_a_bank_of_16_bits_and_in_parts_finds_the_same_neighbours(monkeypatch):
     (bank, labels), (queries, _) = points(400, 1, 2.0), points(100, 2, 2.0)
     whole = knn_votes(bank, labels, queries, 20, 0.1, CLASSES)
-    monkeypatch.setattr(knn, "BANK_ROWS", 37)
+    monkeypatch.setattr(neighbours, "BANK_ROWS", 37)
     torch.testing.assert_close(knn_votes(bank, labels, queries, 20, 0.1, CLASSES), whole)
     half = knn_votes(bank.half(), labels, queries.half(), 20, 0.1, CLASSES)
     exact = knn_votes(bank.half().float(), labels, queries.half().float(), 20, 0.1, CLASSES)
