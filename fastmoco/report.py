@@ -168,6 +168,8 @@ def _evaluation(folder: Path) -> str:
 def _protocol(figures: dict[str, Any]) -> str:
     used = figures.get("protocol", {})
     parts = [f"{used['epochs']} epochs, batch {used['batch_size']}, lr {used['lr']:g} for 256" if used else ""]
+    if rate := figures.get("rate"):
+        parts.append(f"the rate chosen on {rate['held_out']} training images held out")
     return ", ".join(filter(None, [*parts, f"backbone {figures['backbone']}" if "backbone" in figures else ""]))
 
 

@@ -100,7 +100,7 @@ def main(settings: dict) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is the parent's to report
     share = _Share(*settings["share"])
-    images = Manifest.load(settings["images"], settings["root"]).part(share.first, share.last)
+    images = Manifest.load(settings["images"], settings["root"]).take(range(share.first, share.last))
     background, value_range = settings["reading"]
     reading = Reading(background, tuple(value_range) if isinstance(value_range, list) else value_range)
     for checked in undecodable(images, settings["threads"], reading, 1 if share.alone else None):

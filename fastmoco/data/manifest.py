@@ -165,11 +165,12 @@ class Manifest:
             loaded.printed, loaded.root_before = (data["printed"], data["prints"]), kept.unpacked(data["root"])[0]
         return loaded
 
-    def part(self, first: int, last: int) -> Manifest:
-        """The images from index `first` to before `last`."""
-        labels, places = (None if column is None else column[first:last] for column in (self.labels, self.places))
-        rows = {"paths": self.paths[first:last], "sizes": self.sizes[first:last]}
-        return replace(self, **rows, labels=labels, places=places, spans=None)
+    def take(self, indices: Iterable[int]) -> Manifest:
+        """The images with these indices, which ascend."""
+        rows = np.array(list(indices), np.int64)
+        labels, places = (None if column is None else column[rows] for column in (self.labels, self.places))
+        paths = [self.paths[row] for row in rows.tolist()]
+        return replace(self, paths=paths, sizes=self.sizes[rows], labels=labels, places=places, spans=None)
 
     def _archive(self, number: int) -> str:
         return os.path.join(self.root, self.archives[number])

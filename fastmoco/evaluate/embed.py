@@ -30,7 +30,7 @@ def run(options: Embed) -> None:
     require_new(options.out)
     save = _save_npz if options.out.suffix == ".npz" else _parquet_writer()
     parallel = one_rank(options.device)
-    encoder, recipe, step = load_encoder(options.run, parallel)
+    encoder, recipe, step = load_encoder(options.run, parallel, options.untrained)
     images = manifest.scan(options.data, max_pixels=recipe.max_pixels)
     if manifest.split(options.data)[0] != str(options.data):
         images = dataclasses.replace(images, labels=None, classes=[])  # train and val are no classes

@@ -26,7 +26,7 @@ from fastmoco.evaluate.scores import score
 from fastmoco.options import EvaluateKnn
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
-from fastmoco.runs.run_folder import figures_name, load_encoder
+from fastmoco.runs.run_folder import figures_name, keep_earlier, load_encoder
 
 CHUNK_ELEMENTS = 1 << 25  # similarities held at a time: 128 MiB in fp32
 SHOWN = 8  # images, and neighbours of each, in the contact sheet
@@ -130,7 +130,9 @@ def _write(run: Path, step: int, recipe: Recipe, train: Side, val: Side, untrain
         "data": images.root,
         "val": shown.root,
     }
-    atomic.write_json(run / f"{knn}.json", {**facts, **scores.as_dict(images.classes)})
+    figures = {**facts, **scores.as_dict(images.classes)}
+    keep_earlier(run, figures, knn, neighbours)
+    atomic.write_json(run / f"{knn}.json", figures)
     draw_confusion(run / f"{knn}.png", scores.confusion, images.classes)
     rows = np.linspace(0, len(shown) - 1, min(SHOWN, len(shown))).astype(np.int64)
     near = nearest(bank, queries[torch.from_numpy(rows).to(queries.device)], SHOWN).rows

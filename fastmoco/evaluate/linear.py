@@ -8,20 +8,23 @@ takes the centre crop. Afterwards every weight and statistic of the backbone mus
 `--fast` trains the same classifier in the same order on features that are computed once, of centre crops, and kept on
 the device in fp32: minutes instead of hours. `--finetune` trains the backbone too.
 
-The last incomplete batch of an epoch is left out (published: trained on).
+Unless `--lr` says which, the learning rate is chosen on training images that are held out (`rate.py`). The classifier
+is then trained on all of them. The last incomplete batch of an epoch is left out (published: trained on).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -34,124 +37,19 @@ from fastmoco.data.manifest import Manifest
 from fastmoco.data.plan import Plan
 from fastmoco.data.quarantine import Quarantine
 from fastmoco.encoder import BatchNormAct, Encoder
+from fastmoco.evaluate.classifier import Batches, Probe, Protocol, fit, fit_cached, new_classifier
 from fastmoco.evaluate.features import extract
 from fastmoco.evaluate.labels import both_sides
 from fastmoco.evaluate.pictures import draw_probe
+from fastmoco.evaluate.rate import Choice, choose, held_out_split
 from fastmoco.evaluate.scores import Scores, score
 from fastmoco.kernels.photometric import photometric
 from fastmoco.options import EvaluateLinear
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Augmentation, Recipe
-from fastmoco.runs.run_folder import figures_name, load_encoder, one_rank
-
-REFERENCE_BATCH = 256
-DROPS = (0.6, 0.8)  # shares of the epochs after which the rate is divided by ten: 60 and 80 of 100
-CLASSIFIER_STD = 0.01
-
-Batches = Iterator[tuple[Tensor, Tensor]]
-
-
-class Protocol(NamedTuple):
-    """How the classifier is trained; the defaults are the published linear probe's."""
-
-    lr: float = 30.0
-    """For batches of 256."""
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    epochs: int = 100
-    batch_size: int = 256
-    seed: int = 0
-
-    def rate(self, epoch: int) -> float:
-        """Learning rate in `epoch`, counted from 0."""
-        drops = sum(epoch >= round(share * self.epochs) for share in DROPS)
-        return self.lr * self.batch_size / REFERENCE_BATCH * 0.1**drops
-
+from fastmoco.runs.run_folder import figures_name, keep_earlier, load_encoder, one_rank
 
 FINETUNE = Protocol(lr=0.03, weight_decay=1e-4)
-
-
-class Probe(NamedTuple):
-    """A trained classifier and how it came about."""
-
-    classifier: nn.Linear
-    curve: list[dict[str, float]]
-    """For each epoch: epoch, lr, loss of training, top1 and top5 of validation."""
-    scores: Scores
-    """Of the last epoch."""
-
-
-def new_classifier(features: int, classes: int, seed: int, device: torch.device) -> nn.Linear:
-    """Weights from N(0, 0.01), bias 0: a pure function of the seed."""
-    classifier = nn.Linear(features, classes)
-    generator = torch.Generator().manual_seed(seed)
-    nn.init.normal_(classifier.weight, std=CLASSIFIER_STD, generator=generator)
-    nn.init.zeros_(classifier.bias)
-    return classifier.to(device)
-
-
-def fit(
-    batches: Batches,
-    classifier: nn.Linear,
-    parameters: list[nn.Parameter],
-    protocol: Protocol,
-    steps_per_epoch: int,
-    validate: Callable[[], Scores],
-    report: Callable[[dict[str, float]], Any] = lambda line: None,
-) -> Probe:
-    """Train `classifier`, and whatever else is among `parameters`, on (features [N, F], labels [N])."""
-    optimizer = torch.optim.SGD(
-        parameters, protocol.rate(0), momentum=protocol.momentum, weight_decay=protocol.weight_decay
-    )
-    curve: list[dict[str, float]] = []
-    scores = validate()
-    total = torch.zeros((), device=classifier.weight.device)
-    for step, (features, labels) in enumerate(batches):
-        epoch = step // steps_per_epoch
-        optimizer.param_groups[0]["lr"] = protocol.rate(epoch)
-        loss = F.cross_entropy(classifier(features), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        total += loss.detach()
-        if (step + 1) % steps_per_epoch == 0:
-            scores = validate()
-            line = {
-                "epoch": epoch + 1,
-                "lr": protocol.rate(epoch),
-                "loss": total.item() / steps_per_epoch,
-                "top1": scores.top1,
-                "top5": scores.top5,
-            }
-            curve.append(line)
-            report(line)
-            total.zero_()
-    return Probe(classifier, curve, scores)
-
-
-def fit_cached(
-    train: tuple[Tensor, Tensor],
-    val: tuple[Tensor, Tensor],
-    classes: int,
-    plan: Plan,
-    protocol: Protocol,
-    report: Callable[[dict[str, float]], Any] = lambda line: None,
-) -> Probe:
-    """Train a classifier on (features [n, F], labels [n]) in the plan's order; the features stay as they are."""
-    features, labels = train
-    classifier = new_classifier(features.shape[1], classes, protocol.seed, features.device)
-
-    def batches() -> Batches:
-        for step in range(protocol.epochs * plan.steps_per_epoch):
-            rows = torch.from_numpy(plan.samples(step)).to(features.device)
-            yield features[rows], labels[rows]
-
-    def validate() -> Scores:
-        with torch.no_grad():
-            return score(classifier(val[0]), val[1])
-
-    parameters = list(classifier.parameters())
-    return fit(batches(), classifier, parameters, protocol, plan.steps_per_epoch, validate, report)
 
 
 def training_recipe(recipe: Recipe, protocol: Protocol) -> Recipe:
@@ -216,11 +114,36 @@ class Evaluation:
         """Features [n, F] of the centre crops, of any length, and labels [n]."""
         return extract(self.encoder, images, self.recipe, self.parallel, loading=self.loading, normalise=False)
 
+    @functools.cached_property
+    def train_features(self) -> tuple[Tensor, Tensor]:
+        """Those of all training images."""
+        return self.features(self.train)
+
+    def choose_rate(self, fast: bool) -> Choice:
+        """Take the rate that does best on held-out training images, and return which and why.
+
+        `fast` says that the features of all training images are needed anyway.
+        """
+        assert self.train.labels is not None
+        fitted, held = held_out_split(self.train.labels)
+        choice = Choice(self.protocol.lr)
+        if len(held):
+            parts = self._rows(fitted, fast), self._rows(held, fast)
+            choice = choose(*parts, self.classes, self.recipe, self.protocol)
+        self.protocol = self.protocol._replace(lr=choice.lr)
+        return choice
+
+    def _rows(self, rows: np.ndarray, fast: bool) -> tuple[Tensor, Tensor]:
+        if not fast:
+            return self.features(self.train.take(rows))
+        features, labels = self.train_features
+        chosen = torch.from_numpy(rows).to(features.device)
+        return features[chosen], labels[chosen]
+
     def fast(self, report: Callable) -> Probe:
         """The probe on features of centre crops, computed once."""
-        return fit_cached(
-            self.features(self.train), self.features(self.val), self.classes, self.plan, self.protocol, report
-        )
+        val = self.features(self.val)
+        return fit_cached(self.train_features, val, self.classes, self.plan, self.protocol, report)
 
     def exact(self, report: Callable) -> Probe:
         """The probe as published. Raises AssertionError if the backbone did not stay bit-equal."""
@@ -287,21 +210,25 @@ def run(options: EvaluateLinear) -> None:
     parallel = one_rank(options.device)
     encoder, recipe, step = load_encoder(options.run, parallel, options.untrained)
     train, val = both_sides(options.run, options.data, options.val, options.labels, recipe.max_pixels)
-    protocol = _protocol(options)
-    evaluation = Evaluation(encoder, recipe, train, val, protocol, parallel, options.threads or None)
+    evaluation = Evaluation(encoder, recipe, train, val, _protocol(options), parallel, options.threads or None)
+    name = figures_name(_name(options), options.untrained)
     print(
         f"{len(train)} images train, {len(val)} validate, {len(train.classes)} classes; encoder of {options.run} "
-        f"after step {step}; lr {evaluation.protocol.rate(0):g}, batch {evaluation.protocol.batch_size}, "
-        f"{protocol.epochs} epochs"
+        f"after step {step}"
     )
-    name, train_probe = _mode(evaluation, options)
-    name = figures_name(name, options.untrained)
     began = time.perf_counter()
+    choice = evaluation.choose_rate(options.fast) if options.lr == "auto" and not options.finetune else None
+    protocol = evaluation.protocol
+    print(choice or f"lr {protocol.lr:g} for batches of 256")
+    print(
+        f"{protocol.epochs} epochs of batches of {protocol.batch_size}, at a rate of {protocol.rate(0):g}", flush=True
+    )
     with tqdm(total=protocol.epochs, unit="epoch", disable=None) as bar:
-        probe = train_probe(lambda line: _tell(bar, line, protocol.epochs))
+        probe = getattr(evaluation, _mode(options))(lambda line: _tell(bar, line, protocol.epochs))
     facts = {
         "step": step,
-        "protocol": evaluation.protocol._asdict(),
+        "protocol": protocol._asdict(),
+        "rate": choice.as_dict() if choice else None,
         "classes": len(train.classes),
         "train": len(train),
         "queries": len(val),
@@ -310,9 +237,10 @@ def run(options: EvaluateLinear) -> None:
         "seconds": time.perf_counter() - began,
         "backbone": "trained" if options.finetune else "bit-equal after the probe",
     }
-    if (options.run / f"{name}.json").exists():
-        print(f"note: the figures of an earlier probe in {options.run / name}.json are replaced")
-    _write(options.run, name, probe, facts, train.classes, encoder if options.finetune else None)
+    best = max(line["top1"] for line in probe.curve)
+    figures = {**facts, "best_top1": best, **probe.scores.as_dict(train.classes), "curve": probe.curve}
+    keep_earlier(options.run, figures, name)
+    _write(options.run, name, probe, figures, train.classes, encoder if options.finetune else None)
     pair = [figures_name(each, options.untrained) for each in ("linear", "linear-fast")]
     agreement = _agreement(options.run, evaluation, step, pair) if not options.finetune else None
     agrees = f"; fast and exact agree on {agreement:.1f}% of the validation images" if agreement is not None else ""
@@ -320,7 +248,7 @@ def run(options: EvaluateLinear) -> None:
         f"{name}: top-1 {probe.scores.top1:.2f}%, top-5 {probe.scores.top5:.2f}%{agrees} (see {options.run}/{name}."
         f"json and .png)"
     )
-    if hint := rate_hint(probe, evaluation.protocol, len(train.classes)):
+    if hint := rate_hint(probe, protocol, len(train.classes)):
         print(hint)
 
 
@@ -338,13 +266,15 @@ def rate_hint(probe: Probe, protocol: Protocol, classes: int) -> str:
 def _protocol(options: EvaluateLinear) -> Protocol:
     base = FINETUNE if options.finetune else Protocol()
     chosen = base._replace(epochs=options.epochs, batch_size=options.batch_size, seed=options.seed)
-    return chosen if options.lr is None else chosen._replace(lr=options.lr)
+    return chosen if options.lr == "auto" else chosen._replace(lr=options.lr)
 
 
-def _mode(evaluation: Evaluation, options: EvaluateLinear) -> tuple[str, Callable]:
-    if options.finetune:
-        return "finetune", evaluation.finetune
-    return ("linear-fast", evaluation.fast) if options.fast else ("linear", evaluation.exact)
+def _mode(options: EvaluateLinear) -> str:
+    return "finetune" if options.finetune else "fast" if options.fast else "exact"
+
+
+def _name(options: EvaluateLinear) -> str:
+    return {"exact": "linear", "fast": "linear-fast", "finetune": "finetune"}[_mode(options)]
 
 
 def _tell(bar: tqdm, line: dict[str, float], epochs: int) -> None:
@@ -355,18 +285,16 @@ def _tell(bar: tqdm, line: dict[str, float], epochs: int) -> None:
 
 
 def _write(
-    folder: Path, name: str, probe: Probe, facts: dict[str, Any], classes: list[str], encoder: Encoder | None
+    folder: Path, name: str, probe: Probe, figures: dict[str, Any], classes: list[str], encoder: Encoder | None
 ) -> None:
-    best = max(line["top1"] for line in probe.curve)
-    data = {**facts, "best_top1": best, **probe.scores.as_dict(classes), "curve": probe.curve}
-    atomic.write_json(folder / f"{name}.json", data)
+    atomic.write_json(folder / f"{name}.json", figures)
     draw_probe(folder / f"{name}.png", probe.curve, probe.scores.confusion, classes)
     weights = {f"fc.{key}": value.detach().cpu() for key, value in probe.classifier.named_parameters()}
     if encoder is not None:
         backbone = {key: value.cpu().contiguous() for key, value in encoder.state_dict().items()}
         weights |= {key: value for key, value in backbone.items() if not key.startswith("fc.")}
     with atomic.replacing(folder / f"{name}.safetensors") as draft:
-        save_file(weights, draft, metadata={"format": "pt", "step": str(facts["step"])})
+        save_file(weights, draft, metadata={"format": "pt", "step": str(figures["step"])})
 
 
 def _agreement(folder: Path, evaluation: Evaluation, step: int, pair: list[str]) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -131,3 +132,20 @@ def load_encoder(run: Path, parallel: Parallel, untrained: bool = False) -> tupl
 def figures_name(name: str, untrained: bool) -> str:
     """Name of an evaluation's files in RUN, without suffix: those of untrained weights stand beside the others."""
     return f"{name}-untrained" if untrained else name
+
+
+def keep_earlier(run: Path, figures: dict[str, Any], *names: str) -> None:
+    """Rename the files NAME.* of an earlier evaluation, so that new ones do not replace them, and say so.
+
+    They become NAME.1.*, or the first number that is free. RUN/NAME.json of the first name tells what the earlier
+    figures were. Those that are equal to the new ones, but for the seconds they took, are left to be replaced.
+    """
+    earlier = read_json(run / f"{names[0]}.json")
+    if not earlier or earlier | {"seconds": 0} == json.loads(json.dumps(figures)) | {"seconds": 0}:
+        return
+    number = next(n for n in itertools.count(1) if not (run / f"{names[0]}.{n}.json").exists())
+    for name in names:
+        for suffix in (".json", ".png", ".safetensors"):
+            if (run / f"{name}{suffix}").exists():
+                os.replace(run / f"{name}{suffix}", run / f"{name}.{number}{suffix}")
+    print(f"note: the figures of an earlier evaluation are kept as {run / names[0]}.{number}.json")

@@ -46,6 +46,19 @@ def test_rows_belong_to_their_files(trained, stripes, tmp_path):
         assert np.abs(np.linalg.norm(data["features"], axis=1) - 1).min() > 1e-3
 
 
+def test_untrained_features_are_those_of_the_first_weights(trained, stripes, tmp_path):
+    moved = shutil.copytree(trained, tmp_path / "run", symlinks=True)
+    state = checkpoint.load(checkpoint.latest(trained)).state
+    state["encoder_q.conv1.weight"].neg_()
+    checkpoint.save(moved, 3, state, {"recipe": RECIPE.as_dict()})
+    assert embed(moved, stripes / "val", tmp_path / "first.npz", "--untrained") == 0
+    assert embed(moved, stripes / "val", tmp_path / "last.npz") == 0
+    assert embed(trained, stripes / "val", tmp_path / "expected.npz") == 0
+    first, last, expected = (np.load(tmp_path / f"{name}.npz")["features"] for name in ("first", "last", "expected"))
+    np.testing.assert_array_equal(first, expected)
+    assert not np.array_equal(last, expected)  # the control
+
+
 def test_a_file_that_cannot_be_decoded_has_no_row(trained, stripes, tmp_path, capsys):
     folder = shutil.copytree(stripes / "val", tmp_path / "images")
     assert embed(trained, folder, tmp_path / "whole.npz") == 0 and "; 0 files left out" in capsys.readouterr().out

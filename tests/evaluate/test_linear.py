@@ -18,16 +18,9 @@ from fastmoco.data.loader import Loading
 from fastmoco.data.plan import Plan
 from fastmoco.data.request import DecodeError
 from fastmoco.encoder import build_encoder
-from fastmoco.evaluate import linear
-from fastmoco.evaluate.linear import (
-    Evaluation,
-    Protocol,
-    changed,
-    fit_cached,
-    new_classifier,
-    snapshot,
-    training_recipe,
-)
+from fastmoco.evaluate import classifier, linear
+from fastmoco.evaluate.classifier import Protocol, fit_cached, new_classifier
+from fastmoco.evaluate.linear import Evaluation, changed, snapshot, training_recipe
 from fastmoco.interop import card
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS
@@ -215,7 +208,7 @@ def test_one_bad_file_is_named_and_replaced(with_a_bad_file, monkeypatch, mode):
     assert (train.paths[bad + 1], train.labels[bad + 1]) == ("down/0.jpg", 1 - train.labels[bad])
     labels = []
     real = F.cross_entropy
-    monkeypatch.setattr(linear.F, "cross_entropy", lambda x, y: labels.append(y) or real(x, y))
+    monkeypatch.setattr(classifier.F, "cross_entropy", lambda x, y: labels.append(y) or real(x, y))
     probe_of = evaluation(with_a_bad_file, lr=1.0, batch_size=40, epochs=2)
     with pytest.warns(UserWarning, match="across/9.jpg: .*; training on down/0.jpg in its place") as warned:
         probe = getattr(probe_of, mode)(lambda line: None)
@@ -309,6 +302,40 @@ def test_untrained_weights_stand_beside_the_others(trained, capsys):
         "neighbours-untrained.png",
     }
     assert not any("untrained" in str(file) for file in card.FIGURES), "a model card tells of trained weights"
+
+
+def test_the_rate_is_chosen_and_an_earlier_probe_is_kept(trained, capsys):
+    run = shutil.copytree(trained, trained.parent / "twice", symlinks=True)
+    for old in run.glob("linear*"):
+        old.unlink()
+    argv = ["evaluate", "linear", str(run), "--epochs", "2", "--threads", "1", "--device", "cpu"]
+    assert main([*argv, "--fast"]) == 0 and main(argv) == 0
+    said = capsys.readouterr().out
+    fast, exact = (json.loads((run / f"{name}.json").read_text()) for name in ("linear-fast", "linear"))
+    assert fast["rate"] == exact["rate"] and fast["rate"]["lr"] == fast["protocol"]["lr"] == exact["protocol"]["lr"]
+    assert (fast["rate"]["fitted"], fast["rate"]["held_out"], fast["train"]) == (32, 8, 40)
+    assert said.count(f"lr {fast['rate']['lr']:g} chosen among 30 10 3 1 0.3 0.1 0.03: top-1") == 2
+    assert main([*argv, "--fast"]) == 0 and "earlier" not in capsys.readouterr().out  # the same figures again
+    assert main([*argv, "--fast", "--lr", "30"]) == 0 and main([*argv, "--fast", "--lr", "3"]) == 0
+    assert "earlier evaluation are kept as" in capsys.readouterr().out
+    found = {name: json.loads((run / f"{name}.json").read_text()) for name in ("linear-fast.1", "linear-fast.2")}
+    assert found["linear-fast.1"] == fast | {"seconds": found["linear-fast.1"]["seconds"]}
+    assert (found["linear-fast.2"]["protocol"]["lr"], found["linear-fast.2"]["rate"]) == (30, None)
+    assert all((run / f"linear-fast.{number}{end}").is_file() for number in (1, 2) for end in (".png", ".safetensors"))
+    knn = ["evaluate", "knn", str(run), "--threads", "1", "--device", "cpu", "--k"]
+    assert main([*knn, "3"]) == 0 and main([*knn, "4"]) == 0
+    assert json.loads((run / "knn.1.json").read_text())["k"] == 3 and (run / "neighbours.1.png").is_file()
+
+
+def test_classes_of_one_image_leave_the_published_rate(trained, stripes, tmp_path, capsys):
+    """Nothing can be held out; the probe works all the same."""
+    for side, number in (("train", 0), ("val", 1)):
+        for name in ("across", "down"):
+            (tmp_path / side / name).mkdir(parents=True)
+            shutil.copy(stripes / "train" / name / f"{number}.jpg", tmp_path / side / name)
+    argv = ["evaluate", "linear", str(trained), "--data", str(tmp_path / "train"), "--val", str(tmp_path / "val")]
+    assert main([*argv, "--epochs", "1", "--fast", "--threads", "1", "--device", "cpu"]) == 0
+    assert "lr 30, as published: no class has two images" in capsys.readouterr().out
 
 
 def test_mistakes_are_one_line(trained, capsys):
