@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fastmoco import atomic
+from fastmoco import atomic, terminal
 from fastmoco.bench import comparison, headlines, record_files, traffic
 from fastmoco.bench.clocks import Clocks
 from fastmoco.bench.journal import Journal
@@ -32,7 +32,7 @@ SHORT_ROUNDS = dict.fromkeys(("loader", "train", "scaling"), comparison.FEWEST)
 def run(options: Bench) -> int:
     """`bench`: measure the subjects, print their tables, write the files asked for; 1 where something failed."""
     if options.model:
-        print(traffic.table(dataclasses.replace(PRESETS[options.preset][1], **given(options))))
+        print(terminal.shown(traffic.table(dataclasses.replace(PRESETS[options.preset][1], **given(options)))))
         return 0
     _check_outputs(options)
     device = Parallel.start(options.device).device
@@ -45,7 +45,7 @@ def run(options: Bench) -> int:
         keep = functools.partial(_keep, options, tuple(records))
         records.append(measure(subject, options, recipe, device, circumstances, keep))
         keep(records[-1])
-        print(record_files.table(records[-1:]) + "\n", flush=True)
+        print(terminal.shown(record_files.table(records[-1:])) + "\n", flush=True)
     write(options, records)
     return int(any("failed" in item.environment for item in records))
 
@@ -90,7 +90,7 @@ def write(options: Bench, records: list[Record]) -> None:
 def compare(options: BenchCompare) -> None:
     """`bench compare A B`: print how each row that both files have moved; raises ValueError if there is none."""
     before, after = record_files.load(options.a), record_files.load(options.b)
-    print(comparison.report(str(options.a), before, str(options.b), after))
+    print(terminal.shown(comparison.report(str(options.a), before, str(options.b), after)))
 
 
 def write_pages(options: BenchReport) -> None:

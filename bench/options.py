@@ -145,8 +145,8 @@ class Profile:
     tool: Literal["torch", "proton", "nsys", "ncu"] = "torch"
     """torch.profiler, or on a GPU Triton's proton, here and now; or the command line for Nsight, which is run where it
     is installed."""
-    out: Path = Path("profile")
-    """Folder to write."""
+    out: Path | None = None
+    """Folder to write the trace and a picture to; left out, only tables are printed. nsys and ncu need it."""
     steps: int = 3
     """Steps to record, after the warm-up."""
     rows: int = 20
@@ -175,3 +175,5 @@ class Profile:
     def __post_init__(self) -> None:
         for name in ("steps", "rows"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "use a number of at least 1")
+        needed = self.tool in ("nsys", "ncu")
+        require(self.out is not None or not needed, "out", self.out, f"name the folder for what {self.tool} records")

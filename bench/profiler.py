@@ -20,6 +20,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastmoco import plots
+from fastmoco import plots, terminal
 from fastmoco.bench.options import Profile
 from fastmoco.bench.roofline import ACTIVATION_BYTES, backward_work, convolutions, forward_work
 from fastmoco.bench.size import sized
@@ -56,6 +57,10 @@ NCU_KERNELS = 100  # that it measures: it runs each of them dozens of times, and
 NOTHING = "without a GPU there is nothing for Nsight to record here"
 OPENED_BY = {"torch": (TRACE, "open it at ui.perfetto.dev"), "proton": (TREE, "see proton-viewer --metrics time/ms")}
 LABELLED = 0.1  # share of a step from which a part's bar has room for a text
+OVER = (
+    "over its bound: a cache held the part's data, or the machine was slower while its rates were measured than during "
+    "the steps; measure again on a quiet machine"
+)
 UNSTEADY = 1.5  # slowest step over the fastest, from where a mean says little
 
 
@@ -90,21 +95,23 @@ def run(preset: str, options: Profile) -> None:
     recipe = sized(dataclasses.replace(PRESETS[preset][1], precision=options.precision), options, parallel.device)
     if _under_nsight() and parallel.device.type != "cuda":
         raise UsageError(f"FASTMOCO_NSIGHT is set, but {NOTHING}: unset it")
-    record = partial(traced, path=options.out / TRACE)
-    if options.tool == "proton":
-        record = partial(counted, _proton(parallel), path=options.out / TREE)
-    options.out.mkdir(parents=True, exist_ok=True)
-    with prepared(recipe, options, parallel) as (advance, step):
+    record = partial(counted, _proton(parallel)) if options.tool == "proton" else traced
+    name, how = OPENED_BY[options.tool]
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+    with prepared(recipe, options, parallel) as (advance, step), tempfile.TemporaryDirectory() as unasked:
         if _under_nsight():
             return _marked(advance, options.steps, parallel.device)
-        recording = record(advance, options.steps, parallel.device)
+        recording = record(advance, options.steps, parallel.device, path=(options.out or Path(unasked)) / name)
         machine = measure_machine(parallel.device, PRECISIONS[step.precision].work, tf32=step.precision == "tf32")
         costs = costs_of_parts(step, machine)
         title = describe(preset, step, options)
-    draw(recording, costs, title, options.out / PICTURE)
     tables = [*table_of_parts(recording, costs, machine), "", *table_of_kernels(recording, options.rows)]
-    print("\n".join([title, *pace(recording, recipe.batch_size), "", *tables, ""]))
-    name, how = OPENED_BY[options.tool]
+    print(terminal.shown("\n".join([title, *pace(recording, recipe.batch_size), "", *tables, ""])))
+    if options.out is None:
+        print("--out FOLDER keeps the trace and a picture of the step")
+        return
+    draw(recording, costs, title, options.out / PICTURE)
     print(f"trace: {options.out / name} ({how}); picture: {options.out / PICTURE}")
 
 
@@ -255,7 +262,7 @@ def pace(recording: Recording, pairs: int) -> list[str]:
 
 def table_of_parts(recording: Recording, costs: dict[str, Cost], machine: Machine) -> list[str]:
     """Lines of the table of parts: mean and range over the steps, speed, and share of the bound."""
-    steps, total = len(recording.seconds), sum(row.seconds for row in recording.rows)
+    steps, total, over = len(recording.seconds), sum(row.seconds for row in recording.rows), False
     lines = ["| part | ms a step | min to max | share | memory | arithmetic | share of bound |"]
     lines.append("|---|---:|---:|---:|---:|---:|---:|")
     for name, (seconds, by_step) in seconds_of_parts(recording.rows).items():
@@ -265,10 +272,12 @@ def table_of_parts(recording: Recording, costs: dict[str, Cost], machine: Machin
         if name in costs and mean:
             nbytes, flops, bound = costs[name]
             speed = f"{_rate(nbytes / mean, 'B/s')} | {_rate(flops / mean, 'FLOP/s')} | {bound / mean:.1%}"
+            over = over or round(100 * bound / mean) > 100
         lines.append(f"| {name} | {_ms(mean)} | {spread} | {seconds / total:.1%} | {speed} |")
     rates = f"{_rate(machine.bandwidth, 'B/s')} and {_rate(machine.flops, 'FLOP/s')}"
     least = "the least time this machine needs for the part's bytes and flops over the time it took"
-    return [*lines, "", f"share of bound: {least}; the machine's rates, measured right after the steps: {rates}"]
+    lines += ["", f"share of bound: {least}; the machine's rates, measured right after the steps: {rates}"]
+    return [*lines, OVER] if over else lines
 
 
 def table_of_kernels(recording: Recording, count: int) -> list[str]:
@@ -313,6 +322,7 @@ def nsight_command(preset: str, options: Profile, python: str = "python") -> lis
             continue
         flag = f"--{field.name.replace('_', '-')}"
         ours += [flag] if value is True else [flag, str(value)]
+    assert options.out is not None
     out = str(options.out / "step")
     if options.tool == "nsys":
         window = ["--capture-range=cudaProfilerApi", "--capture-range-end=stop"]
@@ -331,6 +341,7 @@ def _nsight(preset: str, options: Profile) -> None:
     elif shutil.which(options.tool) is None:
         print(f"{options.tool} is not installed here: run the first line where it is")
     else:
+        assert options.out is not None
         _run_nsight(nsight_command(preset, options, sys.executable), options.out)
 
 

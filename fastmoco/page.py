@@ -41,6 +41,10 @@ table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-nu
 td, th { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 500; } tr:last-child td { border-bottom: 0; }
 td { overflow-wrap: anywhere; } td:first-child, .figures td { white-space: nowrap; } td.changed { font-weight: 650; }
+@media (max-width: 600px) { .figures, .figures tbody, .figures tr, .figures td { display: block; }
+  .figures tr { padding: 6px 0; border-bottom: 1px solid var(--line); } .figures tr:first-child { display: none; }
+  .figures tr:last-child { border-bottom: 0; } .figures td { border: 0; padding: 2px 0; white-space: normal; }
+  .figures td[data-of]::before { content: attr(data-of) ": "; color: var(--soft); } }
 code { font: 13px ui-monospace, "Liberation Mono", Menlo, monospace; overflow-wrap: anywhere; }
 """
 
@@ -72,13 +76,15 @@ def tiles(facts: Iterable[tuple[str, str, str]]) -> str:
 
 
 def table(rows: Iterable[Sequence[object]], head: Sequence[str] = (), changed: Iterable[object] = ()) -> str:
-    """A table; rows whose first cell is in `changed` stand out."""
+    """A table; rows whose first cell is in `changed` stand out. One with a `head` is a list on a narrow screen."""
     strong = set(changed)
     top = f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr>" if head else ""
     lines = []
     for first, *rest in rows:
         mark = ' class="changed"' if first in strong else ""
-        cells = "".join(f"<td{mark}>{escape(str(cell))}</td>" for cell in rest)
+        names = head[1:] or [""] * len(rest)
+        of = (f' data-of="{escape(name)}"' if name else "" for name in names)  # shown where columns find no room
+        cells = "".join(f"<td{mark}{name}>{escape(str(cell))}</td>" for cell, name in zip(rest, of, strict=True))
         lines.append(f'<tr><td class="soft">{escape(str(first))}</td>{cells}</tr>')
     figures = ' class="figures"' if head else ""
     return f'<div class="card scroll"><table{figures}>{top}{"".join(lines)}</table></div>'

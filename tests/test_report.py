@@ -128,6 +128,17 @@ def test_evaluations_appear_with_their_circumstances(trained, tmp_path):
     assert 'alt="Linear probe"' in text
 
 
+def test_a_narrow_screen_gets_each_figure_with_its_name(trained):
+    """Below 600 px the tables with a head are lists: their columns found no room, and were cut."""
+    text = report.render(trained, views=False)
+    rows = re.findall(r"<tr>(.*?)</tr>", text.split("<h2>Evaluation</h2>")[1].split("</table>")[0])
+    names = re.findall(r"<th>(.*?)</th>", rows[0])
+    assert names[1:] == ["top-1", "top-5", "step", "images", "how"]
+    for row in rows[1:]:
+        assert re.findall(r'data-of="(.*?)"', row) == names[1:]
+    assert re.search(r"@media \(max-width: 600px\) \{ \.figures.*display: block", text)
+
+
 def test_the_map_is_drawn_where_it_is_asked_for(trained, tmp_path, capsys):
     run = shutil.copytree(trained, tmp_path / "run", symlinks=True)
     assert "map.png" not in os.listdir(run) and main(["report", str(run), "--map", "--no-views"]) == 0

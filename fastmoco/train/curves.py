@@ -18,10 +18,11 @@ NAME = "curves.png"
 
 
 def draw_curves(run: Path, recipe: Recipe) -> Path:
-    """Write the picture of the logs in `run`, and return its path."""
+    """Write the picture of the logs in `run`, and return its path; without a kNN evaluation it has two panels."""
     log, knn = read_lines(run / LOG), read_lines(run / KNN)
-    figure = plots.figure(12, 3.6)
-    loss, accuracy, neighbours = figure.subplots(1, 3)
+    panels = 3 if knn else 2
+    figure = plots.figure(4 * panels, 3.6)
+    loss, accuracy, *neighbours = figure.subplots(1, panels)
     _draw_loss(loss, log, recipe)
     steps = [line["step"] for line in log]
     series = [
@@ -29,7 +30,8 @@ def draw_curves(run: Path, recipe: Recipe) -> Path:
         for name, colour, label in (("top5", ORANGE, "top-5"), ("top1", BLUE, "top-1"))
     ]
     plots.line_chart(accuracy, f"Contrast accuracy, 1 of {recipe.candidates} (%)", series, high=100)
-    _draw_knn(neighbours, knn)
+    for axes in neighbours:
+        _draw_knn(axes, knn)
     plots.save(figure, run / NAME)
     return run / NAME
 
@@ -48,11 +50,9 @@ def _draw_loss(axes: Axes, log: list[dict], recipe: Recipe) -> None:
 
 def _draw_knn(axes: Axes, knn: list[dict]) -> None:
     steps, top1 = [line["step"] for line in knn], [line["top1"] for line in knn]
-    chance = Level(100 / knn[-1]["classes"], f"chance {100 / knn[-1]['classes']:.3g}") if knn else None
+    chance = Level(100 / knn[-1]["classes"], f"chance {100 / knn[-1]['classes']:.3g}")
     title = "kNN top-1 on validation images (%)"
     plots.line_chart(axes, title, [Series("kNN", steps, top1, GREEN)], level=chance, high=100)
-    for at in {0, len(knn) - 1} if knn else ():
+    for at in {0, len(knn) - 1}:
         plots.note(axes, f"{top1[at]:.1f}", (steps[at], top1[at]), "data", GREEN, ha="center", xytext=(0, 7))
-    if not knn:
-        plots.note(axes, "no labels", (0.5, 0.5), "axes fraction", ha="center", xytext=(0, 0))
     axes.margins(x=0.08)

@@ -13,6 +13,10 @@ from tqdm import tqdm
 from fastmoco.runs.lines import KNN, LOG, Lines, read_lines, truncate
 from fastmoco.train.sinks import open_sinks
 
+DEFAULT_COLUMNS = 80
+BAR = 8  # columns of the bar itself, and for the time to grow
+BAR_AROUND = "{percentage:3.0f}%|| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"  # tqdm's own
+
 
 class Monitor:
     """Writes the lines of the main rank: to the terminal, log.jsonl, knn.jsonl and the sinks."""
@@ -70,16 +74,31 @@ class Monitor:
         line = {**line, "seconds": self.seconds}
         self._log.append(line)
         self._to_sinks(line)
-        filled = "" if self.dictionary == "batch" else f"{self.dictionary} {line['queue_filled']:.0%}  "
-        text = (
-            f"loss {line['loss']:.3f}  top1 {line['top1']:.1f}%  top5 {line['top5']:.1f}%  lr {line['lr']:.2e}  "
-            f"{line['pairs_per_s']:.1f} pairs/s  data wait {line['data_wait']:.0%}  "
-            f"{filled}{line['memory']:.1f} GiB"
-        )
+        figures = [
+            f"loss {line['loss']:.3f}",
+            f"top1 {line['top1']:.1f}%",
+            f"{line['pairs_per_s']:.1f} pairs/s",
+            f"data wait {line['data_wait']:.0%}",
+            f"top5 {line['top5']:.1f}%",
+            f"lr {line['lr']:.2e}",
+            *([f"{self.dictionary} {line['queue_filled']:.0%}"] if self.dictionary != "batch" else []),
+            f"{line['memory']:.1f} GiB",
+        ]
         if self._bar.disable:
-            self.say(f"step {line['step']}/{self.total}  epoch {line['epoch']:.2f}  {text}")
+            self.say(f"step {line['step']}/{self.total}  epoch {line['epoch']:.2f}  {'  '.join(figures)}")
         else:
-            self._bar.set_postfix_str(text)
+            self._bar.set_postfix_str("  ".join(figures[: self._room_for(figures)]))
+
+    def _room_for(self, figures: list[str]) -> int:
+        # How many of the figures, the most telling first, the terminal shows whole: log.jsonl has them all.
+        shown = self._bar.format_dict
+        columns = shown["ncols"] or DEFAULT_COLUMNS
+        for count in range(len(figures), 1, -1):
+            more = {"ncols": None, "bar_format": BAR_AROUND, "postfix": "  ".join(figures[:count])}
+            text = tqdm.format_meter(**{**shown, **more})
+            if len(text) + BAR <= columns:
+                return count
+        return 1
 
     def knn(self, line: Mapping[str, float]) -> None:
         """A kNN evaluation is done."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastmoco import terminal
 from fastmoco.bench import profiler
 from fastmoco.bench.options import Profile
 from fastmoco.bench.timeline import Row, leaves
@@ -43,6 +44,24 @@ def test_the_torch_profile_writes_a_trace_a_picture_and_a_table(tmp_path, capsys
     }
     picture = (tmp_path / profiler.PICTURE).read_text()
     assert "backward" in picture and "fp32 on CPU, 1 torch thread" in picture
+
+
+def test_nothing_is_written_unasked_and_a_terminal_gets_its_width(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(profiler, "measure_machine", lambda *_, **__: TOY)
+    monkeypatch.setattr(profiler.terminal, "shown", lambda text: terminal.fitted(text, 80))
+    monkeypatch.chdir(tmp_path)
+    assert main(["profile", "v2", *SIZE]) == 0
+    shown = capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [] and "--out FOLDER keeps the trace" in shown
+    assert max(map(len, shown.splitlines())) <= 80 and "backward" in shown
+
+
+def test_a_share_above_the_bound_is_explained():
+    rows = [Row("add", "backward", 2, 0.5, (0.25, 0.25))]
+    for seconds, explained in ((0.2, False), (0.26, True)):
+        costs = {"backward": profiler.Cost(1e6, 0, seconds)}
+        lines = profiler.table_of_parts(profiler.Recording(rows, [1.0, 1.0]), costs, TOY)
+        assert (profiler.OVER in lines) is explained
 
 
 def test_every_step_is_marked_and_timed_on_its_own(monkeypatch):
@@ -192,11 +211,12 @@ def test_nsights_command_is_printed_and_runs_the_same_steps(tool, capsys, monkey
     monkeypatch.setattr(profiler.shutil, "which", lambda name: None)
     for has_gpu, why in ((False, "nothing for Nsight to record here"), (True, f"{tool} is not installed here")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
-        assert main(["profile", "v2", "--tool", tool, "--arch", "resnet18", "--key-stream"]) == 0
+        assert main(["profile", "v2", "--tool", tool, "--arch", "resnet18", "--key-stream", "--out", "profile"]) == 0
         line, meaning, note = capsys.readouterr().out.splitlines()
         assert line.startswith(f"FASTMOCO_NSIGHT=1 {tool} ") and " python -m fastmoco profile v2 " in line
         assert meaning.startswith("FASTMOCO_NSIGHT=1: ") and why in note
-    options = Profile(tool=tool, arch="resnet18", key_stream=True, steps=2)
+    assert main(["profile", "v2", "--tool", tool]) == 2 and "--out is missing" in capsys.readouterr().err
+    options = Profile(tool=tool, arch="resnet18", key_stream=True, steps=2, out=Path("profile"))
     command = profiler.nsight_command("v2", options)
     words = command[command.index("fastmoco") + 1 :]
     assert words[:4] == ["profile", "v2", "--tool", "torch"]

@@ -171,6 +171,30 @@ def test_a_bar_on_a_terminal(tmp_path):
     assert "/20" in stream.getvalue() and "loss 5.000" in stream.getvalue() and "\r" in stream.getvalue()
 
 
+@pytest.mark.parametrize("columns", [40, 80, 100, 220])
+@pytest.mark.parametrize("step", [10, 123_456])
+def test_a_bar_shows_whole_figures_at_any_width(tmp_path, columns, step):
+    """The most telling ones first; what a narrow terminal has no room for is in the log."""
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monitor = Monitor(tmp_path, total=1_000_000, start=step, stream=stream)
+    monitor._bar.dynamic_ncols = lambda file: (columns, 24)
+    monitor.interval(line(step, loss=10.123, top1=0.1))
+    shown = stream.getvalue().split("\r")[-1]
+    monitor.close()
+    assert len(shown.rstrip()) <= columns
+    if columns >= 80:
+        assert "loss 10.123" in shown and shown.rstrip().endswith("]"), shown
+    assert ("1.5 GiB]" in shown) == (columns == 220)
+
+
+def test_a_bar_that_is_told_all_figures_loses_its_end(tmp_path, monkeypatch):
+    """The control."""
+    monkeypatch.setattr(Monitor, "_room_for", lambda monitor, figures: len(figures))
+    with pytest.raises(AssertionError):
+        test_a_bar_shows_whole_figures_at_any_width(tmp_path, 80, 10)
+
+
 def test_every_line_is_on_disk_at_once(tmp_path):
     monitor = Monitor(tmp_path, total=20, stream=io.StringIO())
     monitor.interval(line(10))
@@ -243,7 +267,7 @@ def test_tensorboard_gets_every_figure(tmp_path):
 
 
 def test_the_curves_are_drawn_from_the_logs(tmp_path):
-    """Without lines, with them, and with kNN: three pictures that differ where they should."""
+    """Without lines, with them, and with kNN: three pictures that differ where they should. kNN is a third panel."""
     pictures = []
     for lines, neighbours in (([], []), ([10, 20, 30], []), ([10, 20, 30], [0, 30])):
         log = [line(step, loss=3 + step / 10) for step in lines]
@@ -252,8 +276,8 @@ def test_the_curves_are_drawn_from_the_logs(tmp_path):
         (tmp_path / "knn.jsonl").write_text("".join(json.dumps(each) + "\n" for each in knn))
         pictures.append(np.asarray(Image.open(draw_curves(tmp_path, DEMO)).convert("RGB")).astype(int))
     empty, logged, evaluated = pictures
-    third = empty.shape[1] // 3
-    assert empty.shape == logged.shape == evaluated.shape
+    third = evaluated.shape[1] // 3
+    assert empty.shape == logged.shape and 3 * empty.shape[1] == 2 * evaluated.shape[1]
     blue = np.abs(logged - np.array([0x2F, 0x6D, 0xB5])).sum(2) < 30
     assert blue[:, :third].sum() > 100 and (np.abs(empty - np.array([0x2F, 0x6D, 0xB5])).sum(2) < 30).sum() == 0
     assert (np.abs(evaluated[:, 2 * third :] - np.array([0x3A, 0x8A, 0x5F])).sum(2) < 30).sum() > 100
