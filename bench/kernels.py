@@ -26,7 +26,23 @@ from fastmoco.bench.timing import Machine, interleave, measure_machine
 from fastmoco.contrast.graph import CaptureError, captured
 from fastmoco.data.plan import Plan
 from fastmoco.encoder import build_encoder
-from fastmoco.kernels import batch_norm, batch_norm_pool, enqueue, info_nce, nt_xent, photometric, sgd_ema
+from fastmoco.kernels import (
+    TensorTable,
+    batch_norm,
+    batch_norm_pool,
+    ema,
+    enqueue,
+    info_nce,
+    nt_xent,
+    photometric,
+    sgd_ema,
+)
+from fastmoco.kernels.enqueue import cost as enqueue_cost
+from fastmoco.kernels.info_nce import cost as info_nce_cost
+from fastmoco.kernels.nt_xent import cost as nt_xent_cost
+from fastmoco.kernels.photometric import cost as photometric_cost
+from fastmoco.kernels.sgd_ema import cost as sgd_ema_cost
+from fastmoco.kernels.sgd_ema import ema_cost
 from fastmoco.recipe import Recipe
 
 OURS = "fastmoco"
@@ -155,7 +171,7 @@ def info_nce_cases(size: Size, device: torch.device) -> list[Case]:
     queue = F.normalize(torch.randn(k, d, device=device), dim=1).to(size.dtype)
 
     def ours() -> Tensor:
-        loss, _ = info_nce.info_nce(z, keys, queue, t)
+        loss, _ = info_nce(z, keys, queue, t)
         return torch.autograd.grad(loss.mean(), z)[0]
 
     providers: dict[str, Callable[[], object]] = {
@@ -166,7 +182,7 @@ def info_nce_cases(size: Size, device: torch.device) -> list[Case]:
         compiled = torch.compile(_published_forward)
         providers["torch.compile"] = functools.partial(published_loss, z, keys, queue, t, compiled)
         providers["split attention"] = functools.partial(_split_attention, z, keys, queue, t)
-    nbytes, flops = info_nce.cost(n, k, d, size.dtype, size.dtype)
+    nbytes, flops = info_nce_cost(n, k, d, size.dtype, size.dtype)
     config = {"N": n, "K": k, "D": d, "dtype": short_name(size.dtype)}
     return [Case("info_nce", config, providers, "eager", nbytes, flops)]
 
@@ -177,7 +193,7 @@ def nt_xent_cases(size: Size, device: torch.device) -> list[Case]:
     z_a, z_b = (torch.randn(n, d, device=device, dtype=size.dtype).requires_grad_() for _ in range(2))
 
     def ours() -> object:
-        loss, _ = nt_xent.nt_xent(z_a, z_b, t)
+        loss, _ = nt_xent(z_a, z_b, t)
         return torch.autograd.grad(loss, (z_a, z_b))
 
     def plain(forward: Callable[..., Tensor] = _plain_nt_xent) -> object:
@@ -186,7 +202,7 @@ def nt_xent_cases(size: Size, device: torch.device) -> list[Case]:
     providers: dict[str, Callable[[], object]] = {OURS: ours, "eager": plain}
     if device.type == "cuda":
         providers["torch.compile"] = functools.partial(plain, torch.compile(_plain_nt_xent))
-    nbytes, flops = nt_xent.cost(n, n, d, size.dtype)
+    nbytes, flops = nt_xent_cost(n, n, d, size.dtype)
     return [Case("nt_xent", {"N": n, "D": d, "dtype": short_name(size.dtype)}, providers, "eager", nbytes, flops)]
 
 
@@ -209,8 +225,8 @@ def enqueue_cases(size: Size, device: torch.device) -> list[Case]:
         published[:, start : start + size.batch] = keys.T
         pointer[0] = (start + size.batch) % k
 
-    providers = {OURS: lambda: enqueue.enqueue(queue, pointer, keys), "published": slice_at_a_host_pointer}
-    nbytes, flops = enqueue.cost(k, d, size.batch, size.dtype, keys.dtype)
+    providers = {OURS: lambda: enqueue(queue, pointer, keys), "published": slice_at_a_host_pointer}
+    nbytes, flops = enqueue_cost(k, d, size.batch, size.dtype, keys.dtype)
     return [Case("enqueue", {"B": size.batch, "K": k, "D": d}, providers, "published", nbytes, flops)]
 
 
@@ -221,7 +237,7 @@ def sgd_ema_cases(size: Size, device: torch.device) -> list[Case]:
     q, velocity, k = masters
     work = [[p.to(size.dtype, copy=True) for p in tensors] for tensors in (q, k)]
     grads = [torch.randn_like(p) * 1e-3 for p in work[0]]
-    table = sgd_ema.TensorTable(q, velocity, k, *work)
+    table = TensorTable(q, velocity, k, *work)
     lr, flag = torch.tensor(1e-4, device=device), torch.zeros(1, dtype=torch.int32, device=device)
     kind = "fused" if device.type == "cuda" else "foreach"
     optimizer = torch.optim.SGD(q, 1e-4, momentum=0.9, weight_decay=1e-4, **{kind: True})
@@ -243,19 +259,19 @@ def sgd_ema_cases(size: Size, device: torch.device) -> list[Case]:
         for key, query in zip(published, q, strict=True):
             key.data = key.data * 0.999 + query.data * 0.001
 
-    step_bytes, step_flops = sgd_ema.cost(table, [g.dtype for g in grads])
-    ema_bytes, ema_flops = sgd_ema.ema_cost(table)
-    plain = sgd_ema.TensorTable(q, velocity, k, q, k)
+    step_bytes, step_flops = sgd_ema_cost(table, [g.dtype for g in grads])
+    ema_bytes, ema_flops = ema_cost(table)
+    plain = TensorTable(q, velocity, k, q, k)
     config = {"tensors": len(q), "parameters": sum(p.numel() for p in q), "dtype": short_name(size.dtype)}
-    ours = lambda: sgd_ema.sgd_ema(table, grads, lr, 0.9, 1e-4, 0.999, flag)  # noqa: E731
-    ema = {
-        OURS: lambda: sgd_ema.ema(plain, 0.999),
+    ours = lambda: sgd_ema(table, grads, lr, 0.9, 1e-4, 0.999, flag)  # noqa: E731
+    averages = {
+        OURS: lambda: ema(plain, 0.999),
         "foreach lerp": lambda: torch._foreach_lerp_(k, q, 0.001),
         "published": loop,
     }
     return [
         Case("sgd_ema", config, {OURS: ours, "torch separate": separate}, "torch separate", step_bytes, step_flops),
-        Case("ema", {**config, "dtype": "fp32"}, ema, "foreach lerp", ema_bytes, ema_flops),
+        Case("ema", {**config, "dtype": "fp32"}, averages, "foreach lerp", ema_bytes, ema_flops),
     ]
 
 
@@ -309,7 +325,7 @@ def photometric_cases(size: Size, device: torch.device) -> list[Case]:
     parameters = torch.from_numpy(plan.photometric(0, plan.samples(0)[:n], 0)).to(device)
     channels = 4 if device.type == "cuda" else 3  # as the step asks for
     call = functools.partial(
-        photometric.photometric,
+        photometric,
         crops,
         parameters,
         augmentation.mean,
@@ -320,7 +336,7 @@ def photometric_cases(size: Size, device: torch.device) -> list[Case]:
     )
     providers = {OURS: call, "twin": functools.partial(call, impl="reference")}
     # Of three channels: nobody has to write the fourth.
-    nbytes, flops = photometric.cost(n, s, dtype=size.dtype, blurred=augmentation.blur_p)
+    nbytes, flops = photometric_cost(n, s, dtype=size.dtype, blurred=augmentation.blur_p)
     return [Case("photometric", {"N": n, "S": s, "dtype": short_name(size.dtype)}, providers, "twin", nbytes, flops)]
 
 

@@ -45,7 +45,8 @@ from fastmoco.data import manifest
 from fastmoco.data.noise import noise_batch
 from fastmoco.data.plan import Plan
 from fastmoco.encoder import build_encoder
-from fastmoco.kernels import photometric, sgd_ema
+from fastmoco.kernels.photometric import cost as photometric_cost
+from fastmoco.kernels.sgd_ema import cost as sgd_ema_cost
 from fastmoco.kernels.tensor_table import TensorTable
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
@@ -210,8 +211,8 @@ def costs_of_parts(step: Step, machine: Machine) -> dict[str, Cost]:
     blurred = recipe.augmentation.blur_p
     single = {
         # Of three channels: a fourth of zeros, where the step asks for one, is no work that must be done.
-        "photometric": photometric.cost(rows + keys, recipe.crop_size, dtype=work, blurred=blurred),
-        "update": sgd_ema.cost(table, [copy.dtype for copy in copies[0]]),
+        "photometric": photometric_cost(rows + keys, recipe.crop_size, dtype=work, blurred=blurred),
+        "update": sgd_ema_cost(table, [copy.dtype for copy in copies[0]]),
         **step.dictionary.costs(rows, work),
     }
     found = {name: Cost(*cost, machine.bound(*cost)) for name, cost in single.items()}

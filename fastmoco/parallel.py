@@ -41,11 +41,7 @@ class Parallel:
         rank, local_rank, world = (
             int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
         )
-        place = _device(device, local_rank)
-        if place.type == "cuda":
-            torch.cuda.set_device(place)
-        else:
-            environment.keep_memory()
+        place = cls.alone(device, local_rank).device
         if world > 1:
             on_gpu = place.type == "cuda"
             dist.init_process_group(
@@ -57,6 +53,19 @@ class Parallel:
                 device_id=place if on_gpu else None,
             )
         return cls(rank, local_rank, world, place)
+
+    @classmethod
+    def alone(cls, device: str = "auto", gpu: int | None = None) -> Parallel:
+        """A single process, whatever launcher started it; "cuda" is GPU number `gpu`, or the current one.
+
+        Raises ValueError if the device cannot be had.
+        """
+        place = _device(device, gpu)
+        if place.type == "cuda":
+            torch.cuda.set_device(place)
+        else:
+            environment.keep_memory()
+        return cls(device=place)
 
     @property
     def is_main(self) -> bool:
@@ -150,7 +159,7 @@ def _meeting_point(rank: int, world: int, timeout: timedelta) -> dist.Store:
     return dist.PrefixStore(f"attempt {attempt}", store)
 
 
-def _device(name: str, local_rank: int) -> torch.device:
+def _device(name: str, gpu: int | None) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -161,7 +170,9 @@ def _device(name: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if device.type != "cuda":
         raise ValueError(f"device is {name!r}: use auto, cpu, cuda or cuda:N")
-    index = local_rank if device.index is None else device.index
+    index = device.index if device.index is not None else gpu
+    if index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
     if index >= torch.cuda.device_count():
         raise ValueError(f"device is {name!r}, but this machine has {torch.cuda.device_count()} GPUs: use --device cpu")
     return torch.device("cuda", index)

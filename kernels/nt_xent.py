@@ -27,8 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmoco.kernels import info_nce, reference
+from fastmoco.kernels import reference
 from fastmoco.kernels.dispatch import Impl, check_dtype, is_traced, takes_kernel
+from fastmoco.kernels.info_nce import (
+    combine_variants_of_a_batch,
+    launch,
+    launch_columns,
+    sweep_variant_of_a_batch,
+)
 from fastmoco.kernels.tiles import Variant
 
 __all__ = ["Form", "cost", "nt_xent", "variants"]
@@ -42,14 +48,14 @@ def _rows(
     z: Tensor, k: Tensor, keys: Tensor, left_out: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     normaliser = z.new_empty(len(z), 2, dtype=torch.float32)
-    loss, rank, gradient = info_nce.launch(z, k, keys, temperature, left_out=left_out, normaliser=normaliser)
+    loss, rank, gradient = launch(z, k, keys, temperature, left_out=left_out, normaliser=normaliser)
     return loss, rank, normaliser, gradient
 
 
 def _columns(
     z: Tensor, k: Tensor, keys: Tensor, left_out: Tensor, log_z: Tensor, share: Tensor, temperature: float
 ) -> Tensor:
-    return info_nce.launch_columns(z, k, keys, temperature, left_out, log_z, share)
+    return launch_columns(z, k, keys, temperature, left_out, log_z, share)
 
 
 _rows_operator = torch.library.custom_op("fastmoco::nt_xent_rows", _rows, mutates_args=())
@@ -230,8 +236,8 @@ def variants(arch: int) -> list[Variant]:
     shapes = [(torch.bfloat16, dim) for dim in (64, 128, 256, 512)]
     shapes += [(torch.float16, 128), (torch.float16, 256), (torch.float32, 128)]
     gate = [
-        info_nce.sweep_variant_of_a_batch(arch, dim, dtype, columns=columns)
+        sweep_variant_of_a_batch(arch, dim, dtype, columns=columns)
         for dtype, dim in shapes
         for columns in (False, True)
     ]
-    return gate + info_nce.combine_variants_of_a_batch(arch, 128)
+    return gate + combine_variants_of_a_batch(arch, 128)

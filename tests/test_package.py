@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,31 @@ def test_importing_the_package_imports_no_torch_until_a_step_is_asked_for() -> N
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     with pytest.raises(AttributeError, match="no attribute 'Stride'"):
         fastmoco.Stride
+
+
+def test_every_name_of_the_library_is_listed_and_explained() -> None:
+    assert {"PRESETS", "Recipe", "Step", "embed", "kernels", "load"} <= set(dir(fastmoco))
+    for name in set(dir(fastmoco)) - {"PRESETS"}:
+        if not name.startswith("__"):
+            assert inspect.getdoc(getattr(fastmoco, name)), name
+
+
+def test_help_tells_a_stranger_what_to_do() -> None:
+    """In a process of its own, because help may have imported torch, and `import fastmoco` must not."""
+    code = "import sys, fastmoco; assert 'torch' not in sys.modules; dir(fastmoco); assert 'torch' not in sys.modules; "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "help(fastmoco)"], check=True, timeout=120, capture_output=True, text=True
+    )
+    first = done.stdout[:2500]
+    assert all(word in first for word in ("fastmoco pretrain demo", "fastmoco.load(", "fastmoco.embed(", "docs/python"))
+    assert "load(source: 'str | os.PathLike'" in done.stdout
+
+
+def test_the_kernels_are_one_line_to_import() -> None:
+    from fastmoco.kernels import __all__, batch_norm_act, ema, info_nce, nt_xent, photometric, sgd_ema
+
+    for kernel in (batch_norm_act, ema, info_nce, nt_xent, photometric, sgd_ema):
+        assert callable(kernel) and kernel.__name__ in __all__ and getattr(fastmoco.kernels, kernel.__name__) is kernel
 
 
 @pytest.mark.slow

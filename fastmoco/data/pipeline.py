@@ -39,6 +39,7 @@ from fastmoco.data.request import (
     together,
 )
 from fastmoco.data.rewrite import Reading
+from fastmoco.data.transform import resize_box
 from fastmoco.environment import share_of_cores
 
 DEPTH = 2  # batches that DALI works on at once
@@ -152,14 +153,8 @@ def cut(crops: Tensor, first: int, boxes: np.ndarray, images: list[Tensor], wait
     """
     for i in waiting:
         image = images[i].numpy()
-        for view, (top, left, height, width) in enumerate(boxes[:, i].tolist()):
-            # Copied by NumPy, and resized by what F.interpolate calls, straight to its place. Were a copy left to
-            # torch, each of these threads would start OpenMP threads, more than there are cores, and those of the
-            # training step would go to sleep at every operation.
-            box = np.ascontiguousarray(image[top : top + height, left : left + width])
-            made = crops[view, first + i].permute(2, 0, 1)[None]
-            planes = torch.from_numpy(box).permute(2, 0, 1)[None]
-            torch.ops.aten._upsample_bilinear2d_aa.out(planes, crops.shape[2:4], False, out=made)
+        for view, box in enumerate(boxes[:, i].tolist()):
+            resize_box(image, box, crops[view, first + i].permute(2, 0, 1))
 
 
 def _dali_crops(

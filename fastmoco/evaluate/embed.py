@@ -1,59 +1,142 @@
-"""`embed RUN`: features of images, one row each, with their file names."""
+"""Features of images, one row each, with their file names: `embed RUN`, and `fastmoco.embed`."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from fastmoco import atomic
 from fastmoco.data import manifest
+from fastmoco.data.errors import DataError
 from fastmoco.data.loader import Loading
 from fastmoco.data.manifest import Manifest
 from fastmoco.evaluate.features import encode
 from fastmoco.evaluate.labels import subset
 from fastmoco.options import Embed, UsageError, require_new
+from fastmoco.parallel import Parallel
+from fastmoco.runs.pretrained import Pretrained
 from fastmoco.runs.run_folder import load_encoder, one_rank
+
+Place = str | os.PathLike
+
+
+class Embedding(NamedTuple):
+    """Features of n images and which images they are."""
+
+    features: np.ndarray
+    """float32 [n, F], a row for each image that could be decoded."""
+    images: Manifest
+    """The n images: `images.path(i)` is the file of row i, `images.read(i)` its bytes, in an archive, too."""
+    left_out: int
+    """Files that are no images, or could not be decoded."""
+
+    @property
+    def files(self) -> list[str]:
+        """[n]: names of the files, relative to the folder that was given."""
+        return self.images.paths
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int64 [n]: class of each image, where the images stand in folders of classes; else None."""
+        return self.images.labels
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes."""
+        return self.images.classes
+
+
+def embed(
+    encoder: Pretrained | Place,
+    data: Place | Sequence[Place],
+    *,
+    features: Literal["backbone", "projection"] = "backbone",
+    normalise: bool = False,
+    device: str = "auto",
+    threads: int = 0,
+    progress: bool = False,
+) -> Embedding:
+    """Features of images: one row for each image of `data` that can be decoded.
+
+    `encoder`: what `fastmoco.load` gave, or the folder of a run. `data`: a folder at any depth, a tar archive, a text
+    file with one path a line, or a sequence of paths, whose order the rows then have. `features`: before the projection
+    head [n, feature_dim], or after it [n, recipe.dim]. `normalise` scales each row to length 1, so that
+    `rows @ rows.T` holds cosines. `device`: of a run; an encoder computes where it is. `threads` decode images, 0 is
+    all cores. `progress` shows a bar.
+
+    Images are seen as evaluation sees them: their centre square, as `encoder.transform` cuts it. Raises UsageError if
+    the folder is no run, CheckpointError if it has no good checkpoint, DataError if there are no images.
+    """
+    if not isinstance(encoder, Pretrained):
+        encoder, _, _ = load_encoder(Path(encoder), Parallel.alone(device))
+    images, order = _found(data, encoder.recipe.max_pixels)
+    with tqdm(total=len(images), unit="image", disable=None if progress else True) as bar:
+        rows, shown = encode(
+            encoder,
+            images,
+            encoder.recipe,
+            Parallel(device=encoder.device),
+            features=features,
+            loading=Loading(threads=threads or None),
+            normalise=normalise,
+            progress=bar.update,
+        )
+    good = shown.cpu().numpy() == np.arange(len(images))
+    kept = order[good[order]]
+    left_out = len(images.rejected) + len(order) - len(kept)
+    return Embedding(rows.cpu().numpy()[kept], subset(images, kept), left_out)
 
 
 def run(options: Embed) -> None:
-    """Write the features: .npz with `features` float32 [n, F], `files` [n] and, where there are classes, `labels`
-    int64 [n] and `classes`; .parquet with the columns file, features and label. What cannot be decoded has no row.
+    """`embed RUN`. It writes .npz with `features` float32 [n, F], `files` [n] and, where there are classes, `labels`
+    int64 [n] and `classes`; or .parquet with the columns file, features and label. What cannot be decoded has no row.
 
     Raises UsageError if the file exists or pyarrow is missing; raises DataError if there are no images.
     """
     assert options.out is not None and options.data is not None
     require_new(options.out)
     save = _save_npz if options.out.suffix == ".npz" else _parquet_writer()
-    parallel = one_rank(options.device)
-    encoder, recipe, step = load_encoder(options.run, parallel, options.untrained)
-    images = manifest.scan(options.data, max_pixels=recipe.max_pixels)
-    if manifest.split(options.data)[0] != str(options.data):
-        images = dataclasses.replace(images, labels=None, classes=[])  # train and val are no classes
-    with tqdm(total=len(images), unit="image", disable=None) as bar:
-        features, shown = encode(
-            encoder,
-            images,
-            recipe,
-            parallel,
-            features=options.features,
-            loading=Loading(threads=options.threads or None),
-            normalise=options.normalise,
-            progress=bar.update,
-        )
-    good = np.flatnonzero(shown.cpu().numpy() == np.arange(len(images)))
-    left_out = len(images.rejected) + len(images) - len(good)
-    rows, images = features.cpu().numpy()[good], subset(images, good)
-    with atomic.replacing(options.out) as draft:
-        save(draft, rows, images)
-    print(
-        f"{options.out}: {rows.shape[0]} images, {rows.shape[1]} {options.features} features each, encoder of "
-        f"{options.run} after step {step}; {left_out} files left out"
+    encoder, _, step = load_encoder(options.run, one_rank(options.device), options.untrained)
+    found = embed(
+        encoder,
+        options.data,
+        features=options.features,
+        normalise=options.normalise,
+        threads=options.threads,
+        progress=True,
     )
+    with atomic.replacing(options.out) as draft:
+        save(draft, found.features, found.images)
+    rows, columns = found.features.shape
+    print(
+        f"{options.out}: {rows} images, {columns} {options.features} features each, encoder of "
+        f"{options.run} after step {step}; {found.left_out} files left out"
+    )
+
+
+def _found(data: Place | Sequence[Place], max_pixels: int) -> tuple[Manifest, np.ndarray]:
+    """The images, and their indices in the order that was asked for."""
+    if isinstance(data, (str, os.PathLike)):
+        images = manifest.scan(data, max_pixels=max_pixels)
+        if manifest.split(data)[0] != str(data):
+            images = dataclasses.replace(images, labels=None, classes=[])  # train and val are no classes
+        return images, np.arange(len(images))
+    names = [os.path.abspath(os.fspath(path)) for path in data]
+    if not names or any("\n" in name for name in names):
+        raise DataError(f"{len(names)} paths of images: name at least one, without line breaks", exit_code=2)
+    with tempfile.TemporaryDirectory() as folder:
+        listed = Path(folder, "images.txt")
+        listed.write_bytes(os.fsencode("\n".join(dict.fromkeys(names))))
+        images = manifest.scan(listed, max_pixels=max_pixels, cache=False)
+    found = [images.find(name) for name in names]
+    return images, np.array([index for index in found if index is not None], np.int64)
 
 
 def _save_npz(path: Path, features: np.ndarray, images: Manifest) -> None:

@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
-from fastmoco.encoder import Encoder, build_encoder
+from fastmoco.encoder import build_encoder
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 from fastmoco.runs import checkpoint
 from fastmoco.runs.checkpoint import CheckpointError
+from fastmoco.runs.pretrained import Pretrained, pretrained
 
 T = TypeVar("T")
 RECIPE = "recipe.json"
@@ -111,10 +111,10 @@ def one_rank(device: str) -> Parallel:
     """This process alone on a device; raises UsageError if a launcher started several."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("this command runs in one process: start it with fastmoco, not with torchrun")
-    return Parallel.start(device)
+    return Parallel.alone(device)
 
 
-def load_encoder(run: Path, parallel: Parallel, untrained: bool = False) -> tuple[Encoder, Recipe, int]:
+def load_encoder(run: Path, parallel: Parallel, untrained: bool = False) -> tuple[Pretrained, Recipe, int]:
     """Query encoder of the newest good checkpoint of `run`, in evaluation mode on the device, its recipe and step.
 
     With `untrained` it has the weights that the recipe's seed draws, and the step is 0. Raises UsageError if `run` is
@@ -122,11 +122,8 @@ def load_encoder(run: Path, parallel: Parallel, untrained: bool = False) -> tupl
     """
     saved = None if untrained else load(run)
     recipe = saved.recipe if saved else Recipe.from_dict(read_facts(run)["recipe"])
-    encoder = build_encoder(recipe)
-    if saved:
-        encoder.load_state_dict(without(QUERY, saved.state))
-    encoder = encoder.to(parallel.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return encoder.eval().requires_grad_(False), recipe, saved.step if saved else 0
+    weights, step = (without(QUERY, saved.state), saved.step) if saved else (None, 0)
+    return pretrained(recipe, weights, step, parallel.device), recipe, step
 
 
 def figures_name(name: str, untrained: bool) -> str:

@@ -136,7 +136,7 @@ def test_a_case_that_fails_costs_its_own_rows(monkeypatch):
 
 def test_the_photometric_bound_is_of_three_channels_whatever_is_written(cases, monkeypatch):
     asked = []
-    monkeypatch.setattr(kernels.photometric, "photometric", lambda *_, channels, **__: asked.append(channels))
+    monkeypatch.setattr(kernels, "photometric", lambda *_, channels, **__: asked.append(channels))
     monkeypatch.setattr(torch, "randint", lambda *_, **__: None)
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)
     (padded,) = kernels.photometric_cases(Size(SMALL, torch.float32), torch.device("cuda"))

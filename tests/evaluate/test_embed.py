@@ -3,15 +3,18 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import fastmoco
 from fastmoco.cli import main
 from fastmoco.contrast.step import Step
 from fastmoco.data import manifest
+from fastmoco.data.errors import DataError
 from fastmoco.data.loader import Loading
 from fastmoco.evaluate.features import extract
 from fastmoco.parallel import Parallel
@@ -76,6 +79,40 @@ def test_a_file_that_cannot_be_decoded_has_no_row(trained, stripes, tmp_path, ca
         assert rest["files"].tolist() == whole["files"][kept].tolist()
         assert rest["labels"].tolist() == whole["labels"][kept].tolist()
         np.testing.assert_allclose(rest["features"], whole["features"][kept], rtol=0, atol=1e-5)
+
+
+def test_from_python_it_is_the_command(trained, stripes, tmp_path):
+    """And what an encoder makes of one picture at a time."""
+    assert embed(trained, stripes / "val", tmp_path / "a.npz") == 0
+    encoder = fastmoco.load(trained)
+    for source in (encoder, trained):
+        found = fastmoco.embed(source, stripes / "val", threads=1)
+        with np.load(tmp_path / "a.npz") as data:
+            assert np.array_equal(found.features, data["features"]) and found.files == data["files"].tolist()
+            assert np.array_equal(found.labels, data["labels"]) and found.classes == data["classes"].tolist()
+    assert found.left_out == 0 and Path(found.images.path(0)) == stripes / "val/across/0.jpg"
+
+
+def test_pictures_one_at_a_time_have_the_features_of_their_rows(trained, stripes, tmp_path):
+    for number in range(3):  # lossless, for two decoders of JPEG may differ by a level
+        Image.open(stripes / f"val/down/{number}.jpg").save(tmp_path / f"{number}.png")
+    encoder = fastmoco.load(trained)
+    found = fastmoco.embed(encoder, tmp_path, threads=1)
+    alone = encoder.features(torch.stack([encoder.transform(tmp_path / f"{number}.png") for number in range(3)]))
+    np.testing.assert_allclose(found.features, alone.numpy(), rtol=0, atol=1e-5)
+
+
+def test_rows_of_a_list_stand_in_its_order(trained, stripes, tmp_path):
+    (tmp_path / "words.jpg").write_text("words")
+    down, across = stripes / "val/down/2.jpg", stripes / "val/across/1.jpg"
+    asked = [down, tmp_path / "words.jpg", across, down]
+    found = fastmoco.embed(trained, asked, threads=1)
+    assert found.files == [str(asked[i]) for i in (0, 2, 3)] and found.left_out == 1
+    whole = fastmoco.embed(trained, stripes / "val", threads=1)
+    rows = [whole.features[whole.files.index(name)] for name in ("down/2.jpg", "across/1.jpg", "down/2.jpg")]
+    np.testing.assert_allclose(found.features, rows, rtol=0, atol=1e-5)
+    with pytest.raises(DataError, match="name at least one"):
+        fastmoco.embed(trained, [])
 
 
 def test_projection_and_unit_length(trained, stripes, tmp_path):

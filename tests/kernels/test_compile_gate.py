@@ -14,10 +14,10 @@ from triton.runtime.jit import KernelInterface
 
 from fastmoco.kernels import batch_norm as batch_norm_module
 from fastmoco.kernels import compile_gate
-from fastmoco.kernels import sgd_ema as sgd_ema_module
 from fastmoco.kernels.batch_norm import Norm, batch_norm_act, batch_norm_act_twice
 from fastmoco.kernels.compile_gate import Report, faults, resident_blocks
 from fastmoco.kernels.sgd_ema import TensorTable, sgd_ema
+from fastmoco.kernels.sgd_ema import variants as sgd_ema_variants
 
 KERNELS = {"batch_norm", "batch_norm_pool", "enqueue", "info_nce", "nt_xent", "photometric", "sgd_ema"}
 
@@ -237,7 +237,7 @@ def test_a_launch_compiles_what_the_gate_compiles(launches):
 
 def test_a_gate_that_compiles_something_else_is_noticed():
     """Of an argument more that is a multiple of 16, and of the options that the update is launched with."""
-    (update,) = [each for each in sgd_ema_module.variants(90) if each.name == "sgd_ema.update"]
+    (update,) = [each for each in sgd_ema_variants(90) if each.name == "sgd_ema.update"]
     assert not update.fp_fusion and compile_gate.specialised(update) == ()
     apply = next(each for each in batch_norm_module.variants(90) if ".apply" in each.name)
     assert compile_gate.specialised(apply) == ("rows", "channels")

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastmoco.kernels import sgd_ema as module
-from fastmoco.kernels.sgd_ema import TensorTable, cost, ema, ema_cost, sgd_ema
+from fastmoco.kernels.sgd_ema import TensorTable, _ema, _sgd_ema, cost, ema, ema_cost, sgd_ema
 
 # The check multiplies infinities by zero, of which numpy, under the interpreter, speaks.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -338,8 +337,8 @@ def test_operators_keep_their_schema(impl: str, work: torch.dtype | None, device
     shapes = ((5,), (2, 3, 1, 1))
     table, triton = make_table(work, device, shapes), impl == "triton"
     grads = gradients(torch.float32, 0, device, shapes)
-    torch.library.opcheck(module._sgd_ema, op_arguments(table, grads, triton))
-    torch.library.opcheck(module._ema, (table.handle, triton, table.q, table.k, table.k_casts, [None], [M]))
+    torch.library.opcheck(_sgd_ema, op_arguments(table, grads, triton))
+    torch.library.opcheck(_ema, (table.handle, triton, table.q, table.k, table.k_casts, [None], [M]))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

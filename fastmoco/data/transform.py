@@ -1,0 +1,101 @@
+"""One image as an encoder takes it: what evaluation does with a whole set, for a picture at hand."""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastmoco.data.errors import DataError
+from fastmoco.data.plan import centre_boxes
+from fastmoco.data.rewrite import Damaged, Reading, colour, compose, rewritten
+from fastmoco.recipe import Recipe
+
+Picture = Image.Image | np.ndarray | str | os.PathLike
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Picture -> float32 [3, S, S]: its centre square, resized to the size of training, normalised by channel.
+
+    A picture is a Pillow image, the path of a file, or uint8 [H, W, 3] (RGB) or [H, W] (grey). The square is 7/8 of the
+    shorter side, all of it where S is below 64. Transparency and numbers are read as the run read them; the orientation
+    that EXIF asks for is ignored, as in training. It can be the `transform` of a torchvision data set.
+
+    Calling it raises DataError if a file cannot be decoded, ValueError if an array is of another kind, OSError if there
+    is no such file.
+    """
+
+    crop_size: int
+    """S, in pixels."""
+    mean: tuple[float, float, float]
+    """Of each RGB channel, of values in [0, 1]."""
+    std: tuple[float, float, float]
+    """Divided by, for each RGB channel."""
+    reading: Reading = Reading()
+    """Background of transparent pictures, and which numbers are black and white."""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Transform:
+        """That of a run."""
+        colours = recipe.augmentation
+        return cls(recipe.crop_size, colours.mean, colours.std, Reading.of(recipe))
+
+    def __call__(self, picture: Picture) -> Tensor:
+        """The tensor [3, S, S] of one picture."""
+        pixels = self._pixels(picture)
+        box = centre_boxes(np.array([pixels.shape[:2]], np.int32), self.crop_size)[0]
+        square = torch.empty(3, self.crop_size, self.crop_size, dtype=torch.uint8)
+        resize_box(pixels, box.tolist(), square)
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (square.float() / 255 - mean) / std
+
+    def _pixels(self, picture: Picture) -> np.ndarray:
+        if isinstance(picture, Image.Image):
+            return _rgb(picture, self.reading.background)
+        if isinstance(picture, (str, os.PathLike)):
+            return self._decoded(Path(picture))
+        array = np.asarray(picture)
+        if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)) or not array.size:
+            raise ValueError(f"a picture is uint8 [H, W, 3] or [H, W], not {array.dtype} {list(array.shape)}")
+        return np.repeat(array[..., None], 3, 2) if array.ndim == 2 else array
+
+    def _decoded(self, path: Path) -> np.ndarray:
+        data = rewritten(np.frombuffer(path.read_bytes(), np.uint8), self.reading)
+        if isinstance(data, Damaged):
+            raise DataError(f"{path}: {data}")
+        try:
+            with Image.open(io.BytesIO(data.tobytes())) as image:
+                return _rgb(image, self.reading.background)
+        except (OSError, SyntaxError, ValueError) as error:  # how Pillow says that something is no image, or damaged
+            raise DataError(f"{path}: not an image, or damaged: cannot be decoded") from error
+
+
+def resize_box(image: np.ndarray, box: list[int], square: Tensor) -> None:
+    """Resize the box (top, left, height, width) of `image` uint8 [H, W, 3] into `square` uint8 [3, S, S], in place.
+
+    Bilinear with antialiasing, as Pillow and torchvision do it. `square` may have any strides.
+    """
+    top, left, height, width = box
+    # Copied by NumPy, and resized by what F.interpolate calls, straight to its place. Were a copy left to torch, each
+    # thread that calls this would start OpenMP threads, more than there are cores, and those of the training step
+    # would go to sleep at every operation.
+    cut = np.ascontiguousarray(image[top : top + height, left : left + width])
+    planes = torch.from_numpy(cut).permute(2, 0, 1)[None]
+    torch.ops.aten._upsample_bilinear2d_aa.out(planes, square.shape[1:], False, out=square[None])
+
+
+def _rgb(image: Image.Image, background: str) -> np.ndarray:
+    if image.mode.startswith("I"):  # grey of 16 bits
+        grey = ((np.asarray(image).astype(np.int64) + 128) // 257).clip(0, 255).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, 2)
+    if background == "ignore" or not image.has_transparency_data:
+        return np.asarray(image.convert("RGB"))
+    pixels = np.asarray(image.convert("RGBA"))
+    return compose(pixels[..., :3], pixels[..., 3], colour(background))

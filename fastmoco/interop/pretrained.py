@@ -1,0 +1,53 @@
+"""`fastmoco.load`: the encoder of a run, of one of its checkpoints, or of a file that `import` takes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fastmoco.interop import foreign
+from fastmoco.interop.load import convert
+from fastmoco.options import Import, UsageError
+from fastmoco.parallel import Parallel
+from fastmoco.recipe import Recipe
+from fastmoco.runs import checkpoint
+from fastmoco.runs.pretrained import Pretrained, pretrained
+from fastmoco.runs.run_folder import QUERY, load_encoder, without
+
+
+def load(source: str | os.PathLike, *, device: str = "auto", untrained: bool = False) -> Pretrained:
+    """The pretrained encoder of `source`: an `nn.Module` in evaluation mode, frozen, in fp32.
+
+    `source` is the folder of a run (its newest good checkpoint), one checkpoint (RUN/checkpoints/step_00000300), or a
+    file that `fastmoco import` takes: a MoCo v1 or v2 checkpoint (.pth.tar), or plain weights of a ResNet (.pth,
+    .safetensors), whose head is then as the seed draws it. `device` is auto (a GPU where there is one), cpu, cuda or
+    cuda:N. `untrained` gives a run's network before its first step, to compare with.
+
+        encoder = fastmoco.load("runs/demo")
+        images = torch.stack([encoder.transform(picture) for picture in ("a.jpg", "b.jpg")])   # [2, 3, S, S]
+        features = encoder.features(images)                                                    # [2, feature_dim]
+
+    `encoder.recipe` says how it was trained, `encoder.step` for how long. For whole folders `fastmoco.embed` is faster.
+
+    Raises UsageError if there is no such run, CheckpointError if it has no good checkpoint, ForeignFileError if a file
+    is damaged, unsafe or of another kind, ValueError if the device cannot be had. Nothing in a file is executed.
+    """
+    place, parallel = Path(source), Parallel.alone(device)
+    if (place / checkpoint.MANIFEST).is_file():
+        return _of_checkpoint(place, parallel, untrained)
+    if place.is_dir():
+        return load_encoder(place, parallel, untrained)[0]
+    if place.name == checkpoint.MODEL and (place.parent / checkpoint.MANIFEST).is_file():
+        return _of_checkpoint(place.parent, parallel, untrained)
+    if not place.exists():
+        raise UsageError(f"{place}: no such run, checkpoint or file: check the path")
+    found = convert(foreign.read(place), Import(place, out=place))
+    weights = None if untrained else without(QUERY, found.state)
+    return pretrained(found.recipe, weights, 0 if untrained else found.step, parallel.device)
+
+
+def _of_checkpoint(path: Path, parallel: Parallel, untrained: bool) -> Pretrained:
+    saved = checkpoint.load(path)
+    recipe = Recipe.from_dict(saved.meta["recipe"])
+    weights = None if untrained else without(QUERY, saved.state)
+    return pretrained(recipe, weights, 0 if untrained else saved.step, parallel.device)
