@@ -31,6 +31,7 @@ setup(
         "tyro>=0.9",
         "safetensors>=0.5",
         "tqdm>=4.60",
+        "tomli>=2; python_version < '3.11'",
         "matplotlib>=3.8",
         "numba>=0.68",
     ],

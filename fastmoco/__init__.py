@@ -12,6 +12,8 @@ commands. In Python:
     encoder.features(images)                                 # [N, 3, S, S] -> [N, F]: an nn.Module like any other
     encoder.transform(picture)                               # Pillow image, path or array -> [3, S, S]
 
+    summary = fastmoco.pretrain("v2", "photos", "runs/photos", epochs=400)   # what the command does
+
     fastmoco.PRESETS                                         # recipes by name: v1, v2, cifar, simclr, demo ...
     fastmoco.Recipe                                          # everything that decides a result, as frozen data
     fastmoco.Step                                            # one training step, for loops of your own
@@ -31,13 +33,14 @@ from fastmoco.recipe import PRESETS, Recipe
 
 if TYPE_CHECKING:
     from fastmoco import kernels as kernels
+    from fastmoco.calls import pretrain
     from fastmoco.contrast.step import Step
     from fastmoco.evaluate.embed import Embedding as Embedding
     from fastmoco.evaluate.embed import embed
     from fastmoco.interop.pretrained import load
     from fastmoco.runs.pretrained import Pretrained as Pretrained
 
-__all__ = ["PRESETS", "Recipe", "Step", "__version__", "embed", "load"]
+__all__ = ["PRESETS", "Recipe", "Step", "__version__", "embed", "load", "pretrain"]
 __version__ = "0.1.0"
 _LATER = {  # these import torch
     "Embedding": "fastmoco.evaluate.embed",
@@ -45,6 +48,7 @@ _LATER = {  # these import torch
     "Step": "fastmoco.contrast.step",
     "embed": "fastmoco.evaluate.embed",
     "load": "fastmoco.interop.pretrained",
+    "pretrain": "fastmoco.calls",
 }
 
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastmoco import __version__, environment, usage
+from fastmoco import __version__, environment, recipe_file, usage
 from fastmoco.options import Pretrain, PretrainFlags, UsageError, check_places, restarted
 from fastmoco.process import interrupt
 from fastmoco.recipe import HARMLESS_ON_RESUME, PRESETS, Recipe, RecipeError
@@ -79,6 +79,7 @@ def _profiles() -> dict[str, Command]:
 
 COMMANDS: dict[str, Command] = {
     **_presets(),
+    "presets": Command("list the recipes that have names", "fastmoco.options:Presets", "fastmoco.cli:list_presets"),
     "evaluate knn": Command(
         "classify images by their nearest neighbours", "fastmoco.options:EvaluateKnn", "fastmoco.evaluate.knn:run"
     ),
@@ -115,6 +116,9 @@ COMMANDS: dict[str, Command] = {
     "data synth": Command("write the embedded image set", "fastmoco.options:DataSynth", "fastmoco.cli:synthesise_data"),
     **_benchmarks(),
     **_profiles(),
+    "completion": Command(
+        "print a script for a shell's completion", "fastmoco.options:Completion", "fastmoco.completion:run"
+    ),
     "env": Command("print versions, devices and cores", "fastmoco.options:Env", "fastmoco.environment:run"),
 }
 
@@ -176,25 +180,40 @@ def parse(argv: Sequence[str]) -> tuple[Command, Any]:
         settings = PretrainFlags(recipe=PRESETS[preset][1])
         print(usage.page(f"{PROG} {name}", PRESETS[preset][0], settings, everything="--help-all" in rest))
         raise SystemExit(0)
-    chosen = _flags(kind, name, rest, PretrainFlags(recipe=PRESETS[preset][1]))
-    if chosen.options.resume or _goes_on(chosen.options):
-        chosen = _resumed(preset, rest, chosen)
+    chosen = pretrain_settings(preset, rest)
     # The first rank may have made RUN while the others are still here, or before it was restarted.
     first = os.environ.get("RANK", "0") == "0" and not restarted()
     check_places(preset, chosen.options, is_main=first)
-    return command, Pretrain(preset, chosen.recipe, chosen.options)
+    return command, chosen
+
+
+def pretrain_settings(preset: str, argv: Sequence[str]) -> Pretrain:
+    """The flags of `pretrain PRESET`: those of a recipe file first, and on resume the recipe that the run has."""
+    name, begun = f"pretrain {preset}", PretrainFlags(recipe=PRESETS[preset][1])
+    file = _recipe_of(argv)
+    if file is not None:
+        argv = [*_of_file(file, preset), *argv]  # of a flag that is there twice the last one counts
+    chosen = _flags(PretrainFlags, name, argv, begun)
+    if chosen.options.resume or _goes_on(chosen.options):
+        chosen = _resumed(preset, argv, chosen)
+    return Pretrain(preset, chosen.recipe, chosen.options)
+
+
+def _of_file(path: Path, preset: str) -> list[str]:
+    found = recipe_file.read(path)
+    if found.preset not in (None, preset):
+        raise UsageError(f"{path} starts from preset {found.preset}, not {preset}: leave the preset out, or name that")
+    return recipe_file.words(found.values)
 
 
 def _flags(kind: type, name: str, argv: Sequence[str], default: Any = None) -> Any:
     import tyro  # here, so that the launcher may import this module before anything is installed
 
-    # Without prefixes every flag is flat: --batch-size, not --recipe.batch-size.
-    config = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs, tyro.conf.DisallowNone)
     kwargs = {} if default is None else {"default": default}
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), _wide_enough():
-            return tyro.cli(kind, prog=f"{PROG} {name}", args=list(argv), config=config, **kwargs)
+            return tyro.cli(kind, prog=f"{PROG} {name}", args=list(argv), config=style(), **kwargs)
     except SystemExit as stop:
         # tyro frames whatever a field's check says; one plain line is better, and its box stays for typing mistakes.
         ours = _cause(stop)
@@ -202,6 +221,13 @@ def _flags(kind: type, name: str, argv: Sequence[str], default: Any = None) -> A
             raise ours from None
         sys.stderr.write(said.getvalue())
         raise
+
+
+def style() -> tuple[Any, ...]:
+    """How fields become flags: without prefixes all are flat, --batch-size and not --recipe.batch-size."""
+    import tyro
+
+    return tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs, tyro.conf.DisallowNone
 
 
 @contextlib.contextmanager
@@ -267,6 +293,8 @@ def _split(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
         print(f"{PROG} {__version__}")
         raise SystemExit(0)
     words = [word for word in argv[:2] if not word.startswith("-")]
+    if words == ["pretrain"] and (file := _recipe_of(argv)) is not None:
+        return f"pretrain {recipe_file.preset_of(file)}", argv[1:]
     for count in range(len(words), 0, -1):
         name = " ".join(words[:count])
         if name in COMMANDS and list(argv[:count]) == words[:count]:
@@ -276,6 +304,15 @@ def _split(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
         print(_overview(group))
         raise SystemExit(0 if argv else 2)
     raise UsageError(_unknown(words))
+
+
+def _recipe_of(argv: Sequence[str]) -> Path | None:
+    """The file that --recipe names, before flags are looked at: they are checked together with what it says."""
+    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+        name, joined, value = word.partition("=")
+        if name == "--recipe":
+            return Path(value if joined else after)
+    return None
 
 
 def _overview(group: str = "") -> str:
@@ -334,6 +371,25 @@ def complain(error: Exception) -> int:
         where = f" (rank {rank})" if rank != "0" else ""
         print(f"{PROG}: error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return code
+
+
+def list_presets(options: Any) -> None:
+    """`presets`: name, purpose and main settings of each; or one as a TOML file to start from."""
+    if options.toml is not None:
+        if options.toml not in PRESETS:
+            raise UsageError(f"there is no preset {options.toml}: use one of {', '.join(PRESETS)}")
+        print(recipe_file.toml(options.toml))
+        return
+    for name, (about, recipe) in PRESETS.items():
+        print(f"{name}\n    {about}\n    {_in_short(recipe)}")
+
+
+def _in_short(recipe: Recipe) -> str:
+    keys = {"queue": f"queue of {recipe.queue_size}", "bank": f"{recipe.queue_size} of a bank", "batch": "its batch"}
+    return (
+        f"{recipe.arch}, {recipe.crop_size} px, batch {recipe.batch_size}, {keys[recipe.dictionary]}, "
+        f"T {recipe.temperature:g}, {recipe.epochs} epochs, {recipe.optimizer}"
+    )
 
 
 def synthesise_data(options: Any) -> None:

@@ -36,6 +36,10 @@ class Options:
     paths; or tar archives in place of files."""
     out: Path | None = None
     """Folder of the run, which must not exist yet unless --resume is given."""
+    recipe: Path | None = None
+    """Recipe file to start from: a run's recipe.json, or a TOML file of what differs from a preset. Flags win."""
+    dry_run: bool = False
+    """Only tell what the run would take: images, steps, memory and time, tried with a few small batches."""
     resume: bool = False
     """Continue the run in --out from its newest good checkpoint, with the recipe it was started with."""
     val: Path | None = None
@@ -337,6 +341,22 @@ class DataSynth:
 
 
 @dataclass(frozen=True)
+class Presets:
+    """List the recipes that have names."""
+
+    toml: str | None = None
+    """Print this preset as a recipe file, every field of it."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Print a script that lets a shell complete commands, flags and values: source <(fastmoco completion bash)."""
+
+    shell: Literal["bash", "zsh", "fish"]
+    """The shell."""
+
+
+@dataclass(frozen=True)
 class Env:
     """Versions, devices and cores, for bug reports and beside every published figure."""
 
@@ -361,7 +381,7 @@ def restarted() -> bool:
 def check_places(preset: str, options: Options, is_main: bool = True) -> None:
     """Raise UsageError if --data or --out is missing (only demo has defaults), or --out exists already."""
     for name in ("data", "out"):
-        if getattr(options, name) is None and preset != "demo":
+        if getattr(options, name) is None and preset != "demo" and not (name == "out" and options.dry_run):
             raise UsageError(f"pretrain {preset} needs --{name} PATH: only pretrain demo brings its own")
     if options.resume and options.out is not None and not options.out.is_dir():
         raise UsageError(f"{options.out} does not exist: check --out, or leave --resume out")

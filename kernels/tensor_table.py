@@ -86,6 +86,14 @@ class TensorTable:
             self.on_device()  # here, because nothing of it may happen while a graph is captured
         _tables[self.handle] = self
 
+    @classmethod
+    def averaging(cls, q: Sequence[Tensor], k: Sequence[Tensor]) -> TensorTable:
+        """The table of a momentum update alone: `ema` moves each of `k` (a teacher's) towards its `q` (a student's).
+
+        The tensors stay the models' own, so the table is made once. All are float32, or all float64.
+        """
+        return cls(q, q, k, q, k)
+
     def __len__(self) -> int:
         return len(self.q)
 

@@ -86,7 +86,7 @@ def resize_box(image: np.ndarray, box: list[int], square: Tensor) -> None:
     # Copied by NumPy, and resized by what F.interpolate calls, straight to its place. Were a copy left to torch, each
     # thread that calls this would start OpenMP threads, more than there are cores, and those of the training step
     # would go to sleep at every operation.
-    cut = np.ascontiguousarray(image[top : top + height, left : left + width])
+    cut = np.require(image[top : top + height, left : left + width], requirements=["C", "W"])
     planes = torch.from_numpy(cut).permute(2, 0, 1)[None]
     torch.ops.aten._upsample_bilinear2d_aa.out(planes, square.shape[1:], False, out=square[None])
 

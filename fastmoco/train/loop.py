@@ -40,6 +40,7 @@ from fastmoco.runs.lines import KNN, read_lines
 from fastmoco.runs.run_folder import Hold, hold
 from fastmoco.train import record
 from fastmoco.train.curves import draw_curves
+from fastmoco.train.dry_run import estimate
 from fastmoco.train.expectation import filled
 from fastmoco.train.health import ROLLBACKS, Health, NonFiniteError
 from fastmoco.train.job import places, prepare
@@ -63,16 +64,18 @@ def run(command: Pretrain) -> int:
 
 
 def pretrain(recipe: Recipe, options: Options, preset: str = "custom") -> dict[str, Any]:
-    """Pretrain as `recipe` says and write RUN (`options.out`); returns what RUN/summary.json holds.
+    """Pretrain as `recipe` says and write RUN (`options.out`); returns what RUN/summary.json holds, and `out`.
 
     Raises UsageError or RecipeError before anything is written, DataError on bad images, CheckpointError if nothing can
     be resumed, NonFiniteError if training diverged, SaveError if the last state found no place. Where the process
-    is asked to stop, it saves and returns with `stopped` true.
+    is asked to stop, it saves and returns with `stopped` true. With `options.dry_run` as `dry_run.estimate`.
     """
+    if options.dry_run:
+        return estimate(recipe, options, preset) | {"stopped": False}
     with Parallel.start(options.device) as parallel, closed_at_the_end():
         options = places(options, preset, parallel)
         with stop_on_signal() as asked:
-            return Run(recipe, options, preset, parallel).train(asked)
+            return Run(recipe, options, preset, parallel).train(asked) | {"out": str(options.out)}
 
 
 class Run:

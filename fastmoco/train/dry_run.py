@@ -1,0 +1,126 @@
+"""`pretrain --dry-run`: what a run would take, from its images and a few steps of small batches. No run is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from fastmoco.contrast.step import Step
+from fastmoco.data.loader import Loader
+from fastmoco.data.noise import noise_batch
+from fastmoco.data.plan import Plan
+from fastmoco.options import Options
+from fastmoco.parallel import Parallel
+from fastmoco.recipe import Recipe
+from fastmoco.train.job import Job, places, prepare
+from fastmoco.train.metrics import memory
+
+LEAST = 32  # pairs in the smaller batch where batch norm asks for no more
+STEPS, BATCHES = 2, 4  # that are timed, after one that is not
+TINY_RATE = 1e-6
+
+
+class Trial(NamedTuple):
+    """What one rank did with a batch of `pairs`."""
+
+    pairs: int
+    rate: float
+    """Pairs a second of the step alone."""
+    memory: float
+    """Peak of the process, in GiB."""
+
+
+def estimate(recipe: Recipe, options: Options, preset: str) -> dict[str, Any]:
+    """Print what the run would take, and return it: images, steps, memory in GiB of a rank, pairs/s and seconds.
+
+    Memory and time are extrapolated from two small batches. Of several ranks the first tries for all of them. Raises
+    what the run itself would raise before its first step.
+    """
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if rank:
+        return {}
+    parallel = Parallel.alone(options.device)
+    job = prepare(recipe, places(options, preset, parallel), preset, parallel)
+    per_rank = job.recipe.check_ranks(world)
+    trials = [_trial(job, pairs) for pairs in _sizes(job.recipe, per_rank)]
+    loaded = _rate_of_loader(job, trials[-1].pairs)
+    ours = trials[-1].rate
+    rate = world * (min(ours, loaded) if parallel.device.type == "cuda" else 1 / (1 / ours + 1 / loaded))
+    facts = {
+        "images": len(job.train_set),
+        "steps": job.total,
+        "memory": _extrapolated(trials, per_rank),
+        "pairs_per_s": rate,
+        "seconds": job.total * job.recipe.batch_size / rate,
+    }
+    for line in _lines(job, world, trials, loaded, facts):
+        print(line)
+    return facts
+
+
+def _sizes(recipe: Recipe, per_rank: int) -> list[int]:
+    unit = recipe.bn_group or min(LEAST, max(2, per_rank // 2))
+    return sorted({min(per_rank, unit), min(per_rank, 2 * unit)})
+
+
+def _small(recipe: Recipe, pairs: int) -> Recipe:
+    return dataclasses.replace(recipe, batch_size=pairs, lr=TINY_RATE)
+
+
+def _trial(job: Job, pairs: int) -> Trial:
+    recipe, parallel, options = _small(job.recipe, pairs), job.parallel, job.options
+    step = Step(recipe, parallel, encoder=options.encoder, update=options.update, images=len(job.train_set))
+    batch = noise_batch(recipe, parallel)
+    seconds = _seconds(lambda: step.step(batch, TINY_RATE), STEPS, parallel.device)
+    return Trial(pairs, pairs / seconds, memory(parallel.device))
+
+
+def _rate_of_loader(job: Job, pairs: int) -> float:
+    plan = Plan(_small(job.recipe, pairs), job.train_set.sizes)
+    with Loader(job.train_set, plan, job.parallel, range(BATCHES + 1), job.loading) as loader:
+        return pairs / _seconds(lambda: next(loader), BATCHES, job.parallel.device)
+
+
+def _seconds(work: Callable[[], object], times: int, device: torch.device) -> float:
+    """Of one call, after a first one that is not counted."""
+    started = 0.0
+    for number in range(times + 1):
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = started if number else time.perf_counter()
+    return (time.perf_counter() - started) / times
+
+
+def _extrapolated(trials: list[Trial], pairs: int) -> float:
+    if len(trials) == 1:
+        return trials[0].memory
+    first, last = trials
+    return last.memory + (last.memory - first.memory) / (last.pairs - first.pairs) * (pairs - last.pairs)
+
+
+def _lines(job: Job, world: int, trials: list[Trial], loaded: float, facts: dict[str, Any]) -> list[str]:
+    place = "its GPU" if job.parallel.device.type == "cuda" else "the CPU"
+    tried = " and ".join(str(trial.pairs) for trial in trials)
+    return [
+        *job.notes,
+        f"images: {facts['images']} in {job.train_set.root}",
+        f"steps: {facts['steps']} of {job.recipe.batch_size} pairs, {job.plan.steps_per_epoch} an epoch, "
+        f"{job.recipe.epochs} epochs",
+        f"memory: about {facts['memory']:.1f} GiB on {place} for each of {world} rank(s), by batches of {tried}",
+        f"time: about {_shown(facts['seconds'])} at {facts['pairs_per_s']:.1f} pairs/s "
+        f"(each rank alone: step {trials[-1].rate:.1f}, loader {loaded:.1f})",
+        "this was a trial: no run was written",
+    ]
+
+
+def _shown(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

@@ -1,0 +1,40 @@
+"""`--dry-run` tells the size of a run, tries it small, and writes none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastmoco.cli import main
+from fastmoco.train.dry_run import Trial, _extrapolated, _sizes
+
+
+def test_it_tells_images_steps_memory_and_time_and_writes_nothing(images: Path, flags, tmp_path: Path, capsys) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    where = ["--data", str(images), "--device", "cpu", "--threads", "1"]
+    assert main(["pretrain", "demo", *flags, *where, "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert f"images: 40 in {images}/train" in said and "steps: 30 of 8 pairs, 5 an epoch, 6 epochs" in said
+    assert "by batches of 4 and 8" in said and "pairs/s" in said and "no run was written" in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_that_cannot_start_is_refused_as_the_run_itself(images: Path, flags, tmp_path: Path, capsys) -> None:
+    where = ["--data", str(images), "--device", "cpu", "--dry-run"]
+    assert main(["pretrain", "demo", *flags, *where, "--batch-size", "80"]) == 2
+    assert "more than the 40 images" in capsys.readouterr().err
+    assert main(["pretrain", "v2", "--dry-run"]) == 2 and "needs --data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("group", "per_rank", "sizes"), [(32, 256, [32, 64]), (32, 32, [32]), (0, 8, [4, 8]), (0, 4096, [32, 64])]
+)
+def test_trials_are_small(recipe, group: int, per_rank: int, sizes: list[int]) -> None:
+    assert _sizes(replace(recipe, batch_size=4096, bn_group=group), per_rank) == sizes
+
+
+def test_memory_grows_with_the_batch_on_top_of_what_is_fixed() -> None:
+    assert _extrapolated([Trial(32, 1, 2.0), Trial(64, 1, 3.0)], 256) == pytest.approx(9.0)
+    assert _extrapolated([Trial(16, 1, 2.0)], 16) == 2.0
