@@ -72,7 +72,7 @@ def start(argv: list[str]) -> int:
 
     count = max(1, torch.cuda.device_count()) if nproc == "auto" else int(nproc)
     alone = count == 1 and not flags
-    return main(command) if alone else launch(count, flags, command, chosen.options.timeout_seconds)
+    return main(command) if alone else launch(count, flags, command, getattr(chosen, "options", chosen).timeout_seconds)
 
 
 if __name__ == "__main__":

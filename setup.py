@@ -50,6 +50,7 @@ setup(
         "docs": ["mkdocs-material>=9.6"],
         "tensorboard": ["tensorboard>=2.15"],
         "export": ["timm>=1.0"],
+        "detection": ["torchvision>=0.20"],
         "search": ["faiss-cpu>=1.8", "umap-learn>=0.5"],
         "gpu": ["nvidia-ml-py>=12"],
     },

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import importlib
 import io
+import itertools
 import json
 import os
 import select
@@ -85,6 +86,12 @@ COMMANDS: dict[str, Command] = {
     ),
     "evaluate linear": Command(
         "train a classifier on the frozen backbone", "fastmoco.options:EvaluateLinear", "fastmoco.evaluate.linear:run"
+    ),
+    "evaluate detection": Command(
+        "fine-tune a detector and judge it as PASCAL VOC does",
+        "fastmoco.evaluate.options:EvaluateDetection",
+        "fastmoco.detection.command:run",
+        distributed=True,
     ),
     "embed": Command("write the features of images", "fastmoco.options:Embed", "fastmoco.evaluate.embed:run"),
     "search": Command(
@@ -308,7 +315,7 @@ def _split(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
 
 def _recipe_of(argv: Sequence[str]) -> Path | None:
     """The file that --recipe names, before flags are looked at: they are checked together with what it says."""
-    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+    for word, after in itertools.zip_longest(argv, argv[1:], fillvalue=""):
         name, joined, value = word.partition("=")
         if name == "--recipe":
             return Path(value if joined else after)

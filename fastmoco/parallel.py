@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -117,6 +118,14 @@ class Parallel:
         votes = torch.tensor(int(flag), dtype=torch.int32, device=self.device)
         dist.all_reduce(votes, dist.ReduceOp.MAX)
         return bool(votes.item())
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """What each rank holds, in rank order: plain data or arrays of any size. Not for the inside of a step."""
+        if self.world == 1:
+            return [value]
+        held: list[Any] = [None] * self.world
+        dist.all_gather_object(held, value)
+        return held
 
     def barrier(self) -> None:
         """Return when every rank has come here."""

@@ -97,7 +97,7 @@ class BatchNormAct(nn.Module):
 
     def pooled(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normalise `x` [N, C, H, W], apply ReLU and pool its maxima, 3 x 3 with stride 2; twice, for two readers."""
-        if self.impl == "torch" and self.training:
+        if self.training and (self.impl == "torch" or self.gather is not None):
             y = F.max_pool2d(self._with_torch(x, None, None), 3, stride=2, padding=1)
             return y, y
         return batch_norm_pool(

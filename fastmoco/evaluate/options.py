@@ -63,3 +63,54 @@ class Duplicates:
     def __post_init__(self) -> None:
         good = self.threshold is None or -1 < self.threshold <= 1
         require(good, "threshold", self.threshold, "use a similarity above -1 and up to 1")
+
+
+@dataclass(frozen=True)
+class EvaluateDetection:
+    """Fine-tune a detector (Faster R-CNN, R50-C4 or the run's own network) from a run and judge it as VOC does.
+
+    Needs torchvision: pip install 'fastmoco[detection]'. Published numbers are made with detectron2: docs/detection.md.
+    """
+
+    run: Path
+    """Folder of the run."""
+    data: Path | None = None
+    """Images with boxes, a folder in the layout of VOCdevkit: VOC2007/{Annotations, ImageSets/Main, JPEGImages}."""
+    out: Path | None = None
+    """Folder to write, which must not exist yet unless --resume is given; left out, RUN/detection."""
+    resume: bool = False
+    """Continue the detector in --out from its newest good checkpoint, with the settings it was started with."""
+    untrained: bool = False
+    """Start from the run's first weights instead: what the figures are to be compared with."""
+    iterations: int = 24000
+    """Steps. 24,000 suit the 16,551 images of VOC 2007 and 2012; a small set of your own is done in hundreds."""
+    batch_size: int = 16
+    """Images of a step, over all ranks."""
+    lr: float | None = None
+    """Learning rate after the warm-up; left out, 0.02 x batch size / 16."""
+    size: int = 800
+    """Shorter side of test images in pixels; training draws from 60 % to all of it."""
+    regions: int = 512
+    """Regions of an image that the box head is trained on."""
+    seed: int = 0
+    """Of new layers, the order, the flips and the sampling of regions."""
+    on_training: bool = False
+    """Also judge the detector on the images it was trained on: whether it can learn them at all."""
+    save_every: int = 1000
+    """Steps between two checkpoints."""
+    log_every: int = 20
+    """Steps between two lines of log.jsonl."""
+    device: Device = "auto"
+    """Where to compute; auto is the GPU where there is one."""
+    threads: int = 2
+    """Processes that decode images, for each rank; 0 decodes in the training process."""
+    timeout_seconds: float = 600.0
+    """Seconds that ranks wait for each other before the command fails."""
+
+    def __post_init__(self) -> None:
+        require(self.data is not None, "data", self.data, "name a folder in the layout of VOCdevkit")
+        for name in ("iterations", "batch_size", "regions", "save_every", "log_every", "timeout_seconds"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "use a number of at least 1")
+        require(self.size >= 32, "size", self.size, "use at least 32 pixels")
+        require(self.lr is None or self.lr > 0, "lr", self.lr, "use more than 0")
+        require(self.threads >= 0, "threads", self.threads, "use 0 or more")

@@ -82,3 +82,27 @@ def test_low_precision_errs_by_its_rounding(dtype: torch.dtype) -> None:
     for one, other in zip(*results, strict=True):
         scale = one.double().abs().max().item()
         assert (one.double() - other.double()).abs().max().item() <= 8 * torch.finfo(dtype).eps * scale
+
+
+def uneven() -> Tensor:
+    x = torch.randn(8, 5, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    return x * torch.arange(1, 9)[:, None, None, None]  # the halves have other statistics
+
+
+def pooled_on_a_rank(parallel: Parallel, local: bool) -> list[Tensor]:
+    norm = BatchNormAct(5).double()
+    norm.reset()
+    norm.gather = (lambda rows: rows) if local else parallel.all_gather
+    y, _ = norm.pooled(uneven()[4 * parallel.rank :][:4].contiguous(memory_format=torch.channels_last))
+    return [y.detach(), norm.running_mean, norm.running_var]
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_the_norm_that_pools_shares_its_statistics_too(run_ranks: Callable, local: bool) -> None:
+    """The stem's norm over two ranks is that of one batch; with statistics of its own, the control, it is not."""
+    found = run_ranks(2, pooled_on_a_rank, local)
+    running = [torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)]
+    expected = F.max_pool2d(F.relu(F.batch_norm(uneven(), *running, None, None, True, 0.1, 1e-5)), 3, 2, 1)
+    same = [torch.allclose(torch.cat([found[0][0], found[1][0]]), expected, rtol=0, atol=1e-12)]
+    same += [torch.allclose(each[1 + i], running[i], rtol=0, atol=1e-12) for each in found for i in range(2)]
+    assert not any(same) if local else all(same)
