@@ -51,7 +51,7 @@ class Teacher(nn.Module):
 
 
 def model_ema_v3() -> type:
-    """timm's ModelEmaV3 with the kernel in place of its foreach: a class with the same arguments and state_dict.
+    """A ModelEmaV3 of timm with the kernel in place of its foreach: a class with the same arguments and state_dict.
 
     For models and averages in fp32 on one device; others go timm's way. Parameters must stay where they are (a later
     `.to(device)` or `.half()` makes new ones: build the average after that, as timm asks, too).

@@ -333,10 +333,11 @@ def batch_norm_act(
 ) -> Tensor:
     """ReLU(BN(x) + residual), or ReLU(BN(x) + BN'(residual)) with `residual_norm`, in the layout and dtype of x.
 
-    x is [N, C, H, W] channels-last or [N, C]; fp32, bf16 or fp16 (the twin also takes fp64), the statistics and
-    weights fp32. In training the statistics are those of each group of N / groups consecutive samples (Ioffe and
-    Szegedy, 2015), and `running` moves in place by the mean over groups of torch's update (unbiased variance).
-    Otherwise `running` normalises. Nothing is saved under no_grad. Raises ValueError for what does not fit.
+    x is [N, C, H, W] channels-last or [N, C]; fp32, bf16 or fp16 (the twin also takes fp64); weight, bias and both
+    running statistics are fp32 [C]. In training the statistics are those of each group of N / groups consecutive
+    samples (Ioffe and Szegedy, 2015), and `running` moves in place, with momentum, by the mean over groups of torch's
+    update (unbiased variance). Otherwise `running` normalises. eps is added to variances; without relu nothing is
+    clipped. Nothing is saved under no_grad. Raises ValueError for what does not fit.
     """
     return _batch_norm_act(
         x, Norm(weight, bias, running), groups, residual, residual_norm, relu, momentum, eps, training, impl, False

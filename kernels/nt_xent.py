@@ -198,7 +198,8 @@ def nt_xent(
     """Mean loss of this rank's rows, and for each row how many keys score above its positive.
 
     `z_a`, `z_b`: raw projections [N, D] of two views, normalised here; fp32, fp16 or bf16, which is also the dtype of
-    the products; the twin takes fp64 too. D is a multiple of 16 up to 512. Over several ranks `gather` makes of rows
+    the products; the twin takes fp64 too. D is a multiple of 16 up to 512. `temperature`: a positive number, by which
+    cosines are divided. Over several ranks `gather` makes of rows
     [2N, ...] of this rank, first those of `z_a`, the rows of all ranks [2B, ...], the same on each, such that rows i
     and B + i are the views of one sample; `rows` int64 [2N] says where this rank's own stand there, in any order. Left
     out, there is one rank, and row i of one view belongs to row i of the other.

@@ -427,7 +427,7 @@ def photometric(
     max_sigma: float = reference.MAX_SIGMA,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Augmented, normalised views [N, channels, S, S], channels-last, of uint8 crops [N, S, S, 3].
+    """Augmented, normalised views [N, channels, S, S] of `dtype`, channels-last, of uint8 crops [N, S, S, 3].
 
     Row i of `parameters` (float32 [N, 8], columns named in `kernels.reference`) says what happens to crop i: grey
     before the jitters, the jitters in the drawn order with torchvision's semantics (brightness x f; contrast about the
@@ -460,7 +460,8 @@ def cost(
 
 def variants(arch: int) -> list[Variant]:
     """What the compile gate compiles: the launches at 224 px in bf16, with and without padding and destination rows,
-    and in fp32, whose blur is another; with MoCo v2's deviations and the largest."""
+    and in fp32, whose blur is another; with MoCo v2's deviations and the largest.
+    """
     launches = ((torch.bfloat16, 3, True, 2.0), (torch.bfloat16, 4, False, 4.0), (torch.float32, 3, False, 2.0))
     return [
         _variant(plan, dtype, channels, permuted)

@@ -389,6 +389,7 @@ def sgd_ema(
 ) -> None:
     """One optimiser step, in place: g += wd q; v = momentum v + g; q -= lr v; k = m k + (1 - m) q; both casts.
 
+    wd is `weight_decay`, m `ema_momentum`.
     This is `torch.optim.SGD` (momentum, no dampening, no Nesterov) followed by MoCo's momentum update with the new q,
     where the table has keys.
     `grads`: one per entry, float32, bfloat16 or float16, with the strides of the entry; divided by `grad_scale` where
@@ -420,8 +421,9 @@ def sgd_ema(
 
 
 def ema(table: TensorTable, ema_momentum: float | Tensor, impl: Impl = "auto") -> None:
-    """The momentum update alone, in place: k = m k + (1 - m) q, and the cast to `k_work`.
+    """The momentum update alone, in place: k = m k + (1 - m) q with m `ema_momentum`, and the cast to `k_work`.
 
+    m is a number, or a tensor of one on the table's device. `TensorTable.averaging` makes a table for this.
     Raises ValueError for a scalar of wrong shape or device, or a table without keys.
     """
     if not table.has_keys:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,25 @@ def test_the_kernels_are_one_line_to_import() -> None:
 
     for kernel in (batch_norm_act, ema, info_nce, nt_xent, photometric, sgd_ema):
         assert callable(kernel) and kernel.__name__ in __all__ and getattr(fastmoco.kernels, kernel.__name__) is kernel
+
+
+def _public() -> list[tuple[str, Callable]]:
+    names = [(name, getattr(fastmoco, name)) for name in fastmoco.__all__]
+    names += [(name, getattr(fastmoco.kernels, name)) for name in fastmoco.kernels.__all__]
+    return [(name, value) for name, value in names if callable(value)]
+
+
+def test_docstrings_name_every_argument_and_what_is_raised() -> None:
+    """Of what users call; ruff's rules D see to it that there is one. `impl` is told of once, for all kernels."""
+    for name, value in _public():
+        text = inspect.getdoc(value) or ""
+        if isinstance(value, type):  # fields of data have a text below each, which a test of the recipe's help checks
+            text += inspect.getsource(value)
+        kinds = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
+        asked = [p.name for p in inspect.signature(value).parameters.values() if p.kind not in kinds]
+        assert [each for each in asked if each != "impl" and not re.search(rf"\b{each}\b", text)] == [], name
+        if not isinstance(value, type):
+            assert "aises ValueError" in text or "aises UsageError" in text or "aises TypeError" in text, name
 
 
 @pytest.mark.slow
