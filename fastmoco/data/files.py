@@ -6,6 +6,7 @@ import os
 import stat
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,6 @@ from fastmoco.data.errors import DataError
 Rejected = list[tuple[str, str]]
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 NO_SOURCE = "neither a folder nor a tar nor a text file with one path a line"
-LITTER = "left by a system beside the images"
 
 
 @dataclass
@@ -38,6 +38,8 @@ class Files:
     """Full paths of the archives."""
     places: Sequence[int] = field(default_factory=lambda: array("q"))
     """Two numbers for each file: archive and offset in it; empty where there is no archive."""
+    passed: Counter[str] = field(default_factory=Counter)
+    """How many were passed over: hidden ones, and of archives sidecars, by their ending."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -53,6 +55,7 @@ class Files:
         """Append what an archive holds, and to `rejected` what is left out; raises DataError if it is no sound tar."""
         members = tars.index(path)
         rejected += members.left_out
+        self.passed += members.passed
         # Plain files before and after have no archive.
         self.places.extend([-1] * (2 * len(self.paths) - len(self.places)))
         number = len(self.archives)
@@ -123,8 +126,12 @@ def _walk(root: str, rejected: Rejected) -> tuple[Files, list[str]]:
             continue
         entered.add((status.st_dev, status.st_ino))
         below = [f"{folder}/{entry.name}" if folder else entry.name for entry in entries]
-        rejected += [(name, LITTER) for entry, name in zip(entries, below, strict=True) if entry.name in tars.LITTER]
-        passed = tars.LITTER | {entry.name for entry in entries if entry.name[0] == "."}
+        rejected += [
+            (name, tars.BY_A_SYSTEM) for entry, name in zip(entries, below, strict=True) if entry.name in tars.LITTER
+        ]
+        hidden = {entry.name for entry in entries if entry.name[0] == "."}
+        files.passed[tars.HIDDEN] += len(hidden)
+        passed = tars.LITTER | hidden
         visible = [(entry, name) for entry, name in zip(entries, below, strict=True) if entry.name not in passed]
         pending += [name for entry, name in reversed(visible) if _is_folder(entry)]
         for entry, name in visible:

@@ -69,6 +69,8 @@ class Manifest:
     """Path and reason of everything left out."""
     bytes: int = 0
     """Size of all images as stored."""
+    passed: dict[str, int] = field(default_factory=dict)
+    """How many files a scan passed over: hidden ones, and of archives sidecars, by their ending."""
     archives: list[str] = field(default_factory=list)
     """Tar archives that hold images, relative to the root or absolute."""
     transparent: int = 0
@@ -232,6 +234,7 @@ def scan(
     names, numbers = _number(labels, classes, str(path))
     chosen = [files.paths[i] for i in good.tolist()] if len(good) < len(files) else files.paths
     manifest = Manifest(files.root, chosen, known.sizes[good], numbers, names, sorted(rejected))
+    manifest.passed = dict(+files.passed)
     manifest.bytes = int(files.bytes[good].sum())
     manifest.transparent = int(known.alpha[good].sum())
     manifest.spans = known.spans[good] if known.decoded[good].all() else None

@@ -61,6 +61,7 @@ def facts(found: Manifest, full: bool) -> dict[str, Any]:
         "one_colour": _narrow(found, -1, ONE_COLOUR),
         "small_range": _narrow(found, ONE_COLOUR, SMALL_RANGE),
         "decoded": full,
+        "passed_over": found.passed,
         "left_out": [{"file": path, "reason": reason} for path, reason in found.rejected],
     }
 
@@ -115,6 +116,7 @@ def _lines(title: str, part: dict[str, Any]) -> list[str]:
         ),
         f"  checked   {how}, {part['seconds']:.1f} s",
         *_remarks(part),
+        *_passed(part["passed_over"]),
         f"  left out  {len(part['left_out'])}",
         *_rejected(part["left_out"]),
     ]
@@ -131,6 +133,11 @@ def _remarks(part: dict[str, Any]) -> list[str]:
     if len(lines) > bool(part["transparent"]):
         lines.append("            where numbers do not span their type (12 bits in 16), give --value-range LOW HIGH")
     return lines
+
+
+def _passed(counts: dict[str, int]) -> list[str]:
+    told = ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items()))
+    return [f"  passed    {told}: neither images nor classes"] if told else []
 
 
 def _rejected(left_out: list[dict[str, str]]) -> list[str]:

@@ -2,9 +2,9 @@
 
 The layout is WebDataset's (https://github.com/webdataset/webdataset): an image is a member, its class stands in the
 member KEY.cls of the same archive, where KEY is the image's name up to the first dot, or is the first folder of its
-name; KEY.output.cls beside KEY.input.jpg will do. Members with other sidecar endings are passed over. The name of a
-member inside its archive is its path. Links are followed inside the archive. Archives that were joined by `cat` are
-read to the end of the last one.
+name; KEY.output.cls beside KEY.input.jpg will do. The name of a member inside its archive is its path. Links are
+followed inside the archive. Archives that were joined by `cat` are read to the end of the last one. Members with other
+sidecar endings, and hidden ones, are passed over and counted; every other member that is no image is named.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import os
 import sys
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +25,12 @@ from fastmoco.data.errors import DataError
 ENDING = ".tar"
 READ_BYTES = 1 << 20
 # Folders that systems leave beside images: thumbnails, waste baskets.
+BY_A_SYSTEM = "left by a system beside the images"
 LITTER = {"@eaDir", "__MACOSX", "#recycle", "@Recycle", "@__thumb", "$RECYCLE.BIN", "lost+found", "#snapshot"}
 SIDECARS = {"cls", "json", "txt", "id", "index", "__key__"}
-VERSION = 2  # raise it when `index` changes what it finds
+HIDDEN = "hidden"
+REPLACED = "replaced by a later member of the same name"
+VERSION = 3  # raise it when `index` changes what it finds
 
 
 class Members(NamedTuple):
@@ -42,6 +46,8 @@ class Members(NamedTuple):
     """Time of the archive's last change in ns."""
     left_out: list[tuple[str, str]]
     """Name and reason of each member that is neither an image nor says something about one."""
+    passed: Counter[str]
+    """How many members were passed over, by their ending, or HIDDEN."""
 
 
 def index(path: str) -> Members:
@@ -68,16 +74,24 @@ class _Contents:
         self.links: dict[str, str] = {}
         self.classes: dict[str, dict[str, str]] = {}
         self.left_out: list[tuple[str, str]] = []
+        self.passed: Counter[str] = Counter()
 
     def add(self, member: tarfile.TarInfo, archive: tarfile.TarFile) -> None:
         """Take a member over."""
         name = member.name.removeprefix("./")
-        if member.isdir() or any(part.startswith(".") or part in LITTER for part in name.split("/")):
+        if member.isdir():
+            return
+        parts = name.split("/")
+        if any(part.startswith(".") for part in parts):
+            self.passed[HIDDEN] += 1
+            return
+        if any(part in LITTER for part in parts):
+            self.left_out.append((name, BY_A_SYSTEM))
             return
         if name in self.places or name in self.links:
             self.places.pop(name, None)
             self.links.pop(name, None)
-            self.left_out.append((name, "replaced by a later member of the same name"))
+            self.left_out.append((name, REPLACED))
         key, ending = _key(name)
         last = ending.rpartition(".")[2]
         if member.issym() or member.islnk():
@@ -87,8 +101,12 @@ class _Contents:
             self.left_out.append((name, "not a regular file" if not member.isfile() else "stored sparsely"))
         elif last == "cls":
             text = archive.extractfile(member).read().decode(errors="surrogateescape").strip()
-            self.classes.setdefault(key, {})[ending] = sys.intern(text)
-        elif last not in SIDECARS:
+            if ending in self.classes.setdefault(key, {}):
+                self.left_out.append((name, REPLACED))
+            self.classes[key][ending] = sys.intern(text)
+        elif last in SIDECARS:
+            self.passed[f".{last}"] += 1
+        else:
             self.places[name] = member.offset_data, member.size
 
     def follow_links(self) -> None:
@@ -97,12 +115,21 @@ class _Contents:
             for _ in range(len(self.links)):
                 target = self.links.get(target, target)
             place = self.places.get(target)
-            if _key(name)[1].rpartition(".")[2] in SIDECARS:
+            last = _key(name)[1].rpartition(".")[2]
+            if last in SIDECARS:
+                self.passed[f".{last}"] += 1
                 continue
             if place is None:
                 self.left_out.append((name, f"link to {target}, which the archive does not hold"))
             else:
                 self.places[name] = place
+
+    def count_idle_classes(self) -> None:
+        """Name the classes of no image."""
+        keys = {_key(name)[0] for name in self.places}
+        for key, said in self.classes.items():
+            if key not in keys:
+                self.left_out += [(f"{key}.{ending}", "the class of no image") for ending in said]
 
     def label(self, name: str, path: str) -> str | None:
         """The class of an image; raises DataError if members of its key give it several."""
@@ -129,10 +156,11 @@ def _read(path: str, status: os.stat_result) -> Members:
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"{path}: {_reason(path, error)}") from None
     found.follow_links()
+    found.count_idle_classes()
     names = list(found.places)
     offsets, sizes = (np.array([place[i] for place in found.places.values()], np.int64) for i in (0, 1))
     labels = [found.label(name, path) for name in names]
-    return Members(names, offsets, sizes, labels, status.st_mtime_ns, found.left_out)
+    return Members(names, offsets, sizes, labels, status.st_mtime_ns, found.left_out, found.passed)
 
 
 def _next_archive(path: str, end: int, size: int, found: _Contents) -> int | None:
@@ -194,7 +222,8 @@ def _kept(path: Path, state: np.ndarray) -> Members | None:
     left_out = list(zip(*(cache.unpacked(found[each]) for each in ("left_names", "left_reasons")), strict=True))
     if not len(names) == len(labels) == len(found["offsets"]) == len(found["sizes"]):
         return None
-    return Members(names, found["offsets"], found["sizes"], labels, int(state[2]), left_out)
+    passed = Counter(dict(zip(cache.unpacked(found["passed"]), found["passed_counts"].tolist(), strict=True)))
+    return Members(names, found["offsets"], found["sizes"], labels, int(state[2]), left_out, passed)
 
 
 def _keep(path: Path, state: np.ndarray, members: Members) -> None:
@@ -210,4 +239,6 @@ def _keep(path: Path, state: np.ndarray, members: Members) -> None:
         sizes=members.sizes,
         left_names=cache.packed(name for name, _ in members.left_out),
         left_reasons=cache.packed(reason for _, reason in members.left_out),
+        passed=cache.packed(members.passed),
+        passed_counts=np.array([*members.passed.values()], np.int64),
     )

@@ -275,6 +275,42 @@ def test_labels_of_keys_with_dots(tmp_path: Path) -> None:
         scan(make(tmp_path / "two.tar", *pairs, ("s1.other.cls", b"a")))
 
 
+def test_nothing_in_an_archive_vanishes_uncounted(tmp_path: Path) -> None:
+    """Every member that is no folder is an image, a class that was read, counted by its ending, or named."""
+    members: list[tuple[str, bytes | str]] = [
+        ("x.jpg", JPEG),
+        ("x.cls", b"7"),
+        ("x.json", b"{}"),
+        ("x.TXT", b"a caption"),
+        ("y.jpg", JPEG),
+        ("y.cls", b"8"),
+        ("x.cls", b"5"),
+        ("y.txt", ">x.TXT"),
+        ("gone.cls", b"9"),
+        (".DS_Store", b"litter"),
+        ("._x.jpg", b"a Mac's"),
+        ("@eaDir/x.jpg", JPEG),
+        ("readme.md", b"text"),
+        ("lost.jpg", "=gone.jpg"),
+        ("z.jpg", b""),
+    ]
+    path = make(tmp_path / "all.tar", *members)
+    for _ in range(2):  # the second time from the cache
+        found = scan(path)
+        assert found.paths == ["x.jpg", "y.jpg"] and found.classes == ["5", "8"]
+        assert found.passed == {".json": 1, ".txt": 2, "hidden": 2}
+        assert dict(found.rejected) == {
+            "@eaDir/x.jpg": "left by a system beside the images",
+            "gone.cls": "the class of no image",
+            "lost.jpg": "link to gone.jpg, which the archive does not hold",
+            "readme.md": "not an image",
+            "x.cls": "replaced by a later member of the same name",
+            "z.jpg": "empty file",
+        }
+        classes = 2
+        assert len(found) + classes + sum(found.passed.values()) + len(found.rejected) == len(members)
+
+
 def test_of_two_members_of_one_name_the_later_counts(tmp_path: Path) -> None:
     other = odd.encoded(np.zeros((20, 30, 3), np.uint8), "JPEG")
     found = scan(make(tmp_path / "twice.tar", ("x.jpg", JPEG), ("x.jpg", other), (".hidden/y.jpg", JPEG)))
