@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -115,7 +116,8 @@ def thinned(series: Series) -> Series:
 def save(drawing: Figure, path: Path) -> None:
     """Write a figure, in the format that `path` ends in; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic.replacing(path) as draft:
+    with atomic.replacing(path) as draft, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a script that no font here has
         drawing.savefig(draft)
 
 

@@ -51,13 +51,12 @@ def _draw_map(folder: Path) -> None:
 
     from fastmoco.evaluate.feature_map import draw_map
     from fastmoco.evaluate.index import Source, index, scan_of
-    from fastmoco.evaluate.labels import subset
 
     parallel = runs.one_rank("auto")
     encoder, recipe, _ = runs.load_encoder(folder, parallel)
     images = scan_of(folder, None, recipe.max_pixels)
     some = np.unique(np.linspace(0, len(images) - 1, min(MAPPED, len(images))).astype(np.int64))
-    found = index(Source(encoder, recipe, parallel, "backbone"), subset(images, some))
+    found = index(Source(encoder, recipe, parallel, "backbone"), images.take(some))
     print(f"{folder / 'map.png'}: {len(found.images)} images by {draw_map(folder / 'map.png', *found)}")
 
 

@@ -168,7 +168,7 @@ class Manifest:
         return loaded
 
     def take(self, indices: Iterable[int]) -> Manifest:
-        """The images with these indices, which ascend."""
+        """The images with these indices, in their order; `find` needs one that ascends."""
         rows = np.array(list(indices), np.int64)
         labels, places = (None if column is None else column[rows] for column in (self.labels, self.places))
         paths = [self.paths[row] for row in rows.tolist()]

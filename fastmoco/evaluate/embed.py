@@ -18,7 +18,6 @@ from fastmoco.data.errors import DataError
 from fastmoco.data.loader import Loading
 from fastmoco.data.manifest import Manifest
 from fastmoco.evaluate.features import encode
-from fastmoco.evaluate.labels import subset
 from fastmoco.options import Embed, UsageError, require_new
 from fastmoco.parallel import Parallel
 from fastmoco.runs.pretrained import Pretrained
@@ -91,7 +90,7 @@ def embed(
     good = shown.cpu().numpy() == np.arange(len(images))
     kept = order[good[order]]
     left_out = len(images.rejected) + len(order) - len(kept)
-    return Embedding(rows.cpu().numpy()[kept], subset(images, kept), left_out)
+    return Embedding(rows.cpu().numpy()[kept], images.take(kept), left_out)
 
 
 def run(options: Embed) -> None:

@@ -17,7 +17,6 @@ from fastmoco.data.loader import Loading
 from fastmoco.data.manifest import Manifest
 from fastmoco.encoder import Encoder
 from fastmoco.evaluate.features import encode
-from fastmoco.evaluate.labels import subset
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
@@ -61,7 +60,7 @@ def index(source: Source, images: Manifest, kept: Path | None = None) -> Index:
     found = cache.load(kept) if kept else None
     if found is not None and found["key"].tobytes() == key:
         rows, good = torch.from_numpy(found["features"]), found["good"]
-        return Index(subset(images, good), rows.to(source.parallel.device))
+        return Index(images.take(good), rows.to(source.parallel.device))
     with tqdm(total=len(images), unit="image", disable=None) as bar:
         rows, shown = encode(
             source.encoder,
@@ -76,7 +75,7 @@ def index(source: Source, images: Manifest, kept: Path | None = None) -> Index:
     rows = rows[torch.from_numpy(good).to(rows.device)]
     if kept and rows.numel() * 4 <= MOST_BYTES:
         cache.save(kept, key=np.frombuffer(key, np.uint8), features=rows.cpu().numpy(), good=good)
-    return Index(subset(images, good), rows)
+    return Index(images.take(good), rows)
 
 
 def _key(source: Source, images: Manifest) -> bytes:

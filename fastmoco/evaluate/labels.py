@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -14,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastmoco.data import manifest
+from fastmoco.data.cache import printable
 from fastmoco.data.manifest import DataError, Manifest
 from fastmoco.options import UsageError
 from fastmoco.recipe import Recipe
@@ -86,16 +89,8 @@ def label(images: Manifest, table: Path, classes: Sequence[str] | None = None) -
     if unknown:
         raise DataError(f"{table}: class {unknown[0]!r} is not among the {len(numbering)} classes of the training part")
     labels = np.array([numbering[names[i]] for i in kept.tolist()], np.int64)
-    chosen = subset(images, kept)
+    chosen = images.take(kept)
     return dataclasses.replace(chosen, labels=labels, classes=list(numbering))
-
-
-def subset(images: Manifest, indices: np.ndarray) -> Manifest:
-    """Some of the images, in the order of `indices`."""
-    labels = None if images.labels is None else images.labels[indices]
-    paths = [images.paths[index] for index in indices.tolist()]
-    places = None if images.places is None else images.places[indices]
-    return dataclasses.replace(images, paths=paths, sizes=images.sizes[indices], labels=labels, places=places)
 
 
 class Row(NamedTuple):
@@ -108,11 +103,13 @@ class Row(NamedTuple):
 
 def read_table(table: Path) -> list[Row]:
     """The first two columns of a CSV file."""
+    data = table.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if b"\0" in data:
+        raise UsageError(f"{table} cannot be read as CSV (it holds zeros, as UTF-16 does): save it as UTF-8")
     try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            rows = [(reader.line_num, row) for row in reader if row]
-    except (UnicodeDecodeError, csv.Error) as error:
+        reader = csv.reader(io.StringIO(os.fsdecode(data), newline=""))  # names of files may hold any bytes
+        rows = [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
         raise UsageError(f"{table} cannot be read as CSV ({error}): use one path,class a line") from error
     short = next((line for line, row in rows if len(row) < 2), None)
     if short is not None:
@@ -124,10 +121,13 @@ def _classes_of(images: Manifest, table: Path) -> dict[int, str]:
     """Class by index of the images that a table names."""
     finder = _Finder(images)
     named: dict[int, tuple[int, str]] = {}
+    foreign: list[tuple[Row, bool]] = []
     for number, row in enumerate(read_table(table)):
         found = finder.find(row.path)
         if number == 0 and not found:
             continue  # a header
+        if not _is_utf8(row.path):
+            foreign.append((row, bool(found)))
         if not row.path or not row.label:
             raise DataError(f"{table}: line {row.line}, {row.path or repr(row.label)}: an empty cell")
         if len(found) > 1:
@@ -137,7 +137,22 @@ def _classes_of(images: Manifest, table: Path) -> dict[int, str]:
             line, before = named.setdefault(index, (row.line, row.label))
             if before != row.label:
                 raise DataError(f"{table}: line {row.line}, {row.path}: {row.label}, but {before} in line {line}")
+    if foreign and not any(found for _, found in foreign):  # written in another encoding than the names on the disk
+        row = foreign[0][0]
+        print(
+            f"warning: {table}: {len(foreign)} lines are not UTF-8 and name none of the images in {images.root}, the "
+            f"first is line {row.line}, {printable(row.path)}: save the table as UTF-8",
+            file=sys.stderr,
+        )
     return {index: name for index, (_, name) in named.items()}
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        os.fsencode(text).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 class _Finder:

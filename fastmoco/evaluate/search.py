@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,7 +23,6 @@ from fastmoco.data.loader import Loading
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.rewrite import Reading
 from fastmoco.evaluate.index import Index, Source, index, scan_of
-from fastmoco.evaluate.labels import subset
 from fastmoco.evaluate.neighbours import nearest
 from fastmoco.evaluate.options import Duplicates, Search
 from fastmoco.evaluate.pictures import Tile, draw_sheet
@@ -95,7 +93,7 @@ def given(places: Sequence[Path], max_pixels: int) -> Manifest:
         path, reason = found.rejected[0]
         raise UsageError(f"{path}: {reason}: leave it out")
     place_of = {path: row for row, path in enumerate(found.paths)}
-    return subset(dataclasses.replace(found, root="/"), np.array([place_of[file] for file in files], np.int64))
+    return dataclasses.replace(found, root="/").take(place_of[file] for file in files)
 
 
 def centred(features: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:

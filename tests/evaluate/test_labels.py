@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastmoco.data import manifest
 from fastmoco.data.manifest import DataError
-from fastmoco.evaluate.labels import both_sides, label, one_side, read_table, subset
+from fastmoco.evaluate.labels import both_sides, label, one_side, read_table
 from fastmoco.options import UsageError
 
 
@@ -63,7 +63,7 @@ def test_mistakes_in_a_table(flat, tmp_path):
 
 def test_a_subset_keeps_paths_sizes_and_labels_together(flat, tmp_path):
     found = label(manifest.scan(flat), table(tmp_path, "a.png,x\nb.png,y\nc.png,x\n"))
-    some = subset(found, np.array([2, 0]))
+    some = found.take([2, 0])
     assert some.paths == ["c.png", "a.png"] and some.labels.tolist() == [0, 0] and len(found) == 3
 
 
