@@ -492,10 +492,10 @@ def _threads_started_by(work: Callable[[], object]) -> int:
     started = []
 
     def count() -> None:
-        before = len(os.listdir("/proc/self/task"))
+        before = set(os.listdir("/proc/self/task"))  # by number, because earlier ones may end meanwhile
         torch.set_num_threads(2)
         work()
-        started.append(len(os.listdir("/proc/self/task")) - before)
+        started.append(len(set(os.listdir("/proc/self/task")) - before))
         torch.set_num_threads(1)
 
     thread = threading.Thread(target=count)
