@@ -25,6 +25,7 @@ from fastmoco.recipe import PRESETS, Recipe
 ROUNDS = {"cpu": 5, "cuda": 20}
 WARMUP = {"cpu": 1, "cuda": 3}
 PICTURES = (".svg", ".png", ".pdf")
+INTERLEAVED = ("step", "kernels", "dictionaries")
 # Of samples that last seconds, no more than bench compare needs for a verdict.
 SHORT_ROUNDS = dict.fromkeys(("loader", "train", "scaling"), comparison.FEWEST)
 
@@ -63,7 +64,11 @@ def measure(
     `keep` gets what was measured so far, as a record marked unfinished, after each set of rows.
     """
     rounds = options.rounds or SHORT_ROUNDS.get(subject, ROUNDS[device.type])
-    timing = f"warm-up {WARMUP[device.type]}, {rounds} interleaved rounds" if subject in ("step", "kernels") else ""
+    timing = (
+        f"warm-up {WARMUP[device.type]}, {rounds} interleaved rounds"
+        if subject in ("step", "kernels", "dictionaries")
+        else ""
+    )
 
     def made(rows: Sequence[Row], journal: Journal, **more: object) -> Record:
         return record_files.record(subject, rows, {**circumstances, **journal.facts(), **more}, timing)
@@ -147,8 +152,10 @@ SUBJECTS = {
     "train": _subject("train", "rounds", "precision", "data", "journal"),
     "scaling": _subject("scaling", "rounds", "precision"),
     "memory": _subject("memory", "dtype", "only", "journal"),
+    "dictionaries": _subject("dictionaries", "rounds", "warmup", "precision", "journal"),
     "proof": _subject("proof", "rounds", "precision", "journal"),
     "decode": _subject("decode", "data", "journal"),
     "resume": _subject("resume", "journal"),
 }
-MEASURED = tuple(name for name in SUBJECTS if name not in ("proof", "decode", "resume"))  # which test, and time nothing
+ON_DEMAND = ("dictionaries", "proof", "decode", "resume")  # the last three test, and time nothing
+MEASURED = tuple(name for name in SUBJECTS if name not in ON_DEMAND)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmoco.bench import losses
 from fastmoco.bench.journal import Journal
 from fastmoco.bench.record_files import BY_HOST, Row, named
 from fastmoco.bench.roofline import convolutions
@@ -30,15 +32,16 @@ from fastmoco.kernels import (
     TensorTable,
     batch_norm,
     batch_norm_pool,
+    convolution,
     ema,
     enqueue,
     info_nce,
-    nt_xent,
     photometric,
     sgd_ema,
 )
 from fastmoco.kernels.enqueue import cost as enqueue_cost
 from fastmoco.kernels.info_nce import cost as info_nce_cost
+from fastmoco.kernels.nt_xent import Form
 from fastmoco.kernels.nt_xent import cost as nt_xent_cost
 from fastmoco.kernels.photometric import cost as photometric_cost
 from fastmoco.kernels.sgd_ema import cost as sgd_ema_cost
@@ -176,41 +179,32 @@ def info_nce_cases(size: Size, device: torch.device) -> list[Case]:
 
     providers: dict[str, Callable[[], object]] = {
         OURS: ours,
-        "eager": functools.partial(published_loss, z, keys, queue, t),
+        "eager": functools.partial(losses.published_loss, z, keys, queue, t),
     }
     if device.type == "cuda":
-        compiled = torch.compile(_published_forward)
-        providers["torch.compile"] = functools.partial(published_loss, z, keys, queue, t, compiled)
-        providers["split attention"] = functools.partial(_split_attention, z, keys, queue, t)
+        compiled = torch.compile(losses.published_forward)
+        providers["torch.compile"] = functools.partial(losses.published_loss, z, keys, queue, t, compiled)
+        providers["split attention"] = functools.partial(losses.split_attention, z, keys, queue, t)
     nbytes, flops = info_nce_cost(n, k, d, size.dtype, size.dtype)
     config = {"N": n, "K": k, "D": d, "dtype": short_name(size.dtype)}
     return [Case("info_nce", config, providers, "eager", nbytes, flops)]
 
 
 def nt_xent_cases(size: Size, device: torch.device) -> list[Case]:
-    """Loss, rank and gradient of NT-Xent over both views of a batch."""
-    n, d, t = size.batch, size.recipe.dim, size.recipe.temperature
-    z_a, z_b = (torch.randn(n, d, device=device, dtype=size.dtype).requires_grad_() for _ in range(2))
-
-    def ours() -> object:
-        loss, _ = nt_xent(z_a, z_b, t)
-        return torch.autograd.grad(loss, (z_a, z_b))
-
-    def plain(forward: Callable[..., Tensor] = _plain_nt_xent) -> object:
-        return torch.autograd.grad(forward(z_a, z_b, t), (z_a, z_b))
-
-    providers: dict[str, Callable[[], object]] = {OURS: ours, "eager": plain}
-    if device.type == "cuda":
-        providers["torch.compile"] = functools.partial(plain, torch.compile(_plain_nt_xent))
-    nbytes, flops = nt_xent_cost(n, n, d, size.dtype)
-    return [Case("nt_xent", {"N": n, "D": d, "dtype": short_name(size.dtype)}, providers, "eager", nbytes, flops)]
+    """Loss, rank and gradient of NT-Xent over both views of a batch, and of its form that inf-cl has, by batch."""
+    return [
+        _nt_xent_case(n, form, size, device)
+        for form in losses.TIMED_FORMS
+        for n in sorted({size.batch, *losses.PAIRS[device.type]})
+    ]
 
 
-def _plain_nt_xent(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
-    # As SimCLR's code has it: logits of both views materialised, a row's own masked, cross-entropy.
-    z = F.normalize(torch.cat([z_a, z_b]), dim=1)
-    logits = (z @ z.T / temperature).float().fill_diagonal_(-torch.inf)
-    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z_a)))
+def _nt_xent_case(n: int, form: Form, size: Size, device: torch.device) -> Case:
+    d, t = size.recipe.dim, size.recipe.temperature
+    z = [torch.randn(n, d, device=device, dtype=size.dtype).requires_grad_() for _ in range(2)]
+    nbytes, flops = nt_xent_cost(n, n, d, size.dtype, form)
+    config = {"N": n, "D": d, "dtype": short_name(size.dtype), "form": form}
+    return Case("nt_xent", config, losses.ways_to_nt_xent(z, t, form), "eager", nbytes, flops)
 
 
 def enqueue_cases(size: Size, device: torch.device) -> list[Case]:
@@ -317,6 +311,24 @@ def batch_norm_pool_cases(size: Size, device: torch.device) -> list[Case]:
     return [Case("batch_norm_pool", config, providers, "native", nbytes, flops, launches=True)]
 
 
+def convolution_cases(size: Size, device: torch.device) -> list[Case]:
+    """All convolutions of an encoder, forward and backward; on a GPU ours are torch's own, and there is no case."""
+    if device.type == "cuda":
+        return []
+    convs = convolutions(build_encoder(size.recipe), size.recipe.crop_size)
+    shapes = Counter((conv.inputs, conv.weights, conv.channels, conv.kernel, conv.stride) for conv in convs)
+    layers = [_ConvolutionLayer(size, *shape, repeats=count) for shape, count in shapes.items()]
+    providers = {
+        OURS: lambda: _each(layers, "run", "ours"),
+        "channels-last": lambda: _each(layers, "run", "channels-last"),
+        "contiguous": lambda: _each(layers, "run", "contiguous"),
+    }
+    nbytes, flops = (sum(column) for column in zip(*(layer.cost() for layer in layers), strict=True))
+    config = {"encoder": size.recipe.arch, "N": size.batch, "px": size.recipe.crop_size, "layers": len(convs)}
+    config["dtype"] = short_name(size.dtype)
+    return [Case("convolution", config, providers, "channels-last", nbytes, flops)]
+
+
 def photometric_cases(size: Size, device: torch.device) -> list[Case]:
     """All photometric operations of one batch of views."""
     n, s, augmentation = size.batch, size.recipe.crop_size, size.recipe.augmentation
@@ -346,6 +358,7 @@ PROVIDED: dict[str, Callable[[Size, torch.device], list[Case]]] = {
     "sgd_ema": sgd_ema_cases,
     "batch_norm": batch_norm_cases,
     "batch_norm_pool": batch_norm_pool_cases,
+    "convolution": convolution_cases,
     "photometric": photometric_cases,
     "enqueue": enqueue_cases,
 }
@@ -408,45 +421,42 @@ class _NormLayer:
         return self.repeats * (forward[0] + backward[0]), self.repeats * (forward[1] + backward[1])
 
 
-def _each(layers: list[_NormLayer], method: str, *arguments: int) -> None:
+class _ConvolutionLayer:
+    """One convolution of an encoder, with the tensors to run it forward and backward."""
+
+    def __init__(
+        self, size: Size, numbers: int, weights: int, outputs: int, kernel: int, stride: int, *, repeats: int
+    ) -> None:
+        inputs = weights // outputs // kernel**2
+        side = size.recipe.crop_size if inputs == 3 else math.isqrt(numbers // inputs)
+        self.repeats, self.dtype = repeats, size.dtype
+        self.contiguous = [
+            torch.randn(shape, dtype=size.dtype).requires_grad_()
+            for shape in ((size.batch, inputs, side, side), (outputs, inputs, kernel, kernel))
+        ]
+        self.torchs = functools.partial(F.conv2d, stride=stride, padding=kernel // 2)
+        self.ours = functools.partial(convolution.conv2d, stride=stride, padding=kernel // 2)
+        with torch.no_grad():
+            laid_out = [t.contiguous(memory_format=torch.channels_last) for t in self.contiguous]
+            self.dy = torch.randn_like(self.torchs(*laid_out))
+        self.channels_last = [t.requires_grad_() for t in laid_out]
+        self.layer = convolution.layer_of(laid_out[0].shape, laid_out[1].shape, stride, kernel // 2)
+
+    def run(self, way: Literal["ours", "channels-last", "contiguous"]) -> None:
+        call = self.ours if way == "ours" else self.torchs
+        tensors = self.contiguous if way == "contiguous" else self.channels_last
+        for _ in range(self.repeats):
+            y = call(*tensors)
+            torch.autograd.grad(y, tensors, self.dy.contiguous() if way == "contiguous" else self.dy)
+
+    def cost(self) -> tuple[float, float]:
+        nbytes, flops = convolution.cost(self.layer, self.channels_last[0].numel(), self.dtype)
+        return self.repeats * nbytes, self.repeats * flops
+
+
+def _each(layers: Sequence[_NormLayer | _ConvolutionLayer], method: str, *arguments: object) -> None:
     for layer in layers:
         getattr(layer, method)(*arguments)
-
-
-def _published_forward(z: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    q = F.normalize(z, dim=1)
-    positive = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)
-    logits = torch.cat([positive, q @ queue.clone().T], dim=1) / temperature
-    labels = torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
-    return F.cross_entropy(logits, labels), logits.topk(5, 1).indices
-
-
-def published_loss(
-    z: Tensor, k: Tensor, queue: Tensor, temperature: float, forward: Callable = _published_forward
-) -> Tensor:
-    """Gradient of the published loss with respect to z [N, D]: logits materialised against a copy of the queue."""
-    return torch.autograd.grad(forward(z, k, queue, temperature)[0], z)[0]
-
-
-def _split_attention(z: Tensor, k: Tensor, queue: Tensor, temperature: float, splits: int = 64) -> Tensor:
-    # Attention with V = K over pieces of the queue, merged by their log-sum-exp: the one-pass form without a kernel.
-    q = F.normalize(z.float(), dim=1)
-    pieces = queue.view(1, splits, -1, queue.shape[1])
-    heads = q.to(queue.dtype).expand(1, splits, *q.shape)
-    attend = torch.ops.aten._scaled_dot_product_flash_attention
-    out, lse, *_ = attend(heads, pieces, pieces, 0.0, False, scale=1 / temperature)
-    return merged(z, k, temperature, out[0], lse[0])
-
-
-def merged(z: Tensor, k: Tensor, temperature: float, out: Tensor, lse: Tensor) -> Tensor:
-    """Gradient of the summed loss, from attention to each piece of the queue: `out` [P, N, D] and `lse` [P, N]."""
-    q = F.normalize(z.detach().float(), dim=1)
-    positive = (q * k).sum(1) / temperature
-    total = torch.logsumexp(torch.cat([lse.T, positive[:, None]], 1), 1)
-    mean = (torch.exp(lse - total)[..., None] * out).sum(0) + torch.exp(positive - total)[:, None] * k
-    gradient = (mean - k) / temperature
-    gradient = gradient - (gradient * q).sum(1, keepdim=True) * q
-    return gradient / z.detach().float().norm(dim=1, keepdim=True)
 
 
 def short_name(dtype: torch.dtype) -> str:

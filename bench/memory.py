@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -17,14 +17,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastmoco.bench import losses
 from fastmoco.bench.journal import Journal
-from fastmoco.bench.kernels import OURS, published_loss, short_name
+from fastmoco.bench.kernels import OURS, short_name
 from fastmoco.bench.record_files import Row, named
-from fastmoco.bench.step import ours, published
+from fastmoco.bench.step import config_of, ours, published
 from fastmoco.kernels.info_nce import info_nce
 from fastmoco.recipe import Recipe
 
-Names = tuple[str, str]  # of a row, and of its provider
+Names = tuple[str, ...]  # of a row and of its provider, and its size
 
 
 class LiveBytes(TorchDispatchMode):
@@ -96,27 +97,43 @@ def peak_bytes(call: Callable[[], object], device: torch.device, prepare: Callab
 
 
 def _loss_cases(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> dict[Names, Callable[[], Row]]:
-    n, k, d, t = recipe.batch_size, recipe.check_queue(), recipe.dim, recipe.temperature
+    config = {"D": recipe.dim, "dtype": short_name(dtype)}
+    found: dict[Names, Callable[[], Row]] = {}
+
+    def add(loss: str, calls: Mapping[str, Callable[[], object]], sizes: dict[str, int], rows: int) -> None:
+        least = rows * (8 + recipe.dim * dtype.itemsize) / 1e6  # loss, rank and gradient
+
+        def measured(name: str) -> Row:
+            calls[name]()
+            return Row(loss, name, "MB", (peak_bytes(calls[name], device) / 1e6,), config | sizes, "eager", least)
+
+        found.update({(loss, name, *map(str, sizes.values())): partial(measured, name) for name in calls})
+
+    if recipe.dictionary != "batch":
+        n, k = recipe.batch_size, recipe.check_queue()
+        add("info_nce", _info_nce_calls(n, k, recipe, device, dtype), {"N": n, "K": k}, n)
+    for n in losses.PAIRS[device.type]:
+        z = [torch.randn(n, recipe.dim, device=device, dtype=dtype).requires_grad_() for _ in range(2)]
+        add("nt_xent", losses.ways_to_nt_xent(z, recipe.temperature, "all"), {"N": n}, 2 * n)
+    return found
+
+
+def _info_nce_calls(
+    n: int, k: int, recipe: Recipe, device: torch.device, dtype: torch.dtype
+) -> dict[str, Callable[[], object]]:
+    d, t = recipe.dim, recipe.temperature
     z = torch.randn(n, d, device=device, dtype=dtype).requires_grad_()
     keys, queue = (F.normalize(torch.randn(rows, d, device=device), dim=1).to(dtype) for rows in (n, k))
-    calls = {
+    return {
         OURS: lambda: torch.autograd.grad(info_nce(z, keys, queue, t)[0].mean(), z),
-        "eager": lambda: published_loss(z, keys, queue, t),
+        "eager": lambda: losses.published_loss(z, keys, queue, t),
     }
-    config = {"N": n, "K": k, "D": d, "dtype": short_name(dtype)}
-    least = n * (8 + d * dtype.itemsize) / 1e6  # loss, rank and gradient
-
-    def measured(name: str) -> Row:
-        calls[name]()
-        return Row("info_nce", name, "MB", (peak_bytes(calls[name], device) / 1e6,), config, "eager", least)
-
-    return {("info_nce", name): partial(measured, name) for name in calls}
 
 
 def _step_cases(recipe: Recipe, device: torch.device) -> dict[Names, Callable[[], Row]]:
     on_gpu = device.type == "cuda"
     plain = "published tf32" if on_gpu else "published fp32"  # as in bench/step.py
-    config = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size, "queue": recipe.queue_size}
+    config = config_of(recipe)
     starts = {plain: partial(published, recipe, device)}
     precisions = ("fp32", "bf16", "fp16") if on_gpu else ("fp32", "bf16")
     starts |= {f"fastmoco {name}": partial(ours, recipe, device, name) for name in precisions}

@@ -11,18 +11,20 @@ from fastmoco.options import Device, UsageError, require
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure subjects, each beside its baselines and its bound. Without one, all but proof, decode and resume.
+    """Measure subjects, each beside its baselines and its bound. Without one, all that need not be asked for.
 
     A GPU is measured at the published size, a CPU at a smaller one. The README says how long each subject takes.
     """
 
     subjects: tuple[
-        Literal["kernels", "step", "loader", "train", "scaling", "memory", "proof", "decode", "resume"], ...
+        Literal["kernels", "step", "loader", "train", "scaling", "memory", "dictionaries", "proof", "decode", "resume"],
+        ...,
     ]
     """What to measure: kernels, step, loader, train (loader and step together), scaling over ranks, memory; or, only
-    where asked for, what measures nothing but tries what is promised: proof, that a replayed step equals an eager one,
-    and on a GPU that the host waits for nothing; decode, that a GPU decodes what a CPU does; resume, that a run that
-    was killed and resumed equals one that was not."""
+    where asked for: dictionaries, a step with a queue beside those with a batch and a bank; and what measures nothing
+    but tries what is promised: proof, that a replayed step equals an eager one, and on a GPU that the host waits for
+    nothing; decode, that a GPU decodes what a CPU does; resume, that a run that was killed and resumed equals one that
+    was not."""
 
     json: Path | None = None
     """Record to write, with every sample: what bench compare and bench report read."""
@@ -44,7 +46,7 @@ class Bench:
     skip: str = ""
     """Leave out providers of step and loader whose name contains this, or one of these words, separated by commas."""
 
-    preset: Literal["v1", "v2", "cifar", "demo"] = "v2"
+    preset: Literal["v1", "v2", "cifar", "simclr", "simclr-cifar", "end-to-end", "bank", "demo"] = "v2"
     """Recipe to measure."""
     arch: str | None = None
     """Encoder; left out, the preset's on a GPU and resnet18 on a CPU."""

@@ -30,7 +30,7 @@ from fastmoco.contrast.graph import GraphStep, Runner
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import resolve_precision
 from fastmoco.data.batch import Batch
-from fastmoco.data.noise import noise_batch
+from fastmoco.data.noise import noise_batch, noise_images
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 
@@ -58,7 +58,8 @@ def run(
     What is not as promised is a failure in the journal.
     """
     journal, parallel = journal or Journal(), Parallel(device=device)
-    step, batch = Step(recipe, parallel, resolve_precision(precision or "auto", device)), noise_batch(recipe, parallel)
+    chosen = resolve_precision(precision or "auto", device)
+    step, batch = Step(recipe, parallel, chosen, images=noise_images(recipe)), noise_batch(recipe, parallel)
     config = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size, "precision": step.precision}
     if device.type != "cuda":
         config["captured"] = "nothing, on a CPU"  # there it is the graph's buffers and its wrapper that are tried

@@ -23,7 +23,7 @@ from fastmoco.bench.record_files import Row
 from fastmoco.bench.step import graph_mode
 from fastmoco.contrast.graph import closed_at_the_end, runner
 from fastmoco.contrast.step import Step
-from fastmoco.data.noise import noise_batch
+from fastmoco.data.noise import noise_batch, noise_images
 from fastmoco.environment import cores
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
@@ -54,7 +54,8 @@ def work(task: dict) -> list[float]:
         if parallel.device.type == "cpu":
             torch.set_num_threads(task["threads"])
         recipe = Recipe.from_dict(task["recipe"])
-        step = Step(recipe, parallel, None if task["precision"] == "auto" else task["precision"])
+        precision = None if task["precision"] == "auto" else task["precision"]
+        step = Step(recipe, parallel, precision, images=noise_images(recipe))
         batch = noise_batch(recipe, parallel)
         advance = runner(step, lambda: batch, graph_mode(parallel.device))
         for _ in range(WARMUP):

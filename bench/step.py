@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastmoco.bench.baseline import PublishedStep
+from fastmoco.bench.baseline import plain_step
 from fastmoco.bench.journal import Journal
 from fastmoco.bench.record_files import Row, named
 from fastmoco.bench.roofline import CONVOLUTION_RATES, LEVELS, convolutions, seconds_per_pair
@@ -25,7 +25,7 @@ from fastmoco.contrast.graph import GraphMode, runner
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import resolve_precision
 from fastmoco.data.batch import Batch
-from fastmoco.data.noise import noise_batch
+from fastmoco.data.noise import noise_batch, noise_images
 from fastmoco.encoder import build_encoder
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
@@ -210,12 +210,11 @@ def _autocast(published_step: Callable, dtype: torch.dtype, name: str, group: st
 
 
 def published(recipe: Recipe, device: torch.device, **options) -> Callable[[], object]:
-    """The call that trains one published step on random views; `options` are those of `PublishedStep`."""
-    # Its queue must be a multiple of the batch.
-    recipe = dataclasses.replace(
-        recipe, queue_size=max(1, recipe.check_queue() // recipe.batch_size) * recipe.batch_size
-    )
-    step = PublishedStep(recipe, device, **options)
+    """The call that trains one published step on random views; `options` are those of `PlainStep`."""
+    if recipe.dictionary == "queue":  # which must be a multiple of the batch
+        batches = max(1, recipe.check_queue() // recipe.batch_size)
+        recipe = dataclasses.replace(recipe, queue_size=batches * recipe.batch_size)
+    step = plain_step(recipe, device, **options)
     shape = (recipe.batch_size, 3, recipe.crop_size, recipe.crop_size)
     views = [torch.randn(shape, device=device) for _ in range(2)]
 
@@ -244,7 +243,14 @@ def ours(
     allowed = precision == "tf32"
     with tf32(convolutions=allowed, products=allowed), algorithms(device, deterministic):
         parallel = Parallel(device=device)
-        step = Step(recipe, parallel, resolve_precision(precision, device), deterministic=deterministic, **options)
+        step = Step(
+            recipe,
+            parallel,
+            resolve_precision(precision, device),
+            deterministic=deterministic,
+            images=noise_images(recipe),
+            **options,
+        )
         batch = noise_batch(recipe, parallel)
         if finished_views:
             batch = _with_finished_views(batch)
@@ -291,7 +297,7 @@ def _row(
 ) -> Row:
     _, precision, level, _ = chosen[name]
     bound = functools.partial(pairs_bound, recipe, machines[precision], WORK[precision].itemsize)
-    config = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size, "queue": recipe.queue_size}
+    config = config_of(recipe)
     rates = tuple(recipe.batch_size / sample for sample in timing.samples)
     extra = {
         "level": level,
@@ -300,6 +306,14 @@ def _row(
         "practical": practical_bounds(recipe, machines[precision], speeds[precision], WORK[precision].itemsize),
     }
     return Row("step", name, "pairs/s", rates, config, _baseline(chosen), bound(level), extra)
+
+
+def config_of(recipe: Recipe) -> dict[str, object]:
+    """What a row of a step says of its recipe."""
+    config: dict[str, object] = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size}
+    if recipe.dictionary == "batch":
+        return config | {"dictionary": "batch", "symmetric": recipe.symmetric}
+    return config | {recipe.dictionary: recipe.queue_size}
 
 
 def _baseline(chosen: dict[str, Provider]) -> str:

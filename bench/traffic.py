@@ -1,7 +1,12 @@
 """How many bytes a step puts on the wires between GPUs, ours and the published way, and on which wire: a model.
 
-`fastmoco bench scaling --model` prints it for 8, 64 and 512 GPUs. A test holds its totals against bytes counted in a
-run of four ranks; the share of each link rests on the two assumptions below and was measured on no cluster.
+`fastmoco bench scaling --model` prints it for 8, 64 and 512 GPUs, of any preset. A test holds its totals against bytes
+counted in runs of two and four ranks; the share of each link rests on the two assumptions below and was measured on no
+cluster.
+
+Published means, of a queue, MoCo's code; of a batch, gathers with a gradient (an all-reduce, as SimCLR's code has it)
+and torch's synchronised batch norm, and for the end-to-end form MoCo's exchange of images. Of a bank there is ours
+alone.
 
 - Collectives run as rings (Patarasu and Yuan, 2009), one for each GPU of a machine, each carrying an equal share and
   leaving the machine by another GPU's network card. So of what a GPU receives, one part in `per_machine` comes by
@@ -18,6 +23,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from fastmoco.encoder import build_encoder
+from fastmoco.encoder.norm import BatchNormAct
 from fastmoco.recipe import Recipe
 
 Way = Literal["published", "fastmoco"]
@@ -36,6 +42,8 @@ class Sizes(NamedTuple):
     """All other parameters."""
     buffers: int
     """Bytes of one encoder's batch-norm buffers."""
+    channels: int = 0
+    """Channels of all batch norms together."""
 
 
 class Flow(NamedTuple):
@@ -57,9 +65,16 @@ def sizes(recipe: Recipe) -> Sizes:
     """Count the parameters and buffers of the recipe's encoder; nothing is allocated."""
     with torch.device("meta"):
         encoder = build_encoder(recipe)
-    small = sum(value.numel() for name, value in encoder.named_parameters() if value.dim() == 1 and "fc" not in name)
+    norms = [module for module in encoder.modules() if isinstance(module, BatchNormAct)]
+    small = sum(value.numel() for norm in norms for value in norm.parameters())
     large = sum(value.numel() for value in encoder.parameters()) - small
-    return Sizes(small, large, sum(value.numel() * value.element_size() for value in encoder.buffers()))
+    buffers = sum(value.numel() * value.element_size() for value in encoder.buffers())
+    return Sizes(small, large, buffers, sum(norm.weight.numel() for norm in norms))
+
+
+def ways(recipe: Recipe) -> tuple[Way, ...]:
+    """The ways that the model knows of the recipe's dictionary."""
+    return WAYS if recipe.dictionary != "bank" else ("fastmoco",)
 
 
 def traffic(
@@ -73,10 +88,16 @@ def traffic(
 ) -> list[Flow]:
     """Bytes that each GPU receives in one step, collective by collective, with `recipe.batch_size` over all of them.
 
-    `gradient_bytes`: of our working precision; the published code reduces fp32. `counted` saves counting again.
+    `gradient_bytes`: of our working precision; the published code reduces fp32. `counted` saves counting again. Raises
+    ValueError for a way that the dictionary does not have.
     """
+    if way not in ways(recipe):
+        raise ValueError(f"there is no {way} way of a {recipe.dictionary}")
     counted = counted or sizes(recipe)
-    flows = _published(recipe, gpus, counted) if way == "published" else _ours(recipe, gpus, counted, gradient_bytes)
+    if way == "fastmoco":
+        flows = _ours(recipe, gpus, counted, gradient_bytes)
+    else:
+        flows = (_published if recipe.dictionary == "queue" else _published_batch)(recipe, gpus, counted)
     return [Flow(way, gpus, name, *_links(bytes_, kind, gpus, per_machine)) for name, kind, bytes_ in flows]
 
 
@@ -86,13 +107,13 @@ def table(recipe: Recipe, gpus: tuple[int, ...] = GPUS, per_rank: int | None = N
     counted = sizes(recipe)
     lines = [
         f"MB received by each GPU in one step ({recipe.arch}, {recipe.crop_size} px, {per_rank} pairs a GPU, "
-        f"queue {recipe.queue_size}, {PER_MACHINE} GPUs a machine)",
+        f"{_dictionary(recipe)}, {PER_MACHINE} GPUs a machine)",
         "",
         "| GPUs | way | collective | NVLink | network | total |",
         "|---:|---|---|---:|---:|---:|",
     ]
     for count in gpus:
-        for way in WAYS:
+        for way in ways(recipe):
             flows = traffic(replace(recipe, batch_size=per_rank * count), way, count, counted=counted)
             whole = (sum(getattr(flow, link) for flow in flows) for link in ("nvlink", "network"))
             flows.append(Flow(way, count, "all", *whole))
@@ -115,14 +136,47 @@ def _published(recipe: Recipe, gpus: int, counted: Sizes) -> list[tuple[str, str
     ]
 
 
+def _published_batch(recipe: Recipe, gpus: int, counted: Sizes) -> list[tuple[str, str, float]]:
+    batch, others = recipe.batch_size, (gpus - 1) / gpus
+    embeddings = 2 * batch * recipe.dim * 4
+    flows = [
+        ("all-gather of embeddings", "ring", others * embeddings),
+        ("all-reduce of their gradients", "ring", 2 * others * embeddings),
+        ("broadcast of buffers", "ring", float(counted.buffers)),
+        ("all-reduce of gradients", "ring", 2 * others * 4 * (counted.small + counted.large)),
+    ]
+    if recipe.shuffle_bn:
+        flows.insert(0, ("all-gather of float images", "ring", others * batch * 3 * recipe.crop_size**2 * 4))
+    if not recipe.bn_group:  # mean, deviation and count of each rank; the two sums backward
+        statistics = (gpus - 1) * 8 * counted.channels + 2 * others * 8 * counted.channels
+        flows.insert(0, ("statistics of batch norm", "ring", statistics))
+    return flows
+
+
 def _ours(recipe: Recipe, gpus: int, counted: Sizes, gradient_bytes: int) -> list[tuple[str, str, float]]:
     rows, others = recipe.views * recipe.batch_size, (gpus - 1) / gpus
     gradients = 4 * counted.small + gradient_bytes * counted.large
-    return [
-        ("exchange of uint8 crops", "direct", others * rows / gpus * 3 * recipe.crop_size**2),
-        ("all-gather of keys, for both", "ring", others * rows * recipe.dim * 4),
-        ("all-reduce of gradients", "ring", 2 * others * gradients),
-    ]
+    vectors = others * rows * recipe.dim * 4
+    flows = {
+        "queue": [("all-gather of keys, for both", "ring", vectors)],
+        "batch": [
+            ("all-gather of embeddings", "ring", 2 * others * rows * recipe.dim * gradient_bytes),
+            ("all-gather of normalisers", "ring", 2 * others * rows * 2 * 4),
+        ],
+        "bank": [
+            ("all-gather of queries", "ring", vectors),
+            ("all-gather of their numbers", "ring", others * rows * LABEL),
+        ],
+    }[recipe.dictionary]
+    if recipe.shuffle_bn and recipe.dictionary != "bank":
+        flows.insert(0, ("exchange of uint8 crops", "direct", others * rows / gpus * 3 * recipe.crop_size**2))
+    if not recipe.bn_group:  # mean and variance of each rank; the two sums backward
+        flows.append(("statistics of batch norm", "ring", (gpus - 1) * 16 * counted.channels))
+    return [*flows, ("all-reduce of gradients", "ring", 2 * others * gradients)]
+
+
+def _dictionary(recipe: Recipe) -> str:
+    return "batch" if recipe.dictionary == "batch" else f"{recipe.dictionary} {recipe.queue_size}"
 
 
 def _links(total: float, kind: str, gpus: int, per_machine: int) -> tuple[float, float]:

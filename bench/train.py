@@ -15,8 +15,8 @@ from fastmoco.bench.step import WORK, graph_mode, machine_at, pairs_bound
 from fastmoco.contrast.graph import runner
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import resolve_precision
-from fastmoco.data.manifest import Manifest
-from fastmoco.data.noise import noise_batch
+from fastmoco.data.manifest import Manifest, scan, split
+from fastmoco.data.noise import noise_batch, noise_images
 from fastmoco.data.plan import Plan
 from fastmoco.environment import cores
 from fastmoco.parallel import Parallel
@@ -46,7 +46,7 @@ def run(
     chosen = resolve_precision(precision or "auto", device)
     bound = pairs_bound(recipe, machine_at(device, chosen), WORK[chosen].itemsize)
     config = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size, "precision": chosen}
-    step, batch = Step(recipe, parallel, chosen), noise_batch(recipe, parallel)
+    step, batch = Step(recipe, parallel, chosen, images=_entries(recipe, data)), noise_batch(recipe, parallel)
     advance = runner(step, lambda: batch, graph_mode(device))
 
     def keep(provider: str, rates: list[float], **extra: float) -> None:
@@ -60,6 +60,14 @@ def run(
                 rates, wait = _with_loader(recipe, parallel, manifest, lambda batch: advance(batch, 1e-3), rounds, load)
                 keep(name, rates, **{"data wait": wait})
     return sorted(journal.rows, key=lambda row: row.provider == ALONE)
+
+
+def _entries(recipe: Recipe, data: Path | None) -> int:
+    # Of a bank: for the noise and for the images, whichever are more.
+    if data is None or recipe.dictionary != "bank":
+        return noise_images(recipe)
+    found = len(scan(split(data)[0], max_pixels=recipe.max_pixels))
+    return max(noise_images(recipe), found)
 
 
 def _images(data: Path | None, recipe: Recipe) -> AbstractContextManager[Manifest]:

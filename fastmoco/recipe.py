@@ -257,16 +257,18 @@ class Recipe:
     def for_images(self, count: int) -> Recipe:
         """The recipe with a queue for `count` images where its size is auto; as it is where a number was given.
 
+        A bank has no more entries than images, all of which are then its negatives.
         K is the published share of the images (65,536 of 1,281,167, about n / 20), but at least 4 batches and at most
         65,536, in whole batches: then each batch of keys leaves as it came, together, and the published code, which
         takes no other K, can go on from an export.
         """
-        if self.queue_size != "auto":
-            return self
+        keys = self._keys_for(count) if self.queue_size == "auto" else self.check_queue()
+        return dataclasses.replace(self, queue_size=min(keys, count) if self.dictionary == "bank" else keys)
+
+    def _keys_for(self, count: int) -> int:
         batch = self.batch_size * self.views
         share = -(-count * PUBLISHED_KEYS // (PUBLISHED_IMAGES * batch))
-        batches = max(LEAST_BATCHES, min(share, PUBLISHED_KEYS // batch))
-        return dataclasses.replace(self, queue_size=batches * batch)
+        return batch * max(LEAST_BATCHES, min(share, PUBLISHED_KEYS // batch))
 
     def check_queue(self) -> int:
         """K; raises RecipeError if it is still auto."""

@@ -1,11 +1,11 @@
-"""Convolution of bf16 activations on a CPU, each of its three products by the fastest of three ways.
+"""Convolution of fp32 and bf16 activations on a CPU, each of its three products by the fastest of three ways.
 
 A convolution makes three products: of the input and the weights (forward), of the gradient and the weights (the
 input's gradient), and of the gradient and the input (the weights' gradient). Three ways compute each:
 
     direct     torch's own convolution, which is oneDNN's
     product    one matrix product, of the weights and the windows of the input laid out as rows [N H W, k k C]
-    widened    the direct one in fp32, of bf16 tensors that are widened before it and rounded after it
+    widened    in fp32, by the faster of the two others there, of bf16 tensors that are widened before and rounded after
 
 All accumulate in fp32 and round once to bf16, so that they differ as two orders of a sum differ. Which is fastest
 depends on the instructions of a processor (`Instructions`) and on the layer; `choose` is the rule, and bench/NOTES.md
@@ -24,10 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Layer", "choose", "conv2d", "instructions"]
+__all__ = ["Layer", "choose", "conv2d", "cost", "instructions"]
 
 Way = Literal["direct", "product", "widened"]
 Pass = Literal["forward", "input", "weight"]
+LARGE_WEIGHTS = 2**20  # numbers: 4 MB in fp32, twice the cache of a core
 Instructions = Literal["amx", "bf16 at full rate", "bf16 at half rate", "none"]
 
 
@@ -57,13 +58,25 @@ def instructions() -> Instructions:
     return "bf16 at half rate" if "Intel" in str(found.get("cpu_name")) else "bf16 at full rate"
 
 
-def choose(layer: Layer, product: Pass, by: Instructions) -> Way:
-    """The fastest way to make one of the three products of a layer of bf16 tensors, on a processor with `by`."""
+def choose(layer: Layer, product: Pass, by: Instructions, dtype: torch.dtype = torch.bfloat16) -> Way:
+    """The fastest way to make one of the three products of a layer of `dtype`, on a processor with `by`."""
+    if dtype == torch.float32:
+        # Both are Intel's with AVX-512, and fp32 does without AMX. AMD's run products at half of oneDNN's rate.
+        return _in_fp32(layer, product) if by in ("bf16 at half rate", "amx") else "direct"
     if by == "bf16 at full rate":
         return _at_full_rate(layer, product)
     if by == "bf16 at half rate":
         return _at_half_rate(layer, product)
     return "direct"
+
+
+def _in_fp32(layer: Layer, product: Pass) -> Way:
+    if product == "input" and layer.stride > 1:
+        return "direct"
+    # Weights that no core's cache holds: oneDNN reorders them at each call, which few rows do not pay for.
+    large = layer.kernel**2 * layer.inputs * layer.outputs >= LARGE_WEIGHTS // (2 if product == "weight" else 1)
+    few = layer.rows <= (4 * max(layer.inputs, layer.outputs) if layer.kernel == 1 else 2 * layer.outputs)
+    return "product" if large and few else "direct"
 
 
 def _at_full_rate(layer: Layer, product: Pass) -> Way:
@@ -82,8 +95,9 @@ def _at_half_rate(layer: Layer, product: Pass) -> Way:
     worth = area >= 90 * (layer.stride**2 * layer.inputs + layer.outputs)
     if product == "weight":
         return "product" if layer.rows < 512 else "widened" if worth else "direct"
-    many = layer.rows >= min(1024, 2 * layer.outputs)  # for fewer, widening the weights takes too large a part
-    return "widened" if worth and many else "direct"
+    # For few rows, widening the weights takes too large a part, unless the product is so much faster in fp32.
+    enough = layer.rows >= min(1024, 2 * layer.outputs) or _in_fp32(layer, product) == "product"
+    return "widened" if worth and enough else "direct"
 
 
 def conv2d(
@@ -91,15 +105,21 @@ def conv2d(
 ) -> Tensor:
     """Convolution without bias of x [N, C, H, W] and weight [O, C, k, k], channels-last; differentiable in both.
 
-    impl="auto" is `choose`'s ways for bf16 on a CPU, where torch.compile does not trace it, and torch's own
-    convolution otherwise; "reference" is always that. Raises ValueError on another impl.
+    impl="auto" is `choose`'s ways for fp32 and bf16 on a CPU, where neither torch.compile traces it nor autocast is on,
+    and torch's own convolution otherwise; "reference" is always that. Raises ValueError on another impl.
     """
     if impl not in ("auto", "reference"):
         raise ValueError(f"impl must be auto or reference, not {impl!r}")
-    ours = impl == "auto" and x.device.type == "cpu" and x.dtype == weight.dtype == torch.bfloat16 and x.numel() > 0
-    if not ours or torch.compiler.is_compiling():
-        return F.conv2d(x, weight, stride=stride, padding=padding)
-    return _Convolution.apply(x, weight, _ways(x.shape, weight.shape, stride, padding, instructions()))
+    if impl == "auto" and _takes(x, weight):
+        ways = _ways(x.shape, weight.shape, stride, padding, instructions(), x.dtype)
+        if set(ways[1:]) != {"direct"}:
+            return _Convolution.apply(x, weight, ways)
+    return F.conv2d(x, weight, stride=stride, padding=padding)
+
+
+def _takes(x: Tensor, weight: Tensor) -> bool:
+    known = x.device.type == "cpu" and x.dtype == weight.dtype in (torch.float32, torch.bfloat16) and x.numel() > 0
+    return known and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
 
 
 class _Ways(NamedTuple):
@@ -110,9 +130,9 @@ class _Ways(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def _ways(x: torch.Size, weight: torch.Size, stride: int, padding: int, by: Instructions) -> _Ways:
+def _ways(x: torch.Size, weight: torch.Size, stride: int, padding: int, by: Instructions, dtype: torch.dtype) -> _Ways:
     layer = layer_of(x, weight, stride, padding)
-    return _Ways(layer, *(choose(layer, each, by) for each in ("forward", "input", "weight")))
+    return _Ways(layer, *(choose(layer, each, by, dtype) for each in ("forward", "input", "weight")))
 
 
 def layer_of(x: torch.Size, weight: torch.Size, stride: int, padding: int) -> Layer:
@@ -133,30 +153,44 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (x, weight), (layer, _, by_input, by_weight) = ctx.saved_tensors, ctx.ways
+        (x, weight), (layer, _, *ways) = ctx.saved_tensors, ctx.ways
         grad = grad.contiguous(memory_format=torch.channels_last)
-        wanted = ctx.needs_input_grad[:2]
-        if by_input == by_weight != "product":
-            return *_by_torch(grad, x, weight, layer, wanted, by_input), None
-        grad_x = input_gradient(grad, x, weight, layer, by_input) if wanted[0] else None
-        grad_weight = weight_gradient(grad, x, weight, layer, by_weight) if wanted[1] else None
-        return grad_x, grad_weight, None
+        return *_gradients(grad, x, weight, layer, ctx.needs_input_grad[:2], *ways), None
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, layer: Layer, wanted: tuple[bool, bool], by_input: Way, by_weight: Way
+) -> tuple[Tensor | None, Tensor | None]:
+    if by_input == by_weight == "direct":
+        return _by_torch(grad, x, weight, layer, wanted)
+    if by_input == by_weight == "widened":  # each tensor once
+        wide = (_in_fp32(layer, "input"), _in_fp32(layer, "weight"))
+        grads = _gradients(grad.float(), x.float(), weight.float(), layer, wanted, *wide)
+        grad_x, grad_weight = (each if each is None else each.to(x.dtype) for each in grads)
+        return grad_x, grad_weight
+    return (
+        input_gradient(grad, x, weight, layer, by_input) if wanted[0] else None,
+        weight_gradient(grad, x, weight, layer, by_weight) if wanted[1] else None,
+    )
 
 
 def forward(x: Tensor, weight: Tensor, layer: Layer, way: Way) -> Tensor:
     """The convolution [N, O, H, W], channels-last, made in the way asked for."""
+    if way == "widened":
+        return forward(x.float(), weight.float(), layer, _in_fp32(layer, "forward")).to(x.dtype)
     if way == "product":
         product = _windows(x, layer.kernel, layer.stride, layer.padding) @ _rows(weight).T
         return _as_images(product, x.shape[0], _side(x.shape[2], layer))
-    if way == "widened":
-        return F.conv2d(x.float(), weight.float(), stride=layer.stride, padding=layer.padding).to(x.dtype)
     return F.conv2d(x, weight, stride=layer.stride, padding=layer.padding)
 
 
 def input_gradient(grad: Tensor, x: Tensor, weight: Tensor, layer: Layer, way: Way) -> Tensor:
     """The gradient of x, made in the way asked for; "product" only at stride 1."""
-    if way != "product":
-        return _by_torch(grad, x, weight, layer, (True, False), way)[0]
+    if way == "widened":
+        wide = _in_fp32(layer, "input")
+        return input_gradient(grad.float(), x.float(), weight.float(), layer, wide).to(x.dtype)
+    if way == "direct":
+        return _by_torch(grad, x, weight, layer, (True, False))[0]
     # The convolution of the gradient and the weights mirrored, inputs and outputs exchanged.
     mirrored = weight.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, layer.inputs)
     product = _windows(grad, layer.kernel, 1, layer.kernel - 1 - layer.padding) @ mirrored
@@ -165,18 +199,19 @@ def input_gradient(grad: Tensor, x: Tensor, weight: Tensor, layer: Layer, way: W
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, layer: Layer, way: Way) -> Tensor:
     """The gradient of the weights, channels-last, made in the way asked for."""
-    if way != "product":
-        return _by_torch(grad, x, weight, layer, (False, True), way)[1]
+    if way == "widened":
+        wide = _in_fp32(layer, "weight")
+        return weight_gradient(grad.float(), x.float(), weight.float(), layer, wide).to(x.dtype)
+    if way == "direct":
+        return _by_torch(grad, x, weight, layer, (False, True))[1]
     rows = grad.permute(0, 2, 3, 1).reshape(-1, layer.outputs)
     product = rows.T @ _windows(x, layer.kernel, layer.stride, layer.padding)
     return product.view(layer.outputs, layer.kernel, layer.kernel, layer.inputs).permute(0, 3, 1, 2)
 
 
-def _by_torch(grad: Tensor, x: Tensor, weight: Tensor, layer: Layer, wanted: tuple[bool, bool], way: Way) -> tuple:
-    inputs = (grad.float(), x.float(), weight.float()) if way == "widened" else (grad, x, weight)
+def _by_torch(grad: Tensor, x: Tensor, weight: Tensor, layer: Layer, wanted: tuple[bool, bool]) -> tuple:
     sizes = ([side] * 2 for side in (layer.stride, layer.padding, 1))
-    grads = torch.ops.aten.convolution_backward(*inputs, None, *sizes, False, [0, 0], 1, [*wanted, False])[:2]
-    return tuple(each if each is None else each.to(x.dtype) for each in grads)
+    return torch.ops.aten.convolution_backward(grad, x, weight, None, *sizes, False, [0, 0], 1, [*wanted, False])[:2]
 
 
 def _windows(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
@@ -206,3 +241,13 @@ def _as_images(product: Tensor, samples: int, height: int) -> Tensor:
 
 def _side(side: int, layer: Layer) -> int:
     return (side + 2 * layer.padding - layer.kernel) // layer.stride + 1
+
+
+def cost(layer: Layer, pixels: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(bytes, flops) of the three products of a layer with an input of `pixels` numbers.
+
+    Each product reads two of input, weights and output, and writes the third, once.
+    """
+    weights = layer.outputs * layer.inputs * layer.kernel**2
+    numbers = pixels + weights + layer.rows * layer.outputs
+    return 3 * numbers * dtype.itemsize, 6 * layer.rows * weights

@@ -221,15 +221,15 @@ def nt_xent(
     return _Known.apply(loss, z, gradient), rank
 
 
-def cost(n: int, batch: int, dim: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes, flops) of loss and gradient of 2 n rows of a rank among the 2 `batch` rows of all: the form "all".
+def cost(n: int, batch: int, dim: int, dtype: torch.dtype, form: Form = "all") -> tuple[int, int]:
+    """(bytes, flops) of loss and gradient of 2 n rows of a rank among the 2 `batch` rows of all.
 
     Rows, keys and normalisers are read once, losses, ranks and the gradient (in `dtype`) are written once; two products
-    of each sweep. What travels between ranks is no part of it.
+    of each sweep, which has fewer rows or keys where `form` leaves some out. What travels between ranks is no part.
     """
     rows, keys = 2 * n, 2 * batch
     nbytes = (2 * rows + keys) * dim * dtype.itemsize + 8 * rows + 8 * keys
-    return nbytes, 8 * rows * keys * dim
+    return nbytes, 8 * rows * keys * dim // {"all": 1, "across": 2, "one-sided": 4}[form]
 
 
 def variants(arch: int) -> list[Variant]:

@@ -357,3 +357,36 @@ def test_bytes_on_the_wire_are_those_of_the_traffic_model(run_ranks: Callable, f
     crops, images = sum(counted["crops"] for counted in ours), sum(counted["float images"] for counted in theirs)
     assert crops == pytest.approx(world * steps * model["fastmoco"]["exchange of uint8 crops"], rel=0.1)
     assert crops <= 1.1 * images / 4 / world
+
+
+def count_bytes(parallel: Parallel, recipe: Recipe, folder: Path, steps: int) -> dict:
+    """Bytes that this rank receives in `steps` steps: all that is gathered, and crops."""
+    wire, gathered, whole = Wire(), [], parallel_module._all_gather
+    images = scan(folder, cache=False)
+    step = Step(recipe, parallel, "fp32", images=len(images))
+    plan = Plan(recipe, images.sizes, parallel.world, parallel.rank)
+
+    def all_gather_whole(out: Tensor, rows: Tensor, **options: object) -> object:
+        gathered.append(out.nbytes - rows.nbytes)
+        return whole(out, rows, **options)
+
+    with Loader(images, plan, parallel, range(steps), Loading(threads=1)) as loader, wire.listen():
+        parallel_module._all_gather = all_gather_whole
+        for batch in loader:
+            step.step(batch, LR)
+    return {"gathered": sum(gathered), "crops": wire.received.get("crops", 0)}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_gathers_of_the_other_dictionaries_are_those_of_the_traffic_model(
+    name: str, run_ranks: Callable, folder: Path
+) -> None:
+    """Embeddings and normalisers, or queries and their numbers; statistics of batch norm; crops where keys move."""
+    steps, world = 6, 2
+    flows = {flow.name: flow.total for flow in traffic(OTHERS[name], "fastmoco", world, gradient_bytes=4)}
+    gathers = sum(total for flow, total in flows.items() if flow.startswith(("all-gather", "statistics")))
+    results = run_ranks(world, count_bytes, OTHERS[name], folder, steps)
+    assert {result["gathered"] for result in results} == {steps * gathers}
+    crops = flows.get("exchange of uint8 crops", 0)
+    assert sum(result["crops"] for result in results) == pytest.approx(world * steps * crops, rel=0.2)
+    assert bool(crops) == (name == "end-to-end")

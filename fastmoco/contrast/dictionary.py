@@ -255,21 +255,22 @@ class BatchDictionary(Dictionary):
     def costs(self, rows: int, work: torch.dtype) -> dict[str, tuple[int, int]]:
         """Two sweeps over the views of all ranks."""
         batch = rows // 2 * self.parallel.world
-        return {"loss": nt_xent_cost(rows // 2, batch, self.recipe.dim, work), "enqueue": (0, 0)}
+        return {"loss": nt_xent_cost(rows // 2, batch, self.recipe.dim, work, self.form), "enqueue": (0, 0)}
 
 
 class BankDictionary(Dictionary):
     """The positive is the sample's own entry, from when it was last seen; negatives are entries drawn for each batch.
 
     One draw of K entries serves the whole batch, "randomly sampled ... for each mini-batch" (He et al., section 3.2); a
-    query's own entry among them is left out. `bank` fp32 [n, D] starts as random unit vectors, so positives are real
+    query's own entry among them is left out. Where K is the number of images or more, all entries are negatives, each
+    once, as Wu et al. have it for CIFAR-10. `bank` fp32 [n, D] starts as random unit vectors, so positives are real
     from the second epoch on. `drawn_steps` int64 [] counts steps: with the recipe's seed it decides the draw.
     """
 
     def __init__(self, recipe: Recipe, parallel: Parallel, make_views: Views, bank: Tensor, work: torch.dtype) -> None:
         self.recipe, self.parallel, self.make_views, self.bank = recipe, parallel, make_views, bank
         self.drawn_steps = torch.zeros((), dtype=torch.int64, device=bank.device)
-        self._work, self._draw = work, Draw(recipe.seed, recipe.check_queue(), len(bank))
+        self._work, self._draw = work, Draw(recipe.seed, min(recipe.check_queue(), len(bank)), len(bank))
 
     def start_keys(self, batch: Batch) -> Keys:
         """Entries drawn for this step, int64 [K]."""
@@ -309,7 +310,7 @@ class BankDictionary(Dictionary):
 
     def costs(self, rows: int, work: torch.dtype) -> dict[str, tuple[int, int]]:
         """A sweep over the drawn entries, which are copied first; entries of all ranks read and written."""
-        size, dim, item = self.recipe.check_queue(), self.bank.shape[1], self.bank.element_size()
+        size, dim, item = self._draw.count, self.bank.shape[1], self.bank.element_size()
         moved, flops = info_nce_cost(rows, size, dim, work, work)
         written = rows * self.parallel.world * dim
         copied = size * dim * (item + work.itemsize)
@@ -328,7 +329,8 @@ class BankDictionary(Dictionary):
 class Draw:
     """`count` numbers below `size` for each step, uniform with replacement: the plan's hash of (seed, step, number).
 
-    In integers of the device: there is no generator, and nothing is read back.
+    All of them, in order, where `count` is `size`. In integers of the device: there is no generator, and nothing is
+    read back.
     """
 
     def __init__(self, seed: int, count: int, size: int) -> None:
@@ -337,6 +339,8 @@ class Draw:
 
     def __call__(self, step: Tensor) -> Tensor:
         """The draw of `step`, int64 [], as int64 [count]."""
+        if self.count == self.size:
+            return torch.arange(self.size, device=step.device)
         state = _mix(self._start + (step + 1) * GOLDEN)
         numbers = _mix(state + torch.arange(1, self.count + 1, device=step.device) * GOLDEN)
         return _shifted(numbers, 1) % self.size

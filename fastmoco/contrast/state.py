@@ -69,8 +69,11 @@ def load(step: Stateful, state: dict[str, Tensor]) -> None:
 
 @contextmanager
 def restored(step: Stateful) -> Iterator[None]:
-    """Put the state of `step` back, in place, when the block ends."""
-    before = {name: value.clone() for name, value in tensors(step).items()}
+    """Put the state of `step` back, in place, when the block ends.
+
+    Meanwhile the host keeps it: a bank may take a large part of a GPU's memory.
+    """
+    before = {name: value.to("cpu", copy=True) for name, value in tensors(step).items()}
     try:
         yield
     finally:

@@ -22,3 +22,8 @@ def noise_batch(recipe: Recipe, parallel: Parallel) -> Batch:
     own = plan.samples(0)[parallel.rank * plan.per_rank :][: plan.per_rank]
     batch, _ = assemble(plan, 0, crops, own)  # noise need not travel: as many crops come as go
     return batch
+
+
+def noise_images(recipe: Recipe) -> int:
+    """How many images the noise passes for, where a dictionary has an entry for each: twice what it draws of them."""
+    return max(recipe.batch_size, 2 * recipe.check_queue()) if recipe.dictionary == "bank" else recipe.batch_size

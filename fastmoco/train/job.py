@@ -156,9 +156,10 @@ def _validation(
 
 
 def _queue_notes(asked: Recipe, settled: Recipe, images: int) -> list[str]:
+    keys = settled.check_queue() if settled.dictionary != "batch" else 0
     if settled.dictionary != "queue":
-        return []
-    keys = settled.check_queue()
+        whole = f"the bank's {images} entries, one for each image, are all negatives: there are no more to draw"
+        return [whole] if keys == images and asked.queue_size != keys else []
     if asked.queue_size != "auto":
         share = "more keys than there are images" if keys > images else "more than a quarter of the images"
         if 4 * keys <= images:

@@ -1,18 +1,22 @@
 """Every kernel file has a benchmark, its providers do the same work, and its bound is the kernel's own cost."""
 
 import dataclasses
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmoco.kernels
-from fastmoco.bench import kernels, record_files
+from fastmoco.bench import kernels, losses, record_files
 from fastmoco.bench.journal import Journal
 from fastmoco.bench.kernels import OURS, PROVIDED, Size
 from fastmoco.bench.record_files import Row
+from fastmoco.bench.roofline import convolutions
 from fastmoco.bench.timing import Machine
+from fastmoco.encoder import build_encoder
 from fastmoco.recipe import PRESETS
 
 CPU = torch.device("cpu")
@@ -39,7 +43,10 @@ def test_every_kernel_file_has_an_entry(monkeypatch):
 def cases():
     torch.manual_seed(0)
     size = Size(SMALL, torch.float32)
-    return {case.name: case for make in PROVIDED.values() for case in make(size, CPU)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(losses.PAIRS, "cpu", ())
+        made = [case for make in PROVIDED.values() for case in make(size, CPU)]
+    return {f"{case.name} {case.config['form']}" if "form" in case.config else case.name: case for case in made}
 
 
 def test_every_case_runs_ours_and_its_baseline(cases):
@@ -51,21 +58,49 @@ def test_every_case_runs_ours_and_its_baseline(cases):
 
 
 def test_the_losses_have_one_gradient(cases):
-    for loss in ("info_nce", "nt_xent"):
+    for loss in ("info_nce", "nt_xent all", "nt_xent across"):
         ours, eager = (cases[loss].providers[name]() for name in (OURS, "eager"))
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-6)
+
+
+def test_nt_xent_is_timed_by_batch_and_form():
+    made = kernels.nt_xent_cases(Size(SMALL, torch.float32), CPU)
+    assert [(case.config["form"], case.config["N"]) for case in made] == [
+        (form, n) for form in ("all", "across") for n in (32, 256, 1024, 4096)
+    ]
+    for whole, half in zip(made[:4], made[4:], strict=True):
+        assert whole.flops == 2 * half.flops and whole.nbytes == half.nbytes
+
+
+def test_inf_cl_is_asked_for_the_same_loss(monkeypatch):
+    """By a stand-in with the package's signature and its definition; its kernels need a GPU."""
+
+    def cal_flash_loss(q, k, labels=None, scale=None, head_dim=256):
+        assert head_dim == q.shape[1] and labels is None
+        return torch.nn.functional.cross_entropy(scale * q @ k.T, torch.arange(len(q)), reduction="none")
+
+    monkeypatch.setitem(sys.modules, "inf_cl", SimpleNamespace(cal_flash_loss=cal_flash_loss))
+    z = [torch.randn(6, 16) for _ in range(2)]
+    torch.testing.assert_close(losses.inf_cl_loss(*z, 0.2), losses.plain_nt_xent(*z, 0.2, "across"))
+
+
+def test_convolutions_are_those_of_the_encoder_and_a_gpu_has_none_of_ours(cases):
+    case, size = cases["convolution"], Size(SMALL, torch.float32)
+    convs = convolutions(build_encoder(SMALL), SMALL.crop_size)
+    assert case.flops == pytest.approx(3 * SMALL.batch_size * sum(conv.flops for conv in convs))
+    assert kernels.convolution_cases(size, torch.device("cuda")) == []
 
 
 def test_split_attention_is_the_same_gradient_where_it_runs():
     z, k, queue = (torch.randn(rows, 64, dtype=torch.float32) for rows in (8, 8, 512))
     z.requires_grad_()
     k, queue = (torch.nn.functional.normalize(t, dim=1) for t in (k, queue))
-    expected = kernels.published_loss(z, k, queue, 0.2)
+    expected = losses.published_loss(z, k, queue, 0.2)
     heads = torch.nn.functional.normalize(z.detach(), dim=1).expand(1, 4, 8, 64)
     pieces = queue.view(1, 4, -1, 64)
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, lse = attend(heads, pieces, pieces, scale=1 / 0.2)
-    found = kernels.merged(z, k, 0.2, out[0], lse[0])
+    found = losses.merged(z, k, 0.2, out[0], lse[0])
     torch.testing.assert_close(found / 8, expected, rtol=1e-4, atol=1e-6)
 
 

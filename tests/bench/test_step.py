@@ -23,6 +23,19 @@ def test_every_provider_runs_also_where_the_queue_is_no_multiple_of_the_batch():
         assert provider.precision in name
 
 
+@pytest.mark.parametrize("name", ["simclr", "end-to-end", "bank"])
+def test_the_other_dictionaries_have_providers_too(name):
+    recipe = dataclasses.replace(PRESETS[name][1], arch="resnet18", width=0.125, batch_size=32, crop_size=16)
+    if name == "bank":
+        recipe = dataclasses.replace(recipe, queue_size=100)
+    found = step.providers(recipe, CPU)
+    assert list(found) == list(step.providers(SMALL, CPU))
+    for words in ("published fp32", "channels-last bf16 autocast", "fastmoco fp32"):
+        found[words].start()()
+    config = step.config_of(recipe)
+    assert config.get("bank") == (100 if name == "bank" else None) and "queue" not in config
+
+
 def test_the_bound_of_an_h100_is_the_known_one():
     assert step.pairs_bound(V2, Machine("h100", 3e12, 790e12), 2) == pytest.approx(6296, rel=1e-3)
     assert step.pairs_bound(V2, Machine("h100", 3e12, 790e12), 4) < 3400
@@ -169,7 +182,7 @@ def test_each_step_sets_tf32_for_itself_and_leaves_the_switch_as_it_was(monkeypa
         def __call__(self, *_: object) -> None:
             seen.append(switch())
 
-    monkeypatch.setattr(step, "PublishedStep", Published)
+    monkeypatch.setattr(step, "plain_step", Published)
     monkeypatch.setattr(step, "runner", lambda *_, **__: lambda *_: seen.append(switch()))
     theirs, ours = step.published(SMALL, CPU), step.ours(SMALL, CPU, "fp32")
     before = switch()

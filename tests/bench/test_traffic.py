@@ -61,3 +61,25 @@ def test_the_table_has_every_collective_and_the_sum() -> None:
     text = table(V2)
     assert text.count("| all |") == 2 * len(GPUS)
     assert "| 8 | published | all-gather of float images | 135 | 0 | 135 |" in text
+
+
+def test_the_three_dictionaries_at_8_and_64_gpus() -> None:
+    """The figures of docs/dictionaries.md: what a rank receives besides gradients and crops."""
+    presets = {"queue": V2, **{name: PRESETS[name][1] for name in ("simclr", "bank")}}
+    for gpus, batch, kilobytes, statistics in ((8, 256, (115, 118, 116), 3.2e6), (64, 4096, (2064, 2129, 2097), 29e6)):
+        found = {name: traffic(replace(each, batch_size=batch), "fastmoco", gpus) for name, each in presets.items()}
+        gathered = [sum(f.total for f in flows if f.name.startswith("all-gather")) for flows in found.values()]
+        assert [round(each / 1e3) for each in gathered] == list(kilobytes)
+        assert by_name(found["simclr"])["statistics of batch norm"].total == pytest.approx(statistics, rel=0.01)
+
+
+def test_a_bank_has_no_published_way() -> None:
+    bank = PRESETS["bank"][1]
+    assert "| published |" not in table(bank) and "bank 65536" in table(bank)
+    with pytest.raises(ValueError, match="no published way of a bank"):
+        traffic(bank, "published", 8)
+
+
+def test_only_a_batch_without_groups_gathers_statistics_and_only_shuffled_keys_are_exchanged() -> None:
+    names = {name: set(by_name(traffic(PRESETS[name][1], "published", 8))) for name in ("simclr", "end-to-end")}
+    assert names["simclr"] ^ names["end-to-end"] == {"statistics of batch norm", "all-gather of float images"}

@@ -25,7 +25,7 @@ RECIPE = replace(
     batch_size=16,
     bn_group=4,
     crop_size=12,
-    queue_size=100,
+    queue_size=30,
 )
 LR = 0.03
 
@@ -44,7 +44,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def drawn(step: int, count: int = 100) -> np.ndarray:
+def drawn(step: int, count: int = 30) -> np.ndarray:
     words = hash_words(RECIPE.seed, BANK_STREAM, step, np.arange(count))
     return ((words >> np.uint64(1)) % np.uint64(IMAGES)).astype(np.int64)
 
@@ -87,7 +87,7 @@ def test_ten_steps_by_hand(make_batch: Callable) -> None:
 
 
 def test_an_own_entry_among_the_negatives_is_left_out(make_batch: Callable) -> None:
-    """The control: 100 draws of 48 images hit each sample of a batch, and with them the loss would be higher."""
+    """The control: 30 draws of 48 images hit samples of the batch, and with them the loss would be higher."""
     step, batch = bank_step(), make_batch(RECIPE, 0)
     assert np.isin(batch.sample, drawn(0)).any()
     bank = step.dictionary.bank.clone()
@@ -98,6 +98,18 @@ def test_an_own_entry_among_the_negatives_is_left_out(make_batch: Callable) -> N
     with_own = F.cross_entropy(logits, torch.zeros(16, dtype=torch.long))
     loss, _ = expected(q.numpy(), bank.numpy(), batch.sample, 0, RECIPE.temperature)
     assert with_own.item() > loss + 1e-3
+
+
+@pytest.mark.parametrize("keys", [IMAGES, 100])
+def test_where_more_would_be_drawn_than_there_are_all_entries_are_negatives(keys: int, make_batch: Callable) -> None:
+    """The softmax over the whole bank, of which the own entry is the positive."""
+    step, batch = bank_step(queue_size=keys), make_batch(RECIPE, 0)
+    bank = step.dictionary.bank.clone()
+    q = F.normalize(projections(step, batch).detach(), dim=1)
+    expected = F.cross_entropy(q @ bank.T / RECIPE.temperature, torch.from_numpy(batch.sample))
+    torch.testing.assert_close(step.step(batch, LR).loss, expected)
+    assert replace(RECIPE, queue_size=keys).for_images(IMAGES).queue_size == IMAGES
+    assert RECIPE.for_images(IMAGES) == RECIPE
 
 
 def test_a_substitute_is_written_at_its_own_place_and_the_last_one_counts(make_batch: Callable) -> None:

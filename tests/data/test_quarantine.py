@@ -17,6 +17,7 @@ import torch
 from batches import ALONE, CPU, all_equal, batches
 from PIL import Image
 
+from fastmoco.contrast.step import Step
 from fastmoco.data.batch import Batch
 from fastmoco.data.loader import EvaluationLoader, Loader
 from fastmoco.data.manifest import DataError, Manifest, scan
@@ -25,6 +26,7 @@ from fastmoco.data.plan import Plan
 from fastmoco.data.quarantine import Quarantine, Record
 from fastmoco.data.request import DecodeError
 from fastmoco.options import Options
+from fastmoco.parallel import Parallel
 from fastmoco.process import crash_points
 from fastmoco.recipe import PRESETS, Recipe
 from fastmoco.runs import checkpoint
@@ -88,6 +90,32 @@ def _crops_of(manifest: Manifest, plan: Plan, sample: int, epoch: int) -> torch.
     request = Request(["x"], [manifest.read(sample)], manifest.sizes[[sample]], boxes)
     (crops,) = Pipeline([request], batch_size=1, crop_size=24, views=2, device=CPU, threads=1)
     return crops[:, 0]
+
+
+def test_a_batch_says_which_samples_it_shows(dirty: Manifest) -> None:
+    """Over an epoch: as planned where the image is good, and its substitute, found by its pixels, where it is not."""
+    plan, quarantine = Plan(RECIPE, dirty.sizes), Quarantine(dirty, None, 0.1)
+    bad, replaced = set(_inside(dirty)), {}
+    for batch in batches(dirty, RECIPE, range(plan.steps_per_epoch), quarantine=quarantine):
+        shown = batch.shown.numpy()
+        assert shown.dtype == np.int64 and set(batch.sample[shown != batch.sample]) == bad & set(batch.sample)
+        for slot in (shown != batch.sample).nonzero()[0]:
+            crops = _crops_of(dirty, plan, int(shown[slot]), 0)
+            assert torch.equal(batch.query_crops[slot], crops[0]) and torch.equal(batch.key_crops[slot], crops[1])
+            replaced[int(batch.sample[slot])] = int(shown[slot])
+    assert replaced and not bad & set(replaced.values())
+
+
+def test_a_bank_is_written_where_images_were_shown(dirty: Manifest) -> None:
+    small = {"arch": "resnet18", "width": 0.0625, "stem": "cifar", "dim": 16, "crop_size": 12, "queue_size": 30}
+    recipe = dataclasses.replace(PRESETS["bank"][1], **small, batch_size=40, bn_group=4, max_bad_share=0.1)
+    step, plan = Step(recipe, Parallel(), "fp32", images=len(dirty)), Plan(recipe, dirty.sizes)
+    start, shown = step.dictionary.bank.clone(), set()
+    for batch in batches(dirty, recipe, range(plan.steps_per_epoch), quarantine=Quarantine(dirty, None, 0.1)):
+        step.step(batch, 0.03)
+        shown |= set(batch.shown.tolist())
+    moved = set((step.dictionary.bank != start).any(1).nonzero().flatten().tolist())
+    assert moved == shown and not shown & set(_inside(dirty)) and len(shown) > 100
 
 
 @pytest.mark.gpu

@@ -250,6 +250,7 @@ def test_error_budget(form: str, relu: bool, dtype: torch.dtype, impl: str, devi
         ((6, 130, 3, 3), 2),
         ((12, 5), 3),
         ((4, 64, 12, 12), 2),
+        ((16, 20, 5, 7), 8),
     ],
 )
 def test_odd_shapes(shape: tuple[int, ...], groups: int, impl: str, device: torch.device) -> None:

@@ -108,7 +108,8 @@ def assert_within_budget(case: Case, groups: int, impl: str, **options: object) 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
-    ("shape", "groups"), [((4, 8, 8, 8), 2), ((6, 17, 9, 7), 3), ((2, 3, 1, 2), 1), ((4, 70, 6, 5), 2)]
+    ("shape", "groups"),
+    [((4, 8, 8, 8), 2), ((6, 17, 9, 7), 3), ((2, 3, 1, 2), 1), ((4, 70, 6, 5), 2), ((16, 5, 7, 6), 8)],
 )
 def test_error_budget_in_fp32(
     shape: tuple[int, ...], groups: int, training: bool, impl: str, device: torch.device

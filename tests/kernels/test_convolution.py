@@ -36,18 +36,18 @@ def make(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> tuple[T
 def results(x: Tensor, weight: Tensor, stride: int, padding: int, function=F.conv2d) -> dict[str, Tensor]:
     x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
     y = function(x, weight, stride=stride, padding=padding)
-    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).to(y.dtype)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).to(y.dtype)  # in all
     grads = torch.autograd.grad(y, (x, weight), grad.contiguous(memory_format=torch.channels_last))
     return {"y": y.detach(), "x": grads[0], "weight": grads[1]}
 
 
-def assert_within_budget(ours: dict[str, Tensor], shape: tuple[int, ...]) -> None:
-    """error(ours) <= error(torch in bf16) + one rounding to bf16."""
-    x, weight, stride, padding = make(shape)
+def assert_within_budget(ours: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> None:
+    """error(ours) <= error(torch in `dtype`) + one rounding to bf16, or four to fp32, in which sums are made."""
+    x, weight, stride, padding = make(shape, dtype)
     truth, torchs = results(x.double(), weight.double(), stride, padding), results(x, weight, stride, padding)
     for name, exact in truth.items():
         error, budget = ((t[name].double() - exact).abs().max() for t in (ours, torchs))
-        epsilon = torch.finfo(torch.bfloat16).eps * exact.abs().max()
+        epsilon = torch.finfo(dtype).eps * exact.abs().max() * (4 if dtype == torch.float32 else 1)
         assert error <= budget + epsilon, f"{name}: {error:.3e} > {budget:.3e} + {epsilon:.3e}"
 
 
@@ -57,7 +57,7 @@ def by(monkeypatch):
 
     def take(*ways: str) -> None:
         chosen = dict(zip(("forward", "input", "weight"), ways, strict=True))
-        monkeypatch.setattr(convolution, "choose", lambda layer, product, by: chosen[product])
+        monkeypatch.setattr(convolution, "choose", lambda layer, product, *_: chosen[product])
         convolution._ways.cache_clear()
 
     yield take
@@ -72,6 +72,26 @@ def test_error_budget(way: str, shape: tuple[int, ...], by) -> None:
     assert_within_budget(ours, shape)
     assert all(ours[name].is_contiguous(memory_format=torch.channels_last) for name in ("y", "x", "weight"))
     assert {t.dtype for t in ours.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_budget_in_fp32(shape: tuple[int, ...], by) -> None:
+    by("product", "product" if shape[3] == 1 else "direct", "product")
+    ours = results(*make(shape, torch.float32), function=conv2d)
+    assert_within_budget(ours, shape, torch.float32)
+    assert all(ours[name].is_contiguous(memory_format=torch.channels_last) for name in ("y", "x", "weight"))
+
+
+def test_what_is_widened_takes_fp32s_faster_way(by, monkeypatch) -> None:
+    """With few rows and large weights a product; each tensor of the backward pass is widened once."""
+    shape = (64, 64, 3, 1, 2, 2, 2)
+    by("widened", "widened", "widened")
+    monkeypatch.setattr(convolution, "LARGE_WEIGHTS", 64 * 64 * 9)
+    seen, windows = [], convolution._windows
+    monkeypatch.setattr(convolution, "_windows", lambda x, *given: seen.append(x.dtype) or windows(x, *given))
+    ours = results(*make(shape), function=conv2d)
+    assert seen == [torch.float32] * 3
+    assert_within_budget(ours, shape)
 
 
 @pytest.mark.parametrize(("input_way", "weight_way"), list(itertools.permutations(WAYS, 2)))
@@ -97,11 +117,20 @@ def test_only_the_gradient_that_is_wanted(needs: str, by) -> None:
     assert leaf.grad is not None and (weight if needs == "x" else x).grad is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_other_types_are_torchs_to_the_bit(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_types_are_torchs_to_the_bit(dtype: torch.dtype, by) -> None:
+    by("product", "product", "product")
     x, weight, stride, padding = make(SHAPES[0], dtype)
     expected = F.conv2d(x, weight, stride=stride, padding=padding)
     assert torch.equal(conv2d(x, weight, stride=stride, padding=padding), expected)
+
+
+def test_autocast_is_torchs(by) -> None:
+    by("product", "product", "product")
+    x, weight, stride, padding = make(SHAPES[0], torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv2d(x, weight, stride=stride, padding=padding)
+        assert torch.equal(y, F.conv2d(x, weight, stride=stride, padding=padding)) and y.dtype == torch.bfloat16
 
 
 def test_the_reference_is_torchs(by) -> None:
@@ -129,9 +158,32 @@ def test_the_rule_names_a_way_that_there_is(by: Instructions) -> None:
         for rows in (1, 128, 512, 2048, 100352):
             layer = Layer(inputs, outputs, kernel, stride, kernel // 2, rows)
             ways = {product: choose(layer, product, by) for product in ("forward", "input", "weight")}
-            assert set(ways.values()) <= set(WAYS)
-            assert stride == 1 or ways["input"] != "product"
+            wide = {product: choose(layer, product, by, torch.float32) for product in ways}
+            assert set(ways.values()) <= set(WAYS) and set(wide.values()) <= {"direct", "product"}
+            assert stride == 1 or "product" not in (ways["input"], wide["input"])
             assert by not in ("amx", "none") or set(ways.values()) == {"direct"}
+            assert by in ("amx", "bf16 at half rate") or set(wide.values()) == {"direct"}
+
+
+def test_the_layers_that_were_measured_in_fp32() -> None:
+    """A ResNet-18 at 64 px and a ResNet-50 at 224 px, batch 32, as bench/NOTES.md has them."""
+    small, wide = Layer(512, 512, 3, 1, 1, 128), Layer(512, 512, 3, 1, 1, 1568)
+    middle, opening, last = (
+        Layer(256, 256, 3, 1, 1, 512),
+        Layer(256, 512, 3, 2, 1, 128),
+        Layer(2048, 512, 1, 1, 0, 1568),
+    )
+    found = {
+        layer: [choose(layer, each, "bf16 at half rate", torch.float32) for each in ("forward", "input", "weight")]
+        for layer in (small, wide, middle, opening, last)
+    }
+    assert found == {
+        small: ["product"] * 3,
+        wide: ["direct"] * 3,
+        middle: ["direct", "direct", "product"],
+        opening: ["product", "direct", "product"],
+        last: ["product"] * 3,
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """Loops compiled for a CPU: threads, forks, the cache, and an installation without numba."""
 
+import functools
+import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,9 @@ import torch
 from torch import Tensor
 
 from fastmoco.kernels import dispatch
+from fastmoco.kernels.batch_norm import Norm, batch_norm_act_twice
+from fastmoco.kernels.batch_norm_pool import batch_norm_pool
+from fastmoco.kernels.cpu import batch_norm as cpu_batch_norm
 from fastmoco.kernels.photometric import photometric
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -23,6 +28,49 @@ def views(**options: object) -> Tensor:
     return photometric(crops, parameters, MEAN, STD, **options)
 
 
+def norms(kind: str, dtype: torch.dtype = torch.float32, **options: object) -> list[Tensor]:
+    """What batch norm gives in the form `kind`, or with pooling, forward and backward, in 8 groups cut in many pieces.
+
+    32 samples of 24 channels and 35 x 37 pixels: a group has 124,320 numbers, 7 pieces, whose last is shorter.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def activation(height: int = 35, width: int = 37) -> Tensor:
+        x = torch.randn(32, 24, height, width, generator=generator).to(dtype)
+        return x.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def norm() -> Norm:
+        weight, bias = (torch.rand(24, generator=generator).requires_grad_() for _ in range(2))
+        return Norm(weight, bias, (torch.zeros(24), torch.ones(24)))
+
+    x, main, residual, side = activation(), norm(), activation(), norm()
+    if kind == "pool":
+        y = batch_norm_pool(x, *main, 8, **options)
+    else:
+        given = {"residual": residual} if kind != "none" else {}
+        given |= {"residual_norm": side} if kind == "dual" else {}
+        y = batch_norm_act_twice(x, *main, 8, **given, **options)
+    leaves = (
+        [x, *main[:2]] + ([residual] if kind in ("plain", "dual") else []) + ([*side[:2]] if kind == "dual" else [])
+    )
+    grads = [activation(*y[0].shape[2:]).detach() for _ in range(2)]
+    return [y[0].detach(), *torch.autograd.grad(y, leaves, grads), *main.running]
+
+
+CASES: dict[str, Callable[[], list[Tensor]]] = {
+    "photometric": lambda: [views(), views(dtype=torch.bfloat16)],
+    **{
+        f"{kind} {str(dtype).removeprefix('torch.')}": functools.partial(norms, kind, dtype)
+        for kind in ("none", "plain", "dual", "pool")
+        for dtype in (torch.float32, torch.bfloat16)
+    },
+}
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     """The number of threads is again what it was."""
@@ -31,22 +79,50 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_any_number_of_threads_gives_the_same_bits(threads) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_any_number_of_threads_gives_the_same_bits(name: str, threads) -> None:
     torch.set_num_threads(1)
-    alone = views()
+    alone = CASES[name]()
     for count in (2, 3, 8):
         torch.set_num_threads(count)
-        assert torch.equal(views(), alone)
+        assert same(CASES[name](), alone), count
 
 
-def test_a_forked_child_computes_after_its_parent_did(threads) -> None:
+def test_bits_would_show_another_order_of_sums(monkeypatch) -> None:
+    """Control: cut into other pieces, as a cut by the number of threads would be, sums round otherwise."""
+    alone = CASES["none float32"]()
+    monkeypatch.setattr(cpu_batch_norm, "MOST_PIECES", 3)
+    cpu_batch_norm._cut.cache_clear()
+    other = CASES["none float32"]()
+    cpu_batch_norm._cut.cache_clear()
+    assert not same(alone, other)
+
+
+@pytest.mark.parametrize("name", ["photometric", "dual bfloat16", "pool float32"])
+def test_a_forked_child_computes_after_its_parent_did(name: str, threads) -> None:
     torch.set_num_threads(2)
-    expected = views()
+    expected = CASES[name]()
     child = os.fork()
     if not child:
         torch.set_num_threads(1)
-        os._exit(0 if torch.equal(views(), expected) else 1)
+        os._exit(0 if same(CASES[name](), expected) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def _computed(name: str, path: Path) -> None:
+    torch.set_num_threads(2)
+    torch.save(CASES[name](), path)
+
+
+@pytest.mark.slow
+def test_a_spawned_child_computes_the_same(tmp_path: Path) -> None:
+    """What its parent compiled and used does not go with it."""
+    for name in ("photometric", "dual bfloat16", "pool float32"):
+        expected, path = CASES[name](), tmp_path / "results"
+        child = multiprocessing.get_context("spawn").Process(target=_computed, args=(name, path))
+        child.start()
+        child.join(120)
+        assert child.exitcode == 0 and same(torch.load(path), expected), name
 
 
 SCRIPT = """
@@ -83,3 +159,7 @@ def test_an_installation_without_numba_says_so_and_does_without(monkeypatch) -> 
     monkeypatch.setattr(dispatch, "HAS_NUMBA", False)
     with pytest.warns(UserWarning, match="pip install numba"):
         assert torch.equal(views(), views(impl="reference"))
+    for kind in ("dual", "pool"):
+        with pytest.warns(UserWarning, match="pip install numba"):
+            found = norms(kind)
+        assert same(found, norms(kind, impl="reference"))
