@@ -1,4 +1,7 @@
-"""Training as it runs: loader and step together, beside the step alone, and the share of time spent on waiting."""
+"""Training as it runs: loader and step together, beside the step alone, and the share of time spent on waiting.
+
+Where lightly and torchvision are installed, its own example of MoCo v2 trains on the same images, in turn with ours.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from fastmoco.bench import lightly_example
 from fastmoco.bench.journal import Journal
 from fastmoco.bench.record_files import Row
 from fastmoco.bench.step import WORK, graph_mode, machine_at, pairs_bound
@@ -25,6 +29,7 @@ from fastmoco.train.metrics import Pace
 
 STEPS = {"cpu": 3, "cuda": 20}  # in a sample
 LOADED, ALONE = "fastmoco, loader and step", "fastmoco, step alone"
+LIGHTLY, IN_TURN = "lightly's MoCo v2 example", "fastmoco, in turn with lightly's"
 LOADS = (0.65, 0.9, 1.0)  # shares of a GPU's decoding engine that are tried beside the one that training takes
 
 
@@ -59,6 +64,13 @@ def run(
             with journal.attempt(name):
                 rates, wait = _with_loader(recipe, parallel, manifest, lambda batch: advance(batch, 1e-3), rounds, load)
                 keep(name, rates, **{"data wait": wait})
+        if lightly_example.HAS_LIGHTLY:
+            with journal.attempt(LIGHTLY):
+                work = None if chosen in ("fp32", "tf32") else WORK[chosen]
+                found = _in_turn(recipe, parallel, manifest, lambda batch: advance(batch, 1e-3), rounds, work)
+                journal.keep(
+                    Row("train", name, "pairs/s", tuple(each), config, LIGHTLY, bound) for name, each in found.items()
+                )
     return sorted(journal.rows, key=lambda row: row.provider == ALONE)
 
 
@@ -99,6 +111,28 @@ def _with_loader(
         waited, started = loader.wait_seconds, time.perf_counter()
         rates = [_rate(recipe, parallel.device, train) for _ in range(rounds)]
         return rates, (loader.wait_seconds - waited) / (time.perf_counter() - started)
+
+
+def _in_turn(
+    recipe: Recipe, parallel: Parallel, manifest: Manifest, advance: Callable, rounds: int, autocast: torch.dtype | None
+) -> dict[str, list[float]]:
+    from fastmoco.bench.loader import PREFETCH
+    from fastmoco.data.loader import Loader, Loading
+
+    device, rates = parallel.device, {IN_TURN: list[float](), LIGHTLY: list[float]()}
+    plan, loading = Plan(recipe, manifest.sizes), Loading(cores(), PREFETCH)
+    with (
+        Loader(manifest, plan, parallel, range(1 << 30), loading) as loader,
+        lightly_example.training(recipe, manifest, device, autocast) as (train, drain),
+    ):
+        # No sample begins with batches that are ready: each loader fills up again while the other one's step is timed.
+        ours = lambda: advance(next(loader)), lambda: [next(loader) for _ in range(PREFETCH)]  # noqa: E731
+        for number in range(rounds + 1):
+            for name, (step, empty) in {IN_TURN: ours, LIGHTLY: (train, drain)}.items():
+                empty()
+                rate = _rate(recipe, device, step)
+                rates[name] += [rate] if number else []  # the first is the warm-up
+    return rates
 
 
 def _rate(recipe: Recipe, device: torch.device, advance: Callable[[], object]) -> float:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastmoco.bench import scaling, train
+from fastmoco.bench import lightly_example, scaling, train
 from fastmoco.bench.journal import Journal
 from fastmoco.bench.timing import Machine
+from fastmoco.data.manifest import scan
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS
 
@@ -32,7 +33,7 @@ def asked(monkeypatch) -> list[str]:
 
     for module in (train, scaling):
         monkeypatch.setattr(module, "runner", runner)
-        monkeypatch.setattr(module, "Step", lambda *_: None)
+        monkeypatch.setattr(module, "Step", lambda *_, **__: None)
         monkeypatch.setattr(module, "noise_batch", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     return modes
@@ -43,6 +44,7 @@ def test_a_step_that_must_be_captured_is_never_timed_eagerly(device, mode, asked
     monkeypatch.setattr(train, "machine_at", lambda *_: Machine("toy", 1e9, 1e9))
     monkeypatch.setattr(train, "_with_loader", lambda *_: ([1.0], 0.0))
     monkeypatch.setattr(train, "_images", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(lightly_example, "HAS_LIGHTLY", False)
     train.run(SMALL, device, rounds=1, precision="fp32")
     started = lambda _: contextlib.nullcontext(types.SimpleNamespace(device=device, barrier=lambda: None))  # noqa: E731
     monkeypatch.setattr(scaling, "Parallel", types.SimpleNamespace(start=started))
@@ -127,6 +129,7 @@ def test_what_was_ready_ahead_does_not_count(monkeypatch, device, batch):
 def test_a_gpu_tries_other_shares_of_its_engine(asked, monkeypatch):
     monkeypatch.setattr(train, "machine_at", lambda *_: Machine("toy", 1e9, 1e9))
     monkeypatch.setattr(train, "_images", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(lightly_example, "HAS_LIGHTLY", False)
     tried, kept = [], []
 
     def with_loader(*given: object) -> tuple[list[float], float]:
@@ -148,3 +151,45 @@ def test_a_gpu_tries_other_shares_of_its_engine(asked, monkeypatch):
     tried.clear()
     train.run(SMALL, CPU, rounds=1, precision="fp32")
     assert tried == [None]
+
+
+def test_lightlys_example_and_ours_train_in_turn_and_begin_with_nothing_ready(monkeypatch):
+    """After a warm-up of each; whoever is timed has first thrown away the batches that its loader had ready."""
+    done: list[str] = []
+
+    class Loader:
+        def __init__(self, *_: object) -> None: ...
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def __next__(self) -> str:
+            done.append("ours is drawn")
+            return "batch"
+
+    calls = partial(done.append, "theirs trains"), partial(done.append, "theirs is emptied")
+    monkeypatch.setattr("fastmoco.data.loader.Loader", Loader)
+    monkeypatch.setattr(lightly_example, "training", lambda *_: contextlib.nullcontext(calls))
+    parallel = types.SimpleNamespace(device=CPU, rank=0, world=1)
+    images = types.SimpleNamespace(sizes=np.full((64, 2), 40, np.int32))
+    rates = train._in_turn(SMALL, parallel, images, lambda batch: done.append("ours trains"), 2, None)
+    assert {name: len(each) for name, each in rates.items()} == {train.IN_TURN: 2, train.LIGHTLY: 2}
+    turn = done[: len(done) // 3]
+    assert done == 3 * turn and done.count("theirs trains") == done.count("ours trains") == 3 * train.STEPS["cpu"]
+    first = turn.index("ours trains")
+    assert turn[:first] == ["ours is drawn"] * first and turn[turn.index("theirs trains") - 1] == "theirs is emptied"
+
+
+def test_lightlys_example_learns_a_batch(tmp_path):
+    """With the library itself, where it is installed."""
+    pytest.importorskip("lightly")
+    pytest.importorskip("torchvision")
+    from PIL import Image
+
+    for number in range(8):
+        Image.fromarray(np.full((40, 40, 3), 30 * number, np.uint8)).save(tmp_path / f"{number}.png")
+    recipe = dataclasses.replace(SMALL, batch_size=8, bn_group=8)
+    with lightly_example.training(recipe, scan(tmp_path, cache=False), CPU, torch.bfloat16) as (step, drain):
+        step(), drain(), step()
