@@ -76,6 +76,7 @@ def training_recipe(recipe: Recipe, protocol: Protocol) -> Recipe:
         epochs=protocol.epochs,
         seed=protocol.seed,
         symmetric=False,
+        same_view_negatives=False,
         shuffle_bn=False,
     )
 

@@ -76,11 +76,11 @@ def test_evaluation_features_and_exports(name: str, images: Path, tmp_path: Path
         with np.load(out) as found:
             assert found["features"].shape[1] == size and np.isfinite(found["features"]).all()
     expected = queries(state)
-    for form, out in (("torchvision", "a.pth"), ("safetensors", "a.safetensors"), ("detectron2", "a.pkl")):
+    for form, out in (("torchvision", "a.pth"), ("safetensors", "folder"), ("detectron2", "a.pkl")):
         assert main(["export", str(run), "--format", form, "--out", str(tmp_path / out)]) == 0
     weights = torch.load(tmp_path / "a.pth", weights_only=True)
     assert weights.keys() == expected.keys() and all(torch.equal(weights[key], expected[key]) for key in weights)
-    whole = load_file(tmp_path / "a.safetensors")
+    whole = load_file(tmp_path / "folder/model.safetensors")
     build_encoder(RECIPES[name]).load_state_dict(whole, strict=False)
     assert expected.keys() <= whole.keys()
     capsys.readouterr()
@@ -98,6 +98,7 @@ def test_going_back_from_a_step_that_is_not_finite(name: str, images: Path, tmp_
 
     step = Step.step
     monkeypatch.setattr(Step, "step", spoiled)
+    monkeypatch.setitem(RECIPES, name, replace(RECIPES[name], epochs=4))
     options = {"save_every": 2, "save_minutes": 0, "on_nonfinite": "rollback", "stop_after": 5}
     state = trained(images, tmp_path / "run", name, **options)
     assert json.loads((tmp_path / "run/summary.json").read_text())["rollbacks"] == 1
