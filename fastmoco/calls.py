@@ -8,12 +8,13 @@ import difflib
 import io
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fastmoco import cli, environment, recipe_file
 from fastmoco.options import Options, UsageError, check_places
-from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.recipe import PRESETS, Recipe, RecipeError
 
 FRAMES = re.compile(r"[│╭╰─╮╯]+")
 SETTINGS = recipe_file.FIELDS | {field.name for field in dataclasses.fields(Options)}
@@ -48,13 +49,25 @@ def pretrain(
         hint = f": perhaps you meant {near[0]}" if near else ""
         raise TypeError(f"pretrain() has no setting {unknown[0]!r}{hint}")
     given = recipe_file.words({"data": data, "out": out, **settings})
-    preset, before = _started_from(recipe, Path(out) if out is not None and settings.get("resume") else None)
-    chosen = _parsed(preset, [*before, *given])
-    check_places(preset, chosen.options)
     environment.spin_briefly()
-    from fastmoco.train.loop import pretrain as train
+    with _in_words_of_python():
+        preset, before = _started_from(recipe, Path(out) if out is not None and settings.get("resume") else None)
+        chosen = _parsed(preset, [*before, *given])
+        check_places(preset, chosen.options)
+        from fastmoco.train.loop import pretrain as train
 
-    return train(chosen.recipe, chosen.options, preset)
+        return train(chosen.recipe, chosen.options, preset)
+
+
+@contextlib.contextmanager
+def _in_words_of_python() -> Iterator[None]:
+    # A remedy names what is to be changed: here arguments, --batch-size being batch_size and --no-knn knn=False.
+    try:
+        yield
+    except (UsageError, RecipeError) as error:
+        text = re.sub(r"--no-([a-z-]+)", lambda flag: f"{flag[1]}=False", str(error))
+        text = re.sub(r"--([a-z][a-z-]*)", lambda flag: flag[1].replace("-", "_"), text)
+        raise type(error)(text) from error
 
 
 def _started_from(recipe: str | os.PathLike | Recipe, resumed: Path | None) -> tuple[str, list[str]]:

@@ -50,13 +50,15 @@ def test_mistakes_are_exceptions_before_anything_is_written(images: Path, recipe
         fastmoco.pretrain("v2", images, out, epoch=3)
     with pytest.raises(UsageError, match="v3 is no preset and no file"):
         fastmoco.pretrain("v3", images, out)
-    with pytest.raises(UsageError, match="needs --data"):
+    with pytest.raises(UsageError, match="needs data PATH"):
         fastmoco.pretrain("v2", out=out)
-    with pytest.raises(RecipeError, match="use --batch-size 288 or 320"):
+    with pytest.raises(RecipeError, match="use batch_size 288 or 320"):
         fastmoco.pretrain("v2", images, out, batch_size=300)
-    with pytest.raises(UsageError, match="--epochs"):
+    with pytest.raises(UsageError, match="epochs"):
         fastmoco.pretrain("v2", images, out, epochs="many")
     with pytest.raises(UsageError, match="was started with"):
         fastmoco.pretrain(recipe, images, out, stop_after=1, **FEW)
         fastmoco.pretrain(replace(recipe, temperature=0.3), out=out, resume=True)
+    with pytest.raises(UsageError, match="continue it with resume, or give out another name"):
+        fastmoco.pretrain(recipe, images, out)
     assert (out / "recipe.json").is_file()

@@ -11,6 +11,8 @@ from fastmoco.data.transform import Transform
 from fastmoco.encoder import Encoder, build_kind
 from fastmoco.recipe import Recipe
 
+HOW = "torch.stack([encoder.transform(picture) for picture in pictures])"
+
 
 class Pretrained(Encoder):
     """The query encoder of a run, the one that is kept, with what belongs to it. An `nn.Module`.
@@ -39,11 +41,11 @@ class Pretrained(Encoder):
         Images are float and normalised, as `transform` gives them: `torch.stack([transform(p) for p in pictures])`.
         They are taken to the device of the weights. Raises ValueError for anything else.
         """
-        if images.dim() != 4 or images.shape[1] not in (3, 4) or not images.is_floating_point():
-            raise ValueError(
-                f"images must be float [N, 3, S, S], not {images.dtype} {list(images.shape)}: "
-                f"torch.stack([encoder.transform(picture) for picture in pictures])"
-            )
+        found = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
+        if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
+            raise ValueError(f"images must be float [N, 3, S, S], not {found}: {HOW}")
+        if images.shape[1] not in (3, 4):
+            raise ValueError(f"images must have their three colours in dimension 1, not {found}: {HOW}")
         return super().features(images.to(self.device))
 
     def forward(self, images: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def test_plain_weights_are_read(run: Path, tmp_path: Path) -> None:
 
 def test_wrong_images_are_said(run: Path) -> None:
     encoder = fastmoco.load(run)
-    for wrong in (torch.zeros(3, 16, 16), torch.zeros(2, 16, 16, 3), torch.zeros(2, 3, 16, 16, dtype=torch.uint8)):
+    for wrong in ([], torch.zeros(3, 16, 16), torch.zeros(2, 16, 16, 3), torch.zeros(2, 3, 16, 16, dtype=torch.uint8)):
         with pytest.raises(ValueError, match="encoder.transform"):
             encoder.features(wrong)
 
