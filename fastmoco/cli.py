@@ -87,6 +87,12 @@ COMMANDS: dict[str, Command] = {
     "evaluate linear": Command(
         "train a classifier on the frozen backbone", "fastmoco.options:EvaluateLinear", "fastmoco.evaluate.linear:run"
     ),
+    "evaluate finetune": Command(
+        "train backbone and classifier on labelled images, or on few of them",
+        "fastmoco.evaluate.options:EvaluateFinetune",
+        "fastmoco.evaluate.finetune:run",
+        distributed=True,
+    ),
     "evaluate detection": Command(
         "fine-tune a detector and judge it as PASCAL VOC does",
         "fastmoco.evaluate.options:EvaluateDetection",

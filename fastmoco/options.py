@@ -180,7 +180,7 @@ class EvaluateKnn:
 
 @dataclass(frozen=True)
 class EvaluateLinear:
-    """Linear probe of a run's frozen backbone, as published; or a fast one, or fine-tuning."""
+    """Linear probe of a run's frozen backbone, as published; or a fast one."""
 
     run: Path
     """Folder of the run."""
@@ -192,8 +192,6 @@ class EvaluateLinear:
     """CSV file of path,class for images that stand in no class folders."""
     fast: bool = False
     """Train on features of centre crops that are computed once: minutes instead of hours."""
-    finetune: bool = False
-    """Train the backbone too."""
     untrained: bool = False
     """Judge the network before training instead, with its first weights: what the figures are to be compared with."""
     epochs: int = 100
@@ -202,7 +200,7 @@ class EvaluateLinear:
     """Images in a batch; the learning rate is scaled linearly with it."""
     lr: float | Literal["auto"] = "auto"
     """Learning rate for batches of 256. auto takes, of seven from 30 to 0.03, the one that does best on a fifth of the
-    training images, which is held out meanwhile; 30 is the published one. To fine-tune, auto is 0.03."""
+    training images, which is held out meanwhile; 30 is the published one."""
     seed: int = 0
     """Of the classifier's start, the order and the crops."""
     device: Device = "auto"
@@ -214,8 +212,6 @@ class EvaluateLinear:
         for name in ("epochs", "batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "use a number of at least 1")
         require(self.lr == "auto" or self.lr > 0, "lr", self.lr, "use auto or more than 0")
-        if self.fast and self.finetune:
-            raise UsageError("--finetune does not go with --fast, which computes the features once: leave one out")
 
 
 @dataclass(frozen=True)

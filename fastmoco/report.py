@@ -27,6 +27,8 @@ PICTURES = {
     "linear.png": "Linear probe",
     "linear-fast.png": "Linear probe, fast",
     "finetune.png": "Fine-tuned",
+    "finetune-0.1.png": "Fine-tuned on 10 % of the labels",
+    "finetune-0.01.png": "Fine-tuned on 1 % of the labels",
     "knn.png": "kNN",
     "map.png": "Images whose features are alike stand together",
     "duplicates.png": "Images that are nearly the same, a group a row",

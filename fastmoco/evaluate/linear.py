@@ -6,7 +6,7 @@ the rate divided by ten at 60 and 80, on random crops of 8 to 100 % of the area,
 takes the centre crop. Afterwards every weight and statistic of the backbone must be bit-equal to what it was.
 
 `--fast` trains the same classifier in the same order on features that are computed once, of centre crops, and kept on
-the device in fp32: minutes instead of hours. `--finetune` trains the backbone too.
+the device in fp32: minutes instead of hours. `finetune.py` trains the backbone too.
 
 Unless `--lr` says which, the learning rate is chosen on training images that are held out (`rate.py`). The classifier
 is then trained on all of them. The last incomplete batch of an epoch is left out (published: trained on).
@@ -36,7 +36,7 @@ from fastmoco.data.loader import Loader, Loading
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.plan import Plan
 from fastmoco.data.quarantine import Quarantine
-from fastmoco.encoder import BatchNormAct, Encoder
+from fastmoco.encoder import Encoder
 from fastmoco.evaluate.classifier import Batches, Probe, Protocol, fit, fit_cached, new_classifier
 from fastmoco.evaluate.features import extract
 from fastmoco.evaluate.labels import both_sides
@@ -48,8 +48,6 @@ from fastmoco.options import EvaluateLinear
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Augmentation, Recipe
 from fastmoco.runs.run_folder import figures_name, keep_earlier, load_encoder, one_rank
-
-FINETUNE = Protocol(lr=0.03, weight_decay=1e-4)
 
 
 def training_recipe(recipe: Recipe, protocol: Protocol) -> Recipe:
@@ -161,22 +159,6 @@ class Evaluation:
         assert not changed(before, self.encoder), f"the probe changed the backbone: {changed(before, self.encoder)}"
         return probe
 
-    def finetune(self, report: Callable) -> Probe:
-        """Classifier and backbone trained together, batch norm over whole batches."""
-        classifier = self._classifier()
-        for module in self.encoder.modules():
-            if isinstance(module, BatchNormAct):
-                module.group_size = 0
-        self.encoder.train().requires_grad_(True)
-        backbone = [value for name, value in self.encoder.named_parameters() if not name.startswith("fc.")]
-
-        def validate() -> Scores:
-            features, labels = self.features(self.val)
-            with torch.no_grad():
-                return score(classifier(features), labels)
-
-        return self._fit(classifier, [*classifier.parameters(), *backbone], validate, report)
-
     def _classifier(self) -> nn.Linear:
         return new_classifier(self.encoder.feature_dim, self.classes, self.protocol.seed, self.parallel.device)
 
@@ -189,7 +171,7 @@ class Evaluation:
 
             def batches() -> Batches:
                 for batch in loader:
-                    _warn(quarantine)
+                    warn_of_bad(quarantine)
                     views = photometric(batch.query_crops, batch.query_parameters, colours.mean, colours.std)
                     shown = quarantine.replaced(batch.step, batch.sample)  # a substitute comes with its own label
                     yield self.encoder.features(views), labels[torch.from_numpy(shown).to(labels.device)]
@@ -197,7 +179,8 @@ class Evaluation:
             return fit(batches(), classifier, parameters, self.protocol, self.plan.steps_per_epoch, validate, report)
 
 
-def _warn(quarantine: Quarantine) -> None:
+def warn_of_bad(quarantine: Quarantine) -> None:
+    """Warn of each image that turned out to be bad since the last call."""
     while quarantine.news:
         bad = quarantine.news.popleft()
         warnings.warn(f"{bad.file}: {bad.reason}; training on {bad.substitute} in its place", stacklevel=2)
@@ -206,26 +189,26 @@ def _warn(quarantine: Quarantine) -> None:
 def run(options: EvaluateLinear) -> None:
     """`evaluate linear RUN`: train the probe, write RUN/linear.json, .png and .safetensors.
 
-    The name is linear-fast or finetune where that was asked for, with -untrained after it for untrained weights.
+    The name is linear-fast where that was asked for, with -untrained after it for untrained weights.
     """
     parallel = one_rank(options.device)
     encoder, recipe, step = load_encoder(options.run, parallel, options.untrained)
     train, val = both_sides(options.run, options.data, options.val, options.labels, recipe.max_pixels)
     evaluation = Evaluation(encoder, recipe, train, val, _protocol(options), parallel, options.threads or None)
-    name = figures_name(_name(options), options.untrained)
+    name = figures_name("linear-fast" if options.fast else "linear", options.untrained)
     print(
         f"{len(train)} images train, {len(val)} validate, {len(train.classes)} classes; encoder of {options.run} "
         f"after step {step}"
     )
     began = time.perf_counter()
-    choice = evaluation.choose_rate(options.fast) if options.lr == "auto" and not options.finetune else None
+    choice = evaluation.choose_rate(options.fast) if options.lr == "auto" else None
     protocol = evaluation.protocol
     print(choice or f"lr {protocol.lr:g} for batches of 256")
     print(
         f"{protocol.epochs} epochs of batches of {protocol.batch_size}, at a rate of {protocol.rate(0):g}", flush=True
     )
     with tqdm(total=protocol.epochs, unit="epoch", disable=None) as bar:
-        probe = getattr(evaluation, _mode(options))(lambda line: _tell(bar, line, protocol.epochs))
+        probe = (evaluation.fast if options.fast else evaluation.exact)(lambda line: _tell(bar, line, protocol.epochs))
     facts = {
         "step": step,
         "protocol": protocol._asdict(),
@@ -236,14 +219,14 @@ def run(options: EvaluateLinear) -> None:
         "data": train.root,
         "val": val.root,
         "seconds": time.perf_counter() - began,
-        "backbone": "trained" if options.finetune else "bit-equal after the probe",
+        "backbone": "bit-equal after the probe",
     }
     best = max(line["top1"] for line in probe.curve)
     figures = {**facts, "best_top1": best, **probe.scores.as_dict(train.classes), "curve": probe.curve}
     keep_earlier(options.run, figures, name)
-    _write(options.run, name, probe, figures, train.classes, encoder if options.finetune else None)
+    _write(options.run, name, probe, figures, train.classes)
     pair = [figures_name(each, options.untrained) for each in ("linear", "linear-fast")]
-    agreement = _agreement(options.run, evaluation, step, pair) if not options.finetune else None
+    agreement = _agreement(options.run, evaluation, step, pair)
     agrees = f"; fast and exact agree on {agreement:.1f}% of the validation images" if agreement is not None else ""
     print(
         f"{name}: top-1 {probe.scores.top1:.2f}%, top-5 {probe.scores.top5:.2f}%{agrees} (see {options.run}/{name}."
@@ -265,17 +248,8 @@ def rate_hint(probe: Probe, protocol: Protocol, classes: int) -> str:
 
 
 def _protocol(options: EvaluateLinear) -> Protocol:
-    base = FINETUNE if options.finetune else Protocol()
-    chosen = base._replace(epochs=options.epochs, batch_size=options.batch_size, seed=options.seed)
+    chosen = Protocol(epochs=options.epochs, batch_size=options.batch_size, seed=options.seed)
     return chosen if options.lr == "auto" else chosen._replace(lr=options.lr)
-
-
-def _mode(options: EvaluateLinear) -> str:
-    return "finetune" if options.finetune else "fast" if options.fast else "exact"
-
-
-def _name(options: EvaluateLinear) -> str:
-    return {"exact": "linear", "fast": "linear-fast", "finetune": "finetune"}[_mode(options)]
 
 
 def _tell(bar: tqdm, line: dict[str, float], epochs: int) -> None:
@@ -285,15 +259,10 @@ def _tell(bar: tqdm, line: dict[str, float], epochs: int) -> None:
         print(f"epoch {line['epoch']}/{epochs}  loss {line['loss']:.3f}  top-1 {line['top1']:.2f}%", flush=True)
 
 
-def _write(
-    folder: Path, name: str, probe: Probe, figures: dict[str, Any], classes: list[str], encoder: Encoder | None
-) -> None:
+def _write(folder: Path, name: str, probe: Probe, figures: dict[str, Any], classes: list[str]) -> None:
     atomic.write_json(folder / f"{name}.json", figures)
     draw_probe(folder / f"{name}.png", probe.curve, probe.scores.confusion, classes)
     weights = {f"fc.{key}": value.detach().cpu() for key, value in probe.classifier.named_parameters()}
-    if encoder is not None:
-        backbone = {key: value.cpu().contiguous() for key, value in encoder.state_dict().items()}
-        weights |= {key: value for key, value in backbone.items() if not key.startswith("fc.")}
     with atomic.replacing(folder / f"{name}.safetensors") as draft:
         save_file(weights, draft, metadata={"format": "pt", "step": str(figures["step"])})
 

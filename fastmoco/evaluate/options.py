@@ -66,6 +66,54 @@ class Duplicates:
 
 
 @dataclass(frozen=True)
+class EvaluateFinetune:
+    """Train a run's backbone and a classifier on labelled images, or on a share of them, by SimCLR's protocol."""
+
+    run: Path
+    """Folder of the run."""
+    data: Path | None = None
+    """Labelled images to train on; left out, those that the run was trained on."""
+    val: Path | None = None
+    """Labelled images to classify; left out, the val/ beside train/."""
+    labels: Path | None = None
+    """CSV file of path,class for images that stand in no class folders."""
+    fraction: float = 1.0
+    """Share of the labelled images of each class, 0.01 or 0.1 as a rule: the same ones each time."""
+    subset: Path | None = None
+    """Take the images that a text file lists instead, one file name a line, as SimCLR's published lists do."""
+    untrained: bool = False
+    """Start from the run's first weights instead: what the figures are to be compared with."""
+    epochs: int | None = None
+    """Epochs; left out, 30, or 60 on a hundredth of the labels, but at least 300 steps."""
+    batch_size: int = 256
+    """Images in a batch, over all ranks; the learning rate is scaled linearly with it."""
+    lr: float | Literal["auto"] = "auto"
+    """Learning rate for batches of 256. auto tries five from 0.5 to 0.005 for a third of the epochs each, and takes the
+    one that does best on a fifth of the training images, which is held out meanwhile; 0.05 is the published one."""
+    lr_head: float | None = None
+    """That of the classifier; left out, the same."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Numbers of the convolutions; auto is bf16 on a GPU that has it, else fp32."""
+    seed: int = 0
+    """Of the classifier's start, the order and the crops."""
+    device: Device = "auto"
+    """Where to compute; auto is the GPU where there is one."""
+    threads: int = 0
+    """Threads that decode images; 0 is all cores."""
+    timeout_seconds: float = 600.0
+    """Seconds that ranks wait for each other before the command fails."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.fraction <= 1, "fraction", self.fraction, "use a share above 0 and up to 1")
+        require(self.epochs is None or self.epochs >= 1, "epochs", self.epochs, "use a number of at least 1")
+        require(self.batch_size >= 2, "batch_size", self.batch_size, "use a number of at least 2")
+        require(self.lr == "auto" or self.lr > 0, "lr", self.lr, "use auto or more than 0")
+        require(self.lr_head is None or self.lr_head > 0, "lr_head", self.lr_head, "use more than 0")
+        if self.subset is not None and self.fraction != 1:
+            raise UsageError("--subset does not go with --fraction: the list says which images: leave one out")
+
+
+@dataclass(frozen=True)
 class EvaluateDetection:
     """Fine-tune a detector (Faster R-CNN, R50-C4 or the run's own network) from a run and judge it as VOC does.
 

@@ -15,6 +15,9 @@ FIGURES = {
     "linear.json": "linear probe",
     "linear-fast.json": "linear probe, fast",
     "finetune.json": "fine-tuned",
+    "finetune-0.1.json": "fine-tuned, 10 % of the labels",
+    "finetune-0.01.json": "fine-tuned, 1 % of the labels",
+    "finetune-subset.json": "fine-tuned, a list of images",
 }
 
 

@@ -201,8 +201,7 @@ def with_a_bad_file(stripes, tmp_path):
     return train, manifest.scan(folder / "val", classes=train.classes, cache=False)
 
 
-@pytest.mark.parametrize("mode", ["exact", "finetune"])
-def test_one_bad_file_is_named_and_replaced(with_a_bad_file, monkeypatch, mode):
+def test_one_bad_file_is_named_and_replaced(with_a_bad_file, monkeypatch):
     train, _ = with_a_bad_file
     bad = train.find("across/9.jpg")
     assert (train.paths[bad + 1], train.labels[bad + 1]) == ("down/0.jpg", 1 - train.labels[bad])
@@ -211,7 +210,7 @@ def test_one_bad_file_is_named_and_replaced(with_a_bad_file, monkeypatch, mode):
     monkeypatch.setattr(classifier.F, "cross_entropy", lambda x, y: labels.append(y) or real(x, y))
     probe_of = evaluation(with_a_bad_file, lr=1.0, batch_size=40, epochs=2)
     with pytest.warns(UserWarning, match="across/9.jpg: .*; training on down/0.jpg in its place") as warned:
-        probe = getattr(probe_of, mode)(lambda line: None)
+        probe = probe_of.exact(lambda line: None)
     assert len(probe.curve) == 2 and len([each for each in warned if "training on" in str(each.message)]) == 1
     # The substitute's pixels come with the substitute's label: 19 of one class and 21 of the other.
     assert [int(each.sum()) for each in labels] == [21 if train.labels[bad] == 0 else 19] * 2
@@ -228,14 +227,6 @@ def test_good_files_make_no_warning(sides):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         evaluation(sides, epochs=1).exact(lambda line: None)
-
-
-def test_finetuning_moves_the_backbone(sides):
-    probe_of = evaluation(sides, lr=0.03)
-    before = snapshot(probe_of.encoder)
-    probe_of.finetune(lambda line: None)
-    moved = changed(before, probe_of.encoder)
-    assert "conv1.weight" in moved and "bn1.running_mean" in moved and "fc.2.weight" not in moved
 
 
 @pytest.fixture(scope="module")
@@ -255,13 +246,12 @@ def test_the_commands_write_figures_pictures_and_weights(trained, capsys):
     assert main(argv) == 0
     assert main([*argv, "--fast"]) == 0
     assert "fast and exact agree on" in capsys.readouterr().out
-    assert main([*argv[:-6], "--epochs", "1", "--finetune", "--threads", "1", "--device", "cpu"]) == 0
     assert main(["evaluate", "knn", str(trained), "--k", "3", "--threads", "1", "--device", "cpu"]) == 0
     figures = json.loads((trained / "linear.json").read_text())
     assert figures["backbone"] == "bit-equal after the probe" and len(figures["curve"]) == 4
     assert set(figures["per_class"]) == {"across", "down"} and figures["protocol"]["batch_size"] == 40
     assert np.sum(figures["confusion"]) == 12 and figures["top1"] == figures["curve"][-1]["top1"]
-    for name in ("linear", "linear-fast", "finetune", "knn", "neighbours"):
+    for name in ("linear", "linear-fast", "knn", "neighbours"):
         assert (trained / f"{name}.png").stat().st_size > 2000, name
     from safetensors.torch import load_file
 
@@ -271,7 +261,6 @@ def test_the_commands_write_figures_pictures_and_weights(trained, capsys):
     features, labels = linear.extract(encoder, val, RECIPE, Parallel(), loading=Loading(threads=1), normalise=False)
     top1 = (F.linear(features, weights["fc.weight"], weights["fc.bias"]).argmax(1) == labels).double().mean() * 100
     assert figures["top1"] == pytest.approx(top1.item())
-    assert "conv1.weight" in load_file(trained / "finetune.safetensors")
 
 
 def test_untrained_weights_stand_beside_the_others(trained, capsys):
@@ -339,6 +328,5 @@ def test_classes_of_one_image_leave_the_published_rate(trained, stripes, tmp_pat
 
 
 def test_mistakes_are_one_line(trained, capsys):
-    assert main(["evaluate", "linear", str(trained), "--fast", "--finetune"]) == 2
     assert main(["evaluate", "linear", str(trained), "--epochs", "0"]) == 2
     assert "use a number of at least 1" in capsys.readouterr().err
