@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import fastmoco
+from fastmoco.cli import main
 from fastmoco.contrast.step import Step
 from fastmoco.interop.foreign import ForeignFileError
 from fastmoco.options import UsageError
@@ -74,6 +75,18 @@ def test_plain_weights_are_read(run: Path, tmp_path: Path) -> None:
     assert loaded.step == 0 and loaded.recipe.arch == "resnet18" and loaded.recipe.width == RECIPE.width
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(loaded.features(images), encoder.features(images))
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torchvision", "moco"])
+def test_what_export_wrote_is_read(run: Path, tmp_path: Path, format: str) -> None:
+    assert main(["export", str(run), "--format", format, "--out", str(tmp_path / "out.pth")]) == 0
+    expected, loaded = fastmoco.load(run), fastmoco.load(tmp_path / "out.pth")
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(loaded.features(images), expected.features(images))
+    assert (loaded.step, loaded.recipe) == (7, RECIPE) or format == "torchvision"
+    if format == "safetensors":
+        file = fastmoco.load(tmp_path / "out.pth/model.safetensors")
+        assert torch.equal(file(images), expected(images)) and file.transform == expected.transform
 
 
 def test_wrong_images_are_said(run: Path) -> None:
