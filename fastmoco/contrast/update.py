@@ -44,7 +44,11 @@ PRECISIONS: dict[Precision, Numbers] = {
 
 
 def resolve_precision(precision: str, device: torch.device) -> Precision:
-    """`precision` with "auto" resolved: bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
+    """`precision` with "auto" resolved: bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU.
+
+    Some CPUs compute bf16 at half of fp32's rate, and whether it costs a CPU's run accuracy is not settled
+    (bench/NOTES.md).
+    """
     if precision != "auto":
         for name in PRECISIONS:
             if name == precision:

@@ -14,11 +14,13 @@ from fastmoco.data.loader import Loading
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.plan import Plan
 from fastmoco.environment import share_of_cores
+from fastmoco.kernels.convolution import instructions
 from fastmoco.options import Options, check_places, restarted
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 
 RUNS = Path("runs")
+FAST_BF16 = ("amx", "bf16 at full rate")
 LEAST_CROP, LARGE_RATE = 12, 10.0  # below and above, a setting is seldom meant
 BRING_BACK = "bring the images back, or say with --data where they are now; nothing was changed"
 DEMO_IMAGES = RUNS / "images"
@@ -174,8 +176,10 @@ def _queue_notes(asked: Recipe, settled: Recipe, images: int) -> list[str]:
 
 
 def _settings_notes(recipe: Recipe, parallel: Parallel) -> list[str]:
-    """Warnings of settings that are allowed, and seldom meant."""
+    """Warnings of settings that are allowed, and seldom meant; and what would be faster."""
     notes = []
+    if recipe.precision == "auto" and parallel.device.type == "cpu" and instructions() in FAST_BF16:
+        notes.append("auto precision is fp32 on a CPU; --precision bf16 would be faster on this one")
     if recipe.precision == "fp16" and parallel.device.type == "cpu":
         notes.append("warning: a CPU computes fp16 many times slower than fp32: use --precision fp32")
     if recipe.crop_size < LEAST_CROP:
