@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from fastmoco import __version__, environment, recipe_file, usage
 from fastmoco.options import Pretrain, PretrainFlags, UsageError, check_places, restarted
 from fastmoco.process import interrupt
-from fastmoco.recipe import HARMLESS_ON_RESUME, PRESETS, Recipe, RecipeError
+from fastmoco.recipe import HARMLESS_ON_RESUME, PRESETS, UNUSED, Recipe, RecipeError
 
 PROG = "fastmoco"
 LEAST_COLUMNS = 40
@@ -202,14 +202,21 @@ def parse(argv: Sequence[str]) -> tuple[Command, Any]:
 
 def pretrain_settings(preset: str, argv: Sequence[str]) -> Pretrain:
     """The flags of `pretrain PRESET`: those of a recipe file first, and on resume the recipe that the run has."""
-    name, begun = f"pretrain {preset}", PretrainFlags(recipe=PRESETS[preset][1])
-    file = _recipe_of(argv)
+    name, file = f"pretrain {preset}", _recipe_of(argv)
     if file is not None:
         argv = [*_of_file(file, preset), *argv]  # of a flag that is there twice the last one counts
+    begun = PretrainFlags(recipe=_begun(PRESETS[preset][1], argv))
     chosen = _flags(PretrainFlags, name, argv, begun)
     if chosen.options.resume or _goes_on(chosen.options):
         chosen = _resumed(preset, argv, chosen)
     return Pretrain(preset, chosen.recipe, chosen.options)
+
+
+def _begun(recipe: Recipe, argv: Sequence[str]) -> Recipe:
+    # What the preset says of its dictionary is nothing that somebody asked of another one.
+    asked = [after for flag, after in itertools.pairwise([*argv, ""]) if flag == "--dictionary"]
+    asked += [flag.partition("=")[2] for flag in argv if flag.startswith("--dictionary=")]
+    return recipe.with_dictionary(asked[-1]) if asked and asked[-1] in UNUSED else recipe
 
 
 def _of_file(path: Path, preset: str) -> list[str]:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmoco.recipe import PRESETS, Augmentation, Recipe, RecipeError
+from fastmoco.cli import pretrain_settings
+from fastmoco.recipe import PRESETS, UNUSED, Augmentation, Recipe, RecipeError
 
 V1, V2, CIFAR = (PRESETS[name][1] for name in ("v1", "v2", "cifar"))
 STEPS_PER_EPOCH = 1_281_167 // 256
@@ -249,3 +250,24 @@ def test_recipes_need_no_torch() -> None:
     code = "import fastmoco.recipe, sys; print('torch' in sys.modules, 'numpy' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("dictionary", ["queue", "batch", "bank"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_any_preset_takes_any_dictionary(preset: str, dictionary: str) -> None:
+    """What it said of another one goes; a recipe keeps all else."""
+    recipe = PRESETS[preset][1]
+    other = recipe.with_dictionary(dictionary)
+    assert other.dictionary == dictionary
+    assert set(other.differences(recipe)) <= {"dictionary", *UNUSED[dictionary]}
+    assert recipe.with_dictionary(recipe.dictionary) == recipe
+
+
+@pytest.mark.parametrize(
+    "words", [["--dictionary", "bank"], ["--dictionary=bank"], ["--dictionary=batch", "--dictionary=bank"]]
+)
+def test_a_command_with_another_dictionary_needs_no_word_on_the_presets_own(words: list[str]) -> None:
+    """Unlike one that asks for what the dictionary has no use for."""
+    assert pretrain_settings("demo", words).recipe == PRESETS["demo"][1].with_dictionary("bank")
+    with pytest.raises(RecipeError, match="since a bank does not use it"):
+        pretrain_settings("demo", [*words, "--ema-momentum", "0.5"])
