@@ -276,11 +276,11 @@ class Recipe:
         _require(self.queue_size != "auto", "queue_size", self.queue_size, remedy)
         return int(self.queue_size)
 
-    def with_dictionary(self, dictionary: Literal["queue", "batch", "bank"]) -> Recipe:
+    def with_dictionary(self, dictionary: str) -> Recipe:
         """The recipe with another dictionary; fields that it has no use for take their defaults."""
-        fields: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(self)}
-        unused = {name: fields[name] for name in UNUSED[dictionary]}
-        return dataclasses.replace(self, dictionary=dictionary, **unused)
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        changes: dict[str, Any] = {name: fields[name] for name in UNUSED[dictionary]}
+        return dataclasses.replace(self, **changes, dictionary=dictionary)  # type: ignore[arg-type]
 
     @property
     def base_lr(self) -> float:
