@@ -13,7 +13,7 @@ from torch import Tensor
 from fastmoco.kernels.nt_xent import Form, nt_xent
 
 HAS_INF_CL = importlib.util.find_spec("inf_cl") is not None
-PAIRS = {"cpu": (256, 1024, 4096), "cuda": (256, 1024, 4096, 16384, 65536)}
+PAIRS = {"cpu": (256, 1024), "cuda": (256, 1024, 4096, 16384, 65536)}
 """Batches that NT-Xent is measured at. Eager logits of the largest take 69 GB in fp32, and so often fail."""
 TIMED_FORMS: tuple[Form, ...] = ("all", "across")
 """SimCLR's, and the one that inf-cl has, too."""

@@ -112,7 +112,7 @@ def _loss_cases(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> dic
     if recipe.dictionary != "batch":
         n, k = recipe.batch_size, recipe.check_queue()
         add("info_nce", _info_nce_calls(n, k, recipe, device, dtype), {"N": n, "K": k}, n)
-    for n in losses.PAIRS[device.type]:
+    for n in sorted({recipe.batch_size, *losses.PAIRS[device.type]}):
         z = [torch.randn(n, recipe.dim, device=device, dtype=dtype).requires_grad_() for _ in range(2)]
         add("nt_xent", losses.ways_to_nt_xent(z, recipe.temperature, "all"), {"N": n}, 2 * n)
     return found

@@ -66,9 +66,9 @@ def test_the_losses_have_one_gradient(cases):
 def test_nt_xent_is_timed_by_batch_and_form():
     made = kernels.nt_xent_cases(Size(SMALL, torch.float32), CPU)
     assert [(case.config["form"], case.config["N"]) for case in made] == [
-        (form, n) for form in ("all", "across") for n in (32, 256, 1024, 4096)
+        (form, n) for form in ("all", "across") for n in (32, 256, 1024)
     ]
-    for whole, half in zip(made[:4], made[4:], strict=True):
+    for whole, half in zip(made[:3], made[3:], strict=True):
         assert whole.flops == 2 * half.flops and whole.nbytes == half.nbytes
 
 
