@@ -82,6 +82,29 @@ def test_error_budget_in_fp32(shape: tuple[int, ...], by) -> None:
     assert all(ours[name].is_contiguous(memory_format=torch.channels_last) for name in ("y", "x", "weight"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_do_not_depend_on_where_memory_lies(dtype: torch.dtype, by) -> None:
+    """A run that is resumed finds its tensors elsewhere."""
+    by("product", "product", "product")
+    shape = (96, 64, 3, 1, 5, 3, 7)
+    x, weight, stride, padding = make(shape, dtype)
+
+    def moved(t: Tensor, offset: int) -> Tensor:
+        rows = t.permute(0, 2, 3, 1)
+        flat = torch.empty(t.numel() + offset, dtype=dtype)[offset:]
+        return flat.copy_(rows.reshape(-1)).view(rows.shape).permute(0, 3, 1, 2)
+
+    def gradients(offset: int) -> list[Tensor]:
+        leaves = [moved(t, offset).requires_grad_() for t in (x, weight)]
+        y = conv2d(*leaves, stride=stride, padding=padding)
+        grad = torch.linspace(-1, 1, y.numel()).to(dtype).view_as(y)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+    expected = gradients(0)
+    for offset in (1, 3, 8):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(offset), expected, strict=True))
+
+
 def test_what_is_widened_takes_fp32s_faster_way(by, monkeypatch) -> None:
     """With few rows and large weights a product; each tensor of the backward pass is widened once."""
     shape = (64, 64, 3, 1, 2, 2, 2)
