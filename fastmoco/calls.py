@@ -92,4 +92,5 @@ def _parsed(preset: str, words: list[str]) -> Any:
         with contextlib.redirect_stderr(said):
             return cli.pretrain_settings(preset, words)
     except SystemExit as stop:  # a value of the wrong kind: the parser has printed why
-        raise UsageError(" ".join(FRAMES.sub(" ", said.getvalue()).split())) from stop
+        words = " ".join(FRAMES.sub(" ", said.getvalue()).split()).removeprefix("Missing argument ")
+        raise UsageError(words.partition(" For full helptext")[0]) from stop

@@ -52,6 +52,7 @@ class Step:
     Differences from the paper's lines: keys are encoded in shuffled order; loss, top-k and gradient come from one pass
     over the queue; SGD and momentum update are one kernel.
 
+    `parallel` says which rank this is, and its device; left out, it is a process alone, on a GPU where there is one.
     `precision` overrides the recipe's. TF32 is a process-wide switch in torch, which this sets. With several ranks,
     `step` and `state` are collective: every rank calls them. `images`: how many there are, which a bank needs.
 
@@ -65,7 +66,7 @@ class Step:
     def __init__(
         self,
         recipe: Recipe,
-        parallel: Parallel,
+        parallel: Parallel | None = None,
         precision: Precision | None = None,
         *,
         encoder: EncoderBackend = "fused",
@@ -79,6 +80,7 @@ class Step:
         # it the first step's autograd graph. So import it here.
         import torch._dynamo  # noqa: F401
 
+        parallel = parallel or Parallel.alone()
         recipe.check_ranks(parallel.world)
         build.check_device(recipe, parallel, key_stream=key_stream, apex=update == "apex")
         self.recipe, self.parallel = recipe, parallel

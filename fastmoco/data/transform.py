@@ -63,7 +63,9 @@ class Transform:
             return self._decoded(Path(picture))
         array = np.asarray(picture)
         if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)) or not array.size:
-            raise ValueError(f"a picture is uint8 [H, W, 3] or [H, W], not {array.dtype} {list(array.shape)}")
+            raise ValueError(
+                f"a picture is a Pillow image, a path, uint8 [H, W, 3] or [H, W], not {array.dtype} {list(array.shape)}"
+            )
         return np.repeat(array[..., None], 3, 2) if array.ndim == 2 else array
 
     def _decoded(self, path: Path) -> np.ndarray:

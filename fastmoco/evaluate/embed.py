@@ -36,6 +36,12 @@ class Embedding(NamedTuple):
     left_out: int
     """Files that are no images, or could not be decoded."""
 
+    def __repr__(self) -> str:
+        """In a line, for notebooks."""
+        n, length = self.features.shape
+        first = ", ".join(map(repr, self.files[:2])) + (", ..." if n > 2 else "")
+        return f"Embedding(features float32 [{n}, {length}], files [{first}], {self.left_out} left out)"
+
     @property
     def files(self) -> list[str]:
         """[n]: names of the files, relative to the folder that was given."""

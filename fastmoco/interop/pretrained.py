@@ -39,7 +39,7 @@ def load(source: str | os.PathLike, *, device: str = "auto", untrained: bool = F
     """
     place, parallel = Path(source), Parallel.alone(device)
     if (place / checkpoint.MANIFEST).is_file():
-        return _of_checkpoint(place, parallel, untrained)
+        return _of_checkpoint(place.resolve(), parallel, untrained)  # `latest` is a link
     if place.is_dir() and ((place / RECIPE).is_file() or not (place / checkpoint.MODEL).is_file()):
         return load_encoder(place, parallel, untrained)[0]
     if place.name == checkpoint.MODEL and (place.parent / checkpoint.MANIFEST).is_file():

@@ -91,5 +91,5 @@ def test_what_is_no_picture_is_said(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         transform(tmp_path / "c.png")
     for wrong in (np.zeros((8, 8, 3), np.float32), np.zeros((3, 8, 8), np.uint8), np.zeros((0, 8, 3), np.uint8)):
-        with pytest.raises(ValueError, match="a picture is uint8"):
+        with pytest.raises(ValueError, match="a picture is a Pillow image, a path, uint8"):
             transform(wrong)

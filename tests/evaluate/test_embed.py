@@ -90,6 +90,7 @@ def test_from_python_it_is_the_command(trained, stripes, tmp_path):
         with np.load(tmp_path / "a.npz") as data:
             assert np.array_equal(found.features, data["features"]) and found.files == data["files"].tolist()
             assert np.array_equal(found.labels, data["labels"]) and found.classes == data["classes"].tolist()
+    assert repr(found).startswith("Embedding(features float32 [12, 64], files ['across/0.jpg', 'across/1.jpg', ...], 0")
     assert found.left_out == 0 and Path(found.images.path(0)) == stripes / "val/across/0.jpg"
 
 

@@ -40,6 +40,7 @@ def first(encoder: torch.nn.Module) -> float:
 
 def test_a_run_gives_its_newest_checkpoint_and_a_checkpoint_itself(run: Path) -> None:
     newest, untrained = fastmoco.load(run), fastmoco.load(str(run), untrained=True)
+    assert fastmoco.load(run / "checkpoints/latest").step == 7
     older = fastmoco.load(run / "checkpoints/step_00000003", device="cpu")
     file = fastmoco.load(run / "checkpoints/step_00000003/model.safetensors")
     assert [encoder.step for encoder in (newest, older, file, untrained)] == [7, 3, 3, 0]
