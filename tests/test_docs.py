@@ -42,7 +42,6 @@ def test_every_page_is_built_and_links_lead_somewhere(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("link", ["[gone](gone.md)", "[gone](../fastmoco/gone.py)"])
 def test_control_a_link_to_nothing_ends_the_build(copy: Path, link: str) -> None:
-    assert build(copy, copy / "site").returncode == 0
     (copy / "docs/python.md").write_text(f"{(copy / 'docs/python.md').read_text()}\n{link}\n")
     done = build(copy, copy / "site")
     assert done.returncode == 1 and "gone" in done.stderr

@@ -78,7 +78,7 @@ def test_the_containerfile_builds_from_what_is_there() -> None:
 
 
 @pytest.mark.slow
-def test_installed_elsewhere_it_runs_from_another_folder(wheel: Path, tmp_path: Path) -> None:
+def test_installed_elsewhere_it_runs_from_another_folder(wheel: Path, images: Path, flags, tmp_path: Path) -> None:
     """In an environment that has the packages of this one, but not the checkout."""
     venv.create(tmp_path / "env", system_site_packages=True, symlinks=True)
     place = next((tmp_path / "env").glob("lib/python*/site-packages"))
@@ -101,5 +101,5 @@ def test_installed_elsewhere_it_runs_from_another_folder(wheel: Path, tmp_path: 
         [tmp_path / "env/bin/python", "-c", code], cwd=folder, env=environment, capture_output=True, text=True
     )
     assert place_of.stdout.strip() == str(place / "fastmoco/__init__.py"), place_of.stderr
-    run("pretrain", "demo", "--stop-after", "4", "--log-every", "2", "--no-knn")
+    run("pretrain", "demo", *flags, "--data", str(images), "--stop-after", "4", "--log-every", "2", "--no-knn")
     assert (folder / "runs/demo/summary.json").is_file()
