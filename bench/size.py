@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastmoco.bench.options import Bench, Profile
-from fastmoco.recipe import Recipe
+from fastmoco.recipe import PUBLISHED_IMAGES, Recipe
 
 # Flags override them. Much smaller views would time layers of 2 x 2 pixels, whose weights outweigh their activations:
 # nothing that anyone trains.
@@ -28,7 +28,7 @@ def sized(recipe: Recipe, options: Bench | Profile, device: torch.device) -> Rec
         small["batch_size"] = max(1, ON_A_CPU["batch_size"] // group) * group
         if recipe.dictionary == "batch":  # which has no queue
             small.pop("queue_size", None)
-    return dataclasses.replace(recipe, **small | given(options))
+    return dataclasses.replace(recipe, **small | given(options)).for_images(PUBLISHED_IMAGES)
 
 
 def given(options: Bench | Profile) -> dict[str, Any]:

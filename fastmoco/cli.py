@@ -286,7 +286,7 @@ def _resumed(preset: str, argv: Sequence[str], chosen: PretrainFlags) -> Pretrai
                 f"{run} was started with {name} {old}, not {new}: leave the flag out, or start another run"
             )
     places: dict[str, Any] = {
-        key: Path(value) for key, value in saved["options"].items() if key in ("data", "val") and value
+        key: Path(value) for key, value in saved["options"].items() if key in ("data", "val", "start_from") and value
     }
     places |= {key: getattr(chosen.options, key) for key in ("data", "val") if getattr(chosen.options, key)}
     if saved["options"].get("deterministic") == "on":  # or what was promised of the run would end here
@@ -408,7 +408,7 @@ def _in_short(recipe: Recipe) -> str:
     keys = {"queue": f"queue of {recipe.queue_size}", "bank": f"{recipe.queue_size} of a bank", "batch": "its batch"}
     return (
         f"{recipe.arch}, {recipe.crop_size} px, batch {recipe.batch_size}, {keys[recipe.dictionary]}, "
-        f"T {recipe.temperature:g}, {recipe.epochs} epochs, {recipe.optimizer}"
+        f"T {recipe.temperature:g}, {recipe.epochs or '20 to 400'} epochs, {recipe.optimizer}"
     )
 
 

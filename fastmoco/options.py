@@ -27,8 +27,8 @@ class UsageError(ValueError):
 class Options:
     """Where a pretraining run reads and writes, and how it works.
 
-    What is learnt does not depend on these, up to rounding: the implementations behind `encoder`, `update` and
-    `photometric` round differently.
+    What is learnt does not depend on these, up to rounding and but for `data` and `start_from`: the implementations
+    behind `encoder`, `update` and `photometric` round differently.
     """
 
     data: Path | None = None
@@ -42,6 +42,9 @@ class Options:
     """Only tell what the run would take: images, steps, memory and time, tried with a few small batches."""
     resume: bool = False
     """Continue the run in --out from its newest good checkpoint, with the recipe it was started with."""
+    start_from: Path | None = None
+    """Weights that the backbone starts from, in place of random ones: a run, what export wrote, a MoCo checkpoint, or a
+    torchvision network of the same --arch. The projection head is new."""
     val: Path | None = None
     """Labelled images whose classes kNN predicts; left out, the val/ beside train/."""
     knn: bool = True

@@ -28,6 +28,8 @@ BACKGROUNDS = {"white": "#ffffff", "black": "#000000", "gray": "#808080"}
 COLOUR = re.compile("#[0-9a-fA-F]{6}")
 # What runs did that were started before these fields were there.
 BEFORE_THERE_WERE_FIELDS = {"background": "ignore", "value_range": "container"}
+# Of a run whose length follows the data: half an hour of two cores, for the preset small.
+SMALL_PAIRS, SMALL_EPOCHS = 900_000, (20, 400)
 LEAST_BATCHES = 4  # in a queue that follows the data: with fewer, all negatives are of the newest encoders
 
 
@@ -137,7 +139,8 @@ class Recipe:
     batch_size: int = 256
     """Global batch, over all ranks."""
     epochs: int = 200
-    """Length of the run; the schedule is stretched over it."""
+    """Length of the run; the schedule is stretched over it. 0 follows the number of images: 900,000 pairs of views in
+    all, but from 20 to 400 epochs."""
     lr: float | Literal["auto"] = "auto"
     """Learning rate at its peak; auto is reference_lr, scaled to the batch."""
     reference_lr: float = 0.03
@@ -198,7 +201,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("dim", "queue_size", "batch_size", "epochs", "crop_size", "knn_k"):
             value = getattr(self, name)
-            whole = isinstance(value, int) and value >= 1 or (name, value) == ("queue_size", "auto")
+            whole = isinstance(value, int) and value >= 1 or (name, value) in (("queue_size", "auto"), ("epochs", 0))
             _require(whole, name, value, "use a whole number of at least 1")
         group = self.bn_group
         _require(isinstance(group, int) and group >= 0, "bn_group", group, "use a whole number of at least 0")
@@ -255,20 +258,23 @@ class Recipe:
         return self.batch_size // world
 
     def for_images(self, count: int) -> Recipe:
-        """The recipe with a queue for `count` images where its size is auto; as it is where a number was given.
+        """The recipe with every number known that follows the number of images, `count`.
 
-        A bank has no more entries than images, all of which are then its negatives.
-        K is the published share of the images (65,536 of 1,281,167, about n / 20), but at least 4 batches and at most
-        65,536, in whole batches: then each batch of keys leaves as it came, together, and the published code, which
-        takes no other K, can go on from an export.
+        K, where it is auto, is the published share of the images (65,536 of 1,281,167, about n / 20), but at least 4
+        batches and at most 65,536, in whole batches: then each batch of keys leaves as it came, together, and the
+        published code, which takes no other K, can go on from an export. Epochs, where they are 0, are those of
+        SMALL_PAIRS pairs of views, within SMALL_EPOCHS.
         """
-        keys = self._keys_for(count) if self.queue_size == "auto" else self.check_queue()
-        return dataclasses.replace(self, queue_size=min(keys, count) if self.dictionary == "bank" else keys)
-
-    def _keys_for(self, count: int) -> int:
+        found = self
+        if self.epochs == 0:
+            fewest, most = SMALL_EPOCHS
+            found = dataclasses.replace(found, epochs=min(max(-(-SMALL_PAIRS // count), fewest), most))
+        if self.queue_size != "auto":
+            return found
         batch = self.batch_size * self.views
         share = -(-count * PUBLISHED_KEYS // (PUBLISHED_IMAGES * batch))
-        return batch * max(LEAST_BATCHES, min(share, PUBLISHED_KEYS // batch))
+        batches = max(LEAST_BATCHES, min(share, PUBLISHED_KEYS // batch))
+        return dataclasses.replace(found, queue_size=batches * batch)
 
     def check_queue(self) -> int:
         """K; raises RecipeError if it is still auto."""
@@ -373,6 +379,9 @@ DEMO_AUGMENTATION = Augmentation(
     crop_scale=(0.6, 1.0), brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1, blur_p=0.0
 )
 
+# For drawings, products, scans: whole objects, whose colours tell them apart. What they share is the background.
+SMALL_AUGMENTATION = Augmentation(crop_scale=(0.5, 1.0), hue=0.05, gray_p=0.0, blur_p=0.3, flip_p=0.0)
+
 SIMCLR = Recipe(
     dictionary="batch",
     symmetric=True,
@@ -447,6 +456,29 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
     "bank": (
         "MoCo v1's other rival: negatives drawn from a memory bank of all images, all else as in v1",
         Recipe(dictionary="bank", augmentation=V1_AUGMENTATION),
+    ),
+    "small": (
+        "Own sets of 1,000 to 100,000 images in half an hour of two cores: negatives of the batch, mild crops",
+        Recipe(
+            arch="resnet18",
+            width=0.25,
+            stem="cifar",
+            head="mlp",
+            dictionary="batch",
+            symmetric=True,
+            same_view_negatives=True,
+            batch_size=128,
+            epochs=0,
+            temperature=0.1,
+            reference_lr=0.16,
+            schedule="cosine",
+            schedule_per="step",
+            warmup_epochs=1.0,
+            weight_decay=5e-4,
+            crop_size=32,
+            augmentation=SMALL_AUGMENTATION,
+            knn_k=10,
+        ),
     ),
     "demo": (
         "Two minutes on a laptop: an embedded set of textures, a slim ResNet-18",

@@ -20,7 +20,7 @@ NARROW = 60  # columns; a narrower terminal breaks lines itself
 # Heading, then the fields under it. What stands in no row is shown by --help-all alone.
 HEADINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Images, and the folder of the run", ("data", "val", "out", "resume", "recipe", "dry_run", "stop_after")),
-    ("Network", ("arch", "width", "stem", "head")),
+    ("Network", ("arch", "width", "stem", "head", "start_from")),
     ("Contrast", ("dictionary", "queue_size", "ema_momentum", "temperature", "symmetric", "bn_group")),
     ("Training", ("batch_size", "epochs", "lr", "schedule", "warmup_epochs", "weight_decay", "seed")),
     ("Views", ("crop_size", "crop_scale", "jitter_p", "gray_p", "blur_p")),

@@ -98,7 +98,7 @@ def test_help_of_every_command_is_instant_and_imports_no_torch():
         ([], "usage"),
         (["pretain", "v2"], "perhaps you meant 'pretrain v2'"),
         (["pretrain", "v3"], "perhaps you meant 'pretrain v2'"),
-        (["pretrain"], "needs one of v1, v2, cifar, simclr, simclr-cifar, end-to-end, bank, demo"),
+        (["pretrain"], "needs one of v1, v2, cifar, simclr, simclr-cifar, end-to-end, bank, small, demo"),
         (["frobnicate"], "--help lists the commands"),
         (["--frobnicate"], "no command was given"),
         (["pretrain", "v2", "--batchsize", "64"], "--batch-size"),

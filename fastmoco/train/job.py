@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from fastmoco.data import manifest, synthetic
 from fastmoco.data.errors import DataError
 from fastmoco.data.loader import Loading
@@ -22,6 +24,7 @@ from fastmoco.recipe import Recipe
 RUNS = Path("runs")
 FAST_BF16 = ("amx", "bf16 at full rate")
 LEAST_CROP, LARGE_RATE = 12, 10.0  # below and above, a setting is seldom meant
+LEAST_SEEN, MOST_ENLARGED = 8, 2  # pixels that a crop shows, and times that a view enlarges an image
 BRING_BACK = "bring the images back, or say with --data where they are now; nothing was changed"
 DEMO_IMAGES = RUNS / "images"
 
@@ -78,7 +81,7 @@ def prepare(recipe: Recipe, options: Options, preset: str, parallel: Parallel) -
     """Look at the images and settle everything; DataError on bad images, RecipeError if recipe and data do not fit."""
     train_set, val_set, notes = _images(options, recipe.max_pixels)
     settled = recipe.for_images(len(train_set))
-    notes += _queue_notes(recipe, settled, len(train_set)) + _settings_notes(settled, parallel)
+    notes += _queue_notes(recipe, settled, len(train_set)) + _settings_notes(settled, train_set, parallel)
     if train_set.transparent and settled.background != "ignore":
         notes.append(
             f"{train_set.transparent} images have transparency: shown over {settled.background} (--background)"
@@ -94,6 +97,7 @@ def places(options: Options, preset: str, parallel: Parallel) -> Options:
         # Absolute, so that the run finds them when it is resumed from another folder.
         data=Path(os.path.abspath(options.data or synthetic.make(DEMO_IMAGES))),
         val=None if options.val is None else Path(os.path.abspath(options.val)),
+        start_from=None if options.start_from is None else Path(os.path.abspath(options.start_from)),
         out=Path(options.out or fresh(RUNS / preset)),
     )
 
@@ -175,7 +179,7 @@ def _queue_notes(asked: Recipe, settled: Recipe, images: int) -> list[str]:
     return [f"queue_size auto: {keys} keys for {images} images{remedy}"]
 
 
-def _settings_notes(recipe: Recipe, parallel: Parallel) -> list[str]:
+def _settings_notes(recipe: Recipe, images: Manifest, parallel: Parallel) -> list[str]:
     """Warnings of settings that are allowed, and seldom meant; and what would be faster."""
     notes = []
     if recipe.precision == "auto" and parallel.device.type == "cpu" and instructions() in FAST_BF16:
@@ -184,6 +188,18 @@ def _settings_notes(recipe: Recipe, parallel: Parallel) -> list[str]:
         notes.append("warning: a CPU computes fp16 many times slower than fp32: use --precision fp32")
     if recipe.crop_size < LEAST_CROP:
         notes.append(f"warning: views of {recipe.crop_size} pixels show next to nothing: give a larger --crop-size")
+    low = recipe.augmentation.crop_scale[0]
+    side = float(np.median(images.sizes.min(1)))
+    if low**0.5 * side < LEAST_SEEN:
+        notes.append(
+            f"warning: the smallest crops, {low:.0%} of images whose shorter side is {side:g} pixels, show "
+            f"{low**0.5 * side:.0f} pixels: raise the first number of --crop-scale"
+        )
+    if recipe.crop_size > MOST_ENLARGED * side:
+        notes.append(
+            f"warning: views of {recipe.crop_size} pixels enlarge images whose shorter side is {side:g}: a --crop-size "
+            f"of {max(LEAST_CROP, round(side))} costs less and shows as much"
+        )
     if recipe.optimizer == "sgd" and recipe.base_lr > LARGE_RATE:
         notes.append(f"warning: a learning rate of {recipe.base_lr:g} is far above what SGD bears: give a smaller --lr")
     return notes

@@ -47,6 +47,7 @@ from fastmoco.train.job import places, prepare
 from fastmoco.train.metrics import BadStep, Meter, Pace, Reading, Stopwatch, memory
 from fastmoco.train.monitor import Monitor
 from fastmoco.train.saving import Saving
+from fastmoco.train.start import start_from
 
 TURN_SECONDS = 0.0005  # that a thread may keep Python's lock when another waits for it
 FIRST_MINUTE = (
@@ -102,6 +103,8 @@ class Run:
             self.advance = runner(self.step, partial(noise_batch, job.recipe, parallel), graph, options.update)
         self.saving = Saving(job, self.step)
         self.done = self.saving.restore() if options.resume else 0
+        if options.start_from is not None and not self.done:
+            start_from(self.step, options.start_from)
         self.health, self.rollbacks = Health(job.recipe), 0
         self.meter, self.watch = Meter(parallel.device), Stopwatch()
         self._hold: Hold | None = None
