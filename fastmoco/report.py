@@ -73,6 +73,7 @@ def render(folder: Path, views: bool = True) -> str:
         section("Learning", f'<div class="wide">{_learning(recipe, log, knn)}</div>'),
         section("Speed", f'<div class="grid">{_speed(log)}</div>'),
         _evaluation(folder),
+        _detection(folder),
         _views(facts, recipe) if views else "",
         _checkpoints(folder),
         _recipe(facts, recipe),
@@ -164,6 +165,26 @@ def _evaluation(folder: Path) -> str:
         table(rows, head) if rows else "",
         f'<div class="wide" style="margin-top:12px">{"".join(shown)}</div>',
     )
+
+
+def _detection(folder: Path) -> str:
+    """What detectors that began with this run reached, beside those that began with its first weights."""
+    rows, shown = [], []
+    for name, label in (("detection", "pretrained"), ("detection-untrained", "first weights")):
+        figures = runs.read_json(folder / name / "detection.json")
+        if "AP50" in figures:
+            how = (
+                f"{figures['iterations']} steps of {figures['batch_size']}, lr {figures['lr']:g}, {figures['size']} px"
+            )
+            rows.append((label, *(f"{figures[key]:.2f}" for key in ("AP", "AP50", "AP75")), figures["metric"], how))
+        image = folder / name / "detections.png"
+        if image.is_file():
+            caption = f"Detections, {label}: objects in white, detections from a score of 0.5 in colours"
+            shown.append(f'<div class="card">{picture(image.read_bytes(), "png", caption, caption)}</div>')
+    if not rows:
+        return ""
+    pictures = f'<div class="wide" style="margin-top:12px">{"".join(shown)}</div>'
+    return section("Detection", table(rows, ("", "AP", "AP50", "AP75", "metric", "how")), pictures)
 
 
 def _protocol(figures: dict[str, Any]) -> str:

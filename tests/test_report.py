@@ -139,6 +139,19 @@ def test_a_narrow_screen_gets_each_figure_with_its_name(trained):
     assert re.search(r"@media \(max-width: 600px\) \{ \.figures.*display: block", text)
 
 
+def test_detectors_appear_beside_their_control(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run", symlinks=True)
+    assert "<h2>Detection" not in report.render(run, views=False)
+    figures = {"AP": 12.5, "AP50": 31.25, "AP75": 8.0, "iterations": 500, "batch_size": 8, "lr": 0.01, "size": 480}
+    for name, ap50 in (("detection", 31.25), ("detection-untrained", 9.75)):
+        (run / name).mkdir()
+        text = json.dumps(figures | {"AP50": ap50, "metric": "the rule of VOC 2007"})
+        (run / name / "detection.json").write_text(text)
+    Image.new("RGB", (9, 9)).save(run / "detection/detections.png")
+    text = report.render(run, views=False)
+    assert "31.25" in text and "9.75" in text and "500 steps of 8" in text and text.count("Detections, ") == 2
+
+
 def test_the_map_is_drawn_where_it_is_asked_for(trained, tmp_path, capsys):
     run = shutil.copytree(trained, tmp_path / "run", symlinks=True)
     assert "map.png" not in os.listdir(run) and main(["report", str(run), "--map", "--no-views"]) == 0

@@ -50,6 +50,7 @@ RATES = (0.05, 0.5, 0.15, 0.015, 0.005)  # for batches of 256; the first one is 
 TRIAL = 3  # a rate is tried for one of so many epochs
 EPOCHS, EPOCHS_OF_FEW, FEW = 30, 60, 0.01
 LEAST_STEPS = 300
+LOOKS = 10  # at the validation images, which may be many more than those that train
 MOMENTUM = 0.9
 
 Report = Callable[[dict[str, float]], Any]
@@ -142,10 +143,18 @@ class Tuning:
         self._first = {name: value.clone() for name, value in encoder.state_dict().items()}
         self.masters = Masters(encoder, work)
 
-    def fit(self, train: Manifest, val: Manifest, protocol: Protocol, report: Report = lambda line: None) -> Probe:
-        """Train on `train` and judge by the centre crops of `val` after every epoch; all ranks get the same figures.
+    def fit(
+        self,
+        train: Manifest,
+        val: Manifest,
+        protocol: Protocol,
+        report: Report = lambda line: None,
+        looks: int = LOOKS,
+    ) -> Probe:
+        """Train on `train` and judge by the centre crops of `val`, at most `looks` times.
 
-        Stops early where the loss is not finite: the last line of the curve then holds it.
+        All ranks get the same figures. A line of the curve has the mean loss since the one before. Stops early where it
+        is not finite: the last line then holds it.
         """
         self._begin_again()
         recipe = _recipe(self.recipe, protocol)
@@ -160,9 +169,10 @@ class Tuning:
         curve: list[dict[str, float]] = []
         scores = Scores(0.0, 0.0, [None] * self.classes, torch.zeros(self.classes, self.classes, dtype=torch.int64))
         total, steps = torch.zeros((), device=self.parallel.device), plan.steps_per_epoch
-        for step, (views, labels) in enumerate(self._batches(train, plan, protocol.epochs * steps)):
+        last, between, since = protocol.epochs * steps, steps * math.ceil(protocol.epochs / looks), 0
+        for step, (views, labels) in enumerate(self._batches(train, plan, last)):
             self.encoder.train()
-            rates = protocol.rates(step / (protocol.epochs * steps))
+            rates = protocol.rates(step / last)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
             loss = F.cross_entropy(network(views), labels)
@@ -172,9 +182,11 @@ class Tuning:
             optimizer.step()
             self.masters.cast()
             total += loss.detach()
-            if (step + 1) % steps == 0:
-                mean = self.parallel.mean(total).item() / steps
+            since += 1
+            if since == between or step + 1 == last:
+                mean = self.parallel.mean(total).item() / since
                 total.zero_()
+                since = 0
                 line = {"epoch": (step + 1) // steps, "lr": rates[0], "loss": mean}
                 if not math.isfinite(mean):
                     curve.append(line | {"top1": 0.0, "top5": 0.0})
@@ -193,7 +205,7 @@ class Tuning:
         short = protocol.fitting(len(fitted), self.parallel.world, 1, max(1, protocol.epochs // TRIAL))
         tried = []
         for lr in RATES:
-            probe = self.fit(train.take(fitted), train.take(held), short._replace(lr=lr))
+            probe = self.fit(train.take(fitted), train.take(held), short._replace(lr=lr), looks=1)
             loss = probe.curve[-1]["loss"]
             tried.append(Tried(lr, probe.scores.top1, loss if math.isfinite(loss) else None))
         best = max(tried, key=lambda each: (each.top1, -math.inf if each.loss is None else -each.loss))
@@ -328,7 +340,7 @@ def _write(options: EvaluateFinetune, probe: Probe, facts: dict[str, Any], class
 
 
 def _tell(bar: tqdm, line: dict[str, float], epochs: int, is_main: bool) -> None:
-    bar.update()
+    bar.update(int(line["epoch"]) - bar.n)
     bar.set_postfix_str(f"loss {line['loss']:.3f}  top-1 {line['top1']:.2f}%")
-    if is_main and bar.disable and (line["epoch"] % max(1, epochs // 10) == 0 or line["epoch"] == epochs):
+    if is_main and bar.disable:
         print(f"epoch {line['epoch']:.0f}/{epochs}  loss {line['loss']:.3f}  top-1 {line['top1']:.2f}%", flush=True)
