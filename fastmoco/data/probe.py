@@ -21,7 +21,7 @@ import numpy as np
 from fastmoco.recipe import Recipe
 
 HEAD_BYTES = 16 * 1024  # one read that holds nearly every header
-VERSION = 3  # raise it when `probe` changes its mind about any file: results that caches hold are then void
+VERSION = 4  # raise it when `probe` changes its mind about any file: results that caches hold are then void
 PIXEL_TYPES = ("uint8", "uint16", "float32")
 """Pixel types that DALI 2.4 decodes; of others its codecs refuse int8 and int16, and its operator has no name."""
 # How files begin: those that are read, and other images by name.
@@ -117,6 +117,8 @@ def _foreign(data: Bytes) -> str:
         return "cut short while it was read"
     if head[:3] != b"\xff\xd8\xff" and (name := _foreign_name(head)):
         return f"{name}, which DALI cannot decode"
+    if head[:2] == b"BM" and _has_odd_masks(head):
+        return "BMP of colour masks that DALI misreads"
     return "" if _is_complete(data) else "truncated"
 
 
@@ -190,6 +192,18 @@ def _is_cut_bmp(head: bytes, size: int) -> bool:
     if header_size < 40 or compression not in (0, 3):
         return False
     return start + (abs(width) * bits + 31) // 32 * 4 * abs(height) > size
+
+
+def _has_odd_masks(head: bytes) -> bool:
+    # Of 32 bits DALI's decoder reads the masks of newer headers, by whole bytes; in old ones it passes over them.
+    if len(head) < 66:
+        return False
+    header_size, bits, compression = struct.unpack_from("<I10xHI", head, 14)
+    if bits != 32 or compression not in (3, 6):
+        return False
+    masks = struct.unpack_from("<III", head, 54)
+    bytewise = all(mask in (0xFF, 0xFF00, 0xFF0000, 0xFF000000) for mask in masks)
+    return masks != (0xFF0000, 0xFF00, 0xFF) and not (bytewise and header_size > 52)
 
 
 def _ends_before_garbage(data: bytes) -> bool:

@@ -2,8 +2,9 @@
 
 DALI drops transparency, so that whatever colour lies under it shows; takes numbers to span their type, so that twelve
 bits in sixteen are nearly black; and its decoder of JPEG 2000 writes beyond its memory on damaged files. Each such
-image is decoded here and handed on as a PPM of eight bits, which is read alike on a CPU and on a GPU. JPEGs, nearly all
-images, pass untouched.
+image is decoded here and handed on as a PPM of eight bits, which is read alike on a CPU and on a GPU. A compressed TIFF
+that is damaged it shows as black, without an error, so those are tried here first. JPEGs, nearly all images, pass
+untouched.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from fastmoco.data.probe import Bytes, Header, examine
 from fastmoco.environment import share_of_cores
@@ -26,6 +27,8 @@ from fastmoco.recipe import BACKGROUNDS, MOST_PIXELS, Recipe
 FORMATS = ("PNG", "WEBP", "BMP", "TIFF", "JPEG2000")  # Pillow's names
 CRITICAL = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # the PNG chunks that pixels depend on
 LARGEST = {"uint8": 255, "uint16": 65535, "float32": 1}  # the number that DALI's float decoding makes 1
+TIFF_COMPRESSION = 259  # tag
+STREAMS = (1, 2, 3, 4, 5, 7, 8, 32773, 32946, 50000)  # compressions of TIFF that DALI reads: none, CCITT, LZW, JPEG ...
 STATED = ("webp", "jpeg2k")  # formats whose numbers always span what their header states, as those of JPEG do
 SPACE = rb"(?:\s|#[^\n]*\n)+"
 PNM = re.compile(rb"P([2356])" + 3 * (SPACE + rb"(\d+)") + rb"(?:\s|#[^\n]*\n)")
@@ -67,6 +70,8 @@ def _as_dali_reads_it(data: np.ndarray, header: Header, reading: Reading) -> np.
     codec, ignored = header.codec, reading.background == "ignore"
     if codec == "png":
         data = _without_remarks(data)
+    if codec == "tiff":
+        _check_tiff(data)
     pixels = alpha = None
     if codec == "jpeg2k" or (header.alpha and not ignored):
         pixels, alpha = _by_pillow(data, codec)
@@ -91,6 +96,30 @@ def compose(pixels: np.ndarray, alpha: np.ndarray, background: tuple[int, int, i
     alpha = alpha[..., None].astype(np.uint16)
     shown = pixels * alpha + np.array(background, np.uint16) * (255 - alpha)
     return ((shown + 127) // 255).astype(np.uint8)
+
+
+def _check_tiff(data: np.ndarray) -> None:
+    """Damaged if the compressed pixels of a TIFF cannot be had: DALI shows black in their place, and says nothing."""
+    file = io.BytesIO(data.tobytes())
+    try:
+        tags = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if 43 in data[2:4] else 8].tobytes())  # 43: a BigTIFF
+        file.seek(tags.next)
+        tags.load(file)
+        compression = tags.get(TIFF_COMPRESSION, 1)
+    except Exception:  # in as many ways as tags can be wrong; then DALI says what it makes of them
+        return
+    if compression == 1:
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=("TIFF",)) as image:
+                image.load()
+    except (UnidentifiedImageError, SyntaxError, KeyError):  # pixels of a kind that Pillow does not know
+        if compression not in STREAMS:
+            raise Damaged(f"TIFF of compression {compression}, which DALI cannot decode") from None
+    except Exception as error:
+        raise Damaged("damaged: cannot be decoded") from error
 
 
 def _by_pillow(data: np.ndarray, codec: str) -> tuple[np.ndarray | None, np.ndarray | None]:

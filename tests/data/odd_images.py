@@ -59,6 +59,21 @@ def bmp_555() -> bytes:
     return b"BM" + struct.pack("<IHHI", 54 + len(rows), 0, 0, 54) + header + rows
 
 
+def bmp_of_masks(bits: int, masks: tuple[int, ...], header: int = 40) -> bytes:
+    """A BMP that says by masks which bits are red, green, blue and, with a fourth one, alpha; a V4 header has 108."""
+    number = {16: np.uint16, 32: np.uint32}[bits]
+    values = np.dstack([COLOURS, (RAMP * 255).round().astype(np.uint8)]).astype(np.uint32)
+    packed = np.zeros((HEIGHT, WIDTH), np.uint32)
+    for channel, mask in enumerate(masks):
+        low = (mask & -mask).bit_length() - 1
+        packed |= (values[..., channel] * (mask >> low) // 255 << low).astype(np.uint32)
+    rows = packed[::-1].astype(number).tobytes()
+    fields = struct.pack("<IiiHHIIiiII", header, WIDTH, HEIGHT, 1, bits, 3, len(rows), 2835, 2835, 0, 0)
+    fields += struct.pack(f"<{len(masks)}I", *masks)
+    fields = fields.ljust(header, b"\0")
+    return b"BM" + struct.pack("<IHHI", 14 + len(fields) + len(rows), 0, 0, 14 + len(fields)) + fields + rows
+
+
 def pnm(kind: int, most: int) -> bytes:
     """A PGM or PPM whose largest number is `most`, with comments in its header."""
     numbers = (RAMP if kind in (2, 5) else COLOURS / 255) * most

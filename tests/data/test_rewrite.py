@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +76,23 @@ def test_unnamed_pixel_types_are_left_out_at_the_scan_and_never_decoded(tmp_path
         assert requests.fault(array(data), (HEIGHT, WIDTH)) == reasons[f"{name}.img"]
 
 
+BILEVEL = (RAMP > 0.5).astype(np.uint8)
+WITHOUT_BITS = {
+    "black is 0": odd.tiff(np.packbits(BILEVEL, axis=1), bits=0),
+    "rgb": odd.tiff(COLOURS, bits=0),
+    "grey of eight bits": odd.tiff(COLOURS[..., 0].copy(), bits=0),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_BITS)
+def test_both_scans_and_a_run_agree_on_a_tiff_that_does_not_say_its_bits(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "x.img").write_bytes(WITHOUT_BITS[kind])
+    (tmp_path / "good.img").write_bytes(odd.encoded(COLOURS, "JPEG"))
+    quick, full = scan(tmp_path, cache=False), scan(tmp_path, cache=False, decode=decoded_apart)
+    assert quick.paths == full.paths and quick.rejected == full.rejected
+    assert bool(requests.fault(array(WITHOUT_BITS[kind]), (HEIGHT, WIDTH))) == (len(quick) == 1)
+
+
 def test_where_dali_names_no_image_it_is_found_by_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the test before: without the guard DALI ends with an error that names nobody."""
     images = [array(odd.encoded(COLOURS, "PNG"))] * 5
@@ -88,12 +107,39 @@ def test_where_dali_names_no_image_it_is_found_by_halves(monkeypatch: pytest.Mon
         pipeline._faults(pytest.fail, feed, unnamed, None)
 
 
+MASKS = {
+    "4-4-4": odd.bmp_of_masks(16, (0xF00, 0xF0, 0xF)),
+    "5-5-5-1": odd.bmp_of_masks(16, (0x7C00, 0x3E0, 0x1F, 0x8000), 108),
+    "5-6-5": odd.bmp_of_masks(16, (0xF800, 0x7E0, 0x1F)),
+    "5-6-5, V5": odd.bmp_of_masks(16, (0xF800, 0x7E0, 0x1F), 124),
+    "10-10-10": odd.bmp_of_masks(32, (0x3FF00000, 0xFFC00, 0x3FF)),
+    "red last": odd.bmp_of_masks(32, (0xFF, 0xFF00, 0xFF0000)),
+    "red last, V4": odd.bmp_of_masks(32, (0xFF, 0xFF00, 0xFF0000), 108),
+    "8-8-8": odd.bmp_of_masks(32, (0xFF0000, 0xFF00, 0xFF)),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_a_bmp_of_masks_is_named_or_right(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "x.img").write_bytes(MASKS[kind])
+    (tmp_path / "good.img").write_bytes(odd.encoded(COLOURS, "JPEG"))
+    found = scan(tmp_path, cache=False, decode=decoded_apart)
+    if found.paths == ["good.img"]:
+        assert found.rejected[0][1].startswith(("damaged", "pixels of type", "BMP of colour masks"))
+    else:
+        assert np.abs(decoded(MASKS[kind]) - COLOURS).max() <= 255 / 15
+    assert kind not in ("5-6-5", "8-8-8", "red last, V4") or len(found) == 2, "which DALI reads right"
+
+
 TEXT = b"Comment\0\0" + b"x" * 70_000
 GOOD = {
     "long text": odd.png(COLOURS, (b"iTXt", b"Comment\0\0\0\0\0" + b"y" * 3_000_000)),
+    "long packed text": odd.png(COLOURS, (b"zTXt", b"Comment\0\0" + zlib.compress(b"y" * 2_000_000))),
+    "profile that is none": odd.png(COLOURS, (b"iCCP", b"x\0\0" + zlib.compress(b"nonsense" * 20))),
     "text": odd.png(COLOURS, (b"tEXt", TEXT)),
     "bad crc of pHYs": odd.png(COLOURS, (b"pHYs", b"\0\0\0\1\0\0\0\1\0"), bad_crc=True),
     "bad crc of tIME": odd.png(COLOURS, (b"tIME", b"\7\xe9\1\1\0\0\0"), bad_crc=True),
+    "bad crc of gAMA": odd.png(COLOURS, (b"gAMA", b"\0\1\x86\xa0"), bad_crc=True),
     "five channels": odd.tiff(np.concatenate([COLOURS, COLOURS[..., :2]], 2)),
     "jpeg 2000": odd.encoded(COLOURS, "JPEG2000"),
 }
@@ -142,6 +188,69 @@ def test_a_ppm_of_colours_with_another_largest_number() -> None:
     for kind, most in ((6, 4095), (3, 200)):
         assert np.abs(decoded(odd.pnm(kind, most)) - COLOURS).max() <= 255 / most / 2 + 0.51
     assert isinstance(rewritten(array(odd.pnm(6, 4095)[:-10]), Reading()), Damaged)
+
+
+def with_garbage(compression: int, content: bytes) -> bytes:
+    """A TIFF that says how its pixels are compressed, and holds something else."""
+    return tiff_of(compression, content.ljust(400, b"\x5a"))
+
+
+def tiff_of(compression: int, content: bytes, side: int = 16) -> bytes:
+    tags = [(256, side), (257, side), (258, 8), (259, compression), (262, 1), (273, 0), (277, 1), (278, side)]
+    tags += [(279, len(content))]
+    at = 8 + 2 + 12 * len(tags) + 4
+    short = (258, 259, 262, 277)
+    rows = b"".join(
+        struct.pack("<HHII", tag, 3 if tag in short else 4, 1, at if tag == 273 else value) for tag, value in tags
+    )
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + rows + bytes(4) + content
+
+
+NOISE = COLOURS.copy()
+NOISE[..., 2] = np.random.default_rng(0).integers(0, 255, NOISE.shape[:2])
+LZW = odd.encoded(NOISE, "TIFF", compression="tiff_lzw")
+BLACK = {
+    "deflate": with_garbage(8, b"no stream"),
+    "zstd": with_garbage(50000, b"no stream"),
+    "unknown": with_garbage(65000, b"whatever"),
+    "jpeg 2000 inside": with_garbage(34712, b"\xff\x4f\xff\x51"),
+    "lzw with a byte changed": bytes((value ^ 255) if at == len(LZW) // 3 else value for at, value in enumerate(LZW)),
+}
+
+
+@pytest.mark.parametrize("kind", BLACK)
+def test_a_compressed_tiff_that_cannot_be_read_is_no_black_picture(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.img").write_bytes(BLACK[kind])
+    (tmp_path / "good.img").write_bytes(odd.encoded(COLOURS, "JPEG"))
+    found = scan(tmp_path, cache=False, decode=pipeline.undecodable)
+    assert found.paths == ["good.img"] and "decode" in found.rejected[0][1]
+    # The control: DALI alone makes a picture of it, without an error.
+    if kind != "lzw with a byte changed":
+        control = with_dali_alone(BLACK[kind])
+        assert control.max() == 0
+
+
+def with_dali_alone(data: bytes) -> np.ndarray:
+    request = requests.Request(["x"], [array(data)], np.array([[16, 16]]), np.empty((0, 1, 4), np.int32))
+    feed = pipeline._Feed(requests.small_parts(iter([request])), pipeline._encoded)
+    build = pipeline._dali(1, 1, None, 1, pipeline._decode_graph, feed)
+    build.schedule_run()
+    return np.array(build.share_outputs()[0][0])
+
+
+COMPRESSED = ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "zstd", "group4", "deep", "by hand")
+
+
+@pytest.mark.parametrize("how", COMPRESSED)
+def test_compressed_tiffs_are_read(how: str) -> None:
+    grey = (RAMP * 65535).astype(np.uint16)
+    data = {
+        "group4": lambda: odd.encoded(COLOURS[..., 0] > 127, "TIFF", compression="group4"),
+        "deep": lambda: odd.encoded(grey, "TIFF", compression="tiff_adobe_deflate"),
+        "by hand": lambda: tiff_of(8, zlib.compress(bytes(range(256)))),
+    }.get(how, lambda: odd.encoded(COLOURS, "TIFF", compression=how))()
+    assert not isinstance(rewritten(array(data), Reading()), Damaged)
+    assert decoded(data).std() > 20
 
 
 ALPHA = (RAMP * 255).round().astype(np.uint8)

@@ -245,6 +245,15 @@ def test_archives_joined_by_cat_are_read_to_the_last_end(tmp_path: Path) -> None
         scan(joined)
 
 
+@pytest.mark.parametrize("between", ["nothing", "an empty archive", "records of zeros"])
+def test_whatever_lies_between_joined_archives(tmp_path: Path, between: str) -> None:
+    one, two = (make(tmp_path / f"{i}.tar", (f"{i}.jpg", JPEG)).read_bytes() for i in "ab")
+    gap = {"nothing": b"", "an empty archive": bytes(10240), "records of zeros": bytes(3_000_000 // 512 * 512)}[between]
+    (tmp_path / "a.tar").write_bytes(one + gap + two)
+    (tmp_path / "b.tar").unlink()
+    assert scan(tmp_path / "a.tar").paths == ["a.jpg", "b.jpg"]
+
+
 def test_links_in_an_archive_are_followed_or_counted(tmp_path: Path) -> None:
     path = make(
         tmp_path / "links.tar",
