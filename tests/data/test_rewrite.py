@@ -88,7 +88,7 @@ WITHOUT_BITS = {
 def test_both_scans_and_a_run_agree_on_a_tiff_that_does_not_say_its_bits(kind: str, tmp_path: Path) -> None:
     (tmp_path / "x.img").write_bytes(WITHOUT_BITS[kind])
     (tmp_path / "good.img").write_bytes(odd.encoded(COLOURS, "JPEG"))
-    quick, full = scan(tmp_path, cache=False), scan(tmp_path, cache=False, decode=decoded_apart)
+    quick, full = scan(tmp_path, cache=False), scan(tmp_path, cache=False, decode=pipeline.undecodable)
     assert quick.paths == full.paths and quick.rejected == full.rejected
     assert bool(requests.fault(array(WITHOUT_BITS[kind]), (HEIGHT, WIDTH))) == (len(quick) == 1)
 
@@ -123,7 +123,7 @@ MASKS = {
 def test_a_bmp_of_masks_is_named_or_right(kind: str, tmp_path: Path) -> None:
     (tmp_path / "x.img").write_bytes(MASKS[kind])
     (tmp_path / "good.img").write_bytes(odd.encoded(COLOURS, "JPEG"))
-    found = scan(tmp_path, cache=False, decode=decoded_apart)
+    found = scan(tmp_path, cache=False, decode=pipeline.undecodable)
     if found.paths == ["good.img"]:
         assert found.rejected[0][1].startswith(("damaged", "pixels of type", "BMP of colour masks"))
     else:
