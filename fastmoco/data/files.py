@@ -17,7 +17,7 @@ from fastmoco.data import tars
 from fastmoco.data.errors import DataError
 
 Rejected = list[tuple[str, str]]
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar", ".lz4")
 NO_SOURCE = "neither a folder nor a tar nor a text file with one path a line"
 
 

@@ -82,8 +82,11 @@ class _Contents:
         if member.isdir():
             return
         parts = name.split("/")
-        if any(part.startswith(".") for part in parts):
+        if any(part.startswith(".") and part not in (".", "..") for part in parts):
             self.passed[HIDDEN] += 1
+            return
+        if not parts[-1]:
+            self.left_out.append((name, "a member without a name"))
             return
         if any(part in LITTER for part in parts):
             self.left_out.append((name, BY_A_SYSTEM))
@@ -104,6 +107,8 @@ class _Contents:
             if ending in self.classes.setdefault(key, {}):
                 self.left_out.append((name, REPLACED))
             self.classes[key][ending] = sys.intern(text)
+            if not text:
+                self.left_out.append((name, "an empty class"))
         elif last in SIDECARS:
             self.passed[f".{last}"] += 1
         else:
@@ -153,7 +158,13 @@ def _read(path: str, status: os.stat_result) -> Members:
                     end = archive.offset
                 _check_end(path, end, status.st_size)
                 at = _next_archive(path, end, status.st_size, found)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (
+        tarfile.TarError,
+        OSError,
+        EOFError,
+        ValueError,
+        OverflowError,
+    ) as error:  # the last two of a size beyond all
         raise DataError(f"{path}: {_reason(path, error)}") from None
     found.follow_links()
     found.count_idle_classes()

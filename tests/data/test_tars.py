@@ -154,6 +154,14 @@ def test_bad_members_are_left_out_or_quarantined_by_their_names(tmp_path: Path, 
     assert {path for path, _ in full.rejected} == {members[i][0] for i in jpegs[:2]}
 
 
+def sized(data: bytes, size: bytes) -> bytes:
+    """The archive with another size in its first header, whose checksum is right."""
+    head = bytearray(data[:512])
+    head[124:136], head[148:156] = size, b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    return bytes(head) + data[512:]
+
+
 def harmed(path: Path, harm: str) -> None:
     data = path.read_bytes()
     content = {
@@ -163,6 +171,8 @@ def harmed(path: Path, harm: str) -> None:
         "damaged": data[:1024] + data[1024:].replace(b"ustar", b"rusty"),
         "compressed": gzip.compress(data[:4096]),
         "no tar": b"x" * 4096,
+        "size beyond all": sized(data, b"\x80" + bytes(3) + b"\x7f" + b"\xff" * 7),
+        "size below 0": sized(data, b"\xff" * 12),
     }[harm]
     if harm == "cut between members":  # without the blocks of zeros at the end
         with tarfile.open(path) as archive:
@@ -180,6 +190,8 @@ def harmed(path: Path, harm: str) -> None:
         ("damaged", "is damaged at byte"),
         ("compressed", "unpack it"),
         ("no tar", "no tar that can be read"),
+        ("size beyond all", "no tar that can be read"),
+        ("size below 0", "is damaged"),
     ],
 )
 def test_a_harmed_archive_is_one_clear_line(shards: Path, harm: str, says: str) -> None:
@@ -302,11 +314,14 @@ def test_nothing_in_an_archive_vanishes_uncounted(tmp_path: Path) -> None:
         ("readme.md", b"text"),
         ("lost.jpg", "=gone.jpg"),
         ("z.jpg", b""),
+        ("", JPEG),
+        ("v.cls", b" "),
+        ("../up.jpg", JPEG),
     ]
     path = make(tmp_path / "all.tar", *members)
     for _ in range(2):  # the second time from the cache
         found = scan(path)
-        assert found.paths == ["x.jpg", "y.jpg"] and found.classes == ["5", "8"]
+        assert found.paths == ["../up.jpg", "x.jpg", "y.jpg"] and found.classes == ["..", "5", "8"]
         assert found.passed == {".json": 1, ".txt": 2, "hidden": 2}
         assert dict(found.rejected) == {
             "@eaDir/x.jpg": "left by a system beside the images",
@@ -315,6 +330,8 @@ def test_nothing_in_an_archive_vanishes_uncounted(tmp_path: Path) -> None:
             "readme.md": "not an image",
             "x.cls": "replaced by a later member of the same name",
             "z.jpg": "empty file",
+            "": "a member without a name",
+            "v.cls": "an empty class",
         }
         classes = 2
         assert len(found) + classes + sum(found.passed.values()) + len(found.rejected) == len(members)
