@@ -134,7 +134,7 @@ class _Contents:
         keys = {_key(name)[0] for name in self.places}
         for key, said in self.classes.items():
             if key not in keys:
-                self.left_out += [(f"{key}.{ending}", "the class of no image") for ending in said]
+                self.left_out += [(f"{key}.{ending}", "the class of no image") for ending, text in said.items() if text]
 
     def label(self, name: str, path: str) -> str | None:
         """The class of an image; raises DataError if members of its key give it several."""
@@ -142,7 +142,8 @@ class _Contents:
         if len(set(said.values())) > 1 and "cls" not in said:
             raise DataError(f"{path}: {_key(name)[0]} has several classes ({', '.join(sorted(said))}): leave one")
         chosen = said.get("cls") or next(iter(said.values()), None)
-        return chosen or (sys.intern(name.split("/", 1)[0]) if "/" in name else None)
+        folder = name.split("/", 1)[0] if "/" in name else ""
+        return chosen or (sys.intern(folder) if folder not in ("", "..") else None)
 
 
 def _read(path: str, status: os.stat_result) -> Members:
@@ -158,13 +159,9 @@ def _read(path: str, status: os.stat_result) -> Members:
                     end = archive.offset
                 _check_end(path, end, status.st_size)
                 at = _next_archive(path, end, status.st_size, found)
-    except (
-        tarfile.TarError,
-        OSError,
-        EOFError,
-        ValueError,
-        OverflowError,
-    ) as error:  # the last two of a size beyond all
+    except DataError:
+        raise
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:  # the last two: a size beyond all
         raise DataError(f"{path}: {_reason(path, error)}") from None
     found.follow_links()
     found.count_idle_classes()

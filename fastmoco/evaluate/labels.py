@@ -58,7 +58,8 @@ def one_side(
     """
     if labels is not None:
         found = manifest.scan(path, max_pixels=max_pixels)
-        if found.labels is None or _classes_of(found, labels):  # of ImageNet a table names the validation images alone
+        # ImageNet's table names the validation images alone.
+        if found.labels is None or _classes_of(found, labels)[0]:
             return label(found, labels, classes)
     found = manifest.scan(path, classes=classes, max_pixels=max_pixels)
     if found.labels is None:
@@ -76,7 +77,8 @@ def label(images: Manifest, table: Path, classes: Sequence[str] | None = None) -
     DataError if it names none of them, if a line fits several images or has no class, or if an image gets two;
     UsageError if the file cannot be read.
     """
-    names = _classes_of(images, table)
+    names, idle = _classes_of(images, table)
+    _note_idle(images, table, idle)
     if not names:
         raise DataError(
             f"{table} names none of the {len(images)} images in {images.root}, as {images.paths[0]}: check its first "
@@ -111,23 +113,40 @@ def read_table(table: Path) -> list[Row]:
         rows = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
         raise UsageError(f"{table} cannot be read as CSV ({error}): use one path,class a line") from error
+    wide = next((row for _, row in rows if len(row) > 2), None)
+    if wide is not None:
+        told = ", ".join(wide[:2])
+        print(f"note: of {table} the first two columns are read, as path and class: {told}", file=sys.stderr)
     short = next((line for line, row in rows if len(row) < 2), None)
     if short is not None:
         raise UsageError(f"{table}: line {short} has one column: use one path,class a line")
     return [Row(line, row[0].strip(), row[1].strip()) for line, row in rows]
 
 
-def _classes_of(images: Manifest, table: Path) -> dict[int, str]:
-    """Class by index of the images that a table names."""
+def _note_idle(images: Manifest, table: Path, idle: list[Row]) -> None:
+    # A table may be of both sides; but a word on it, because names may also differ in case, folder or encoding.
+    if idle:
+        how = "" if _is_utf8(idle[0].path) else ", which is not UTF-8"
+        print(
+            f"note: {len(idle)} lines of {table} name none of the images in {images.root}, the first is line "
+            f"{idle[0].line}, {printable(idle[0].path)}{how}",
+            file=sys.stderr,
+        )
+
+
+def _classes_of(images: Manifest, table: Path) -> tuple[dict[int, str], list[Row]]:
+    """Class by index of the images that a table names, and its lines that name none."""
     finder = _Finder(images)
     named: dict[int, tuple[int, str]] = {}
-    foreign: list[tuple[Row, bool]] = []
+    idle: list[Row] = []
     for number, row in enumerate(read_table(table)):
         found = finder.find(row.path)
         if number == 0 and not found:
             continue  # a header
-        if not _is_utf8(row.path):
-            foreign.append((row, bool(found)))
+        if row.label in finder.paths:
+            raise DataError(f"{table}: line {row.line}: its second column names an image: put the path first")
+        if not found:
+            idle.append(row)
         if not row.path or not row.label:
             raise DataError(f"{table}: line {row.line}, {row.path or repr(row.label)}: an empty cell")
         if len(found) > 1:
@@ -137,14 +156,7 @@ def _classes_of(images: Manifest, table: Path) -> dict[int, str]:
             line, before = named.setdefault(index, (row.line, row.label))
             if before != row.label:
                 raise DataError(f"{table}: line {row.line}, {row.path}: {row.label}, but {before} in line {line}")
-    if foreign and not any(found for _, found in foreign):  # written in another encoding than the names on the disk
-        row = foreign[0][0]
-        print(
-            f"warning: {table}: {len(foreign)} lines are not UTF-8 and name none of the images in {images.root}, the "
-            f"first is line {row.line}, {printable(row.path)}: save the table as UTF-8",
-            file=sys.stderr,
-        )
-    return {index: name for index, (_, name) in named.items()}
+    return {index: name for index, (_, name) in named.items()}, idle
 
 
 def _is_utf8(text: str) -> bool:

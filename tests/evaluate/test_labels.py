@@ -85,7 +85,7 @@ def test_images_that_stand_on_both_sides_are_told(flat, tmp_path, capsys):
     (tmp_path / "one.txt").write_text(f"{flat}/a.png\n{flat}/c.png\n")
     (tmp_path / "two.txt").write_text(f"{flat}/b.png\n")
     both_sides(tmp_path, tmp_path / "one.txt", tmp_path / "two.txt", table(tmp_path, "a.png,x\nc.png,y\nb.png,x\n"))
-    assert capsys.readouterr().err == ""
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_both_sides(flat, tmp_path):
@@ -121,6 +121,8 @@ def nested(tmp_path):
         ("a/0000.png,cat\na/0000.png,dog\n", "line 2, a/0000.png: dog, but cat in line 1"),
         ("a/0001.png,cat\n0001.png,dog\n", "line 2, 0001.png: dog, but cat in line 1"),
         ("a/0000.png,cat\na/0001.png, \n", "line 2, a/0001.png: an empty cell"),
+        ("id,path,label\n0000,a/0000.png,x\n", "line 2: its second column names an image"),
+        ("label,path\ncat,a/0000.png\n", "line 2: its second column names an image"),
         ("a/0000.png,cat\n,dog\n", "line 2, 'dog': an empty cell"),
     ],
 )
@@ -137,6 +139,16 @@ def test_rows_may_name_an_image_in_several_ways(nested, tmp_path, form):
     windows = label(manifest.scan(nested), table(tmp_path, "a\\0001.png,cat\n"))
     assert windows.paths == ["a/0001.png"]
     assert label(manifest.scan(nested), table(tmp_path, "0001,cat\n0001.png,cat\n")).paths == ["a/0001.png"]
+
+
+def test_what_a_table_says_beside_its_classes_is_noted(nested, tmp_path, capsys):
+    rows = "image,c0,c1\na/0000.png,1.0,0.0\nb/0000.png,0.0,1.0\nA/0001.PNG,0.0,1.0\n"
+    assert len(label(manifest.scan(nested), table(tmp_path, rows))) == 2
+    said = capsys.readouterr().err
+    assert "the first two columns are read, as path and class: image, c0" in said
+    assert "1 lines of" in said and "the first is line 4, A/0001.PNG" in said
+    label(manifest.scan(nested), table(tmp_path, "path,label\na/0000.png,x\nb/0000.png,y\n"))
+    assert capsys.readouterr().err == ""  # the control
 
 
 def test_a_table_serves_the_side_that_has_no_classes(nested, flat, tmp_path):
