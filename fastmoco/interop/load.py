@@ -21,7 +21,7 @@ from fastmoco.contrast.step import Step
 from fastmoco.data import manifest
 from fastmoco.interop import foreign, upstream
 from fastmoco.interop.foreign import ForeignFileError
-from fastmoco.interop.names import backbone, is_parameter, recognise
+from fastmoco.interop.names import BODY, backbone, inner_network, is_parameter, recognise
 from fastmoco.options import Import, UsageError, require_new
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS, Recipe, RecipeError
@@ -51,6 +51,8 @@ def convert(content: Mapping[str, Any], options: Import, images: int | None = No
     `images` is the size of the set that training goes on with.
     """
     weights = upstream.weights_of(content)
+    if not without(QUERY, weights) and not _is_v3(weights):
+        weights = {ours: weights[theirs] for ours, theirs in inner_network(weights).items()} or weights
     _check_kind(weights, options.file)
     try:
         if isinstance(content.get(upstream.OWN), dict):
@@ -159,13 +161,16 @@ def _plain(weights: dict[str, Tensor], options: Import) -> Imported:
     preset = options.preset if options.preset != "auto" else "v2"
     recipe = _recipe_of({}, weights, preset, options)
     fresh = _template(recipe)
-    own = {name: weights[name] for name in backbone(weights)}
+    own = {name: weights[name] for name in backbone(weights) if name.startswith(BODY)}
     state = fresh | {side + name: value.clone() for side in (QUERY, KEY) for name, value in own.items()}
     _check_shapes(state, recipe, options.file, fresh)
     missing = [name for name in backbone(without(QUERY, fresh)) if name not in own and is_parameter(name)]
     if missing:
         raise ForeignFileError(f"{options.file} lacks {missing[0]} of a {recipe.arch}: give a whole network")
     notes = ["plain weights: both encoders start from this backbone, with a fresh projection head and queue"]
+    others = [name for name in backbone(weights) if name not in own]
+    if others:
+        notes.append(f"{len(others)} weights of other parts are left out, {others[0]} the first")
     return Imported(recipe, state, 0, "fp32", preset, notes)
 
 
@@ -201,8 +206,12 @@ def _owed_update(state: dict[str, Tensor], momentum: float) -> None:
             state[KEY + name] = torch.lerp(state[KEY + name], query, 1 - momentum)
 
 
+def _is_v3(weights: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith(("base_encoder.", "momentum_encoder.")) for name in weights)
+
+
 def _check_kind(weights: Mapping[str, Tensor], file: Path) -> None:
-    if any(name.startswith(("base_encoder.", "momentum_encoder.")) for name in weights):
+    if _is_v3(weights):
         raise ForeignFileError(f"{file} is a MoCo v3 checkpoint, which has no queue: only v1 and v2 can be imported")
     if without(QUERY, weights) or "conv1.weight" in weights:
         return

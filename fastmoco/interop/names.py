@@ -21,6 +21,11 @@ DETECTRON2 = (
     ("downsample.1", "shortcut.norm"),
 )
 
+# nn.Sequential(*list(resnet.children())[:-1])
+LISTED = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+AVERAGES = ("momentum", "teacher", "target", "ema", "average", "key")
+BODY = ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")
+
 Shape = tuple[int, ...]
 
 
@@ -44,6 +49,32 @@ def to_detectron2(name: str) -> str:
 def backbone(names: Iterable[str]) -> list[str]:
     """Names without those of the head."""
     return [name for name in names if not name.startswith(HEAD)]
+
+
+def inner_network(names: Iterable[str]) -> dict[str, str]:
+    """Names in a larger model of the weights of the residual network in it, by torchvision's names; empty without one.
+
+    Other programs put `backbone.` or the like before them, and lightly numbers the children of torchvision's network.
+    Of several networks the one that is trained is taken, before a teacher or an average.
+    """
+    present = list(names)
+    layouts: tuple[tuple[str, str, Mapping[str, str]], ...] = (
+        ("conv1.weight", "layer1.0.conv1.weight", {}),
+        ("0.weight", "4.0.conv1.weight", LISTED),
+    )
+    for first, second, stages in layouts:
+        starts = [name.removesuffix(first) for name in present if name.endswith(first)]
+        starts = [start for start in starts if start + second in present and (not start or start.endswith("."))]
+        if starts:
+            chosen = min(starts, key=lambda start: (any(word in start for word in AVERAGES), starts.index(start)))
+            rest = {name: name.removeprefix(chosen) for name in present if name.startswith(chosen)}
+            return {_renamed(inner, stages): name for name, inner in rest.items()}
+    return {}
+
+
+def _renamed(name: str, stages: Mapping[str, str]) -> str:
+    stage, dot, rest = name.partition(".")
+    return stages.get(stage, stage) + dot + rest
 
 
 def is_parameter(name: str) -> bool:

@@ -25,7 +25,7 @@ WRAPPERS = ("module", "_orig_mod")
 # Names under which programs keep a model's weights, the trained ones before their averages.
 CONTAINERS = (
     *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params"),
-    *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
+    *("student", "teacher", "state_dict_ema", "model_ema", "ema_state_dict", "ema"),
 )
 QUEUE, POINTER = "queue", "queue_ptr"
 

@@ -206,6 +206,50 @@ def test_plain_weights_start_both_encoders(make_recipe, tmp_path):
         bring_in({"state_dict": weights}, tmp_path)
 
 
+def listed(name: str) -> str:
+    """lightly's name: the number of torchvision's child in place of its name."""
+    stages = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
+    first, dot, rest = name.partition(".")
+    return stages.get(first, first) + dot + rest
+
+
+WRITERS = {
+    "solo-learn": lambda net: (
+        {f"backbone.{k}": v for k, v in net.items()}
+        | {f"momentum_backbone.{k}": v + 1 for k, v in net.items()}
+        | {"projector.0.weight": torch.zeros(3)}
+    ),
+    "mmselfsup": lambda net: {f"backbone.{k}": v for k, v in net.items()} | {"neck.mlp.0.weight": torch.zeros(3)},
+    "Lightning": lambda net: {f"model.encoder.{k}": v for k, v in net.items()},
+    "SwAV": lambda net: {f"module.{k}": v for k, v in net.items()} | {"module.prototypes.weight": torch.zeros(3)},
+    "teacher first": lambda net: (
+        {f"teacher.{k}": v + 1 for k, v in net.items()} | {f"student.{k}": v for k, v in net.items()}
+    ),
+    "lightly": lambda net: (
+        {f"backbone.{listed(k)}": v for k, v in net.items()} | {"projection_head.layers.0.weight": torch.zeros(3)}
+    ),
+    "a list of children": lambda net: {listed(k): v for k, v in net.items()},
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_network_within_other_programs_models_is_found(make_recipe, tmp_path, writer):
+    net = build_encoder(make_recipe(seed=9)).state_dict()
+    body = {name: value for name, value in net.items() if not name.startswith("fc.")}
+    found = bring_in({"state_dict": WRITERS[writer](body)}, tmp_path)
+    for name, value in body.items():
+        assert torch.equal(found.state[f"encoder_q.{name}"], value), name
+    assert ("other parts" in " ".join(found.notes)) == (writer == "SwAV")
+
+
+def test_a_network_with_more_in_its_blocks_is_no_residual_network_of_ours(make_recipe, tmp_path):
+    net = build_encoder(make_recipe(seed=9)).state_dict()
+    weights = {f"backbone.{name}": value for name, value in net.items() if not name.startswith("fc.")}
+    weights["backbone.layer1.0.se.fc1.weight"] = torch.zeros(3)
+    with pytest.raises(ForeignFileError, match="an unknown encoder_q.layer1.0.se.fc1.weight"):
+        bring_in({"state_dict": weights}, tmp_path)
+
+
 @pytest.mark.parametrize("lost", ["optimizer", "queue", "encoder_k"])
 def test_what_a_file_lacks_is_said(make_run, make_recipe, tmp_path, lost):
     make_run(tmp_path / "a", make_recipe())
