@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
 import importlib
 import io
 import itertools
@@ -30,6 +31,7 @@ from fastmoco.recipe import HARMLESS_ON_RESUME, PRESETS, UNUSED, Recipe, RecipeE
 
 PROG = "fastmoco"
 LEAST_COLUMNS = 40
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HELP = {"-h", "--help", "--help-all"}
 
 
@@ -138,7 +140,10 @@ COMMANDS: dict[str, Command] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 wrong use, 3 bad data or checkpoint, 143 asked to stop."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed by whoever started this, as daemons are
+            setattr(sys, name, open(os.devnull, "w"))
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):  # a file's name may hold bytes that no encoding knows
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -149,6 +154,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _stdout_is_gone():
             raise
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is not None or error.errno not in DISK_IS_FULL:
+            raise
+        with contextlib.suppress(OSError):
+            print(f"{PROG}: error: cannot write: {error.strerror}: make room, then try again", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains as it leaves
+        return 1
 
 
 def _stdout_is_gone() -> bool:

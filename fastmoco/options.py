@@ -395,6 +395,12 @@ def require_new(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
+def require_file(path: Path, name: str) -> None:
+    """Raise UsageError if a file cannot be written there because it is a folder; the folder of the file is made."""
+    require(not path.is_dir(), name, str(path), "name a file, not a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def require(ok: bool, name: str, value: object, remedy: str) -> None:
     """Raise UsageError, naming the flag and its remedy, unless `ok`."""
     if not ok:

@@ -264,6 +264,28 @@ def test_a_reader_that_goes_away_ends_a_command_without_a_word(tmp_path, command
     assert done.stderr == "" and done.returncode == 141
 
 
+@pytest.mark.parametrize(
+    ("shell", "code", "said"),
+    [
+        ("{} data scan images >&-", 0, ""),
+        ("{} data scan images >&- 2>&-", 0, ""),
+        ("{} data scan images > /dev/full", 1, "fastmoco: error: cannot write: No space left on device"),
+        ("ulimit -f 0; {} data scan images --json a.json", 1, "fastmoco: error: cannot write: File too large"),
+        ("{} data scan images <&- > /dev/null", 0, ""),
+        ("{} data scan images --json images", 2, "--json is 'images': name a file, not a folder"),
+        ("{} data scan images --json new/a.json > /dev/null; test -s new/a.json", 0, ""),
+    ],
+)
+def test_a_shell_that_closes_or_fills_what_is_written_to(tmp_path, shell, code, said):
+    Image.new("RGB", (8, 8)).save((tmp_path / "images.png"))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images.png").rename(tmp_path / "images/a.png")
+    command = shell.format(f"{sys.executable} -m fastmoco")
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=100)
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert said in done.stderr and done.stderr.count("\n") <= 1
+
+
 @pytest.mark.parametrize("columns", ["1", "0", "7", "abc", "-3", "100000"])
 @pytest.mark.parametrize("command", ["pretrain v2 --help", "embed --help"])
 def test_help_ends_at_any_width(columns, command, monkeypatch, capsys):

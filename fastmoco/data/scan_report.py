@@ -15,7 +15,7 @@ from fastmoco.data import manifest
 from fastmoco.data.full_scan import decoded_apart
 from fastmoco.data.manifest import ONE_COLOUR, SMALL_RANGE, Manifest
 from fastmoco.data.rewrite import Reading
-from fastmoco.options import DataScan
+from fastmoco.options import DataScan, require_file
 
 SHOWN = 20  # files named for each reason; --json names all
 GIB = 2**30
@@ -23,6 +23,8 @@ GIB = 2**30
 
 def run(options: DataScan) -> None:
     """Print what the images in `options.path`, and in the val/ beside its train/, are; write them to `options.json`."""
+    if options.json is not None:  # before minutes of scanning
+        require_file(options.json, "json")
     train, val = manifest.split(options.path)
     remember = options.value_range == DataScan.value_range  # what was found with another range is no use to a run
     parts, classes, decode = {}, None, None
