@@ -238,10 +238,12 @@ def test_the_kernel_keeps_within_the_error_budget(
     truth = with_gradients(lambda a, b: nt_xent(a, b, temperature, form=form, impl="reference")[0], *exact)
     ours = with_gradients(lambda a, b: nt_xent(a, b, temperature, form=form, impl="triton")[0], z_a, z_b)
     plain = in_plain_torch(form, z_a, z_b, temperature, dtype)
+    # NumPy, which multiplies for the interpreter, may round each product and each sum, where torch has fused ones.
+    roundings = dim**0.5 if dtype == torch.float32 else 1
     bounds = [1 / temperature, *(2 / (temperature * n * z.norm(dim=1)) for z in exact)]
     for found, expected, other, bound in zip(ours, truth, plain, bounds, strict=True):
         size = torch.as_tensor(bound, dtype=torch.float64).norm()
-        budget = (other.double() - expected).norm() + EPSILON[dtype] * size
+        budget = (other.double() - expected).norm() + roundings * EPSILON[dtype] * size
         assert (found.double() - expected).norm() <= budget
 
 
