@@ -92,6 +92,6 @@ def _parsed(preset: str, words: list[str]) -> Any:
         with contextlib.redirect_stderr(said):
             return cli.pretrain_settings(preset, words)
     except SystemExit as stop:  # a value of the wrong kind: the parser has printed why
-        words = " ".join(FRAMES.sub(" ", said.getvalue()).split()).removeprefix("Missing argument ")
-        words = words.removeprefix("Value error ").partition(" Argument helptext")[0]
-        raise UsageError(words.partition(" For full helptext")[0]) from stop
+        cause = " ".join(FRAMES.sub(" ", said.getvalue()).split()).removeprefix("Missing argument ")
+        cause = cause.removeprefix("Value error ").partition(" Argument helptext")[0]
+        raise UsageError(cause.partition(" For full helptext")[0]) from stop
