@@ -90,8 +90,8 @@ def _sweep_constants(
     }
 
 
-def _combine_constants(tile: Tiles, dim: int, sweep: dict[str, Any]) -> dict[str, Any]:
-    shared = {name: sweep[name] for name in ("DIM", "ON_DEVICE", "RUNNING", "HEADROOM")}
+def _combine_constants(tile: Tiles, dim: int, sweep: dict[str, Any], raw_keys: bool = False) -> dict[str, Any]:
+    shared = {name: sweep[name] for name in ("DIM", "ON_DEVICE", "RUNNING", "HEADROOM")} | {"RAW_KEYS": raw_keys}
     return shared | {"PADDED": _padded(dim), "BLOCK_PIECES": tile.block[0]}
 
 
@@ -121,11 +121,14 @@ def launch(
     left_out: Tensor | None = None,
     key_ids: Tensor | None = None,
     normaliser: Tensor | None = None,
+    key_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sweep and combine: loss [N], rank [N] and gradient [N, D].
 
     `normaliser` fp32 [N, 2] takes log2 of each row's sum and the share that the negatives have of it.
     `left_out` int32 [2, N]: two keys that count for nothing in each row, by number, or by `key_ids` int32 [K].
+    `key_scale` fp32 [K]: one over the keys' lengths, where they and `k` are no unit vectors; then the first of the two
+    numbers that a row leaves out is its positive's.
     """
     (n, dim), size = z_q.shape, queue.shape[0]
     plan = _plan(n, size, dim, queue.dtype, z_q.device)
@@ -141,25 +144,31 @@ def launch(
     whole = size % plan.sweep.block[1] == 0
     constants = _sweep_constants(plan.sweep, dim, queue.dtype, whole=whole, on_device=on_device, running=running)
     partials = (z_part, a_part, rank_part, shift_part, positive)
-    keys = (queue, left_out, key_ids, None)
+    keys = (queue, left_out, key_ids, None, key_scale)
     sweep = (_operand(z_q, queue.dtype), k, *keys, given, *partials, n, size, plan.tiles_per_piece)
     combine = (z_q, k, given, *partials, loss, rank, normaliser, gradient, n, plan.pieces)
     with torch.cuda.device_of(z_q):
         kernels.sweep_kernel[(plan.row_tiles, plan.pieces, plan.chunks)](
             *sweep, **constants, **launch_options(plan.sweep)
         )
-        kernels.combine_kernel[(n,)](
-            *combine, **_combine_constants(plan.combine, dim, constants), **launch_options(plan.combine)
-        )
+        constants = _combine_constants(plan.combine, dim, constants, key_scale is not None)
+        kernels.combine_kernel[(n,)](*combine, **constants, **launch_options(plan.combine))
     return loss, rank, gradient
 
 
 def launch_columns(
-    z: Tensor, k: Tensor, keys: Tensor, temperature: float, left_out: Tensor, key_log_z: Tensor, share: Tensor
+    z: Tensor,
+    k: Tensor,
+    keys: Tensor,
+    key_scale: Tensor,
+    temperature: float,
+    left_out: Tensor,
+    key_log_z: Tensor,
+    share: Tensor,
 ) -> Tensor:
     """Gradient fp32 [N, D] of the losses of `keys`, whose sums' log2 are `key_log_z` fp32 [K], with respect to z.
 
-    `left_out` names the positive, too, whose row's negatives have the `share` fp32 [N].
+    `left_out` names the positive, too, whose row's negatives have the `share` fp32 [N]; `key_scale` as in `launch`.
     """
     (n, dim), size = z.shape, keys.shape[0]
     plan = _plan(n, size, dim, keys.dtype, z.device)
@@ -168,9 +177,9 @@ def launch_columns(
     whole = size % plan.sweep.block[1] == 0
     constants = _sweep_constants(plan.sweep, dim, keys.dtype, whole=whole, on_device=False, running=False)
     unused = (None, a_part, None, None, None)
-    sweep = (_operand(z, keys.dtype), None, keys, left_out, None, key_log_z, temperature, *unused)
+    sweep = (_operand(z, keys.dtype), None, keys, left_out, None, key_log_z, key_scale, temperature, *unused)
     combine = _combine_constants(plan.combine, dim, constants)
-    del combine["RUNNING"]
+    del combine["RUNNING"], combine["RAW_KEYS"]
     with torch.cuda.device_of(z):
         kernels.sweep_kernel[(plan.row_tiles, plan.pieces, plan.chunks)](
             *sweep, n, size, plan.tiles_per_piece, **constants, **launch_options(plan.sweep)
@@ -338,7 +347,7 @@ def _sweep_variant(
 ) -> Variant:
     row = _sweep_tiles(dim, dtype, arch)
     constants = _sweep_constants(row, dim, dtype, whole=whole, on_device=on_device, running=running)
-    constants |= dict.fromkeys(("left_out", "key_ids", "key_log_z"))
+    constants |= dict.fromkeys(("left_out", "key_ids", "key_log_z", "key_scale"))
     types = dict.fromkeys(("z_q", "queue"), f"*{NAMES[dtype]}") | {
         "k": f"*{NAMES[k or dtype]}",
         "positive_out": "*fp32",
@@ -362,11 +371,12 @@ def sweep_variant_of_a_batch(
     """The sweep that leaves keys out, by number or by `key_ids`; `columns`: with the keys' normalisers given."""
     row, running = _sweep_tiles(dim, dtype, arch), dtype is torch.float16 and not columns
     constants = _sweep_constants(row, dim, dtype, whole=False, on_device=False, running=running)
-    constants |= {} if key_ids else {"key_ids": None}
+    constants |= {"key_scale": None} if key_ids else {"key_ids": None}
     unused = ("k", "z_part", "rank_part", "shift_part", "positive_out") if columns else ("key_log_z",)
     constants |= dict.fromkeys(unused)
     types = dict.fromkeys(("z_q", "queue"), f"*{NAMES[dtype]}") | {"k": f"*{NAMES[k or dtype]}", "temperature": "fp32"}
-    types |= _PARTIAL_TYPES | {"positive_out": "*fp32", "left_out": "*i32", "key_ids": "*i32", "key_log_z": "*fp32"}
+    types |= _PARTIAL_TYPES | {"positive_out": "*fp32", "left_out": "*i32", "key_ids": "*i32"}
+    types |= dict.fromkeys(("key_log_z", "key_scale"), "*fp32")
     types |= dict.fromkeys(("n", "size", "tiles_per_piece"), "i32")
     label = f"{'nt_xent.columns' if columns else 'info_nce.sweep ids' if key_ids else 'nt_xent.rows'}"
     label += f" {NAMES[dtype]} D={dim}"
@@ -377,12 +387,12 @@ def combine_variants_of_a_batch(arch: int, dim: int) -> list[Variant]:
     """The ends of both sweeps of a batch."""
     row = tiles("info_nce.combine", arch)
     constants = {"DIM": dim, "ON_DEVICE": False, "RUNNING": False, "HEADROOM": 0}
-    constants = _combine_constants(row, dim, constants)
+    constants = _combine_constants(row, dim, constants, raw_keys=True)
     types = {"z_q": "*bf16", "k": "*bf16", "temperature": "fp32", "positive_in": "*fp32", "loss_out": "*fp32"}
     types |= _PARTIAL_TYPES | {"rank_out": "*i32", "gradient_out": "*fp32", "n": "i32", "pieces": "i32"}
     types |= {"normaliser_out": "*fp32", "share": "*fp32"}
     rows = variant(f"nt_xent.combine D={dim}", kernels.combine_kernel, row, types, constants)
-    del constants["RUNNING"]
+    del constants["RUNNING"], constants["RAW_KEYS"]
     return [rows, variant(f"nt_xent.columns end D={dim}", kernels.combine_columns_kernel, row, types, constants)]
 
 

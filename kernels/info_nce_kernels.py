@@ -10,6 +10,8 @@ shift (not RUNNING), and a queue of whole tiles (WHOLE). Projections are operand
 - LEFT_OUT: of each row two keys count for nothing, by their number in the queue or, with `key_ids`, by their id.
 - `key_log_z`: the weight of a key is of the softmax of that key, whose normaliser is given, and not of the row's. Then
   neither a maximum nor a sum is needed, and a weight is at most 1.
+- `key_scale`: keys are raw as well, and key j counts as key_j * key_scale[j]: in fp32, so that a score has no rounding
+  of its operands in it.
 
 Z, A and p are those of info_nce.py. A logit is in powers of two: a score times log2(e) / T.
 """
@@ -101,6 +103,7 @@ def sweep_kernel(
     left_out,
     key_ids,
     key_log_z,
+    key_scale,
     temperature,
     z_part,
     a_part,
@@ -135,6 +138,8 @@ def sweep_kernel(
         own = cast(_load_rows(k, start, n, column, BLOCK_N, DIM, CHUNK, False).to(tl.float32), operand)
         square = _scores(q, own, z_q, start, n, k, start, n, BLOCK_N, BLOCK_N, DIM, CHUNK, False, PRECISION)
         positive = _diagonal(square, BLOCK_N)
+        if key_scale is not None:
+            positive *= tl.load(key_scale + first_out, mask=rows < n, other=0.0)
         shift = positive * scale
     z = tl.zeros([BLOCK_N], tl.float32)
     a = tl.zeros([BLOCK_N, CHUNK], tl.float32)
@@ -143,6 +148,10 @@ def sweep_kernel(
     for tile in range(first, tl.minimum(first + tiles_per_piece, tl.cdiv(size, BLOCK_K))):
         keys = _load_rows(queue, tile * BLOCK_K, size, column, BLOCK_K, DIM, CHUNK, WHOLE)
         s = _scores(q, keys, z_q, start, n, queue, tile * BLOCK_K, size, BLOCK_N, BLOCK_K, DIM, CHUNK, WHOLE, PRECISION)
+        if key_scale is not None:
+            number = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+            length = tl.load(key_scale + number, mask=number < size, other=0.0)[None, :]
+            s *= length
         if not WHOLE:
             s = tl.where((tile * BLOCK_K + tl.arange(0, BLOCK_K) < size)[None, :], s, float("-inf"))
         if left_out is not None:
@@ -166,6 +175,8 @@ def sweep_kernel(
             else:
                 p = tl.exp2(s * scale[:, None] - log2_scale)
             z += tl.sum(p, 1)
+        if key_scale is not None:
+            p *= length
         a = dot(cast(p, operand), keys, a, PRECISION)
 
     columns = column + tl.arange(0, CHUNK)
@@ -202,6 +213,7 @@ def combine_kernel(
     ON_DEVICE: tl.constexpr,
     RUNNING: tl.constexpr,
     HEADROOM: tl.constexpr,
+    RAW_KEYS: tl.constexpr,
 ):
     row = tl.program_id(0)
     log2_scale = _log2_scale(temperature, ON_DEVICE)
@@ -247,6 +259,8 @@ def combine_kernel(
     key = tl.load(k + at, mask=columns < DIM, other=0.0).to(tl.float32)
     inverse = _inverse_norm(tl.sum(raw * raw, 0))
     q = raw * inverse
+    if RAW_KEYS:
+        key *= _inverse_norm(tl.sum(key * key, 0))
     # p_0 - 1 = -negatives / total, without the cancellation.
     towards = (tl.sum(a, 0) - negatives * key) * (log2_scale * LN2 / total)
     gradient = (towards - q * tl.sum(q * towards, 0)) * inverse
@@ -283,6 +297,7 @@ def combine_columns_kernel(
     key = tl.load(k + at, mask=columns < DIM, other=0.0).to(tl.float32)
     inverse = _inverse_norm(tl.sum(raw * raw, 0))
     q = raw * inverse
+    key *= _inverse_norm(tl.sum(key * key, 0))  # keys of this form are raw
     towards = tl.sum(a, 0) * tl.exp2(-1.0 * HEADROOM) - tl.load(share + row) * key
     towards *= _log2_scale(temperature, ON_DEVICE) * LN2
     gradient = (towards - q * tl.sum(q * towards, 0)) * inverse

@@ -24,7 +24,6 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastmoco.kernels import reference
@@ -45,17 +44,25 @@ FORMS: tuple[Form, ...] = ("all", "across", "one-sided")
 
 
 def _rows(
-    z: Tensor, k: Tensor, keys: Tensor, left_out: Tensor, temperature: float
+    z: Tensor, k: Tensor, keys: Tensor, scale: Tensor, left_out: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     normaliser = z.new_empty(len(z), 2, dtype=torch.float32)
-    loss, rank, gradient = launch(z, k, keys, temperature, left_out=left_out, normaliser=normaliser)
+    given = {"left_out": left_out, "normaliser": normaliser, "key_scale": scale}
+    loss, rank, gradient = launch(z, k, keys, temperature, **given)
     return loss, rank, normaliser, gradient
 
 
 def _columns(
-    z: Tensor, k: Tensor, keys: Tensor, left_out: Tensor, log_z: Tensor, share: Tensor, temperature: float
+    z: Tensor,
+    k: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    left_out: Tensor,
+    log_z: Tensor,
+    share: Tensor,
+    temperature: float,
 ) -> Tensor:
-    return launch_columns(z, k, keys, temperature, left_out, log_z, share)
+    return launch_columns(z, k, keys, scale, temperature, left_out, log_z, share)
 
 
 _rows_operator = torch.library.custom_op("fastmoco::nt_xent_rows", _rows, mutates_args=())
@@ -63,7 +70,7 @@ _columns_operator = torch.library.custom_op("fastmoco::nt_xent_columns", _column
 
 
 @_rows_operator.register_fake
-def _(z, k, keys, left_out, temperature):
+def _(z, k, keys, scale, left_out, temperature):
     loss = z.new_empty(z.shape[0], dtype=torch.float32)
     return (
         loss,
@@ -74,23 +81,23 @@ def _(z, k, keys, left_out, temperature):
 
 
 @_columns_operator.register_fake
-def _(z, k, keys, left_out, log_z, share, temperature):
+def _(z, k, keys, scale, left_out, log_z, share, temperature):
     return torch.empty_like(z, dtype=torch.float32)
 
 
 def _rows_by_kernel(
-    z: Tensor, keys: Tensor, own: Tensor | None, positive: Tensor, temperature: float
+    z: Tensor, keys: Tensor, scale: Tensor, own: Tensor | None, positive: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = _rows_operator if is_traced(z) else _rows
-    return call(z, keys[positive], keys, _left_out(positive, own), temperature)
+    return call(z, keys[positive], keys, scale, _left_out(positive, own), temperature)
 
 
 def _columns_by_kernel(
-    z: Tensor, keys: Tensor, normaliser: Tensor, own: Tensor | None, positive: Tensor, temperature: float
+    z: Tensor, keys: Tensor, scale: Tensor, normaliser: Tensor, own: Tensor | None, positive: Tensor, temperature: float
 ) -> Tensor:
     call = _columns_operator if is_traced(z) else _columns
     log_z, share = normaliser[:, 0].contiguous(), normaliser[positive, 1]
-    return call(z, keys[positive], keys, _left_out(positive, own), log_z, share, temperature)
+    return call(z, keys[positive], keys, scale, _left_out(positive, own), log_z, share, temperature)
 
 
 def _left_out(first: Tensor, own: Tensor | None) -> Tensor:
@@ -122,7 +129,8 @@ def _loss_and_gradient(
     gather: Gather,
     rows: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    keys = gather(F.normalize(z.to(_wide(z)), dim=1).to(z.dtype))
+    keys = gather(_of_about_one(z))
+    scale = 1 / keys.to(_wide(z)).norm(dim=1).clamp_min(1e-12)  # F.normalize's
     place = torch.arange(len(z), device=z.device) if rows is None else rows
     against, pulled_by = _sides(form, len(z) // 2, len(keys) // 2)
     gradient, normaliser = torch.zeros_like(z, dtype=_wide(z)), z.new_zeros(len(z), 2, dtype=_wide(z))
@@ -130,13 +138,15 @@ def _loss_and_gradient(
     losses, ranks = [], []
     for mine, others in against:
         columns = _names(place[mine], len(keys), form)
-        loss, rank, normaliser[mine], gradient[mine] = rows_of(z[mine], keys[others], *columns, temperature)
+        loss, rank, normaliser[mine], gradient[mine] = rows_of(
+            z[mine], keys[others], scale[others], *columns, temperature
+        )
         losses.append(loss)
         ranks.append(rank)
     normalisers = gather(normaliser)
     for mine, others in pulled_by:
         columns = _names(place[mine], len(keys), form)
-        gradient[mine] += columns_of(z[mine], keys[others], normalisers[others], *columns, temperature)
+        gradient[mine] += columns_of(z[mine], keys[others], scale[others], normalisers[others], *columns, temperature)
     loss = torch.cat(losses)
     return loss.mean(), torch.cat(ranks), gradient / len(loss)
 
@@ -156,6 +166,14 @@ def _names(place: Tensor, keys: int, form: Form) -> tuple[Tensor | None, Tensor]
     # Numbers of the row itself, among keys of both views, and of its positive.
     batch = keys // 2
     return (place, (place + batch) % keys) if form == "all" else (None, place % batch)
+
+
+def _of_about_one(z: Tensor) -> Tensor:
+    # Rows as keys, of lengths from 1/2 to 1: times a power of two, which rounds nothing. A unit vector would be rounded
+    # to z's dtype, and then s_ij of row i among keys would not be the s_ji that went into log Z_j.
+    wide = z.to(_wide(z))
+    exponent = torch.frexp(wide.norm(dim=1, keepdim=True).clamp_min(1e-12)).exponent
+    return torch.ldexp(wide, -exponent).to(z.dtype)
 
 
 def _wide(z: Tensor) -> torch.dtype:
@@ -198,11 +216,11 @@ def nt_xent(
     """Mean loss of this rank's rows, and for each row how many keys score above its positive.
 
     `z_a`, `z_b`: raw projections [N, D] of two views, normalised here; fp32, fp16 or bf16, which is also the dtype of
-    the products; the twin takes fp64 too. D is a multiple of 16 up to 512. `temperature`: a positive number, by which
-    cosines are divided. Over several ranks `gather` makes of rows
-    [2N, ...] of this rank, first those of `z_a`, the rows of all ranks [2B, ...], the same on each, such that rows i
-    and B + i are the views of one sample; `rows` int64 [2N] says where this rank's own stand there, in any order. Left
-    out, there is one rank, and row i of one view belongs to row i of the other.
+    the products, in which rows are as they are: lengths are divided by in fp32; the twin takes fp64 too. D is a
+    multiple of 16 up to 512. `temperature`: a positive number, by which cosines are divided. Over several ranks
+    `gather` makes of rows [2N, ...] of this rank, first those of `z_a`, the rows of all ranks [2B, ...], the same on
+    each, such that rows i and B + i are the views of one sample; `rows` int64 [2N] says where this rank's own stand
+    there, in any order. Left out, there is one rank, and row i of one view belongs to row i of the other.
 
     Returns (loss fp32 [], rank int32 [2N]; [N] where the form is "one-sided"). The loss is the mean over rows, as in
     the paper; SimCLR's code adds the means of both views. Top-k accuracy is (rank < k). Differentiable in both views,

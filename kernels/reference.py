@@ -450,9 +450,12 @@ class NtXentRows(NamedTuple):
     """[N, D]: of each row's own loss with respect to that row of z."""
 
 
-def nt_xent_rows(z: Tensor, keys: Tensor, own: Tensor | None, positive: Tensor, temperature: float) -> NtXentRows:
-    """Rows against `keys` [K, D], unit vectors, of which row i leaves out `own[i]` and tells `positive[i]` apart."""
-    q, scores = _scores(z, keys, temperature)
+def nt_xent_rows(
+    z: Tensor, keys: Tensor, scale: Tensor, own: Tensor | None, positive: Tensor, temperature: float
+) -> NtXentRows:
+    """Rows against `keys` [K, D], unit vectors once they are times `scale` [K], of which row i leaves out `own[i]` and
+    tells `positive[i]` apart."""
+    q, keys, scores = _scores(z, keys, scale, temperature)
     right = scores.gather(1, positive[:, None])
     scores.scatter_(1, positive[:, None], -math.inf)
     if own is not None:
@@ -463,27 +466,28 @@ def nt_xent_rows(z: Tensor, keys: Tensor, own: Tensor | None, positive: Tensor, 
     shares = scores.sub_(log_z[:, None]).exp_()
     # p_positive - 1 = -(sum of the others' shares), without the cancellation.
     share = shares.sum(1)
-    pull = shares @ keys.to(q.dtype) - share[:, None] * keys[positive].to(q.dtype)
+    pull = shares @ keys - share[:, None] * keys[positive]
     normaliser = torch.stack([log_z, share], 1)
     return NtXentRows(log_z - right_logit, rank, normaliser, _through_normalise(z, q, pull / temperature))
 
 
 def nt_xent_columns(
-    z: Tensor, keys: Tensor, normaliser: Tensor, own: Tensor | None, positive: Tensor, temperature: float
+    z: Tensor, keys: Tensor, scale: Tensor, normaliser: Tensor, own: Tensor | None, positive: Tensor, temperature: float
 ) -> Tensor:
     """Gradient [N, D] that the losses of `keys`, with their `normaliser` [K, 2], have with respect to rows of z."""
-    q, scores = _scores(z, keys, temperature)
+    q, keys, scores = _scores(z, keys, scale, temperature)
     log_z, share = normaliser.unbind(1)
     scores.scatter_(1, positive[:, None], -math.inf)
     if own is not None:
         scores.scatter_(1, own[:, None], -math.inf)
-    pull = scores.sub_(log_z).exp_() @ keys.to(q.dtype) - share[positive, None] * keys[positive].to(q.dtype)
+    pull = scores.sub_(log_z).exp_() @ keys - share[positive, None] * keys[positive]
     return _through_normalise(z, q, pull / temperature)
 
 
-def _scores(z: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _scores(z: Tensor, keys: Tensor, scale: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     q = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
-    return q, (q @ keys.to(q.dtype).T).div_(temperature)
+    keys = keys.to(q.dtype) * scale[:, None]
+    return q, keys, (q @ keys.T).div_(temperature)
 
 
 def _through_normalise(z: Tensor, q: Tensor, gradient: Tensor) -> Tensor:
