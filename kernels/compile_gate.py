@@ -1,11 +1,11 @@
 """Compile every kernel ahead of time at its production tiles, without a GPU, and show what the compiler made of it.
 
-    python -m fastmoco.kernels.compile_gate [--arch 80|90|100|all] [--only NAME] [--json FILE]
+    python -m fastmoco.kernels.compile_gate [--arch 80|90|100|all] [--only NAME] [--json FILE] [--against FILE]
 
 A module of this package takes part by having `variants(arch) -> list[Variant]` (see tiles.py). Registers and stack
-come from `cuobjdump --dump-resource-usage`, spills and 16-byte loads from the machine code, tensor-core instructions
-from the PTX; resident blocks are arithmetic over the architecture's limits. Ends with exit code 1, naming each
-offender, if `faults` finds any.
+come from `cuobjdump --dump-resource-usage`, spills, 16-byte loads and instructions from the machine code, tensor-core
+instructions from the PTX; resident blocks are arithmetic over the architecture's limits. Ends with exit code 1, naming
+each offender, if `faults` finds any. `--against` also prints what changed since an earlier `--json`, as Markdown.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -38,6 +38,8 @@ NATIVE_MMA = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 _MMA_PATTERNS = {"mma": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma"}
 _WIDE_LOAD = re.compile(r"\b(?:LDG|LDGSTS)\.[\w.]*(?:128|256)")
 _SPILL_STORE = re.compile(r"\bSTL(?:\.(?P<bits>64|128))?\b")
+_INSTRUCTION = re.compile(r"^\s+/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<text>[^;]+);", re.MULTILINE)
+_BRANCH = re.compile(r"\bBRA\b.*?\b0x(?P<target>[0-9a-f]+)")
 
 
 class Limits(NamedTuple):
@@ -63,7 +65,10 @@ REGISTER_UNIT = 256  # registers are given to a warp in units of this many
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of one variant. Sizes in bytes; `blocks` is resident blocks per multiprocessor."""
+    """What the compiler made of one variant. Sizes in bytes; `blocks` is resident blocks per multiprocessor.
+
+    `instructions` of the machine code in all, and in the longest span that ends in a branch back to its beginning.
+    """
 
     name: str
     arch: int
@@ -78,6 +83,8 @@ class Report:
     native_mma: bool
     serialized: bool
     odd: bool
+    instructions: int
+    loop: int
 
 
 def resident_blocks(arch: int, registers: int, shared: int, warps: int, tensor_columns: int = 0) -> int:
@@ -136,6 +143,7 @@ def examine(variant: Variant, arch: int, odd: bool = False) -> Report:
     registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0])
     shared = kernel.metadata.shared
     tensor_columns = getattr(kernel.metadata, "tmem_size", None) or 0
+    instructions, loop = count_instructions(machine_code)
     return Report(
         name=variant.name + " odd" * odd,
         arch=arch,
@@ -150,7 +158,21 @@ def examine(variant: Variant, arch: int, odd: bool = False) -> Report:
         native_mma=variant.native_mma,
         serialized=_serialized(kernel.asm["ptx"]),
         odd=odd,
+        instructions=instructions,
+        loop=loop,
     )
+
+
+def count_instructions(machine_code: str) -> tuple[int, int]:
+    """Instructions in all, less what only fills up the end, and in the longest loop, of cuobjdump's listing."""
+    lines = [(int(line["address"], 16), line["text"].strip()) for line in _INSTRUCTION.finditer(machine_code)]
+    addresses = [address for address, text in lines if text != "NOP"]
+    branches = ((address, _BRANCH.search(text)) for address, text in lines)
+    back = [(int(found["target"], 16), address) for address, found in branches if found]
+    # The end of the code is a branch to itself.
+    spans = [(first, last) for first, last in back if first < last]
+    loop = max((sum(first <= address <= last for address in addresses) for first, last in spans), default=0)
+    return len(addresses), loop
 
 
 def _serialized(ptx: str) -> bool:
@@ -226,14 +248,45 @@ def _examine_job(module: str, index: int, arch: int, odd: bool) -> Report:
 
 def table(reports: list[Report]) -> str:
     """The reports as aligned text, one line each."""
-    head = ("kernel", "sm", "regs", "spill", "stack", "shared", "blocks", "tensor cores", "16-byte loads")
+    head = ("kernel", "sm", "instructions", "loop", "regs", "spill", "stack", "shared", "blocks")
+    head += ("tensor cores", "16-byte loads")
     lines: list[tuple[str, ...]] = [head]
     for report in reports:
         mma = " ".join(f"{name}:{count}" for name, count in report.mma.items() if count) or "-"
-        numbers = (report.arch, report.registers, report.spill, report.stack, report.shared, report.blocks)
+        numbers = (report.arch, report.instructions, report.loop, report.registers)
+        numbers += (report.spill, report.stack, report.shared, report.blocks)
         lines.append((report.name, *map(str, numbers), mma, str(report.wide_loads)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def changes(before: list[dict[str, Any]], after: list[Report]) -> str:
+    """What became of each kernel since `before`, the kernels of an earlier `--json`: a Markdown table by architecture.
+
+    A cell has instructions in all, of the longest loop, registers, resident blocks, and bytes spilled where any are.
+    """
+    old = {(each["name"], each["arch"]): each for each in before}
+    names = list(dict.fromkeys(report.name for report in after))
+    new = {(report.name, report.arch): asdict(report) for report in after}
+    architectures = sorted({report.arch for report in after})
+    lines = ["| kernel | " + " | ".join(f"sm_{arch}" for arch in architectures) + " |"]
+    lines.append("|---|" + "---|" * len(architectures))
+    for name in names:
+        cells = [_change(old.get((name, arch)), new.get((name, arch))) for arch in architectures]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _change(old: dict[str, Any] | None, new: dict[str, Any] | None) -> str:
+    if new is None:
+        return "-"
+
+    def both(field: str) -> str:
+        now = new[field]
+        return f"{now}" if old is None or old[field] == now else f"{old[field]} -> {now}"
+
+    spill = f", spill {both('spill')}" * bool(new["spill"] or (old or new)["spill"])
+    return f"{both('instructions')}, loop {both('loop')}, regs {both('registers')}, blocks {both('blocks')}{spill}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -242,12 +295,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", choices=[*map(str, ARCHITECTURES), "all"], default="all")
     parser.add_argument("--only", default="", metavar="NAME", help="only kernels whose file name contains it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table here, with the versions")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="also print what changed since this --json")
     options = parser.parse_args(arguments)
     architectures = ARCHITECTURES if options.arch == "all" else (int(options.arch),)
     reports = examine_all(architectures, only=options.only)
     found = [fault for report in reports for fault in faults(report)]
     print(table(reports))
     print(f"\n{len(reports)} variants, {len(found)} faults (triton {triton.__version__})", *found, sep="\n")
+    if options.against:
+        print("", changes(json.loads(options.against.read_text())["kernels"], reports), sep="\n")
     if options.json:
         content = {"triton": triton.__version__, "kernels": [asdict(report) for report in reports], "faults": found}
         options.json.write_text(json.dumps(content, indent=1) + "\n")

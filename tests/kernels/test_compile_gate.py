@@ -104,6 +104,8 @@ SOUND = dict(
     native_mma=True,
     serialized=False,
     odd=False,
+    instructions=100,
+    loop=40,
 )
 
 
@@ -142,6 +144,36 @@ def test_each_fault_is_named(change, fault):
 )
 def test_resident_blocks(arch, registers, shared, warps, columns, blocks):
     assert resident_blocks(arch, registers, shared, warps, columns) == blocks
+
+
+LISTING = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;       /* 0x00000a00ff017b82 */
+        /*0010*/              @!P0 BRA 0x60 ;                   /* forward: no loop */
+        /*0020*/                   FADD R2, R2, R3 ;            /* 0x0000000302027221 */
+        /*0030*/                   ISETP.NE.AND P1, PT, R4, 0x0, PT ;
+        /*0040*/               @P1 BRA 0x20 ;                   /* 0xfffffffc00f41947 */
+        /*0050*/                   FMUL R2, R2, R2 ;
+        /*0060*/               @P2 BRA 0x10 ;                   /* the longer one, around the first */
+        /*0070*/                   EXIT ;                       /* 0x000000000000794d */
+        /*0080*/                   BRA 0x80;                    /* 0xfffffffc00fc7947 */
+        /*0090*/                   NOP;                         /* 0x0000000000007918 */
+"""
+
+
+def test_instructions_and_the_longest_loop_are_counted():
+    assert compile_gate.count_instructions(LISTING) == (9, 6)
+    assert compile_gate.count_instructions(LISTING.replace("@P2 BRA 0x10", "@P2 BRA 0x70")) == (9, 3)
+    assert compile_gate.count_instructions("") == (0, 0)
+
+
+def test_what_changed_since_an_earlier_run_is_told():
+    now = [Report(**SOUND), Report(**SOUND | {"name": "new", "spill": 8}), Report(**SOUND | {"arch": 80})]
+    before = [{**SOUND, "loop": 50, "registers": 80}, {**SOUND, "name": "gone"}]
+    rows = compile_gate.changes(before, now).splitlines()
+    assert rows[0] == "| kernel | sm_80 | sm_90 |" and len(rows) == 4
+    plain = "100, loop 40, regs 64, blocks 4"
+    assert rows[2] == f"| probe | {plain} | 100, loop 50 -> 40, regs 80 -> 64, blocks 4 |"
+    assert rows[3] == f"| new | - | {plain}, spill 8 |"
 
 
 SIZES = (256, 64, 5)  # channels: those that the gate compiles, and an odd number
