@@ -268,7 +268,11 @@ def _practical(rows: Sequence[Row]) -> list[str]:
     bounds = "; ".join(
         f"{row.provider} {_number(row.bound or 0)} and {_between(row.extra['practical'])}" for row in known
     )
-    return ["", f"Bounds in pairs/s: physical, and practical with convolutions at the rate that they reach: {bounds}."]
+    assumed = " That rate is assumed: nothing is published of this GPU." * any(
+        row.extra.get("assumed") for row in known
+    )
+    what = "physical, and practical with convolutions at the rate that they reach"
+    return ["", f"Bounds in pairs/s: {what}: {bounds}.{assumed}"]
 
 
 def _between(values: Sequence[float]) -> str:

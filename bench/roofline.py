@@ -16,6 +16,7 @@ encoder runs forward only. Per image pair: query forward, query backward, key fo
 
 That is a physical bound: `flops` is what a matrix product reaches. No convolution does. With `flops` at the rate that
 convolutions reach, `CONVOLUTION_RATES`, the same sum is a practical bound, which a very good implementation comes near.
+`forecast.py` makes a table of both, of four GPUs, and of what is expected of ours.
 """
 
 from __future__ import annotations
@@ -27,11 +28,16 @@ from torch import nn
 
 LEVELS = ("eager", "bnrelu", "stats", "main")  # what fuses more comes later
 ACTIVATION_BYTES = 2
-# Operations a second of a ResNet-50's convolutions, by GPU: at least and at most. The lower is what explains MLPerf
-# Training v4.0 on both GPUs, 7,159 images a second on an H100 and 7,945 on an H200, which has 1.43 times the bandwidth
-# and gained 1.11 times; there statistics and normalisation are parts of the convolutions. The upper is that of plain
-# ones, which on an A100 were 1 / 0.84 times as fast.
-CONVOLUTION_RATES = {"H100": (270e12, 340e12), "H200": (270e12, 340e12)}
+# Operations a second of a ResNet-50's convolutions, by GPU: at least and at most. The lower is what explains a
+# published training rate with batch norm inside the convolutions, the upper one with plain convolutions. Of an H100 and
+# an H200: MLPerf Training v4.0, 7,159 and 7,945 images a second, which is 1.11 times for 1.43 times the bandwidth;
+# plain ones by the ratio of an A100 at equal fusion, 1 / 0.84. Of an A100, at 90 % of its 2.04 TB/s: MLPerf Training
+# v2.0, 3,399 images a second on each of 8, and NVIDIA's DeepLearningExamples (MXNet 22.10, fused batch norm, one GPU),
+# 3,410.
+CONVOLUTION_RATES = {"A100": (104e12, 139e12), "H100": (270e12, 340e12), "H200": (270e12, 340e12)}
+# Of a B200 no training rate of a ResNet-50 is published: MLPerf had left it out by then. Assumed: those of an H100
+# times what RetinaNet gained, 37.0 minutes on 8 H100 (MLPerf Training v3.0) and 21.5 on 8 B200 (v5.1), 1.72 times.
+ASSUMED_CONVOLUTION_RATES = {"B200": (464e12, 585e12)}
 
 # Passes over a convolution's output, beside the convolution itself, by level and by the place of the convolution:
 # stem, inner (followed by BN + ReLU), last (of a block: BN + add + ReLU), shortcut (BN alone, or fused with the last).

@@ -18,7 +18,13 @@ import torch
 from fastmoco.bench.baseline import plain_step
 from fastmoco.bench.journal import Journal
 from fastmoco.bench.record_files import Row, named
-from fastmoco.bench.roofline import CONVOLUTION_RATES, LEVELS, convolutions, seconds_per_pair
+from fastmoco.bench.roofline import (
+    ASSUMED_CONVOLUTION_RATES,
+    CONVOLUTION_RATES,
+    LEVELS,
+    convolutions,
+    seconds_per_pair,
+)
 from fastmoco.bench.timing import Machine, Timing, interleave, measure_convolutions, measure_machine
 from fastmoco.contrast.algorithms import algorithms
 from fastmoco.contrast.graph import GraphMode, runner
@@ -135,8 +141,8 @@ def practical_bounds(recipe: Recipe, machine: Machine, rates: Sequence[float], e
 def convolution_rates(device: torch.device, precision: str) -> tuple[float, ...]:
     """Operations a second that convolutions reach on `device`: what roofline.py knows of the GPU, else measured."""
     if device.type == "cuda" and precision in ("bf16", "fp16"):
-        gpu = torch.cuda.get_device_name(device)
-        known = next((rates for name, rates in CONVOLUTION_RATES.items() if name in gpu), None)
+        gpu, rated = torch.cuda.get_device_name(device), CONVOLUTION_RATES | ASSUMED_CONVOLUTION_RATES
+        known = next((rates for name, rates in rated.items() if name in gpu), None)
         if known is not None:
             return known
     dtypes = {WORK[precision]} | ({torch.float32} if device.type == "cpu" else set())  # as in `machine_at`
@@ -304,6 +310,7 @@ def _row(
         "bounds": {each: bound(each) for each in LEVELS},
         "convolutions": list(speeds[precision]),
         "practical": practical_bounds(recipe, machines[precision], speeds[precision], WORK[precision].itemsize),
+        "assumed": speeds[precision] in ASSUMED_CONVOLUTION_RATES.values(),
     }
     return Row("step", name, "pairs/s", rates, config, _baseline(chosen), bound(level), extra)
 

@@ -184,5 +184,8 @@ def test_the_practical_bound_stands_below_the_table_where_a_record_knows_it():
     row = Row("step", "ours", "pairs/s", (4000.0,) * 5, bound=6296.0, extra=extra)
     plain = Row("step", "theirs", "pairs/s", (2000.0,) * 5, bound=6296.0)
     text = record_files.table([record_files.record("step", [row, plain], record_files.environment())])
-    assert "convolutions at the rate that they reach: ours 6,296 and 4,447 to 4,907." in text
+    assert "convolutions at the rate that they reach: ours 6,296 and 4,447 to 4,907." in text and "assumed" not in text
+    guessed = dataclasses.replace(row, extra=extra | {"assumed": True})
+    text = record_files.table([record_files.record("step", [guessed], record_files.environment())])
+    assert "4,907. That rate is assumed: nothing is published of this GPU." in text
     assert "Bounds in" not in record_files.table([record_files.record("step", [plain], record_files.environment())])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fastmoco.bench import step
+from fastmoco.bench import roofline, step
 from fastmoco.bench.journal import Journal
 from fastmoco.bench.timing import Machine
 from fastmoco.recipe import PRESETS
@@ -50,6 +50,9 @@ def test_the_practical_bounds_of_an_h100_and_an_h200_are_those_of_their_convolut
         machine, rates = Machine(name, bandwidth, 790e12), step.convolution_rates(GPU, "bf16")
         assert step.practical_bounds(V2, machine, rates, 2) == pytest.approx(expected, rel=1e-3)
         assert max(expected) < step.pairs_bound(V2, machine, 2)
+    step.convolution_rates.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA B200")
+    assert step.convolution_rates(GPU, "bf16") == roofline.ASSUMED_CONVOLUTION_RATES["B200"]
     step.convolution_rates.cache_clear()
     fast = Machine("toy", 3e12, 1e9)
     assert step.practical_bounds(V2, fast, (1e12,), 2) == [step.pairs_bound(V2, fast, 2)]
