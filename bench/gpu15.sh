@@ -13,6 +13,8 @@
 # Stop rule: where call 1 ends with another code than 0, stop. Its gate or its proof did not pass, and no figure after
 # that means anything: mend it, and begin again with what is left of the time.
 #
+# The last line, VERDICTS, tells what passed from what is not installed, had no time left or failed.
+#
 # Results go to $OUT, or else to bench/records: one archive for each call, gpu15-1.tar.gz and so on. What is in them
 # also stands in $RECORDS, or else in bench/records.
 # REHEARSE=1 runs the same parts at toy sizes on a CPU.

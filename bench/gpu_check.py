@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -36,7 +37,9 @@ from fastmoco.recipe import PRESETS
 
 TO_REPORT = 5  # seconds of the time given that are kept for tables and archive
 WORTH_STARTING = 10  # seconds: with less left, no part that was not planned is begun
+PASSED, NO_TEST = "passed", "no test was run"
 NO_TIME, NOT_INSTALLED, NO_GATE = "no time left", "not installed", "left out: the gate did not pass"
+VERDICTS = "verdicts.json"
 
 
 class Outcome(NamedTuple):
@@ -68,35 +71,41 @@ def run(options: BenchGpuCheck) -> int:
             gpu_plan.parts(folder, stem, Path(scratch), options.rehearse), options.parts, options.skip
         )
         missing = [part for part in found if not part.there]
-        planned, left = gpu_plan.fit([part for part in found if part.there], seconds)
+        there = [part for part in found if part.there]
+        planned, left = gpu_plan.fit(there, seconds)
         print(gpu_plan.table(planned, left, missing, seconds), flush=True)
         if options.dry_run:
             return 0
         # Asked to stop, it must still end the part that runs: that is in a session of its own.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        outcomes = carried_out(planned, left, time.perf_counter() + seconds, Path(scratch))
+        outcomes = carried_out(there, time.perf_counter() + seconds, Path(scratch))
         outcomes += [Outcome(part, NOT_INSTALLED, 0.0, []) for part in missing]
         text = summary(outcomes)
         print(text, flush=True)
         pack(options.archive or folder / f"{stem}.tar.gz", outcomes, text, Path(scratch))
+        print(in_short(outcomes), flush=True)
     return int(any(not harmless(item) for item in outcomes))
 
 
-def carried_out(planned: Sequence[Planned], left: Sequence[Part], end: float, logs: Path) -> list[Outcome]:
-    """Run what was planned, each within its limit, then, until `end` of time.perf_counter, what there was no room for.
+def carried_out(parts: Sequence[Part], end: float, logs: Path) -> list[Outcome]:
+    """Run `parts`, each within its limit, until `end` of time.perf_counter; at last those that there is no room for.
 
+    Before each one the plan is made anew, so that what one did not need of its limit gives the next ones longer forms.
     Where the gate does not pass nothing else is run: no measurement of a step that is wrong proves anything.
     """
     outcomes: list[Outcome] = []
-    order = [*planned, *(Planned(part, part.forms[0]) for part in left)]
-    for number, one in enumerate(order):
+    waiting = list(parts)
+    while waiting:
         gate = next((item for item in outcomes if item.part.name == GATE), None)
-        if gate is not None and gate.verdict != "passed":
-            outcomes.append(Outcome(one.part, NO_GATE, 0.0, []))
-        elif number >= len(planned) and end - time.perf_counter() < WORTH_STARTING:
-            outcomes.append(Outcome(one.part, NO_TIME, 0.0, []))
-        else:
-            outcomes.append(done(one, end, logs))
+        if gate is not None and gate.verdict != PASSED:
+            return outcomes + [Outcome(part, NO_GATE, 0.0, []) for part in waiting]
+        left = end - time.perf_counter()
+        planned, _ = gpu_plan.fit(waiting, left)
+        if not planned and left < WORTH_STARTING:
+            return outcomes + [Outcome(part, NO_TIME, 0.0, []) for part in waiting]
+        one = planned[0] if planned else Planned(waiting[0], waiting[0].forms[0])
+        waiting.pop(next(number for number, part in enumerate(waiting) if part is one.part))
+        outcomes.append(done(one, end, logs))
     return outcomes
 
 
@@ -118,7 +127,15 @@ def unfinished(outcome: Outcome) -> bool:
 
 def harmless(outcome: Outcome) -> bool:
     """Whether a verdict is no failure: passed, not installed, or no time left."""
-    return outcome.verdict in ("passed", NOT_INSTALLED) or unfinished(outcome)
+    return outcome.verdict in (PASSED, NOT_INSTALLED) or unfinished(outcome)
+
+
+def in_short(outcomes: Sequence[Outcome]) -> str:
+    """One line that tells apart what passed, what was not run and what failed, which an exit code does not."""
+    parts_of: dict[str, list[str]] = {}
+    for item in outcomes:
+        parts_of.setdefault(item.verdict, []).append(item.part.name)
+    return "VERDICTS: " + "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in parts_of.items())
 
 
 def done(planned: Planned, end: float, logs: Path) -> Outcome:
@@ -134,7 +151,10 @@ def done(planned: Planned, end: float, logs: Path) -> Outcome:
     verdict = _ended(form.command, limit, logs / f"{part.name}.log")
     if verdict is None:
         verdict = f"more than {limit:.0f} s" if limit == form.limit else f"{NO_TIME} after {limit:.0f} s"
-    if part.picture is not None and verdict == "passed":
+    elif part.tests and verdict == PASSED and not tests_passed((logs / f"{part.name}.log").read_text(errors="replace")):
+        verdict = NO_TEST
+    print(f"== {part.name}: {verdict}, {time.perf_counter() - started:.0f} s", flush=True)
+    if part.picture is not None and verdict == PASSED:
         part.picture[1].parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(*part.picture)
     # A file that was there before tells of another run.
@@ -143,14 +163,23 @@ def done(planned: Planned, end: float, logs: Path) -> Outcome:
     return Outcome(part, verdict, time.perf_counter() - started, found)
 
 
+def tests_passed(said: str) -> int:
+    """How many tests passed, by the last line of pytest in what it `said`."""
+    counts = re.findall(r"\b(\d+) passed\b", said)
+    return int(counts[-1]) if counts else 0
+
+
 def pack(archive: Path, outcomes: Sequence[Outcome], text: str, logs: Path) -> None:
-    """Write `archive` (.tar.gz): every record and picture of these outcomes, what each part said, and the tables."""
+    """Write `archive` (.tar.gz): every record and picture of these outcomes, what each part said, the tables, and
+    each part's verdict as JSON."""
     (logs / "summary.md").write_text(text + "\n")
-    files = [logs / "summary.md", *sorted(logs.glob("*.log"))]
+    verdicts = {item.part.name: {"verdict": item.verdict, "seconds": round(item.seconds, 1)} for item in outcomes}
+    (logs / VERDICTS).write_text(json.dumps(verdicts, indent=1) + "\n")
+    files = [logs / "summary.md", logs / VERDICTS, *sorted(logs.glob("*.log"))]
     for part, verdict, *_ in outcomes:
         if part.record is not None and verdict not in (NO_TIME, NOT_INSTALLED, NO_GATE):
             files += [file for file in (part.record, record_files.partial(part.record)) if file.exists()]
-        if part.picture is not None and verdict == "passed":
+        if part.picture is not None and verdict == PASSED:
             files.append(part.picture[1])
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive, "w:gz") as packed:
@@ -179,7 +208,7 @@ def _ended(command: Sequence[str], limit: float, log: Path) -> str | None:
         shown.start()
         try:
             code = process.wait(timeout=limit)
-            return "passed" if code == 0 else f"exit code {code}"
+            return PASSED if code == 0 else f"exit code {code}"
         except subprocess.TimeoutExpired:
             return None
         finally:

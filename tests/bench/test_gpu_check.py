@@ -1,5 +1,6 @@
 """The check for a GPU, run: how parts are carried out, what they leave behind, and what is said of each."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,16 @@ import pytest
 import torch
 
 from fastmoco.bench import gpu_check, record_files
-from fastmoco.bench.gpu_check import NO_GATE, NOT_INSTALLED, TO_REPORT, Outcome, carried_out, done, summary
+from fastmoco.bench.gpu_check import (
+    NO_GATE,
+    NO_TEST,
+    NOT_INSTALLED,
+    TO_REPORT,
+    Outcome,
+    carried_out,
+    done,
+    summary,
+)
 from fastmoco.bench.gpu_plan import GATE, Form, Part, Planned
 from fastmoco.bench.options import BenchGpuCheck
 from fastmoco.bench.record_files import Row
@@ -46,26 +56,53 @@ def test_a_part_that_fails_or_dawdles_is_said(tmp_path):
     assert time.perf_counter() - started < 10
 
 
-def test_a_part_that_overruns_costs_only_itself(tmp_path):
+def test_tests_that_were_all_skipped_have_not_passed(tmp_path):
+    """pytest ends with 0 there. A gate of which nothing ran is none; what is no run of pytest is left alone."""
+    skipped, some = ("print('==== %s in 1.2s ====')" % words for words in ("5 skipped", "3 passed, 5 skipped"))
+    assert done(python(skipped, tests=True), soon(), tmp_path).verdict == NO_TEST
+    assert done(python(some, tests=True), soon(), tmp_path).verdict == "passed"
+    assert done(python(skipped), soon(), tmp_path).verdict == "passed"
+    found = carried_out(each(python(skipped, name=GATE, tests=True), python("pass")), soon(), tmp_path)
+    assert [item.verdict for item in found] == [NO_TEST, NO_GATE]
+    assert not gpu_check.harmless(found[0])
+
+
+def each(*planned: Planned) -> list[Part]:
+    return [one.part for one in planned]
+
+
+def test_a_part_that_overruns_costs_only_itself(tmp_path, monkeypatch):
     """The control is the limit: without it the parts behind would have no time left."""
     slow, quick = (python(f"import time; time.sleep({seconds})", limit=3) for seconds in (60, 0))
-    verdicts = [item.verdict for item in carried_out([quick, slow, quick], [], soon(600), tmp_path)]
+    verdicts = [item.verdict for item in carried_out(each(quick, slow, quick), soon(600), tmp_path)]
     assert verdicts == ["passed", "more than 3 s", "passed"]
-    unlimited = slow._replace(form=slow.form._replace(limit=600))
-    verdicts = [item.verdict for item in carried_out([unlimited, quick], [], soon(3), tmp_path)]
+    monkeypatch.setattr(gpu_check, "WORTH_STARTING", 1)
+    unlimited = python("import time; time.sleep(60)", limit=600)
+    verdicts = [item.verdict for item in carried_out(each(unlimited, unlimited), soon(3), tmp_path)]
     assert verdicts == ["no time left after 3 s", "no time left"]
 
 
+def test_what_a_part_does_not_need_of_its_limit_gives_the_next_one_more(tmp_path):
+    forms = tuple(Form(limit, 1, (sys.executable, "-c", f"print({limit})")) for limit in (50, 90))
+    first, second = python("pass", name="a", limit=50).part, Part("b", forms)
+    planned, _ = gpu_check.gpu_plan.fit([first, second], 110)
+    assert [one.form.limit for one in planned] == [50, 50]
+    assert [item.verdict for item in carried_out([first, second], soon(110), tmp_path)] == ["passed"] * 2
+    assert (tmp_path / "b.log").read_text() == "90\n"
+
+
 def test_what_was_not_planned_is_run_while_time_is_left(tmp_path):
-    extra = python("pass", name="extra").part
-    assert [item.verdict for item in carried_out([python("pass")], [extra], soon(600), tmp_path)] == ["passed"] * 2
-    late = carried_out([python("pass")], [extra], soon(gpu_check.WORTH_STARTING - 1), tmp_path)
+    """It comes last, whatever its place; too late, it is not begun."""
+    order = each(python("pass", name="long", limit=1000), python("pass"))
+    found = carried_out(order, soon(600), tmp_path)
+    assert [(item.part.name, item.verdict) for item in found] == [("x", "passed"), ("long", "passed")]
+    late = carried_out([python("pass", limit=1).part, order[0]], soon(gpu_check.WORTH_STARTING - 1), tmp_path)
     assert [item.verdict for item in late] == ["passed", "no time left"]
 
 
 @pytest.mark.parametrize(("code", "then"), [("pass", "passed"), ("raise SystemExit(1)", NO_GATE)])
 def test_behind_a_gate_that_does_not_pass_nothing_is_run(tmp_path, code, then):
-    found = carried_out([python(code, name=GATE), python("pass")], [python("pass").part], soon(600), tmp_path)
+    found = carried_out(each(python(code, name=GATE), *[python("pass")] * 2), soon(600), tmp_path)
     assert [item.verdict for item in found[1:]] == [then] * 2
 
 
@@ -177,8 +214,13 @@ def test_the_exit_code_says_whether_all_passed(monkeypatch, tmp_path, capsys, wi
     for planned, expected in (([python("pass")], 0), ([python("raise SystemExit(2)")], 1), ([missing], 0), ([slow], 1)):
         given(monkeypatch, *planned)
         assert gpu_check.run(BenchGpuCheck(records=tmp_path)) == expected
-    assert f"| missing | {NOT_INSTALLED} | 0 |" in capsys.readouterr().out
-    given(monkeypatch, python("pass", limit=1), python("pass", name="y", limit=1000))
+    said = capsys.readouterr().out
+    assert f"| missing | {NOT_INSTALLED} | 0 |" in said
+    last = [line for line in said.splitlines() if line.startswith("VERDICTS")]
+    assert last == [f"VERDICTS: {what}" for what in ("passed: x", "exit code 2: x", "not installed: missing")] + [
+        "VERDICTS: more than 1 s: slow"
+    ]
+    given(monkeypatch, python("pass", limit=4), python("pass", name="y", limit=1000))
     assert gpu_check.run(BenchGpuCheck(records=tmp_path, minutes=(TO_REPORT + 5) / 60)) == 0
     assert "No time was left for: y." in capsys.readouterr().out
 
@@ -205,8 +247,12 @@ def test_everything_is_packed_into_one_archive(monkeypatch, tmp_path, capsys, wi
     with tarfile.open(archive) as packed:
         names = set(packed.getnames())
         said = packed.extractfile("summary.md").read().decode()
+        verdicts = json.load(packed.extractfile("verdicts.json"))
     logs = {f"{name}.log" for name in "abd"}
-    assert names == {"summary.md", whole.name, record_files.partial(cut).name, place.name} | logs
+    assert {name: each["verdict"] for name, each in verdicts.items()} == {
+        "a": "passed", "b": "more than 4 s", "c": NOT_INSTALLED, "d": "passed"
+    }  # fmt: skip
+    assert names == {"summary.md", "verdicts.json", whole.name, record_files.partial(cut).name, place.name} | logs
     assert "| b | more than 4 s |" in said and said.strip() in capsys.readouterr().out
 
 

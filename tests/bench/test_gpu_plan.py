@@ -129,13 +129,22 @@ def test_a_part_of_ours_is_rehearsed(tmp_path, name, capsys):
     assert (one.record or one.picture[0]).is_file()
 
 
-@pytest.mark.slow
-def test_the_selections_of_tests_hold_what_they_are_meant_to(tmp_path):
-    found = {one.name: one for one in parts(tmp_path, "rehearsal", tmp_path, rehearse=True)}
-    words = [word for word in found[GATE].forms[0].command[4:] if word not in ("-n", "5", "--dist", "loadgroup")]
+def collected(one: Part) -> list[str]:
+    """The tests that a part of the plan selects here."""
+    workers = {word for form in one.forms for word in form.command if word.isdigit()}
+    words = [word for word in one.forms[0].command[4:] if word not in {"-n", "--dist", "loadgroup", *workers}]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *words]
     listed = subprocess.run(command, cwd=gpu_plan.ROOT, capture_output=True, text=True).stdout
-    tests = [line for line in listed.splitlines() if "::" in line]
+    return [line for line in listed.splitlines() if "::" in line]
+
+
+@pytest.mark.slow
+def test_the_selections_of_tests_hold_what_they_are_meant_to(tmp_path):
+    tests = collected(next(one for one in whole(tmp_path) if one.name == GATE))
     # Replays against steps in two settings, a hundred steps with and without a graph, one step that waits for nothing.
-    assert len(tests) == 5, listed
+    assert len(tests) == 5, tests
     assert sum("hundred_steps" in line for line in tests) == 2 and any("bf16-plain-sgd" in line for line in tests)
+    # What a rehearsal runs in their place needs no GPU, or it would show nothing.
+    rehearsed = {one.name: one for one in parts(tmp_path, "rehearsal", tmp_path, rehearse=True)}
+    for name in (GATE, "data", "more-tests"):
+        assert rehearsed[name].tests and len(collected(rehearsed[name])) > 3
