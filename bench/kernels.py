@@ -39,6 +39,7 @@ from fastmoco.kernels import (
     photometric,
     sgd_ema,
 )
+from fastmoco.kernels.batch_norm_plan import one_after_the_other
 from fastmoco.kernels.enqueue import cost as enqueue_cost
 from fastmoco.kernels.info_nce import cost as info_nce_cost
 from fastmoco.kernels.nt_xent import Form
@@ -278,11 +279,17 @@ def batch_norm_cases(size: Size, device: torch.device) -> list[Case]:
     providers = {OURS: lambda: _each(layers, "ours", groups), "native": lambda: _each(layers, "native")}
     if device.type == "cuda":
         providers["native fp16"] = lambda: _each(layers, "native_fp16")
+        providers["fastmoco, no launch overlaps"] = lambda: _apart(layers, groups)
     costs = [layer.cost(groups) for layer in layers]
     config = {"encoder": size.recipe.arch, "N": size.batch, "layers": sum(shapes.values())}
     config["dtype"] = short_name(size.dtype)
     nbytes, flops = (sum(column) for column in zip(*costs, strict=True))
     return [Case("batch_norm", config, providers, "native", nbytes, flops, launches=True)]
+
+
+def _apart(layers: list[_NormLayer], groups: int) -> None:
+    with one_after_the_other():
+        _each(layers, "ours", groups)
 
 
 def batch_norm_pool_cases(size: Size, device: torch.device) -> list[Case]:

@@ -36,14 +36,17 @@ from torch.autograd.function import once_differentiable
 from fastmoco.kernels import batch_norm_kernels as kernels
 from fastmoco.kernels import reference
 from fastmoco.kernels.batch_norm_checks import Running, check, check_residual
-from fastmoco.kernels.dispatch import Impl, Maker, by_loops, is_traced, launch_options, machine, maker, variant
-from fastmoco.kernels.tiles import Tiles, Variant, tiles
-
-FINISH = Tiles((4,), 8, 1, "one 16-byte load of fp32 a row: few partials are left for a program, which is all latency")
-PROGRAMS_PER_MULTIPROCESSOR = 4  # of the reductions: all resident at once, so that none is a tail
-# Partial sums of a channel that a program of the second stage holds in registers. Several groups are loaded together,
-# so that their memory latencies overlap.
-MAX_SPLITS = 512
+from fastmoco.kernels.batch_norm_plan import (
+    FINISH,
+    MAX_SPLITS,
+    block_options,
+    finish_options,
+    overlapping,
+    overlaps,
+    plan,
+)
+from fastmoco.kernels.dispatch import Impl, Maker, by_loops, is_traced, maker, variant
+from fastmoco.kernels.tiles import Variant, tiles
 
 
 class Norm(NamedTuple):
@@ -52,46 +55,6 @@ class Norm(NamedTuple):
     weight: Tensor
     bias: Tensor
     running: Running | None = None
-
-
-class Plan(NamedTuple):
-    """How one pass is launched: options, rows of a group, and the grids of passes that apply and that reduce."""
-
-    options: dict[str, int]
-    rows: int
-    grid: tuple[int]
-    splits: int
-    split_grid: tuple[int, int, int]
-
-
-def plan(kernel: str, x: Tensor, groups: int, rows: int | None = None) -> Plan:
-    """The launch of `kernel` (a name in the table of tiles) over x, or over `rows` rows a group of as many channels."""
-    capability, processors = machine(x.device)
-    # The row is looked up on every call, as `bench tune` changes the table; what follows from it is kept.
-    return _cut(tiles(kernel, capability), rows or x.numel() // x.shape[1] // groups, x.shape[1], groups, processors)
-
-
-@functools.cache
-def _cut(row: Tiles, rows: int, channels: int, groups: int, processors: int) -> Plan:
-    options = block_options(row, channels)
-    columns = triton.cdiv(channels, options["BLOCK_CHANNELS"])
-    count = triton.cdiv(rows, options["BLOCK_ROWS"])
-    wanted = min(MAX_SPLITS, max(1, PROGRAMS_PER_MULTIPROCESSOR * processors // (columns * groups)))
-    splits = triton.cdiv(count, triton.cdiv(count, wanted))
-    return Plan(options | launch_options(row), rows, (columns * groups * count,), splits, (splits, columns, groups))
-
-
-def block_options(row: Tiles, channels: int) -> dict[str, int]:
-    """The block of a row of tiles; fewer channels than it has give as many more rows."""
-    block_channels = min(row.block[1], triton.next_power_of_2(channels))
-    return {"BLOCK_ROWS": row.block[0] * row.block[1] // block_channels, "BLOCK_CHANNELS": block_channels}
-
-
-@functools.cache
-def _finish_options(groups: int, splits: int) -> dict[str, int]:
-    block_splits = triton.next_power_of_2(splits)
-    block_groups = min(triton.next_power_of_2(groups), max(1, MAX_SPLITS // block_splits))
-    return {"BLOCK_GROUPS": block_groups, "BLOCK_SPLITS": block_splits, "BLOCK_CHANNELS": FINISH.block[0]}
 
 
 def _sums_tiles(dual: bool) -> str:
@@ -120,8 +83,7 @@ def _launch_statistics(
             groups,
             momentum,
             eps,
-            **_finish_options(groups, pass_.splits),
-            **launch_options(FINISH),
+            **finish_options(groups, pass_.splits, x.device),
         )
     return moments
 
@@ -155,7 +117,7 @@ def launch_finish_sums(partial: Tensor) -> tuple[Tensor, Tensor]:
     arrays, groups, splits, channels = partial.shape
     sums, totals = partial.new_empty((arrays, groups, channels)), partial.new_empty((arrays, channels))
     kernels.finish_sums_kernel[(triton.cdiv(channels, FINISH.block[0]), arrays)](
-        partial, sums, totals, channels, splits, groups, **_finish_options(groups, splits), **launch_options(FINISH)
+        partial, sums, totals, channels, splits, groups, **finish_options(groups, splits, partial.device)
     )
     return sums, totals
 
@@ -460,8 +422,9 @@ def variants(arch: int) -> list[Variant]:
                     )
     for fn in (kernels.finish_statistics_kernel, kernels.finish_sums_kernel):
         for groups in (1, 8):
-            options = _finish_options(groups, MAX_SPLITS // groups)
-            gate.append(_variant("", fn, 256, arch, options, f"G={groups}"))
+            options = finish_options(groups, MAX_SPLITS // groups, torch.device("cpu"))
+            blocks = {name: value for name, value in options.items() if name.startswith("BLOCK")}
+            gate.append(_variant("", fn, 256, arch, blocks, f"G={groups}"))
     return gate
 
 
@@ -487,7 +450,10 @@ def _variant(
     if "STAGES" in fn.arg_names:
         constants["STAGES"] = row.num_stages
     constants |= dict.fromkeys(name for name in fn.arg_names if name in absent)
+    overlap = overlaps(kernel or "batch_norm.finish", overlapping(divmod(arch, 10)))
+    constants["DEPENDENT"] = overlap["DEPENDENT"]
     types = dict.fromkeys(fn.arg_names, "*fp32") | dict.fromkeys(_ACTIVATIONS, "*bf16")
     types |= dict.fromkeys(_INTEGERS, "i32") | {"momentum": "fp32", "eps": "fp32"}
     label = f"batch_norm.{fn.__name__.removesuffix('_kernel')} {form} C={channels}".replace("  ", " ")
-    return variant(label, fn, row, types, constants, streaming=bool(kernel))
+    dependent = "launch_pdl" in overlap
+    return variant(label, fn, row, types, constants, streaming=bool(kernel), dependent=dependent)

@@ -7,11 +7,12 @@ None, which compiles its branch away; so does a vector that nothing uses.
 Order: programs that run at the same time work side by side in memory. A reduction takes the tiles of all groups from
 their ends to their beginnings, and what is applied after it starts at the beginnings: with the tiles that the
 reduction has left in the L2 cache. With several STAGES a reduction's loads pass through shared memory, so that those of
-later tiles are on their way while this one is added.
+later tiles are on their way while this one is added. With DEPENDENT launches overlap (see batch_norm_plan.py).
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastmoco.kernels.dispatch import cast
 
@@ -65,8 +66,11 @@ def _cube(splits, channels, group, column, BLOCK_SPLITS: tl.constexpr):
 
 @triton.jit
 def statistics_kernel(
-    x, partial, rows, channels, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, STAGES: tl.constexpr
-):
+    x, partial, rows, channels, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    if DEPENDENT:
+        gdc_launch_dependents()
     split, group, splits = tl.program_id(0), tl.program_id(2), tl.num_programs(0)
     column = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     row = tl.arange(0, BLOCK_ROWS)[:, None]
@@ -97,8 +101,11 @@ def statistics_kernel(
 @triton.jit(do_not_specialize=["rows", "block_rows", "splits", "groups"])
 def finish_statistics_kernel(
     partial, moments, running_mean, running_var, rows, channels, block_rows, splits, groups, momentum, eps,
-    BLOCK_GROUPS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     column = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     inside = column < channels
     mean_sum = tl.zeros([BLOCK_CHANNELS], tl.float32)
@@ -133,8 +140,10 @@ def finish_statistics_kernel(
 @triton.jit(do_not_specialize=["groups"])
 def apply_kernel(
     x, y, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, rows, channels, groups,
-    RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT:
+        gdc_wait()
     index, group, column = _tile(groups, channels, BLOCK_CHANNELS)
     first = index * BLOCK_ROWS
     row = tl.arange(0, BLOCK_ROWS)[:, None]
@@ -160,8 +169,10 @@ def sums_kernel(
     grad, second_grad, x, y, masked, partial, weight, bias, moments, residual, residual_weight, residual_bias,
     residual_moments, rows, channels,
     RELU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT:
+        gdc_launch_dependents()
     split, group = tl.program_id(0), tl.program_id(2)
     splits, groups = tl.num_programs(0), tl.num_programs(2)
     column = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -210,8 +221,11 @@ def sums_kernel(
 @triton.jit(do_not_specialize=["splits", "groups"])
 def finish_sums_kernel(
     partial, sums, totals, channels, splits, groups,
-    BLOCK_GROUPS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     column = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     array = tl.program_id(1)
     inside = column < channels
@@ -233,7 +247,10 @@ def gradient_kernel(
     grad, x, grad_x, grad_residual, sums, weight, bias, moments, residual, residual_weight, residual_bias,
     residual_moments, rows, channels, groups,
     RELU: tl.constexpr, TRAINING: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    if DEPENDENT:
+        gdc_wait()
     index, group, column = _tile(groups, channels, BLOCK_CHANNELS)
     first = index * BLOCK_ROWS
     row = tl.arange(0, BLOCK_ROWS)[:, None]

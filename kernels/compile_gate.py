@@ -39,6 +39,7 @@ _MMA_PATTERNS = {"mma": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05
 _WIDE_LOAD = re.compile(r"\b(?:LDG|LDGSTS)\.[\w.]*(?:128|256)")
 _SPILL_STORE = re.compile(r"\bSTL(?:\.(?P<bits>64|128))?\b")
 _INSTRUCTION = re.compile(r"^\s+/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<text>[^;]+);", re.MULTILINE)
+_MEMORY = re.compile(r"\b(?:LDG|LDGSTS|LD|STG|ST|RED|REDG|ATOM|ATOMG|UTMALDG|UTMASTG|UBLKCP)\b")
 _BRANCH = re.compile(r"\bBRA\b.*?\b0x(?P<target>[0-9a-f]+)")
 
 
@@ -68,6 +69,7 @@ class Report:
     """What the compiler made of one variant. Sizes in bytes; `blocks` is resident blocks per multiprocessor.
 
     `instructions` of the machine code in all, and in the longest span that ends in a branch back to its beginning.
+    `waits_late`: it may start before the kernel ahead of it has ended, and touches memory before it waits for that.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Report:
     odd: bool
     instructions: int
     loop: int
+    waits_late: bool
 
 
 def resident_blocks(arch: int, registers: int, shared: int, warps: int, tensor_columns: int = 0) -> int:
@@ -129,6 +132,7 @@ def compile_variant(variant: Variant, arch: int, odd: bool = False) -> CompiledK
     """Compile for `arch` what a launch at sizes that are multiples of 16 compiles, or at `odd` ones."""
     source = ASTSource(variant.fn, variant.signature, variant.constexprs, attributes(variant, odd))
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": variant.fp_fusion}
+    options |= {"launch_pdl": True} if variant.dependent else {}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -160,7 +164,14 @@ def examine(variant: Variant, arch: int, odd: bool = False) -> Report:
         odd=odd,
         instructions=instructions,
         loop=loop,
+        waits_late=variant.dependent and waits_late(machine_code),
     )
+
+
+def waits_late(machine_code: str) -> bool:
+    """Whether an access to memory stands before the wait for the kernel ahead (griddepcontrol.wait), or none waits."""
+    texts = (line["text"] for line in _INSTRUCTION.finditer(machine_code))
+    return next((bool(_MEMORY.search(text)) for text in texts if _MEMORY.search(text) or "ACQBULK" in text), True)
 
 
 def count_instructions(machine_code: str) -> tuple[int, int]:
@@ -208,6 +219,8 @@ def faults(report: Report) -> list[str]:
     instruction = NATIVE_MMA[report.arch]
     if report.native_mma and not report.mma[instruction]:
         found.append(f"has no {instruction} instruction")
+    if report.waits_late:
+        found.append("touches memory before it waits for the kernel ahead of it")
     if report.serialized:
         found.append("has its wgmma instructions serialized")
     return [f"sm_{report.arch} {report.name}: {fault}" for fault in found]
@@ -249,13 +262,12 @@ def _examine_job(module: str, index: int, arch: int, odd: bool) -> Report:
 def table(reports: list[Report]) -> str:
     """The reports as aligned text, one line each."""
     head = ("kernel", "sm", "instructions", "loop", "regs", "spill", "stack", "shared", "blocks")
-    head += ("tensor cores", "16-byte loads")
-    lines: list[tuple[str, ...]] = [head]
+    lines: list[tuple[str, ...]] = [(*head, "tensor cores", "16-byte loads")]
     for report in reports:
         mma = " ".join(f"{name}:{count}" for name, count in report.mma.items() if count) or "-"
-        numbers = (report.arch, report.instructions, report.loop, report.registers)
-        numbers += (report.spill, report.stack, report.shared, report.blocks)
-        lines.append((report.name, *map(str, numbers), mma, str(report.wide_loads)))
+        made = (report.arch, report.instructions, report.loop, report.registers)
+        room = (report.spill, report.stack, report.shared, report.blocks)
+        lines.append((report.name, *map(str, (*made, *room)), mma, str(report.wide_loads)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 

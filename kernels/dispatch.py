@@ -120,6 +120,7 @@ def variant(
     fp_fusion: bool = True,
     streaming: bool = False,
     native_mma: bool = False,
+    dependent: bool = False,
 ) -> Variant:
     """The compilation of `fn` at `row`: `types` has the Triton type of each argument that is not in `constants`."""
     signature = {name: "constexpr" if name in constants else types[name] for name in fn.arg_names}
@@ -133,6 +134,7 @@ def variant(
         fp_fusion=fp_fusion,
         streaming=streaming,
         native_mma=native_mma,
+        dependent=dependent,
     )
 
 

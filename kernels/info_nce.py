@@ -36,7 +36,7 @@ from fastmoco.kernels.dispatch import (
     takes_kernel,
     variant,
 )
-from fastmoco.kernels.tiles import Tiles, Variant, tiles
+from fastmoco.kernels.tiles import TABLE, Tiles, Variant, tiles
 
 __all__ = ["cost", "info_nce", "scratch_bytes", "variants"]
 
@@ -54,9 +54,9 @@ class _Plan(NamedTuple):
     tiles_per_piece: int
 
 
-def _plan(n: int, size: int, dim: int, queue_dtype: torch.dtype, device: torch.device) -> _Plan:
+def _plan(n: int, size: int, dim: int, queue_dtype: torch.dtype, device: torch.device, left_out: bool = False) -> _Plan:
     capability, processors = machine(device)
-    sweep = _sweep_tiles(dim, queue_dtype, capability)
+    sweep = _sweep_tiles(dim, queue_dtype, capability, left_out)
     block_n, block_k, resident, chunk = sweep.block
     row_tiles, key_tiles, chunks = triton.cdiv(n, block_n), triton.cdiv(size, block_k), triton.cdiv(dim, chunk)
     tiles_per_piece = triton.cdiv(key_tiles, max(1, processors * resident // (row_tiles * chunks)))
@@ -64,9 +64,12 @@ def _plan(n: int, size: int, dim: int, queue_dtype: torch.dtype, device: torch.d
     return _Plan(sweep, tiles("info_nce.combine", capability), row_tiles, chunks, pieces, tiles_per_piece)
 
 
-def _sweep_tiles(dim: int, queue_dtype: torch.dtype, capability: tuple[int, int] | int | None) -> Tiles:
-    width = "fp32" if queue_dtype is torch.float32 else max(64, _padded(dim))
-    return tiles(f"info_nce.{width}", capability)
+def _sweep_tiles(
+    dim: int, queue_dtype: torch.dtype, capability: tuple[int, int] | int | None, left_out: bool = False
+) -> Tiles:
+    entry = f"info_nce.{'fp32' if queue_dtype is torch.float32 else max(64, _padded(dim))}"
+    special = f"{entry}.left_out"
+    return tiles(special if left_out and special in TABLE else entry, capability)
 
 
 def _padded(dim: int) -> int:
@@ -131,7 +134,7 @@ def launch(
     numbers that a row leaves out is its positive's.
     """
     (n, dim), size = z_q.shape, queue.shape[0]
-    plan = _plan(n, size, dim, queue.dtype, z_q.device)
+    plan = _plan(n, size, dim, queue.dtype, z_q.device, left_out is not None)
     on_device = device_temperature is not None
     given = device_temperature if on_device else temperature
     running = _running_shift(queue.dtype, temperature, on_device)
@@ -171,7 +174,7 @@ def launch_columns(
     `left_out` names the positive, too, whose row's negatives have the `share` fp32 [N]; `key_scale` as in `launch`.
     """
     (n, dim), size = z.shape, keys.shape[0]
-    plan = _plan(n, size, dim, keys.dtype, z.device)
+    plan = _plan(n, size, dim, keys.dtype, z.device, left_out=True)
     a_part = z.new_empty(plan.pieces, n, dim, dtype=torch.float32)
     gradient = z.new_empty(z.shape, dtype=torch.float32)
     whole = size % plan.sweep.block[1] == 0
@@ -369,7 +372,7 @@ def sweep_variant_of_a_batch(
     k: torch.dtype | None = None,
 ) -> Variant:
     """The sweep that leaves keys out, by number or by `key_ids`; `columns`: with the keys' normalisers given."""
-    row, running = _sweep_tiles(dim, dtype, arch), dtype is torch.float16 and not columns
+    row, running = _sweep_tiles(dim, dtype, arch, left_out=True), dtype is torch.float16 and not columns
     constants = _sweep_constants(row, dim, dtype, whole=False, on_device=False, running=running)
     constants |= {"key_scale": None} if key_ids else {"key_ids": None}
     unused = ("k", "z_part", "rank_part", "shift_part", "positive_out") if columns else ("key_log_z",)

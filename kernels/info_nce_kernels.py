@@ -7,7 +7,7 @@ shift (not RUNNING), and a queue of whole tiles (WHOLE). Projections are operand
 - RUNNING: where the fixed shift would leave the range of the dtype, a running maximum takes its place.
 - D > CHUNK: accumulators of all columns do not fit the registers, so further programs have the other columns, and
   each computes the scores anew.
-- LEFT_OUT: of each row two keys count for nothing, by their number in the queue or, with `key_ids`, by their id.
+- `left_out`: of each row two keys count for nothing, by their numbers in the queue, or with `key_ids` all of one id.
 - `key_log_z`: the weight of a key is of the softmax of that key, whose normaliser is given, and not of the row's. Then
   neither a maximum nor a sum is needed, and a weight is at most 1.
 - `key_scale`: keys are raw as well, and key j counts as key_j * key_scale[j]: in fp32, so that a score has no rounding
@@ -132,7 +132,8 @@ def sweep_kernel(
     rows = start + tl.arange(0, BLOCK_N)
     if left_out is not None:
         first_out = tl.load(left_out + rows, mask=rows < n, other=-1)
-        second_out = tl.load(left_out + n + rows, mask=rows < n, other=-1)
+        if key_ids is None:
+            second_out = tl.load(left_out + n + rows, mask=rows < n, other=-1)
     if key_log_z is None:
         # The positive goes through the same instruction as the negatives, so that equal keys score equally.
         own = cast(_load_rows(k, start, n, column, BLOCK_N, DIM, CHUNK, False).to(tl.float32), operand)
@@ -158,7 +159,9 @@ def sweep_kernel(
             number = tile * BLOCK_K + tl.arange(0, BLOCK_K)
             if key_ids is not None:
                 number = tl.load(key_ids + number, mask=number < size, other=-2)
-            out = (number[None, :] == first_out[:, None]) | (number[None, :] == second_out[:, None])
+            out = number[None, :] == first_out[:, None]
+            if key_ids is None:
+                out |= number[None, :] == second_out[:, None]
             s = tl.where(out, float("-inf"), s)
         if key_log_z is not None:
             number = tile * BLOCK_K + tl.arange(0, BLOCK_K)

@@ -33,7 +33,8 @@ class Variant:
     integers as multiples of 16, as those of the published recipes are; a launch at other sizes makes a second binary,
     which the gate compiles too. `fp_fusion`: whether the compiler may join a product and a sum. `streaming` kernels
     live on memory bandwidth and must leave room for two resident blocks per multiprocessor; `native_mma` kernels must
-    use their architecture's own tensor-core instruction (mma, wgmma, tcgen05).
+    use their architecture's own tensor-core instruction (mma, wgmma, tcgen05). `dependent` ones are launched before the
+    kernel ahead of them has ended, and must wait for it first.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Variant:
     fp_fusion: bool = True
     streaming: bool = False
     native_mma: bool = False
+    dependent: bool = False
 
 
 VariantsHook = Callable[[int], list[Variant]]  # each kernel file's `variants(arch)`, arch 80, 90 or 100
@@ -65,6 +67,16 @@ TABLE: dict[str, dict[int, Tiles]] = {
         80: Tiles((64, 64, 2, 128), 4, 3, "232 registers x 128 threads: two blocks a processor; 57 KB also fits sm_86"),
         90: Tiles((64, 64, 2, 128), 4, 3, "two blocks without a common barrier: exponentials beside wgmma"),
         100: Tiles((128, 32, 1, 128), 8, 3, "with 64 keys triton 3.6's ptxas spills 8 bytes to stay at 128 registers"),
+    },
+    # Where rows leave keys out (NT-Xent, and a bank's own entries): more to hold for each key.
+    "info_nce.64.left_out": {
+        80: Tiles((64, 32, 2, 64), 4, 3, "with 64 keys triton 3.6 spills 40 bytes in NT-Xent's second sweep"),
+        90: Tiles((128, 64, 1, 64), 8, 3, "as where no key is left out"),
+    },
+    "info_nce.128.left_out": {
+        80: Tiles((64, 32, 2, 128), 4, 3, "with 64 keys triton 3.6 spills 16 bytes where keys have ids"),
+        90: Tiles((64, 64, 2, 128), 4, 3, "as where no key is left out"),
+        100: Tiles((128, 32, 1, 128), 8, 3, "as where no key is left out"),
     },
     "info_nce.256": {
         80: Tiles((64, 32, 1, 256), 8, 3, "sums of 64 x 256 take 64 registers a thread; 32 keys leave room for scores"),

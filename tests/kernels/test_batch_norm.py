@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastmoco.kernels import batch_norm, batch_norm_kernels, reference
+from fastmoco.kernels import batch_norm, batch_norm_kernels, batch_norm_plan, reference
 from fastmoco.kernels.batch_norm import Norm, batch_norm_act, batch_norm_act_twice, cost
+from fastmoco.kernels.dispatch import Machine
 from fastmoco.kernels.tiles import TABLE
 
 FORMS = ("none", "plain", "dual")
@@ -261,8 +262,8 @@ def test_odd_shapes(shape: tuple[int, ...], groups: int, impl: str, device: torc
 @pytest.mark.parametrize("form", FORMS)
 def test_programs_that_take_many_tiles_each(form: str, dtype: torch.dtype, device: torch.device, monkeypatch) -> None:
     """On few multiprocessors each program of a reduction loops, and several share a channel."""
-    capability, _ = batch_norm.machine(device)
-    monkeypatch.setattr(batch_norm, "machine", lambda device: (capability, 2))
+    capability, _ = batch_norm_plan.machine(device)
+    monkeypatch.setattr(batch_norm_plan, "machine", lambda device: Machine(capability, 2))
     case = make_case((10, 64, 15, 15), form, dtype, device)
     for kernel in ("batch_norm.statistics", batch_norm._sums_tiles(form == "dual")):
         plan = batch_norm.plan(kernel, case.x, 2)
@@ -274,9 +275,9 @@ def test_programs_that_take_many_tiles_each(form: str, dtype: torch.dtype, devic
 @pytest.mark.parametrize("held", [1, 2, 8])
 def test_the_second_stage_takes_groups_together(held: int, device: torch.device, monkeypatch) -> None:
     """Five groups, of which a program of the second stage holds one, two or all at once."""
-    whole = batch_norm._finish_options
-    monkeypatch.setattr(batch_norm, "_finish_options", lambda *given: whole(*given) | {"BLOCK_GROUPS": held})
-    assert [whole(5, splits)["BLOCK_GROUPS"] for splits in (8, 200, batch_norm.MAX_SPLITS)] == [8, 2, 1]
+    whole = batch_norm.finish_options
+    monkeypatch.setattr(batch_norm, "finish_options", lambda *given: whole(*given) | {"BLOCK_GROUPS": held})
+    assert [whole(5, splits, device)["BLOCK_GROUPS"] for splits in (8, 200, batch_norm.MAX_SPLITS)] == [8, 2, 1]
     check(make_case((10, 12, 5, 5), "dual", torch.float32, device), 5, "triton")
 
 
@@ -293,6 +294,21 @@ def test_a_plan_is_kept_for_all_that_decides_it_and_for_no_tensor(device: torch.
     alive = weakref.ref(x)
     del x
     assert alive() is None
+
+
+def test_what_may_begin_early_is_launched_so_from_hopper_on_and_nothing_else() -> None:
+    """The second stages and what follows them; a reduction, which follows other people's kernels, never."""
+    names = ("statistics", "finish", "apply", "sums", "finish", "gradient")
+    for capability, overlapping in ((None, False), ((8, 0), False), ((9, 0), True), ((10, 0), True)):
+        early = batch_norm_plan.overlapping(capability)
+        options = {name: batch_norm_plan.overlaps(f"batch_norm.{name}", early) for name in names}
+        assert all(each["DEPENDENT"] is overlapping for each in options.values())
+        followers = {name for name, each in options.items() if each.get("launch_pdl")}
+        assert followers == ({"finish", "apply", "gradient"} if overlapping else set())
+    assert batch_norm_plan.overlaps("batch_norm_pool.pool", True) == {}  # whose kernels do not wait
+    with batch_norm_plan.one_after_the_other():
+        assert not batch_norm_plan.overlapping((9, 0))
+    assert batch_norm_plan.overlapping((9, 0))
 
 
 @pytest.mark.parametrize("wrong", [{"groups": 2}, {"eps": 1e-3}, {"momentum": 0.11}, {"relu": False}])

@@ -13,9 +13,10 @@ from triton.backends.compiler import BaseBackend
 from triton.runtime.jit import KernelInterface
 
 from fastmoco.kernels import batch_norm as batch_norm_module
-from fastmoco.kernels import compile_gate
+from fastmoco.kernels import batch_norm_plan, compile_gate
 from fastmoco.kernels.batch_norm import Norm, batch_norm_act, batch_norm_act_twice
 from fastmoco.kernels.compile_gate import Report, faults, resident_blocks
+from fastmoco.kernels.dispatch import INTERPRETED_PROCESSORS, Machine
 from fastmoco.kernels.sgd_ema import TensorTable, sgd_ema
 from fastmoco.kernels.sgd_ema import variants as sgd_ema_variants
 
@@ -25,7 +26,7 @@ SPILLING = """
 import sys
 import triton
 import triton.language as tl
-from fastmoco.kernels import compile_gate
+from fastmoco.kernels import batch_norm_plan, compile_gate
 from fastmoco.kernels.tiles import Variant
 
 @triton.jit
@@ -106,6 +107,7 @@ SOUND = dict(
     odd=False,
     instructions=100,
     loop=40,
+    waits_late=False,
 )
 
 
@@ -118,6 +120,7 @@ SOUND = dict(
         ({"blocks": 0}, "does not fit"),
         ({"mma": {"wgmma": 0}}, "no wgmma"),
         ({"serialized": True}, "serialized"),
+        ({"waits_late": True}, "before it waits"),
     ],
 )
 def test_each_fault_is_named(change, fault):
@@ -164,6 +167,21 @@ def test_instructions_and_the_longest_loop_are_counted():
     assert compile_gate.count_instructions(LISTING) == (9, 6)
     assert compile_gate.count_instructions(LISTING.replace("@P2 BRA 0x10", "@P2 BRA 0x70")) == (9, 3)
     assert compile_gate.count_instructions("") == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("code", "late"),
+    [
+        ("S2R R0, SR_TID.X; ACQBULK; LDG.E.128 R4, [R2]; EXIT", False),
+        ("LDC R1, c[0x0][0x28]; ACQBULK; PREEXIT; STG.E [R2], R4", False),
+        ("LDG.E R4, [R2]; ACQBULK; STG.E [R2], R4", True),
+        ("RED.E.ADD [R2], R4; ACQBULK", True),
+        ("LDG.E R4, [R2]; STG.E [R2], R4", True),  # never waits
+    ],
+)
+def test_a_kernel_that_touches_memory_before_it_waits_is_found(code, late):
+    listing = "\n".join(f"        /*{16 * n:04x}*/   {text} ;" for n, text in enumerate(code.split("; ")))
+    assert compile_gate.waits_late(listing) is late
 
 
 def test_what_changed_since_an_earlier_run_is_told():
@@ -234,8 +252,9 @@ def compiled_for(kernel, arguments: dict, options: dict) -> tuple:
     return signature, known, constants, options
 
 
-def test_a_launch_compiles_what_the_gate_compiles(launches):
+def test_a_launch_compiles_what_the_gate_compiles(launches, monkeypatch):
     """Types, alignment of every argument, constants and options; at odd sizes all but the constants, which follow."""
+    monkeypatch.setattr(batch_norm_plan, "machine", lambda device: Machine((9, 0), INTERPRETED_PROCESSORS))
     for channels in SIZES:
         normalise_layers(channels)
     step_tensors()
@@ -261,6 +280,7 @@ def test_a_launch_compiles_what_the_gate_compiles(launches):
             == {name: value for name, value in constants.items() if name not in shape_free}
             and wanted["num_warps"] == each.num_warps
             and wanted["enable_fp_fusion"] == each.fp_fusion
+            and given.get("launch_pdl", False) == each.dependent
             for each in fitting
         ), (kernel, signature, known, constants, given)
         compared += 1
