@@ -85,6 +85,11 @@ def encode(
             done += count
             if progress is not None:
                 progress(count)
+    if failed is None and rows_of_rank is not None and parallel.world > 1:
+        try:  # what gathering takes: without it this rank would fail there, and the others wait for it
+            rows_of_rank.new_empty(parallel.world * share, rows_of_rank.shape[1])
+        except torch.OutOfMemoryError as error:
+            failed = error
     if parallel.any(failed is not None):
         raise failed or DataError("another rank could not encode its images")
     assert rows_of_rank is not None

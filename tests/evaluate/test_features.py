@@ -144,3 +144,26 @@ def test_on_a_gpu_the_last_batch_is_as_large_as_the_others(images, encoder, monk
         found.append(extract(encoder, images, RECIPE, Parallel(), loading=Loading(threads=1), batch_size=8)[0])
     assert sizes == [8, 8, 7, 8, 8, 8]
     torch.testing.assert_close(*found)
+
+
+def test_a_rank_without_room_for_all_features_says_so_before_others_wait_for_it(images, encoder, monkeypatch):
+    class OneOfTwo(Parallel):
+        def any(self, flag: bool) -> bool:
+            return flag
+
+        def all_gather(self, rows: torch.Tensor) -> torch.Tensor:
+            return torch.cat([rows, rows])
+
+    parallel, new_empty = OneOfTwo(0, 0, 2), torch.Tensor.new_empty
+    given = {"parallel": parallel, "loading": Loading(threads=1), "batch_size": 12}
+    assert len(encode(encoder, images, RECIPE, **given)[0]) == len(images)
+
+    def short(rows: torch.Tensor, *shape: int, **options: object) -> torch.Tensor:
+        if shape[0] == 24:
+            raise torch.OutOfMemoryError("no room for 24 rows")
+        return new_empty(rows, *shape, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", short)
+    monkeypatch.setattr(OneOfTwo, "all_gather", lambda *_: pytest.fail("the others would wait here"))
+    with pytest.raises(torch.OutOfMemoryError, match="24 rows"):
+        encode(encoder, images, RECIPE, **given)
