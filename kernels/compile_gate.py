@@ -207,7 +207,7 @@ def _cuobjdump(option: str, cubin: Path) -> str:
 def faults(report: Report) -> list[str]:
     """Why this kernel must not ship, one line each; empty if it may.
 
-    At odd sizes, which no published recipe has, it may be slower, but must run.
+    At odd sizes, which no preset has at any encoder (tested), it may be slower, but must run.
     """
     found = []
     if (report.spill or report.stack) and not report.odd:

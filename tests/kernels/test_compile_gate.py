@@ -1,5 +1,6 @@
 """The compile gate, run as a user runs it; and proof that it fails where it should."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,6 +13,8 @@ from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import BaseBackend
 from triton.runtime.jit import KernelInterface
 
+from fastmoco.bench.roofline import convolutions
+from fastmoco.encoder import build_encoder
 from fastmoco.kernels import batch_norm as batch_norm_module
 from fastmoco.kernels import batch_norm_plan, compile_gate
 from fastmoco.kernels.batch_norm import Norm, batch_norm_act, batch_norm_act_twice
@@ -19,6 +22,7 @@ from fastmoco.kernels.compile_gate import Report, faults, resident_blocks
 from fastmoco.kernels.dispatch import INTERPRETED_PROCESSORS, Machine
 from fastmoco.kernels.sgd_ema import TensorTable, sgd_ema
 from fastmoco.kernels.sgd_ema import variants as sgd_ema_variants
+from fastmoco.recipe import PRESETS
 
 KERNELS = {"batch_norm", "batch_norm_pool", "enqueue", "info_nce", "nt_xent", "photometric", "sgd_ema"}
 
@@ -26,7 +30,7 @@ SPILLING = """
 import sys
 import triton
 import triton.language as tl
-from fastmoco.kernels import batch_norm_plan, compile_gate
+from fastmoco.kernels import compile_gate
 from fastmoco.kernels.tiles import Variant
 
 @triton.jit
@@ -295,3 +299,17 @@ def test_a_gate_that_compiles_something_else_is_noticed():
     assert compile_gate.specialised(apply) == ("rows", "channels")
     plain, odd = (compile_gate.attributes(apply, odd) for odd in (False, True))
     assert len(plain) == len(odd) + 2 and odd.items() <= plain.items()
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_no_preset_launches_a_form_of_odd_sizes(arch):
+    """There batch norm's sums may spill: rows of a group and channels of every layer are multiples of 16."""
+    kinds = {
+        (recipe.stem, recipe.crop_size, recipe.width, recipe.bn_group or recipe.batch_size)
+        for _, recipe in PRESETS.values()
+    }
+    for stem, pixels, width, group in kinds:
+        recipe = dataclasses.replace(PRESETS["v2"][1], arch=arch, stem=stem, width=width)
+        layers = convolutions(build_encoder(recipe), pixels)
+        assert all(layer.channels % 16 == group * layer.side**2 % 16 == 0 for layer in layers)
+    assert 4 * 7**2 % 16  # but groups of four images would, at 7 x 7 pixels
