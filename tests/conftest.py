@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import importlib.util
 import multiprocessing
 import os
 import shutil
@@ -48,6 +49,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         precision = getattr(item, "callspec", None) and item.callspec.params.get("precision")
         if precision:
             item.add_marker(pytest.mark.xdist_group(precision))
+
+
+def needs_dali(error: object) -> bool:
+    """Whether a test could not be collected, or failed, because DALI is not installed: a GPU machine may lack it."""
+    absent = importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None
+    return absent and "No module named 'nvidia" in str(error)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    """A file of tests that imports DALI is skipped where that is not installed."""
+    report = yield
+    if report.failed and needs_dali(report.longrepr):
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, "Skipped: needs DALI")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    """So is a test that imports it, or whose child process does."""
+    report = yield
+    if report.failed and call.excinfo is not None and needs_dali(report.longrepr):
+        report.outcome, report.longrepr = "skipped", (str(item.path), 0, "Skipped: needs DALI")
+    return report
 
 
 @pytest.fixture(autouse=True)
