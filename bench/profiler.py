@@ -137,7 +137,7 @@ def prepared(recipe: Recipe, options: Profile, parallel: Parallel) -> Iterator[t
         if images is not None:
             from fastmoco.data.loader import Loader  # here, because it needs DALI, and noise does not
 
-            plan = Plan(recipe, images.sizes)
+            plan = Plan(recipe, images.sizes, shards=images.shards)
             draw = partial(next, stack.enter_context(Loader(images, plan, parallel, range(1 << 30))))
         for _ in range(WARMUP):
             advance(draw(), 1e-3)

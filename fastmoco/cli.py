@@ -128,6 +128,9 @@ COMMANDS: dict[str, Command] = {
         "list a run's checkpoints", "fastmoco.options:CheckpointList", "fastmoco.runs.inventory:show"
     ),
     "data scan": Command("check a set of images", "fastmoco.options:DataScan", "fastmoco.data.scan_report:run"),
+    "data pack": Command(
+        "write images as tar shards with an index", "fastmoco.options:DataPack", "fastmoco.data.pack:run"
+    ),
     "data synth": Command("write the embedded image set", "fastmoco.options:DataSynth", "fastmoco.cli:synthesise_data"),
     **_benchmarks(),
     **_profiles(),

@@ -33,7 +33,7 @@ class Options:
 
     data: Path | None = None
     """Images: a folder of class folders, a flat folder, a parent of train/ and val/, or a text file of
-    paths; or tar archives in place of files."""
+    paths; or tar archives in place of files, on a disk or behind a URL (s3, gs, https, hf)."""
     out: Path | None = None
     """Folder of the run, which must not exist yet unless --resume is given."""
     recipe: Path | None = None
@@ -60,6 +60,12 @@ class Options:
     """Batches that are prepared ahead of the step."""
     hw_decoder_load: float | None = None
     """Share of the JPEGs for a GPU's decoding engine, 0 to 1; left out, by the number of threads."""
+    cache_gb: float = 50.0
+    """GB of a local disk that shards of a remote --data may take, for all runs of this machine; 0 keeps none."""
+    cache_dir: Path | None = None
+    """Where these shards are kept; left out, ~/.cache/fastmoco/shards."""
+    retry_seconds: float = 300.0
+    """Seconds that a remote --data may not answer, or answer wrongly, before the run stops."""
     decoded_cache: float = 0.0
     """GB of decoded images that each rank keeps in memory, its GPU's where it has one, so as to decode them once."""
     quarantine: bool = True
@@ -107,6 +113,7 @@ class Options:
     def __post_init__(self) -> None:
         at_least = {"log_every": 1, "prefetch": 1, "keep": 2, "knn_every": 0, "threads": 0}
         at_least |= {"save_every": 0, "save_minutes": 0, "timeout_seconds": 0}
+        at_least |= {"cache_gb": 0, "retry_seconds": 0}
         at_least |= {"keep_every": 0, "watchdog_seconds": 0, "decoded_cache": 0}
         for name, low in at_least.items():
             require(getattr(self, name) >= low, name, getattr(self, name), f"use a number of at least {low}")
@@ -316,19 +323,63 @@ class DataScan:
     """Check a set of images: how many, which classes, which sizes, and the reason for every file left out."""
 
     path: Path
-    """Folder, tar or text file of paths."""
+    """Folder, tar, text file of paths, or URL of tar shards."""
     full: bool = False
     """Also decode every image, which finds damage that headers do not show."""
     max_pixels: int = Recipe.max_pixels
     """Images of more pixels are left out, as pretrain --max-pixels does."""
     value_range: tuple[float, float] | Literal["header", "container"] = "header"
     """Numbers that are black and white, as pretrain --value-range says."""
+    shards: tuple[int, int] | None = None
+    """Of a set of shards: look at those from the first number on, which counts from 0, to before the second. So
+    machines share the work."""
+    sample: int = 0
+    """Of a set of shards: look at so many alone, evenly spread; 0 looks at all."""
+    index: Path | None = None
+    """Of a set of shards: folder that keeps what is found of each. When all are there it becomes the index, which opens
+    the set unread where it is copied beside the shards."""
+    cache_gb: float = 50.0
+    """GB of a local disk that shards of a remote set may take; 0 keeps none."""
+    cache_dir: Path | None = None
+    """Where these shards are kept; left out, ~/.cache/fastmoco/shards."""
+    retry_seconds: float = 300.0
+    """Seconds that a remote set may not answer, or answer wrongly, before the scan stops."""
     json: Path | None = None
     """File for the same facts as JSON, with every file that was left out."""
 
     def __post_init__(self) -> None:
         remedy = f"use a whole number from 1 to {MOST_PIXELS}"
         require(1 <= self.max_pixels <= MOST_PIXELS, "max_pixels", self.max_pixels, remedy)
+        for name in ("sample", "cache_gb", "retry_seconds"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "use a number of at least 0")
+
+
+@dataclass(frozen=True)
+class DataPack:
+    """Write images as tar shards in WebDataset's layout, with an index: what disks and networks serve fast.
+
+    Started again after it was ended, it goes on where it was.
+    """
+
+    path: Path
+    """Images: a folder, a parent of train/ and val/, or a text file of paths."""
+    out: Path | None = None
+    """Folder of the shards."""
+    shard_mb: int = 256
+    """MB of a shard at most, but for a single larger image."""
+    shorter_side: int | None = None
+    """Shrink images to so many pixels of the shorter side, as JPEGs; left out, files stay as they are. Transparent
+    images, and those of more than 8 bits, always do."""
+    quality: int = 90
+    """JPEG quality of images that were shrunk."""
+    max_pixels: int = Recipe.max_pixels
+    """Images of more pixels are left out, as pretrain --max-pixels does."""
+
+    def __post_init__(self) -> None:
+        require(self.out is not None, "out", self.out, "name the folder to write")
+        require(self.shard_mb >= 1, "shard_mb", self.shard_mb, "use a number of at least 1")
+        require(self.shorter_side is None or self.shorter_side >= 1, "shorter_side", self.shorter_side, "use pixels")
+        require(1 <= self.quality <= 100, "quality", self.quality, "use a number from 1 to 100")
 
 
 @dataclass(frozen=True)

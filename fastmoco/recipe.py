@@ -27,7 +27,9 @@ HARMLESS_ON_RESUME = ("knn_k", "knn_temperature", "knn_features", "max_bad_share
 BACKGROUNDS = {"white": "#ffffff", "black": "#000000", "gray": "#808080"}
 COLOUR = re.compile("#[0-9a-fA-F]{6}")
 # What runs did that were started before these fields were there.
-BEFORE_THERE_WERE_FIELDS = {"background": "ignore", "value_range": "container"}
+BEFORE_THERE_WERE_FIELDS = {"background": "ignore", "value_range": "container", "order": "table"}
+ORDERS = ("auto", "table", "keyed", "windows")
+TABLE_UP_TO = 1 << 21  # images that auto sorts: a quarter of a second and 50 MB an epoch
 # Of a run whose length follows the data: half an hour of two cores, for the preset small.
 SMALL_PAIRS, SMALL_EPOCHS = 900_000, (20, 400)
 LEAST_BATCHES = 4  # in a queue that follows the data: with fewer, all negatives are of the newest encoders
@@ -170,6 +172,12 @@ class Recipe:
     weight_decay: float = 1e-4
     """Weight decay on every parameter, batch norm and biases included; with lars not on those two."""
 
+    order: Literal[ORDERS] = "auto"  # type: ignore[valid-type]
+    """Order of the images in an epoch: table sorts a random number of each; keyed computes a permutation without a
+    table; windows takes tar shards in a random order, and mixes the images of window_shards of them. auto is table up
+    to 2,097,152 images, and keyed for more."""
+    window_shards: int = 16
+    """Shards whose images are mixed at a time, where the order is windows."""
     crop_size: int = 224
     """Side of the square views, in pixels."""
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -199,13 +207,14 @@ class Recipe:
     """Features that kNN compares: before or after the projection head."""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "queue_size", "batch_size", "epochs", "crop_size", "knn_k"):
+        for name in ("dim", "queue_size", "batch_size", "epochs", "window_shards", "crop_size", "knn_k"):
             value = getattr(self, name)
             whole = isinstance(value, int) and value >= 1 or (name, value) in (("queue_size", "auto"), ("epochs", 0))
             _require(whole, name, value, "use a whole number of at least 1")
         group = self.bn_group
         _require(isinstance(group, int) and group >= 0, "bn_group", group, "use a whole number of at least 0")
         _require(self.arch in ARCHITECTURES, "arch", self.arch, f"use one of {', '.join(ARCHITECTURES)}")
+        _require(self.order in ORDERS, "order", self.order, f"use one of {', '.join(ORDERS)}")
         _require(self.width > 0, "width", self.width, "use a positive multiplier")
         _require(0 <= self.ema_momentum <= 1, "ema_momentum", self.ema_momentum, "use a number from 0 to 1")
         _require(self.optimizer in ("sgd", "lars"), "optimizer", self.optimizer, "use sgd or lars")
@@ -265,7 +274,7 @@ class Recipe:
         published code, which takes no other K, can go on from an export. Epochs, where they are 0, are those of
         SMALL_PAIRS pairs of views, within SMALL_EPOCHS.
         """
-        found = self
+        found = dataclasses.replace(self, order=self.order_of(count))
         if self.epochs == 0:
             fewest, most = SMALL_EPOCHS
             found = dataclasses.replace(found, epochs=min(max(-(-SMALL_PAIRS // count), fewest), most))
@@ -275,6 +284,12 @@ class Recipe:
         share = -(-count * PUBLISHED_KEYS // (PUBLISHED_IMAGES * batch))
         batches = max(LEAST_BATCHES, min(share, PUBLISHED_KEYS // batch))
         return dataclasses.replace(found, queue_size=batches * batch)
+
+    def order_of(self, count: int) -> str:
+        """The order of `count` images: as given, or where it is auto by their number."""
+        if self.order != "auto":
+            return self.order
+        return "table" if count <= TABLE_UP_TO else "keyed"
 
     def check_queue(self) -> int:
         """K; raises RecipeError if it is still auto."""

@@ -223,7 +223,7 @@ def first_views(facts: dict[str, Any], recipe: Recipe, count: int = PAIRS) -> li
     if not source:
         raise ValueError("the run does not say where its images are")
     images = manifest.scan(manifest.split(source)[0], max_pixels=recipe.max_pixels)
-    plan = Plan(recipe, images.sizes)
+    plan = Plan(recipe, images.sizes, shards=images.shards)
     with Loader(images, plan, Parallel(), range(1)) as loader:
         batch = next(iter(loader))
     colours = recipe.augmentation

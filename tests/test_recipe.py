@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmoco.cli import pretrain_settings
-from fastmoco.recipe import PRESETS, UNUSED, Augmentation, Recipe, RecipeError
+from fastmoco.recipe import PRESETS, PUBLISHED_IMAGES, UNUSED, Augmentation, Recipe, RecipeError
 
 V1, V2, CIFAR = (PRESETS[name][1] for name in ("v1", "v2", "cifar"))
 STEPS_PER_EPOCH = 1_281_167 // 256
@@ -73,7 +73,8 @@ def test_auto_scales_the_rate_with_the_batch(batch: int, rate: float) -> None:
 )
 def test_an_auto_queue_is_the_published_share_of_the_images(images: int, batch: int, keys: int) -> None:
     auto = dataclasses.replace(V2, queue_size="auto", batch_size=batch)
-    assert auto.for_images(images) == dataclasses.replace(auto, queue_size=keys)
+    settled = auto.for_images(images)
+    assert settled == dataclasses.replace(auto, queue_size=keys, order=settled.order)
 
 
 @settings(max_examples=300, deadline=None)
@@ -90,9 +91,20 @@ def test_an_auto_queue_is_whole_batches_and_neither_short_nor_near_the_set(
         assert keys >= images / 20
 
 
+def test_an_auto_order_is_settled_by_the_images_and_one_that_was_given_stays() -> None:
+    for images, order in ((1, "table"), (PUBLISHED_IMAGES, "table"), (1 << 21, "table"), ((1 << 21) + 1, "keyed")):
+        assert V2.for_images(images).order == V2.order_of(images) == order
+    for order in ("table", "keyed", "windows"):
+        assert dataclasses.replace(V2, order=order).for_images(10**9).order == order
+    with pytest.raises(RecipeError, match="order is 'any': use one of auto, table, keyed, windows"):
+        dataclasses.replace(V2, order="any")
+    with pytest.raises(RecipeError, match="window_shards is 0: use a whole number"):
+        dataclasses.replace(V2, window_shards=0)
+
+
 def test_a_number_of_keys_stays_and_auto_must_meet_data_first() -> None:
     given = dataclasses.replace(V2, queue_size=100)
-    assert given.for_images(7) == given and given.check_queue() == 100
+    assert given.for_images(7) == dataclasses.replace(given, order="table") and given.check_queue() == 100
     auto = dataclasses.replace(V2, queue_size="auto")
     assert Recipe.from_dict(json.loads(json.dumps(auto.as_dict()))) == auto
     with pytest.raises(RecipeError, match="queue_size is 'auto': .* recipe.for_images"):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastmoco.contrast.parts import part
 from fastmoco.contrast.shuffle import positives, start_unshuffle
 from fastmoco.contrast.views import Views
-from fastmoco.data.plan import BANK_STREAM, hash_words
+from fastmoco.data.draws import BANK_STREAM, hash_words
 from fastmoco.encoder import Encoder
 from fastmoco.kernels.enqueue import cost as enqueue_cost
 from fastmoco.kernels.enqueue import enqueue

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -18,7 +19,7 @@ def folder() -> Path:
     return Path(home, "fastmoco")
 
 
-def load(path: Path) -> dict[str, np.ndarray] | None:
+def load(path: Path | BinaryIO) -> dict[str, np.ndarray] | None:
     """The arrays of a file, or None where it is missing or damaged."""
     try:
         with np.load(path, allow_pickle=False) as data:

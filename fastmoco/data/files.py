@@ -92,6 +92,11 @@ class Files:
 
 def find_files(source: str, shown: str, rejected: Rejected) -> Files:
     """The files of `source`, an absolute path that messages call `shown`; what is no file goes to `rejected`."""
+    return with_members(*find_sources(source, shown, rejected), rejected)
+
+
+def find_sources(source: str, shown: str, rejected: Rejected) -> tuple[Files, list[str]]:
+    """Files of their own in `source`, and the paths of its archives, sorted, which are not looked into."""
     if os.path.isdir(source):
         files, archives = _walk(source, rejected)
     elif source.endswith(tars.ENDING) and os.path.isfile(source):
@@ -100,7 +105,12 @@ def find_files(source: str, shown: str, rejected: Rejected) -> Files:
         files, archives = _listed(source, rejected)
     else:
         raise DataError(f"{shown}: no such folder, list of files or tar", exit_code=2)
-    for archive in sorted(archives):
+    return files, sorted(archives)
+
+
+def with_members(files: Files, archives: list[str], rejected: Rejected) -> Files:
+    """`files` and what the archives hold, sorted by path; DataError if an archive is no sound tar."""
+    for archive in archives:
         files.add_archive(archive, rejected)
     files.sort()
     return files

@@ -32,6 +32,7 @@ from fastmoco.data.manifest import DataError, Manifest
 from fastmoco.data.pipeline import Decoding, Pipeline
 from fastmoco.data.plan import Plan, centre_boxes
 from fastmoco.data.quarantine import Quarantine
+from fastmoco.data.remote import RemoteShards
 from fastmoco.data.request import UNREADABLE, Repair, Request, fault, read
 from fastmoco.data.rewrite import Damaged, Reading
 from fastmoco.environment import share_of_cores
@@ -261,10 +262,29 @@ def _finish(thread: threading.Thread, slots: threading.Semaphore, closed: thread
 
 def _training(source: _Source, plan: Plan, steps: range, loading: Loading) -> Generator:
     mine = slice(plan.rank * plan.per_rank, (plan.rank + 1) * plan.per_rank)
-    wanted = ((step, plan.samples(step)[mine]) for step in steps)
+    wanted = ((step, plan.samples(step)[mine]) for step in announced(source.manifest, plan, steps))
     with _crops(source, wanted, len(plan.views), plan.per_rank, plan.recipe, loading) as crops_of_steps:
         for step, crops in zip(steps, crops_of_steps, strict=True):
             yield *assemble(plan, step, crops, source.shown(step, plan.samples(step)[mine])), _event(source.device)
+
+
+def announced(images: Manifest, plan: Plan, steps: range) -> Iterator[int]:
+    """The steps; before each, remote shards of its window and of the next one begin to be fetched."""
+    remote, shards = images.source, images.shards
+    if not isinstance(remote, RemoteShards) or plan.recipe.order != "windows" or shards is None:
+        yield from steps
+        return
+    window = len(images) * plan.recipe.window_shards // len(images.archives)
+    said: list[str] = []
+    try:
+        for step in steps:
+            names = [images.archives[shard] for each in plan.windows(step, ahead=window) for shard in each.tolist()]
+            if names != said:
+                remote.fetch_ahead(names)
+            said = names
+            yield step
+    finally:
+        remote.close()
 
 
 def _evaluation(source: _Source, recipe: Recipe, batches: list[np.ndarray], loading: Loading) -> Generator:

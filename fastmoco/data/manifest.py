@@ -14,18 +14,24 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from fastmoco.data import cache as kept
+from fastmoco.data import shard_set
 from fastmoco.data.errors import DataError
-from fastmoco.data.files import Files, find_files
-from fastmoco.data.probe import VERSION, Header, probe
+from fastmoco.data.file_results import Checked, Results
+from fastmoco.data.files import Files, find_sources, with_members
+from fastmoco.data.image_table import ImageTable, Names, natural
+from fastmoco.data.order import ShardRows
+from fastmoco.data.probe import Header, probe
+from fastmoco.data.remote import RemoteShards
+from fastmoco.data.shard_source import Fetching, LocalShards, Shard, Source, as_url, indexed
 from fastmoco.data.tars import ENDING
 from fastmoco.environment import share_of_cores
-from fastmoco.recipe import Recipe
+from fastmoco.recipe import TABLE_UP_TO, Recipe
 
 NAME = "images.npz"  # of a run's own copy
 TRAIN_NAMES, VAL_NAMES = ("train",), ("val", "valid", "validation", "test")
@@ -36,15 +42,6 @@ CHUNK_FILES = 256  # files per task of the header threads
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many files are done and how many there are."""
-
-
-class Checked(NamedTuple):
-    """What decoding an image came to."""
-
-    reason: str
-    """Why it cannot be decoded, or ""."""
-    span: int
-    """Levels, of 255, between its darkest and its brightest pixels."""
 
 
 Decode = Callable[["Manifest", "int | None"], Iterable[Checked]]
@@ -83,6 +80,8 @@ class Manifest:
     """uint8 [n]: levels between the darkest and the brightest pixels of each, where a scan has decoded them."""
     places: np.ndarray | None = None
     """int64 [n, 3]: archive (-1 for a file of its own), offset in it and bytes; None without archives."""
+    source: Source | None = None
+    """What reads the archives, where they are remote or many."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -92,8 +91,12 @@ class Manifest:
         number = -1 if self.places is None else self.places[index, 0]
         return os.path.join(self.root if number < 0 else self._archive(number), self.paths[index])
 
+    def name(self, index: int) -> str:
+        """What an image is called in records: its entry in `paths`, which is its own."""
+        return self.paths[index]
+
     def find(self, path: str) -> int | None:
-        """Index of the image with that entry in `paths`, or None."""
+        """Index of the image of that name, or None."""
         index = bisect.bisect_left(self.paths, path)
         return index if index < len(self.paths) and self.paths[index] == path else None
 
@@ -103,11 +106,23 @@ class Manifest:
         if number < 0:
             with open(self.path(index), "rb", buffering=0) as file:
                 return np.frombuffer(file.read(), np.uint8)
+        if self.source is not None:
+            return self.source.read(self.archives[number], offset, size)
         with open(self._archive(number), "rb", buffering=0) as file:
             return np.frombuffer(os.pread(file.fileno(), size, offset), np.uint8)
 
+    @cached_property
+    def shards(self) -> ShardRows | None:
+        """Which images each archive holds, in its order; None where some image is in none."""
+        if self.places is None or (self.places[:, 0] < 0).any():
+            return None
+        counts = np.bincount(self.places[:, 0], minlength=len(self.archives))
+        return ShardRows(np.concatenate([[0], np.cumsum(counts)]), np.lexsort((self.places[:, 1], self.places[:, 0])))
+
     def gone(self) -> str:
         """Why the images cannot be there at all: no folder, no archive, or none of a few can be read; or ""."""
+        if as_url(self.root):
+            return ""  # a read that fails says what is wrong
         if not os.path.isdir(self.root):
             return f"{self.root}: no such folder"
         lost = next((name for name in self.archives if not os.path.isfile(os.path.join(self.root, name))), None)
@@ -149,20 +164,36 @@ class Manifest:
             archives=kept.packed(self.archives),
             root=kept.packed([self.root]),
             sizes=self.sizes,
+            **_rows_of(self.source),
             **{name: value for name, value in optional.items() if value is not None},
         )
 
+    def content(self) -> Iterator[bytes]:
+        """What two machines must agree on: names and sizes, or a digest of them."""
+        yield os.fsencode("\n".join(self.paths))
+        yield self.sizes.tobytes()
+
     @classmethod
-    def load(cls, path: str | os.PathLike, source: str | os.PathLike) -> Manifest:
+    def load(cls, path: str | os.PathLike, source: str | os.PathLike, fetching: Fetching = Fetching()) -> Manifest:
         """A saved manifest of `source`, which may have been moved; DataError where the file is damaged."""
         data = kept.load(Path(path))
         if data is None:
             raise DataError(f"{path} is missing or damaged: restore it, or start another run")
-        names = {name: kept.unpacked(data[name]) for name in ("paths", "classes", "archives")}
+        url = as_url(source)
         root = os.path.abspath(os.fspath(source))
         root = root if os.path.isdir(root) else os.path.dirname(root)
-        optional = {name: data.get(name) for name in ("labels", "places")}
-        loaded = cls(root=root, sizes=data["sizes"], **optional, **names)
+        reader: Source | None = None
+        if url:
+            reader = RemoteShards(url, fetching)
+            root = reader.root
+            reader.know(_shards_from(data))
+        if "table" in data:
+            reader = reader or LocalShards(root, kept.unpacked(data["shards"]))
+            loaded: Manifest = ShardManifest.opened(reader, data)
+        else:
+            names = {name: kept.unpacked(data[name]) for name in ("paths", "classes", "archives")}
+            optional = {name: data.get(name) for name in ("labels", "places")}
+            loaded = cls(root=root, sizes=data["sizes"], source=reader, **optional, **names)
         if "prints" in data:  # runs of older versions have none
             loaded.printed, loaded.root_before = (data["printed"], data["prints"]), kept.unpacked(data["root"])[0]
         return loaded
@@ -178,6 +209,106 @@ class Manifest:
         return os.path.join(self.root, self.archives[number])
 
 
+class ShardManifest(Manifest):
+    """Images in a table that processes share, in the order of the shards and of their places in them.
+
+    `paths` are the names of the members, which another shard may hold too; `name` tells shard and member.
+    """
+
+    @classmethod
+    def of(cls, reader: Source, table: ImageTable, shards: Sequence[Shard], max_pixels: int) -> ShardManifest:
+        """The images of `table`, read by `reader`."""
+        found = cls(
+            root=reader.root,
+            paths=Names(table),
+            sizes=table.sizes(),
+            labels=table.labels(),
+            classes=table.classes,
+            rejected=table.left_out,
+            bytes=table.bytes,
+            archives=table.shards,
+            transparent=table.transparent,
+            places=table.places(),
+            source=reader,
+        )
+        found.table, found.rows, found.max_pixels = table, list(shards), max_pixels
+        return found
+
+    @classmethod
+    def opened(cls, reader: Source, data: dict[str, np.ndarray]) -> ShardManifest:
+        """From what `save` wrote; DataError where the shards hold other images now."""
+        shards, max_pixels = _shards_from(data), int(data["max_pixels"])
+        table = shard_set.table_of(reader, shards, max_pixels)
+        if table.digest != kept.unpacked(data["table"])[0]:
+            raise DataError(f"{reader.root}: its shards hold other images than when the run was started")
+        return cls.of(reader, table, shards, max_pixels)
+
+    @cached_property
+    def shards(self) -> ShardRows:
+        """Which images each shard holds: rows are images."""
+        return ShardRows(self.table.starts)
+
+    def name(self, index: int) -> str:
+        """Shard and member."""
+        return f"{self.archives[int(self.places[index][0])]}/{self.paths[index]}"
+
+    def find(self, path: str) -> int | None:
+        """Index of the image of that name, or None."""
+        for number, archive in enumerate(self.archives):
+            if path.startswith(f"{archive}/"):
+                first, last = self.table.starts[number : number + 2].tolist()
+                names = self.table.names_from(first, last)
+                member = path[len(archive) + 1 :]
+                return first + names.index(member) if member in names else None
+        return None
+
+    def path(self, index: int) -> str:
+        """Full path of an image, for messages."""
+        return os.path.join(self.root, self.name(index))
+
+    def gone(self) -> str:
+        """Why the images cannot be there at all: no folder, or none of a few shards is there; or ""."""
+        if as_url(self.root) or any(map(self._is_readable, self._few())):
+            return ""
+        return f"{self.path(0)}: cannot be read, nor can any of a few images all over the set"
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write what `load` needs: the shards, the digest of their images, and prints of a few."""
+        few = [index for index in self._few() if self._is_readable(index)]
+        kept.write(
+            Path(path),
+            table=kept.packed([self.table.digest]),
+            max_pixels=np.array(self.max_pixels),
+            root=kept.packed([self.root]),
+            printed=np.array(few, np.int64),
+            prints=np.array([_print_of(self, index) for index in few], np.uint8).reshape(-1, 32),
+            **_columns(self.rows),
+        )
+
+    def content(self) -> Iterator[bytes]:
+        """The digest of the table."""
+        yield bytes.fromhex(self.table.digest)
+
+
+def _columns(shards: Sequence[Shard]) -> dict[str, np.ndarray]:
+    return {
+        "shards": kept.packed(shard.name for shard in shards),
+        "shard_bytes": np.array([shard.bytes for shard in shards], np.int64),
+        "shard_stamps": kept.packed(shard.stamp for shard in shards),
+        "shard_digests": kept.packed(shard.digest for shard in shards),
+    }
+
+
+def _rows_of(reader: Source | None) -> dict[str, np.ndarray]:
+    return _columns(list(reader.known.values())) if isinstance(reader, RemoteShards) else {}
+
+
+def _shards_from(data: dict[str, np.ndarray]) -> list[Shard]:
+    texts = (kept.unpacked(data[name]) for name in ("shards", "shard_stamps", "shard_digests"))
+    names, stamps, digests = texts
+    return [Shard(*row) for row in zip(names, data["shard_bytes"].tolist(), stamps, digests, strict=True)]
+
+
 def _print_of(images: Manifest, index: int) -> np.ndarray:
     try:
         data = images.read(index).tobytes()
@@ -188,6 +319,8 @@ def _print_of(images: Manifest, index: int) -> np.ndarray:
 
 def split(path: str | os.PathLike) -> tuple[str, str | None]:
     """Training part and validation part (or None) of a folder that has `train/` and perhaps `val/` or `test/`."""
+    if as_url(path):
+        return str(as_url(path)), None
     folder = Path(path)
     train = next((folder / name for name in TRAIN_NAMES if (folder / name).is_dir()), None)
     if train is None:
@@ -204,6 +337,7 @@ def scan(
     cache: bool = True,
     decode: Decode | None = None,
     progress: Progress | None = None,
+    fetching: Fetching = Fetching(),
 ) -> Manifest:
     """Manifest of a folder, a tar or a text list; DataError where nothing in it can be used.
 
@@ -212,12 +346,22 @@ def scan(
     tar stands for what it holds (`tars.py`). Hidden files and folders are passed over. `classes` fixes the numbering,
     so that a validation part agrees with its training part. Headers are read. `decode`
     (`full_scan.decoded_apart`) is given the images whose headers are good, and says of each in turn what decoding it
-    came to. Files that the cache knows are not opened.
+    came to. Files that the cache knows are not opened. A URL names shards that `fetching` tells how to fetch; many
+    shards are looked at one by one, and then share a table (`shard_set.py`).
     """
+    if as_url(path):
+        return _in_shards(RemoteShards(str(as_url(path)), fetching), classes, max_pixels, cache, progress)
     source = os.path.abspath(os.fspath(path))
     rejected: list[tuple[str, str]] = []
-    files = find_files(source, str(path), rejected)
-    known = _Results(files, source, max_pixels, cache)
+    listed = indexed(source)
+    if listed:  # what else lies there is the index
+        found, archives = Files(source), [os.path.join(source, name) for name in listed]
+    else:
+        found, archives = find_sources(source, str(path), rejected)
+    if decode is None and (listed or archives and not found.paths and shard_set.is_large(archives)):
+        return _in_shards(LocalShards.of(found.root, archives), classes, max_pixels, cache, progress)
+    files = with_members(found, archives, rejected)
+    known = Results(files, source, max_pixels, cache)
     _read_headers(files, known, max_pixels, threads, progress)
     if decode is not None:
         _decode(decode, files, known, threads, progress)
@@ -244,74 +388,36 @@ def scan(
     return manifest
 
 
-class _Results:
-    """What is known of each file: columns beside those of `Files`, kept for as long as size and time stay the same."""
-
-    COLUMNS = ("sizes", "codes", "decoded", "alpha", "spans")
-
-    def __init__(self, files: Files, source: str, max_pixels: int, cache: bool) -> None:
-        self.files, self.cache, self.changed = files, cache, False
-        key = f"{VERSION}\n{max_pixels}\n{source}"
-        self.path = kept.folder() / f"manifest-{hashlib.sha256(os.fsencode(key)).hexdigest()[:24]}.npz"
-        self.sizes = np.zeros((len(files), 2), np.int32)
-        self.codes = np.full(len(files), -1, np.int32)  # number of the reason, 0 for a good one, -1 for unknown
-        self.decoded = np.zeros(len(files), bool)
-        self.alpha = np.zeros(len(files), bool)
-        self.spans = np.zeros(len(files), np.uint8)
-        self.reasons = [""]
-        self._names = kept.packed(files.paths)
-        self._states = np.stack([files.bytes, files.times, _offsets(files)], 1)
-        data = kept.load(self.path) if cache else None
-        if data is not None:
-            self._look_up(data)
-
-    def note_header(self, index: int, header: Header) -> None:
-        """Take over what the header of a file tells."""
-        self.sizes[index], self.alpha[index] = header[:2], header.alpha
-        self._judge(index, header.reason)
-
-    def note_decoded(self, index: int, checked: Checked) -> None:
-        """Take over what decoding a file came to."""
-        self.decoded[index], self.spans[index] = True, checked.span
-        self.sizes[index] = (0, 0) if checked.reason else self.sizes[index]
-        self._judge(index, checked.reason)
-
-    def _judge(self, index: int, reason: str) -> None:
-        if reason not in self.reasons:
-            self.reasons.append(reason)
-        self.codes[index] = self.reasons.index(reason)
-        self.changed = True
-
-    def store(self) -> None:
-        """Keep everything, where there is anything new."""
-        if self.cache and self.changed:
-            kept.save(
-                self.path,
-                names=self._names,
-                states=self._states,
-                reasons=kept.packed(self.reasons),
-                **{name: getattr(self, name) for name in self.COLUMNS},
-            )
-
-    def _look_up(self, data: dict[str, np.ndarray]) -> None:
-        rows = np.arange(len(self.files))
-        if not np.array_equal(data["names"], self._names):
-            row = {name: i for i, name in enumerate(kept.unpacked(data["names"]))}
-            rows = np.array([row.get(name, -1) for name in self.files.paths], np.int64)
-            self.changed = True
-        fresh = rows >= 0
-        fresh[fresh] = (data["states"][rows[fresh]] == self._states[fresh]).all(1)
-        for name in self.COLUMNS:
-            getattr(self, name)[fresh] = data[name][rows[fresh]]
-        self.reasons = kept.unpacked(data["reasons"])
+def _in_shards(
+    reader: Source, classes: Sequence[str] | None, max_pixels: int, cache: bool, progress: Progress | None
+) -> Manifest:
+    shards = reader.shards()
+    table = shard_set.table_of(reader, shards, max_pixels, progress, cache)
+    if len(table) > TABLE_UP_TO:
+        return ShardManifest.of(reader, table, shards, max_pixels)
+    return _sorted_by_path(reader, table, classes)
 
 
-def _offsets(files: Files) -> np.ndarray:
-    return files.places[:, 1] if files.archives else np.zeros(len(files), np.int64)
+def _sorted_by_path(reader: Source, table: ImageTable, classes: Sequence[str] | None) -> Manifest:
+    """Few images in the order of their paths: the same from any source, however they are dealt out over shards."""
+    rows, places = table.rows(np.arange(len(table))), table.places()[:]
+    files = Files(reader.root, list(table.paths()), archives=table.shards)
+    files.labels = [None if code < 0 else table.met[code] for code in rows["label"].tolist()]
+    files.bytes, files.times, files.places = places[:, 2], np.arange(len(rows)), places[:, :2]
+    files.sort()  # the times tell which row went where
+    rejected = list(table.left_out)
+    good = _without_strays(files, np.arange(len(files)), rejected)
+    names, numbers = _number([files.labels[i] for i in good.tolist()], classes, reader.root)
+    chosen = [files.paths[i] for i in good.tolist()]
+    sizes = np.ascontiguousarray(rows["size"][files.times[good]])
+    manifest = Manifest(files.root, chosen, sizes, numbers, names, sorted(rejected), int(files.bytes[good].sum()))
+    manifest.places = np.concatenate([files.places[good], files.bytes[good, None]], 1)
+    manifest.archives, manifest.transparent, manifest.source = table.shards, table.transparent, reader
+    return manifest
 
 
 def _read_headers(
-    files: Files, known: _Results, max_pixels: int, threads: int | None, progress: Progress | None
+    files: Files, known: Results, max_pixels: int, threads: int | None, progress: Progress | None
 ) -> None:
     missing = np.flatnonzero(known.codes < 0).tolist()
 
@@ -343,7 +449,7 @@ def _in_threads(
                 progress(what, done, len(indices))
 
 
-def _decode(decode: Decode, files: Files, known: _Results, threads: int | None, progress: Progress | None) -> None:
+def _decode(decode: Decode, files: Files, known: Results, threads: int | None, progress: Progress | None) -> None:
     missing = np.flatnonzero((known.codes == 0) & ~known.decoded)
     if not len(missing):
         return
@@ -373,13 +479,9 @@ def _number(
     present = set(labels)
     if None in present or (classes is None and len(present) == 1):
         return [], None
-    names = list(classes) if classes is not None else sorted(present, key=_natural)
+    names = list(classes) if classes is not None else sorted(present, key=natural)
     unknown = sorted(present.difference(names))
     if unknown:
         raise DataError(f"{source}: class {unknown[0]!r} is not among the {len(names)} classes of the training part")
     number = {name: i for i, name in enumerate(names)}
     return names, np.array([number[label] for label in labels], np.int64)
-
-
-def _natural(name: str) -> tuple[bool, int, str]:
-    return (False, int(name), name) if name.isdecimal() else (True, 0, name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 
@@ -15,6 +17,7 @@ IMAGE_SIDE = 500  # pixels; the plan draws boxes and needs some size
 
 def noise_batch(recipe: Recipe, parallel: Parallel) -> Batch:
     """This rank's batch of step 0: random crops, with the parameters and the shuffle that the plan gives it."""
+    recipe = dataclasses.replace(recipe, order="auto")  # one by windows wants shards
     plan = Plan(recipe, np.full((recipe.batch_size, 2), IMAGE_SIDE, np.int32), parallel.world, parallel.rank)
     generator = torch.Generator().manual_seed(recipe.seed)
     shape = (len(plan.views), plan.per_rank, recipe.crop_size, recipe.crop_size, 3)

@@ -1,17 +1,20 @@
 """The plan: which samples, boxes, flips, photometric parameters and shuffles, as a pure function.
 
 Every draw is a counter-based hash of (seed, stream, epoch or step, sample, view, number of the draw). There is no
-generator and so no state: any step can be planned at any time, on any rank, in any order, with the same result.
+generator and so no state: any step can be planned at any time, on any rank, in any order, with the same result. The
+order of the images stands in `order.py`.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from fastmoco.data.draws import BOX_STREAM, PHOTOMETRIC_STREAM, SHUFFLE_STREAM, hash_words, uniform
+from fastmoco.data.order import ShardRows, order_for
 from fastmoco.recipe import Recipe, RecipeError
 
 # Columns of the photometric parameters. kernels/reference.py, which this module must not import because of torch,
@@ -20,53 +23,42 @@ FLIP, GRAY, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, SIGMA = range(8)
 GRAY_NEVER, GRAY_BEFORE_JITTER, GRAY_AFTER_JITTER = 0, 1, 2
 NO_JITTER = -1
 
-# Which part of the plan a hash belongs to. Appending is safe; renumbering changes every run.
-ORDER_STREAM, BOX_STREAM, PHOTOMETRIC_STREAM, SHUFFLE_STREAM, BANK_STREAM = range(5)
-
 BOX_TRIES = 10  # torchvision's RandomResizedCrop gives up after as many
 CENTRE_SHARE, CENTRE_FROM = 0.875, 64
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 # The 24 orders of brightness 0, contrast 1, saturation 2 and hue 3, each as four 2-bit codes, first one lowest.
 ORDER_CODES = np.array(
     [sum(op << 2 * place for place, op in enumerate(order)) for order in itertools.permutations(range(4))]
 )
 
 
-def hash_words(*words: int | np.ndarray) -> np.ndarray:
-    """Hash of broadcast non-negative words: uint64, at least one-dimensional.
+class Sizes(Protocol):
+    """Height and width of n images, int32 [n, 2]: an array, or a column of a file that is read where it is asked."""
 
-    Each word selects one output of a SplitMix64 generator (Steele, Lea and Flood, 2014) whose state is the hash of the
-    words before it.
-    """
-    state = np.zeros(1, np.uint64)
-    for word in words:
-        state = _mix(state + (np.atleast_1d(np.asarray(word)).astype(np.uint64) + np.uint64(1)) * GOLDEN)
-    return state
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, 2)."""
 
+    def __len__(self) -> int: ...
 
-def uniform(*words: int | np.ndarray) -> np.ndarray:
-    """Numbers in [0, 1) from the upper 53 bits of `hash_words`, float64."""
-    return (hash_words(*words) >> np.uint64(11)) * 2.0**-53
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    def __getitem__(self, rows: Any, /) -> np.ndarray: ...
 
 
 class Plan:
     """What each step of a run looks at.
 
-    `sizes` is int32 [n, 2], height and width of every image. A step's global batch has B = recipe.batch_size slots;
-    rank r holds query slots and key positions [r * B / world, (r + 1) * B / world). Steps count over the whole run.
-    Raises RecipeError if the batch does not split over the ranks, or the images do not fill one batch.
+    `sizes` is int32 [n, 2], height and width of every image, as an array or a column of a file. A step's global batch
+    has B = recipe.batch_size slots; rank r holds query slots and key positions [r * B / world, (r + 1) * B / world).
+    Steps count over the whole run. `shards` says which images each tar archive holds, for an order by windows of them.
+    Raises RecipeError if the batch does not split over the ranks, the images do not fill one batch, or the order needs
+    shards and there are none.
     """
 
-    def __init__(self, recipe: Recipe, sizes: np.ndarray, world: int = 1, rank: int = 0) -> None:
+    def __init__(
+        self, recipe: Recipe, sizes: Sizes, world: int = 1, rank: int = 0, shards: ShardRows | None = None
+    ) -> None:
         self.recipe, self.world, self.rank = recipe, world, rank
         self.per_rank = recipe.check_ranks(world)
-        self.sizes = np.ascontiguousarray(sizes, np.int32).reshape(-1, 2)
+        self.sizes = np.ascontiguousarray(sizes, np.int32).reshape(-1, 2) if isinstance(sizes, np.ndarray) else sizes
         if len(self.sizes) < recipe.batch_size:
             unit = world * max(1, recipe.bn_group)
             fitting = len(self.sizes) // unit * unit
@@ -78,7 +70,7 @@ class Plan:
                 f"batch_size {recipe.batch_size} is more than the {len(self.sizes)} images there are: {remedy}"
             )
         self.steps_per_epoch = len(self.sizes) // recipe.batch_size
-        self._orders: dict[int, np.ndarray] = {}
+        self._order = order_for(recipe, len(self.sizes), shards)
 
     @property
     def key_views(self) -> tuple[int, ...]:
@@ -106,18 +98,19 @@ class Plan:
 
     def order(self, epoch: int) -> np.ndarray:
         """Permutation of all samples in `epoch`, int64 [n]."""
-        order = self._orders.get(epoch)
-        if order is None:
-            keys = hash_words(self.recipe.seed, ORDER_STREAM, epoch, np.arange(len(self.sizes)))
-            order = np.argsort(keys, kind="stable")
-            # Two are kept: files of the next epoch are read while the last batches of this one are being assembled.
-            self._orders = {**dict([*self._orders.items()][-1:]), epoch: order}
-        return order
+        return self._order(epoch, np.arange(len(self.sizes)))
 
     def samples(self, step: int) -> np.ndarray:
         """Samples in the slots of the global batch, int64 [B]. The incomplete batch at an epoch's end is left out."""
         first = step % self.steps_per_epoch * self.recipe.batch_size
-        return self.order(self.epoch(step))[first : first + self.recipe.batch_size]
+        return self._order(self.epoch(step), np.arange(first, first + self.recipe.batch_size))
+
+    def windows(self, step: int, ahead: int = 0) -> list[np.ndarray]:
+        """Shards int64 [at most W] of each window that `step` shows images of, and of those in the `ahead` images after
+        them in the same epoch; nothing where the order has no windows."""
+        first = step % self.steps_per_epoch * self.recipe.batch_size
+        last = min(first + self.recipe.batch_size + ahead, self.steps_per_epoch * self.recipe.batch_size)
+        return self._order.windows(self.epoch(step), first, last)
 
     def boxes(self, epoch: int, samples: np.ndarray, view: int) -> np.ndarray:
         """Crop boxes (top, left, height, width), int32 [m, 4]: torchvision's RandomResizedCrop.

@@ -27,11 +27,11 @@ class Record(NamedTuple):
     step: int
     """First step that does without the sample."""
     file: str
-    """Path of the sample in the manifest."""
+    """Name of the sample in the manifest."""
     reason: str
     """Why it cannot be used."""
     substitute: str
-    """Path of the sample that took its place in that step."""
+    """Name of the sample that took its place in that step."""
 
 
 class Quarantine:
@@ -84,8 +84,7 @@ class Quarantine:
         known = self._is_bad(sample, step)
         self._note(sample, step)
         substitute = self._substitute(sample, step)
-        paths = self.manifest.paths
-        record = Record(step, paths[sample], reason, paths[substitute])
+        record = Record(step, self.manifest.name(sample), reason, self.manifest.name(substitute))
         if not known and not self._is_written(record):
             self._append(record)
             self.news.append(record)

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fastmoco import atomic
-from fastmoco.data import manifest
+from fastmoco.data import manifest, shard_scan
 from fastmoco.data.full_scan import decoded_apart
 from fastmoco.data.manifest import ONE_COLOUR, SMALL_RANGE, Manifest
 from fastmoco.data.rewrite import Reading
@@ -36,11 +36,20 @@ def run(options: DataScan) -> None:
             continue
         began = time.perf_counter()
         with Bar() as bar:
-            found = manifest.scan(
-                path, classes=classes, max_pixels=options.max_pixels, decode=decode, cache=remember, progress=bar.show
-            )
-        classes = found.classes or None
-        parts[name] = facts(found, options.full) | {"seconds": time.perf_counter() - began}
+            if shard_scan.concerns(options, path):
+                part = shard_scan.facts(options, path, bar.show)
+            else:
+                found = manifest.scan(
+                    path,
+                    classes=classes,
+                    max_pixels=options.max_pixels,
+                    decode=decode,
+                    cache=remember,
+                    progress=bar.show,
+                )
+                classes = found.classes or None
+                part = facts(found, options.full)
+        parts[name] = part | {"seconds": time.perf_counter() - began}
         print("\n".join(_lines(name if val else "images", parts[name])))
     if options.json is not None:
         atomic.write_json(options.json, parts)
@@ -106,7 +115,8 @@ class Bar:
 def _lines(title: str, part: dict[str, Any]) -> list[str]:
     counts = sorted(part["classes"].values())
     classes = f"{len(counts)}, of {counts[0]} to {counts[-1]} images" if counts else "none: only kNN needs them"
-    archives = f" in {part['archives']} archives" if part["archives"] else ""
+    some = f" of {part['of']}" if part.get("of", part["archives"]) != part["archives"] else ""
+    archives = f" in {part['archives']}{some} archives" if part["archives"] else ""
     how = "each decoded once" if part["decoded"] else "headers only: --full decodes each"
     return [
         f"{title:<12}{part['images']}{archives} in {part['root']} ({part['bytes'] / GIB:.3g} GiB)",
@@ -131,7 +141,8 @@ def _remarks(part: dict[str, Any]) -> list[str]:
     texts = {"one_colour": "nearly one colour", "small_range": f"use at most {SMALL_RANGE} of 255 levels"}
     for name, text in texts.items():
         if part[name]["images"]:
-            lines.append(f"  seen      {part[name]['images']} {text}, as {part[name]['first']}")
+            example = f", as {part[name]['first']}" if part[name]["first"] else ""
+            lines.append(f"  seen      {part[name]['images']} {text}{example}")
     if len(lines) > bool(part["transparent"]):
         lines.append("            where numbers do not span their type (12 bits in 16), give --value-range LOW HIGH")
     return lines

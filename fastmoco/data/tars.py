@@ -66,6 +66,11 @@ def index(path: str) -> Members:
     return members
 
 
+def contents(path: str) -> Members:
+    """Members of an archive, read now and not kept. Raises DataError if it is no tar."""
+    return _read(path, os.stat(path))
+
+
 class _Contents:
     """What is found in an archive, member by member; of two with the same name the later one counts, as for tar."""
 

@@ -73,6 +73,7 @@ def training_recipe(recipe: Recipe, protocol: Protocol) -> Recipe:
         bn_group=1,
         epochs=protocol.epochs,
         seed=protocol.seed,
+        order="auto",
         symmetric=False,
         same_view_negatives=False,
         shuffle_bn=False,

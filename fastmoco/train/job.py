@@ -13,11 +13,13 @@ import numpy as np
 from fastmoco.data import manifest, synthetic
 from fastmoco.data.errors import DataError
 from fastmoco.data.loader import Loading
-from fastmoco.data.manifest import Manifest
+from fastmoco.data.manifest import Manifest, ShardManifest
 from fastmoco.data.plan import Plan
+from fastmoco.data.remote import RemoteShards
+from fastmoco.data.shard_source import Fetching, as_url
 from fastmoco.environment import share_of_cores
 from fastmoco.kernels.convolution import instructions
-from fastmoco.options import Options, check_places, restarted
+from fastmoco.options import Options, UsageError, check_places, restarted
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 
@@ -53,7 +55,8 @@ class Job:
     @cached_property
     def plan(self) -> Plan:
         """Which images each step of this rank sees."""
-        return Plan(self.recipe, self.train_set.sizes, self.parallel.world, self.parallel.rank)
+        images = self.train_set
+        return Plan(self.recipe, images.sizes, self.parallel.world, self.parallel.rank, images.shards)
 
     @property
     def total(self) -> int:
@@ -82,6 +85,7 @@ def prepare(recipe: Recipe, options: Options, preset: str, parallel: Parallel) -
     train_set, val_set, notes = _images(options, recipe.max_pixels)
     settled = recipe.for_images(len(train_set))
     notes += _queue_notes(recipe, settled, len(train_set)) + _settings_notes(settled, train_set, parallel)
+    notes += _decide_fetching(train_set, settled)
     if train_set.transparent and settled.background != "ignore":
         notes.append(
             f"{train_set.transparent} images have transparency: shown over {settled.background} (--background)"
@@ -95,11 +99,15 @@ def places(options: Options, preset: str, parallel: Parallel) -> Options:
     return dataclasses.replace(
         options,
         # Absolute, so that the run finds them when it is resumed from another folder.
-        data=Path(os.path.abspath(options.data or synthetic.make(DEMO_IMAGES))),
+        data=_place(options.data or synthetic.make(DEMO_IMAGES)),
         val=None if options.val is None else Path(os.path.abspath(options.val)),
         start_from=None if options.start_from is None else Path(os.path.abspath(options.start_from)),
         out=Path(options.out or fresh(RUNS / preset)),
     )
+
+
+def _place(data: Path) -> Path:
+    return data if as_url(data) else Path(os.path.abspath(data))
 
 
 def fresh(path: Path) -> Path:
@@ -117,16 +125,38 @@ def _images(options: Options, max_pixels: int) -> tuple[Manifest, Manifest | Non
     kept = options.out / manifest.NAME
     # A run keeps its samples, and so its plan, when files are lost or added between two of its parts.
     if kept.exists():
-        if not os.path.exists(train):
+        if not as_url(train) and not os.path.exists(train):
             raise DataError(f"{train}: no such folder, list or tar: {BRING_BACK}")
-        images = Manifest.load(kept, train)
+        images = Manifest.load(kept, train, _fetching(options))
         notes = _found_again(images)
     else:
-        images, notes = manifest.scan(train, max_pixels=max_pixels), []
+        images, notes = manifest.scan(train, max_pixels=max_pixels, fetching=_fetching(options)), []
     if images.rejected:
         notes.append(f"{len(images.rejected)} files were left out: fastmoco data scan {options.data} lists them")
     against, note = _validation(options.val or val, images, options, max_pixels)
     return images, against, notes + note
+
+
+def _fetching(options: Options) -> Fetching:
+    return Fetching(options.cache_gb, options.cache_dir, options.retry_seconds)
+
+
+def _decide_fetching(images: Manifest, recipe: Recipe) -> list[str]:
+    """Whole shards where all their images will be wanted soon, and else ranges; UsageError if a window has no room."""
+    source = images.source
+    if not isinstance(source, RemoteShards):
+        return []
+    sizes = sorted((shard.bytes for shard in source.known.values()), reverse=True)
+    room = source.cache.limit if source.cache else 0
+    window = sum(sizes[: recipe.window_shards])
+    if recipe.order == "windows" and window > room:
+        raise UsageError(
+            f"--cache-gb {room / 1e9:g} does not hold a window of {recipe.window_shards} shards ({window / 1e9:.3g} "
+            f"GB): give more, best twice as much, or fewer --window-shards"
+        )
+    source.whole = recipe.order == "windows" or sum(sizes) <= room
+    how = f"whole, kept in {source.cache.folder}" if source.cache and source.whole else "image by image"
+    return [f"{len(sizes)} shards of {sum(sizes) / 1e9:.3g} GB in {source.root}: fetched {how}"]
 
 
 def _found_again(images: Manifest) -> list[str]:
@@ -151,6 +181,8 @@ def _validation(
     """Images for kNN, or None and the reason in a line: what only watches a run never stops it."""
     if not options.knn:
         return None, []
+    if isinstance(images, ShardManifest):
+        return None, [f"no kNN evaluation: {len(images)} images are too many to vote; see evaluate knn --data"]
     if val is None or images.labels is None:
         why = "no val/ folder beside train/, nor --val" if val is None else f"no classes in {images.root}"
         return None, [f"no kNN evaluation: {why}"]

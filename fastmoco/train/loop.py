@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import os
 import shutil
 import sys
 import time
@@ -233,9 +232,7 @@ class Run:
 
     def _agree_on_the_start(self) -> None:
         # Machines that see other files, or another newest checkpoint, would train on different things.
-        files = agreement.bytes_digest(
-            os.fsencode("\n".join(self.job.train_set.paths)), self.job.train_set.sizes.tobytes()
-        )
+        files = agreement.bytes_digest(*self.job.train_set.content())
         agreement.compare(self.parallel, {"the list of images": files, "the step to go on from": self.done})
         agreement.check(self.step, self.plan, self.done)
 

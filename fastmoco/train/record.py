@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastmoco import atomic, environment
+from fastmoco.data.shard_source import as_url
 from fastmoco.options import Options, UsageError, restarted
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS, Recipe
@@ -28,7 +29,7 @@ def write(job: Job, precision: str, done: int) -> None:
         "preset": job.preset,
         "recipe": job.recipe.as_dict(),
         "options": {
-            name: str(value) if isinstance(value, Path) else value
+            name: (as_url(value) or str(value)) if isinstance(value, Path) else value
             for name, value in dataclasses.asdict(job.options).items()
         },
         "ranks": job.parallel.world,
@@ -75,6 +76,8 @@ def _changes(job: Job) -> str:
     changed |= {name: value for name, value in options.items() if value != getattr(Options(), name, None)}
     for name in ("out", "resume"):  # told in lines of their own
         changed.pop(name, None)
+    if preset.order_of(len(job.train_set)) == job.recipe.order:
+        changed.pop("order", None)
     return ", ".join(f"{name} {value}" for name, value in changed.items())
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmoco.contrast.step import Step
-from fastmoco.data.plan import BANK_STREAM, hash_words
+from fastmoco.data.draws import BANK_STREAM, hash_words
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastmoco.contrast.dictionary import Draw
-from fastmoco.data.plan import BANK_STREAM, hash_words
+from fastmoco.data.draws import BANK_STREAM, hash_words
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**63 - 1])

@@ -163,7 +163,8 @@ def test_benchmark_as_many_images_as_imagenet(
 ) -> None:
     """Building the manifest from a listing and cached headers, loading a run's copy, and planning the first batch."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(manifest, "find_files", lambda *_: listing(IMAGENET))
+    monkeypatch.setattr(manifest, "find_sources", lambda *_: (listing(IMAGENET), []))
+    monkeypatch.setattr(manifest, "with_members", lambda found, *_: found)
     monkeypatch.setattr(manifest, "probe", lambda *_: Header(375, 500))
     with growth() as grown:
         found = scan(tmp_path)  # headers and all, the cache still empty

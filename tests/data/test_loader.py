@@ -24,8 +24,9 @@ from PIL import Image
 
 from fastmoco.bench.loader import pillow
 from fastmoco.data import loader as loader_module
-from fastmoco.data import plan as plan_module
+from fastmoco.data import order as order_module
 from fastmoco.data.batch import Batch
+from fastmoco.data.draws import ORDER_STREAM
 from fastmoco.data.loader import Background, EvaluationLoader, Loader, Loading
 from fastmoco.data.manifest import Manifest, scan
 from fastmoco.data.plan import Plan, centre_boxes
@@ -86,22 +87,17 @@ def test_starting_later_is_skipping(photo_manifest: Manifest, start: int) -> Non
 
 def test_an_epochs_order_is_computed_once(photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Although the reader is ahead of what is assembled; the control: a plan that remembers one epoch computes more."""
-    computed, original = [], plan_module.hash_words
+    computed, original = [], order_module.hash_words
 
     def count(*words: object) -> np.ndarray:
-        computed.extend([words[2]] if words[1] == plan_module.ORDER_STREAM and len(words) == 4 else [])
+        computed.extend([words[2]] if words[1] == ORDER_STREAM and len(words) == 4 else [])
         return original(*words)
 
     recipe = dataclasses.replace(RECIPE, batch_size=16)
-    monkeypatch.setattr(plan_module, "hash_words", count)
+    monkeypatch.setattr(order_module, "hash_words", count)
     batches(photo_manifest, recipe, range(18))
     assert computed == [0, 1, 2]
-
-    def forget(self: Plan, epoch: int, order: object = Plan.order) -> np.ndarray:
-        self._orders = {known: rows for known, rows in self._orders.items() if known == epoch}
-        return order(self, epoch)
-
-    monkeypatch.setattr(Plan, "order", forget)
+    monkeypatch.setattr(order_module, "_newest", lambda kept: {})
     batches(photo_manifest, recipe, range(18))
     assert len(computed) > 6
 

@@ -11,7 +11,8 @@ import pytest
 from scipy import stats
 
 from fastmoco.data import plan as plan_module
-from fastmoco.data.plan import Plan, centre_boxes, hash_words, route, uniform
+from fastmoco.data.draws import hash_words, uniform
+from fastmoco.data.plan import Plan, centre_boxes, route
 from fastmoco.kernels import reference
 from fastmoco.recipe import PRESETS, Augmentation, Recipe, RecipeError
 

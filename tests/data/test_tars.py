@@ -343,3 +343,15 @@ def test_of_two_members_of_one_name_the_later_counts(tmp_path: Path) -> None:
     found = scan(make(tmp_path / "twice.tar", ("x.jpg", JPEG), ("x.jpg", other), (".hidden/y.jpg", JPEG)))
     assert found.paths == ["x.jpg"] and bytes(found.read(0)) == other
     assert found.rejected == [("x.jpg", "replaced by a later member of the same name")]
+
+
+def test_windows_take_the_images_of_few_archives_at_a_time(shards: Path, by_class: Path) -> None:
+    found = scan(shards)
+    recipe = dataclasses.replace(RECIPE, batch_size=8, order="windows", window_shards=1)
+    plan = Plan(recipe, found.sizes, shards=found.shards)
+    with Loader(found, plan, ALONE, range(plan.steps_per_epoch)) as loader:
+        seen = np.concatenate([batch.sample for batch in loader])
+    homes = found.places[seen, 0]
+    assert len(np.unique(seen)) == 104 == len(found) and np.count_nonzero(np.diff(homes)) == 2
+    assert sorted(found.paths[i] for i in seen.tolist()) == found.paths
+    assert scan(by_class).shards is None  # files of their own stand in no archive

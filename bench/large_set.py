@@ -1,0 +1,190 @@
+"""`python -m fastmoco.bench.large_set FOLDER`: what 100 million images cost before one of them is read.
+
+FOLDER takes about 65 bytes for each image, and is emptied at the end. Measured are the table of a set of made-up shards
+(build, open, plan of a step, the end of an epoch, restart) in 1 and 8 processes, and the same of a manifest of Python
+strings at the sizes of --lists. Memory is the proportional set size (PSS): a page that 8 processes share counts an
+eighth in each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastmoco import environment
+from fastmoco.data import image_table, pieces, shard_set
+from fastmoco.data.image_table import RECORD, ImageTable, Piece
+from fastmoco.data.manifest import Manifest, ShardManifest
+from fastmoco.data.plan import Plan
+from fastmoco.data.shard_source import LocalShards, Shard
+from fastmoco.recipe import PRESETS, Recipe
+
+PER_SHARD, CLASSES = 10_000, 1000
+RECIPE = PRESETS["v2"][1]
+STEPS = 200
+MB = 1e6
+
+
+def shards_of(images: int) -> list[Shard]:
+    """Made-up shards of PER_SHARD images."""
+    return [Shard(f"{number:06d}.tar", PER_SHARD * 102_400, str(number)) for number in range(images // PER_SHARD)]
+
+
+def made_up(shards: list[Shard]) -> Iterator[tuple[str, int, Piece]]:
+    """Their images: names of 29 bytes, each its own."""
+    records = np.zeros(PER_SHARD, RECORD)
+    records["offset"], records["bytes"] = np.arange(PER_SHARD) * 102_400 + 1536, 100_000
+    records["size"] = np.random.default_rng(0).integers(200, 600, (PER_SHARD, 2))
+    labels = [f"class{i % CLASSES:04d}" for i in range(PER_SHARD)]
+    first = pieces.made(records, [f"{label}/000000_{i:07d}.jpg" for i, label in enumerate(labels)], labels)
+    names = first.names.reshape(PER_SHARD, -1)
+    for number, shard in enumerate(shards):
+        own = names.copy()
+        own[:, 10:16] = np.frombuffer(f"{number:06d}".encode(), np.uint8)
+        yield shard.name, shard.bytes, first._replace(names=own.reshape(-1))
+
+
+def proportional() -> float:
+    """MB of this process, shared pages by share."""
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return int(text.split("\nPss:")[1].split()[0]) / 1000
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds and result."""
+    began = time.perf_counter()
+    result = work()
+    return time.perf_counter() - began, result
+
+
+def planned(images: Manifest, recipe: Recipe) -> dict[str, float]:
+    """Milliseconds of a step's plan: samples, boxes, photometric parameters and places; and at an epoch's end."""
+    first, plan = timed(lambda: _step(Plan(recipe, images.sizes, shards=images.shards), images, 0))
+    end = plan.steps_per_epoch
+    plan = Plan(recipe, images.sizes, shards=images.shards)
+    _step(plan, images, 1)
+    some = np.random.default_rng(0).integers(2, end, STEPS).tolist()
+    before = time.process_time()
+    inside = [timed(partial(_step, plan, images, step))[0] for step in some]
+    busy = time.process_time() - before
+    turn, _ = timed(lambda: _step(plan, images, end))
+    return {
+        "first_ms": 1e3 * first,
+        "step_ms": 1e3 * float(np.median(inside)),
+        "step_cpu_ms": 1e3 * busy / STEPS,  # which other work on the machine hardly changes
+        "slow_step_ms": 1e3 * float(np.quantile(inside, 0.95)),
+        "epoch_turn_ms": 1e3 * turn,
+    }
+
+
+def _step(plan: Plan, images: Manifest, step: int) -> Plan:
+    samples, epoch = plan.samples(step), plan.epoch(step)
+    for view in plan.views:
+        plan.boxes(epoch, samples, view), plan.photometric(epoch, samples, view)
+    if images.places is not None:
+        images.places[samples]
+    return plan
+
+
+def opened(run: Path, source: str, order: str) -> dict[str, float]:
+    """What a rank does when a run is restarted: reads its own copy, opens the table, plans."""
+    before = proportional()
+    seconds, images = timed(lambda: Manifest.load(run, source))
+    facts = planned(images, dataclasses.replace(RECIPE, order=order))
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    sys.stdin.readline()  # until the others are as far
+    return {"restart_s": seconds, **facts, "pss_mb": proportional() - before}
+
+
+def together(processes: int, run: Path, source: str, order: str) -> dict[str, float]:
+    """The slowest and the largest of so many processes at once."""
+    command = [sys.executable, "-m", "fastmoco.bench.large_set", source, "--child", str(run), "--order", order]
+    started = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(processes)
+    ]
+    for each in started:
+        assert each.stdout is not None and each.stdout.readline() == "ready\n"
+    said = [json.loads(each.communicate("\n")[0]) for each in started]
+    return {name: max(one[name] for one in said) for name in said[0]}
+
+
+def of_table(folder: Path, images: int, processes: list[int]) -> dict[str, Any]:
+    """A set of shards in a table."""
+    shards, source = shards_of(images), LocalShards(str(folder), [])
+    target = shard_set.folder_of(source, shards, RECIPE.max_pixels)
+    seconds, _ = timed(lambda: image_table.write(target, made_up(shards)))
+    piece = next(made_up(shards))[2]
+    keep, _ = timed(lambda: pieces.save(folder / "piece.npz", piece, "", RECIPE.max_pixels))
+    load, _ = timed(lambda: pieces.load(folder / "piece.npz", "", RECIPE.max_pixels))
+    opening, table = timed(lambda: ImageTable(target))
+    ShardManifest.of(source, table, shards, RECIPE.max_pixels).save(folder / "run.npz")
+    facts: dict[str, Any] = {
+        "images": len(table),
+        "bytes_an_image": sum(path.stat().st_size for path in target.iterdir()) / len(table),
+        "build_s": seconds,
+        "piece_ms": 1e3 * (keep + load),
+        "open_s": opening,
+        "run_copy_mb": (folder / "run.npz").stat().st_size / MB,
+    }
+    for order in ("keyed", "windows"):
+        facts[order] = {count: together(count, folder / "run.npz", str(folder), order) for count in processes}
+    return facts
+
+
+def of_lists(folder: Path, images: int, processes: list[int]) -> dict[str, Any]:
+    """The same images as Python strings, in the order of a table: as of sets up to two million."""
+    names = [f"class{i % CLASSES:04d}/{i:014d}.jpg" for i in range(images)]
+    sizes = np.full((images, 2), 400, np.int32)
+    (folder / "list").mkdir()
+    Manifest(str(folder / "list"), names, sizes).save(folder / "run.npz")
+    del names
+    facts: dict[str, Any] = {"images": images}
+    for count in processes:
+        facts[str(count)] = together(count, folder / "run.npz", str(folder / "list"), "table")
+    return facts
+
+
+def main() -> None:
+    """Measure, print and clean up."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--images", type=int, default=100_000_000, help="a multiple of 10,000; 0 leaves the table out")
+    parser.add_argument("--lists", type=int, nargs="*", default=[1_000_000, 1_281_167, 10_000_000])
+    parser.add_argument("--processes", type=int, nargs="*", default=[1, 8])
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--order", default="keyed", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(opened(options.child, str(options.folder), options.order)))
+        return
+    if options.folder.exists():
+        raise SystemExit(f"{options.folder} exists: name a folder that may be removed")
+    options.folder.mkdir(parents=True)
+    os.environ["XDG_CACHE_HOME"] = str(options.folder / "cache")
+    try:
+        print(json.dumps({"versions": environment.versions(), "commit": environment.commit(), "cores": os.cpu_count()}))
+        if options.images:
+            print(json.dumps({"table": of_table(options.folder, options.images, options.processes)}, indent=2))
+        for count in options.lists:
+            shutil.rmtree(options.folder / "list", ignore_errors=True)
+            few = [each for each in options.processes if each * count <= 11_000_000]  # gigabytes of strings
+            print(json.dumps({"list": of_lists(options.folder, count, few)}, indent=2), flush=True)
+    finally:
+        shutil.rmtree(options.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Runs on shards behind a URL end as runs on local ones do; a server that goes ends them in one line, for a while."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data.shard_server import ShardServer
+
+from fastmoco.cli import main
+from fastmoco.data import remote
+from fastmoco.data.quarantine import NAME as QUARANTINE
+from fastmoco.options import Options, UsageError
+from fastmoco.runs import checkpoint
+from fastmoco.train.loop import pretrain
+
+pytest.importorskip("aiohttp")
+
+
+@pytest.fixture
+def server(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardServer]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+    (tmp_path / "shards").mkdir()
+    paths = sorted((images / "train").rglob("*.jpg"))
+    for number in range(5):
+        with tarfile.open(tmp_path / "shards" / f"{number}.tar", "w") as archive:
+            for path in paths[number::5]:
+                archive.add(path, path.relative_to(images / "train"))
+    with ShardServer(tmp_path / "shards") as running:
+        yield running
+
+
+def run(recipe, data: object, out: Path, **changes: object) -> dict:
+    options = {"device": "cpu", "threads": 1, "log_every": 5, "knn": False, "save_every": 1, "cache_gb": 0.01}
+    return pretrain(recipe, Options(data=Path(str(data)), out=out, **{**options, "retry_seconds": 0.3, **changes}))
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(checkpoint.latest(out)).state
+
+
+def equal(one: Path, other: Path) -> bool:
+    ours, theirs = weights(one), weights(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["auto", "windows"])
+def test_a_run_whose_server_goes_and_comes_back_ends_as_one_on_a_disk(
+    recipe, server: ShardServer, tmp_path: Path, order: str, capsys: pytest.CaptureFixture
+) -> None:
+    recipe = replace(recipe, order=order, window_shards=2)
+    run(recipe, server.folder, tmp_path / "near")
+    cache = {"cache_gb": 0.01 if order == "windows" else 0}
+    run(recipe, server.url, tmp_path / "far", stop_after=4, **cache)
+    assert json.loads((tmp_path / "far" / "recipe.json").read_text())["options"]["data"] == server.url
+    server.close()
+    capsys.readouterr()
+    limits = ["--retry-seconds", "0.2", "--cache-gb", "0", "--no-knn"]
+    resume = ["pretrain", "demo", "--resume", "--device", "cpu", "--threads", "1", "--out", str(tmp_path / "far")]
+    before = (tmp_path / "far" / "recipe.json").read_bytes()
+    if order == "auto":
+        assert main([*resume, *limits]) == 3
+        (said,) = capsys.readouterr().err.strip().splitlines()
+        assert "no image was noted as bad; go on with --resume when the server is back" in said
+        assert (tmp_path / "far" / "recipe.json").read_bytes() == before
+    server.fault = lambda number: ("503", "cut", "lost", "slow")[number // 10 % 4] if number % 10 == 3 else ""
+    server.open()
+    run(recipe, server.url, tmp_path / "far", resume=True, retry_seconds=30, **cache)
+    assert equal(tmp_path / "near", tmp_path / "far") and not (tmp_path / "far" / QUARANTINE).exists()
+
+
+def test_a_window_without_room_in_the_cache_is_refused(recipe, server: ShardServer, tmp_path: Path) -> None:
+    windows = replace(recipe, order="windows", window_shards=2)
+    with pytest.raises(
+        UsageError, match="--cache-gb 1e-05 does not hold a window of 2 shards .* fewer --window-shards"
+    ):
+        run(windows, server.url, tmp_path / "run", cache_gb=0.00001)
+    assert not (tmp_path / "run").exists()
+
+
+def test_secrets_in_a_url_are_refused_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["pretrain", "demo", "--data", "https://me:word@host/set", "--out", str(tmp_path / "run")]) == 2
+    assert "word" not in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_what_a_run_began_with_before_there_was_a_choice_goes_on(recipe, images: Path, tmp_path: Path) -> None:
+    """Recipes of older versions name no order: the run is resumed with a table."""
+    run(recipe, images, tmp_path / "whole", stop_after=8)
+    run(recipe, images, tmp_path / "run", stop_after=4)
+    path = tmp_path / "run" / "recipe.json"
+    facts = json.loads(path.read_text())
+    assert facts["recipe"].pop("order") == "table" and facts["recipe"].pop("window_shards")
+    path.write_text(json.dumps(facts))
+    command = ["pretrain", "demo", "--resume", "--out", str(tmp_path / "run"), "--device", "cpu", "--threads", "1"]
+    assert main([*command, "--no-knn", "--stop-after", "8"]) == 0
+    assert equal(tmp_path / "whole", tmp_path / "run")
+    assert main([*command, "--order", "keyed"]) == 2  # the control: no other order is taken
+    assert np.array_equal(weights(tmp_path / "run")["queue"], weights(tmp_path / "whole")["queue"])
