@@ -148,6 +148,9 @@ class ImageTable:
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """RECORD [m] of images int64 [m]."""
+        if np.size(indices) <= KEPT_ROWS:  # asked of the disk at once, not one after the other
+            for page in np.unique(np.asarray(indices) * RECORD.itemsize // mmap.PAGESIZE).tolist():
+                self._maps[0].madvise(mmap.MADV_WILLNEED, page * mmap.PAGESIZE, mmap.PAGESIZE)
         found = np.asarray(self._records[indices])
         self._give_back(found.size)
         return found
