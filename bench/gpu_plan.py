@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +35,7 @@ MORE_TESTS = ("tests/data", "tests/train")
 REHEARSED_GATE = ("tests/contrast/test_graph.py", "-m", "not gpu", "-k", "plain-sgd or caller or other_shape or freed")
 REHEARSED_DATA = ("tests/data/test_batch.py", "tests/train/test_saver.py", "-m", "not gpu and not slow")
 DALI = "nvidia.dali"
+ON_GPU = ("-m", "gpu")
 # What a rehearsal on a CPU asks of every benchmark: toy sizes and a single round.
 SMALL = ("--device", "cpu", "--arch", "resnet18", "--batch-size", "32", "--crop-size", "32", "--queue-size", "256")
 TOY = (*SMALL, "--rounds", "1")
@@ -129,113 +131,87 @@ def select(parts: Sequence[Part], only: str, skip: str) -> list[Part]:
 
 def parts(records: Path, stem: str, scratch: Path, rehearse: bool = False) -> list[Part]:
     """All parts, in order. Records are `records`/`stem`-NAME.json; `rehearse` gives each its toy size on a CPU."""
+    make = _Maker(records, stem, rehearse)
+    plan = [*_first_parts(make, scratch / "profile"), *_more_parts(make)]
+    return [_for_rehearsal(part) for part in plan] if rehearse else plan
 
-    def form(name: str, limit: int, expected: int, *words: str, toy: Sequence[str] = ()) -> Form:
-        path = _record(records, stem, name)
+
+def _first_parts(make: _Maker, profile: Path) -> Iterator[Part]:
+    core, some, others = (
+        "step --providers core",
+        "--only 'fp16 autocast, fastmoco bf16'",
+        "--skip 'graph, deterministic'",
+    )
+    small = f"{core} --batch-size {targets.SMALL}"
+    drawing = ("profile", "v2", "--out", str(profile), *((*SMALL, "--steps", "1") if make.rehearse else ()))
+    yield make.tests(GATE, 50, 35, 5, *ON_GPU, "tests/contrast", "-k", GATE_TESTS, toy=REHEARSED_GATE, longer=(90,))
+    brief = f"{core} --only 'fp16 autocast, fastmoco bf16' {others} --rounds 5"
+    yield make.bench("step", (60, 45, brief), (100, 75, f"{core} --rounds 10"), (165, 130, core))
+    yield make.bench("proof", (75, 60, "proof --rounds 20"))
+    yield make.bench("decode", (40, 20, "decode"), needs=DALI)
+    yield make.tests("data", 50, 40, 3, *ON_GPU, *MORE_TESTS, toy=REHEARSED_DATA, needs=DALI)
+    yield make.bench("resume", (60, 45, "resume"), needs=DALI)
+    yield make.bench("train", (75, 55, "train"), (110, 80, "train --rounds 10"), needs=DALI)
+    brief = "loader --only 'fastmoco, decoding' --skip photometric"
+    yield make.bench("loader", (60, 40, brief), (110, 80, "loader"), needs=DALI)
+    brief = f"{small} --only 'published fp16, fastmoco bf16' {others} --rounds 10"
+    yield make.bench("step-32", (55, 45, brief), (80, 60, small))
+    picture = (profile / PICTURE, make.records / f"{make.stem}-step.svg")
+    yield Part("picture", (Form(45, 35, (*OURSELVES, *drawing)),), picture=picture)
+
+
+def _more_parts(make: _Maker) -> Iterator[Part]:
+    toy = ("tests/kernels", "-k", "enqueue")
+    yield make.tests("kernel-tests", 120, 100, 8, "tests/kernels", "-m", "not slow", toy=toy)
+    brief = "kernels --only 'info_nce, sgd_ema, batch_norm' --rounds 10"
+    yield make.bench("kernels", (60, 40, brief), (90, 75, "kernels"), toy=("--only", "enqueue"))
+    yield make.tests("more-tests", 90, 60, 8, *ON_GPU, "tests/contrast", toy=("tests/contrast/test_shuffle.py",))
+    yield make.bench("memory", (60, 50, "memory"))
+    yield _sanitizer("memcheck", 60)
+    yield _sanitizer("racecheck", 60)
+    yield make.bench("step-more", (100, 80, "step --providers more"))
+    yield make.bench("step-compiled", (300, 200, "step --providers compiled"))
+
+
+class _Maker(NamedTuple):
+    """Makes parts whose records are `records`/`stem`-NAME.json; with `rehearse` each has its toy size on a CPU."""
+
+    records: Path
+    stem: str
+    rehearse: bool
+
+    def bench(self, name: str, *forms: tuple[int, int, str], needs: str = "", toy: Sequence[str] = ()) -> Part:
+        """A part of `fastmoco bench`; of each form its limit and expected seconds, and the words after `bench`."""
+        path = self.records / f"{self.stem}-{name}.json"
+        return Part(name, tuple(self._form(path, *form, toy) for form in forms), path, needs=needs)
+
+    def _form(self, path: Path, limit: int, expected: int, words: str, toy: Sequence[str]) -> Form:
         # The record names its command, and is committed: no path of this machine, where it can be helped.
-        shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-        size = (*words[:1], *toy, *TOY) if rehearse else (*words, "--device", "cuda")
-        return Form(limit, expected, (*OURSELVES, "bench", *size, "--json", str(shown)))
+        target = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+        subject, *flags = shlex.split(words)
+        size = (subject, *toy, *TOY) if self.rehearse else (subject, *flags, "--device", "cuda")
+        return Form(limit, expected, (*OURSELVES, "bench", *size, "--json", str(target)))
 
-    def bench(name: str, *forms: Form, needs: str = "") -> Part:
-        return Part(name, forms, _record(records, stem, name), needs=needs)
-
-    core = ("step", "--providers", "core")
-    profile = scratch / "profile"
-    drawing = ("profile", "v2", "--out", str(profile), *((*SMALL, "--steps", "1") if rehearse else ()))
-
-    def tests(name, limit, expected, workers, *words, toy, needs="", longer=()) -> Part:
-        form = _tests(limit, expected, workers, *(toy if rehearse else words))
+    def tests(
+        self,
+        name: str,
+        limit: int,
+        expected: int,
+        workers: int,
+        *words: str,
+        toy: Sequence[str],
+        needs: str = "",
+        longer: Sequence[int] = (),
+    ) -> Part:
+        """A part of pytest over `words`, with forms of `longer` limits."""
+        form = _tests(limit, expected, workers, *(toy if self.rehearse else words))
         return Part(name, (form, *(form._replace(limit=more) for more in longer)), needs=needs, tests=True)
 
-    on_gpu = ("-m", "gpu")
-    found = [
-        tests(GATE, 50, 35, 5, *on_gpu, "tests/contrast", "-k", GATE_TESTS, toy=REHEARSED_GATE, longer=(90,)),
-        bench(
-            "step",
-            form(
-                "step",
-                60,
-                45,
-                *core,
-                "--only",
-                "fp16 autocast, fastmoco bf16",
-                "--skip",
-                "graph, deterministic",
-                "--rounds",
-                "5",
-            ),
-            form("step", 100, 75, *core, "--rounds", "10"),
-            form("step", 165, 130, *core),
-        ),  # fmt: skip
-        bench("proof", form("proof", 75, 60, "proof", "--rounds", "20")),
-        bench("decode", form("decode", 40, 20, "decode"), needs=DALI),
-        tests("data", 50, 40, 3, *on_gpu, *MORE_TESTS, toy=REHEARSED_DATA, needs=DALI),
-        bench("resume", form("resume", 60, 45, "resume"), needs=DALI),
-        bench("train", form("train", 75, 55, "train"), form("train", 110, 80, "train", "--rounds", "10"), needs=DALI),
-        bench(
-            "loader",
-            form("loader", 60, 40, "loader", "--only", "fastmoco, decoding", "--skip", "photometric"),
-            form("loader", 110, 80, "loader"),
-            needs=DALI,
-        ),
-        bench(
-            "step-32",
-            form(
-                "step-32",
-                55,
-                45,
-                *core,
-                "--batch-size",
-                str(targets.SMALL),
-                "--only",
-                "published fp16, fastmoco bf16",
-                "--skip",
-                "graph, deterministic",
-                "--rounds",
-                "10",
-            ),
-            form("step-32", 80, 60, *core, "--batch-size", str(targets.SMALL)),
-        ),  # fmt: skip
-        Part(
-            "picture",
-            (Form(45, 35, (*OURSELVES, *drawing)),),
-            picture=(profile / PICTURE, records / f"{stem}-step.svg"),
-        ),
-        tests("kernel-tests", 120, 100, 8, "tests/kernels", "-m", "not slow", toy=("tests/kernels", "-k", "enqueue")),
-        bench(
-            "kernels",
-            form(
-                "kernels",
-                60,
-                40,
-                "kernels",
-                "--only",
-                "info_nce, sgd_ema, batch_norm",
-                "--rounds",
-                "10",
-                toy=("--only", "enqueue"),
-            ),
-            form("kernels", 90, 75, "kernels", toy=("--only", "enqueue")),
-        ),  # fmt: skip
-        tests("more-tests", 90, 60, 8, *on_gpu, "tests/contrast", toy=("tests/contrast/test_shuffle.py",)),
-        bench("memory", form("memory", 60, 50, "memory")),
-        _sanitizer("memcheck", 60),
-        _sanitizer("racecheck", 60),
-        bench("step-more", form("step-more", 100, 80, "step", "--providers", "more")),
-        bench("step-compiled", form("step-compiled", 300, 200, "step", "--providers", "compiled")),
-    ]
-    return [_slowed(part) for part in found] if rehearse else found
 
-
-def _slowed(part: Part) -> Part:
+def _for_rehearsal(part: Part) -> Part:
     # Two cores import and collect as long as a GPU machine computes.
     shortest = part.forms[0]
     return dataclasses.replace(part, forms=(shortest._replace(limit=SLOWER * shortest.limit),))
-
-
-def _record(records: Path, stem: str, name: str) -> Path:
-    return records / f"{stem}-{name}.json"
 
 
 def _tests(limit: int, expected: int, workers: int, *words: str) -> Form:
