@@ -137,11 +137,7 @@ def parts(records: Path, stem: str, scratch: Path, rehearse: bool = False) -> li
 
 
 def _first_parts(make: _Maker, profile: Path) -> Iterator[Part]:
-    core, some, others = (
-        "step --providers core",
-        "--only 'fp16 autocast, fastmoco bf16'",
-        "--skip 'graph, deterministic'",
-    )
+    core, others = "step --providers core", "--skip 'graph, deterministic'"
     small = f"{core} --batch-size {targets.SMALL}"
     drawing = ("profile", "v2", "--out", str(profile), *((*SMALL, "--steps", "1") if make.rehearse else ()))
     yield make.tests(GATE, 50, 35, 5, *ON_GPU, "tests/contrast", "-k", GATE_TESTS, toy=REHEARSED_GATE, longer=(90,))
