@@ -28,8 +28,8 @@ def split(argv: list[str]) -> tuple[str, list[str], list[str]]:
     """`--nproc`, torchrun's flags and the command of a command line."""
     nproc, flags, rest = "auto", [], list(argv)
     while rest and rest[0].startswith("-") and rest[0] not in ("-h", "--help", "-V", "--version"):
-        name, joined, value = rest.pop(0).partition("=")
-        if not joined and name not in FLAG_WITHOUT_VALUE:
+        name, equals, value = rest.pop(0).partition("=")
+        if not equals and name not in FLAG_WITHOUT_VALUE:
             if not rest:
                 raise UsageError(f"{name} needs a value: python launch.py {name} VALUE COMMAND")
             value = rest.pop(0)
@@ -47,8 +47,8 @@ def launch(nproc: int, flags: list[str], command: list[str], patience: float) ->
     from fastmoco.process import supervise
 
     alone = [] if any(flag.startswith(("--nnodes", "--rdzv", "--master")) for flag in flags) else ["--standalone"]
-    handled = ",".join(signal.Signals(number).name for number in interrupt.heeded(interrupt.SIGNALS))
-    own = [f"--nproc-per-node={nproc}", f"--signals-to-handle={handled}", *alone, *flags, __file__, *command]
+    numbers = ",".join(signal.Signals(number).name for number in interrupt.not_ignored(interrupt.SIGNALS))
+    own = [f"--nproc-per-node={nproc}", f"--signals-to-handle={numbers}", *alone, *flags, __file__, *command]
     return supervise.torchrun(own, patience)
 
 
@@ -57,7 +57,7 @@ def start(argv: list[str]) -> int:
     environment.spin_briefly()
     try:
         nproc, flags, command = split(argv)
-        row, chosen = parse(command) if "RANK" not in os.environ else (None, None)
+        row, settings = parse(command) if "RANK" not in os.environ else (None, None)
     except SystemExit as stop:
         return stop.code
     except ValueError as error:
@@ -71,8 +71,9 @@ def start(argv: list[str]) -> int:
     import torch
 
     count = max(1, torch.cuda.device_count()) if nproc == "auto" else int(nproc)
-    alone = count == 1 and not flags
-    return main(command) if alone else launch(count, flags, command, getattr(chosen, "options", chosen).timeout_seconds)
+    if count == 1 and not flags:
+        return main(command)
+    return launch(count, flags, command, getattr(settings, "options", settings).timeout_seconds)
 
 
 if __name__ == "__main__":

@@ -29,13 +29,13 @@ def draw(path: str | Path, records: Sequence[Record]) -> None:
 
 
 def _panels(records: Sequence[Record]) -> list[tuple[str, list[Row]]]:
-    found = []
+    panels = []
     for item in records:
         for title, rows in groupby(item.rows, label):
-            found.append((f"{title}\n{item.environment['device']}, {item.date}", list(rows)))
-    if not found:
+            panels.append((f"{title}\n{item.environment['device']}, {item.date}", list(rows)))
+    if not panels:
         raise ValueError("there is nothing to draw: the records have no rows")
-    return found
+    return panels
 
 
 def _panel(axis: Any, rows: list[Row]) -> None:

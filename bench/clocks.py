@@ -65,12 +65,12 @@ class Clocks:
         count = len(self._samples["power_w"])
         if not count:
             return {}
-        found: dict[str, object] = {"samples": count}
+        figures: dict[str, object] = {"samples": count}
         for name, values in self._samples.items():
             other = ("maximum", max) if name == "power_w" else ("minimum", min)
-            found[name] = {"median": statistics.median(values), other[0]: other[1](values)}
-        found["throttled"] = [reason for bit, reason in THROTTLES.items() if self._reasons & bit]
-        return found | self._facts
+            figures[name] = {"median": statistics.median(values), other[0]: other[1](values)}
+        figures["throttled"] = [reason for bit, reason in THROTTLES.items() if self._reasons & bit]
+        return figures | self._facts
 
     def _note(self, name: str, ask: Callable[[], object]) -> None:
         assert self._nvml is not None

@@ -16,7 +16,7 @@ from fastmoco.bench.clocks import Clocks
 from fastmoco.bench.journal import Journal
 from fastmoco.bench.options import Bench, BenchCompare, BenchReport
 from fastmoco.bench.record_files import Record, Row
-from fastmoco.bench.size import given, sized
+from fastmoco.bench.size import at_size, overrides
 from fastmoco.contrast.update import PRECISIONS, resolve_precision
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
@@ -33,11 +33,11 @@ SHORT_ROUNDS = dict.fromkeys(("loader", "train", "scaling"), comparison.FEWEST)
 def run(options: Bench) -> int:
     """`bench`: measure the subjects, print their tables, write the files asked for; 1 where something failed."""
     if options.model:
-        print(terminal.shown(traffic.table(dataclasses.replace(PRESETS[options.preset][1], **given(options)))))
+        print(terminal.shown(traffic.table(dataclasses.replace(PRESETS[options.preset][1], **overrides(options)))))
         return 0
     _check_outputs(options)
     device = Parallel.start(options.device).device
-    recipe = sized(PRESETS[options.preset][1], options, device)
+    recipe = at_size(PRESETS[options.preset][1], options, device)
     # Once and first: later, the load of the machine would be our own.
     circumstances = record_files.environment(str(device))
     records: list[Record] = []
@@ -70,14 +70,14 @@ def measure(
         else ""
     )
 
-    def made(rows: Sequence[Row], journal: Journal, **more: object) -> Record:
+    def record_of(rows: Sequence[Row], journal: Journal, **more: object) -> Record:
         return record_files.record(subject, rows, {**circumstances, **journal.facts(), **more}, timing)
 
     clocks = Clocks(device) if device.type == "cuda" else None
-    journal = Journal(lambda so_far: keep(made(so_far.rows, so_far, unfinished=True)), clocks)
+    journal = Journal(lambda so_far: keep(record_of(so_far.rows, so_far, unfinished=True)), clocks)
     rows = SUBJECTS[subject](options, recipe, device, rounds, journal)
     journal.keep(rows)  # subjects that keep no journal of their own have their clocks read at least once
-    return made(rows, journal)
+    return record_of(rows, journal)
 
 
 def write(options: Bench, records: list[Record]) -> None:
@@ -100,7 +100,7 @@ def compare(options: BenchCompare) -> None:
 
 def write_pages(options: BenchReport) -> None:
     """`bench report`: write the page of all committed records, and the README's first rows from the newest of them."""
-    paths = record_files.stored(options.records)
+    paths = record_files.record_paths(options.records)
     if not paths:
         raise ValueError(f"{options.records} holds no records: write one with bench SUBJECT --json FILE")
     records = {path: record_files.load(path) for path in paths}
@@ -127,7 +127,7 @@ def _keep(options: Bench, before: tuple[Record, ...], record: Record) -> None:
 
 def _subject(module: str, *names: str) -> Callable[[Bench, Recipe, torch.device, int, Journal], list[Row]]:
     def call(options: Bench, recipe: Recipe, device: torch.device, rounds: int, journal: Journal) -> list[Row]:
-        offered = {
+        available = {
             "rounds": rounds,
             "warmup": WARMUP[device.type],
             "precision": options.precision or "",
@@ -139,7 +139,7 @@ def _subject(module: str, *names: str) -> Callable[[Bench, Recipe, torch.device,
             "journal": journal,
         }
         return importlib.import_module(f"fastmoco.bench.{module}").run(
-            recipe, device, **{name: offered[name] for name in names}
+            recipe, device, **{name: available[name] for name in names}
         )
 
     return call

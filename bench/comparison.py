@@ -39,12 +39,12 @@ class Change:
     @property
     def verdict(self) -> str:
         """slower, faster (of counts: more, less), same or unclear; "unclear: n < 5" where samples are too few."""
-        if min(len(self.before.samples), len(self.after.samples)) < FEWEST and not self.after.counted:
+        if min(len(self.before.samples), len(self.after.samples)) < FEWEST and not self.after.is_count:
             return f"unclear: n < {FEWEST}"
         if self.low > 1 + TOLERANCE:
-            return "more" if self.after.counted else "slower"
+            return "more" if self.after.is_count else "slower"
         if self.high < 1 - TOLERANCE:
-            return "less" if self.after.counted else "faster"
+            return "less" if self.after.is_count else "faster"
         return "same" if 1 - MARGIN <= self.low and self.high <= 1 + MARGIN else "unclear"
 
 
@@ -59,7 +59,9 @@ def report(a: str, before: Sequence[Record], b: str, after: Sequence[Record]) ->
     """What `bench compare` prints of the files `a` and `b`; ValueError with what each holds where they share no row."""
     changes = compare(before, after)
     if not changes:
-        raise ValueError(f"no row stands in both files: A, {a}, holds {_held(before)}. B, {b}, holds {_held(after)}")
+        raise ValueError(
+            f"no row stands in both files: A, {a}, holds {_contents(before)}. B, {b}, holds {_contents(after)}"
+        )
     head = [f"A: {a}, {_origin(before)}; B: {b}, {_origin(after)}", *differences(before, after)]
     return "\n".join([*head, MEANING, "", *_lines(changes), *_alone(before, after)])
 
@@ -85,16 +87,18 @@ def _lines(changes: Sequence[Change]) -> list[str]:
 
 
 def _alone(before: Sequence[Record], after: Sequence[Record]) -> list[str]:
-    held = [{f"{label(row)} by {row.provider}": 0 for item in side for row in item.rows} for side in (before, after)]
+    contents = [
+        {f"{label(row)} by {row.provider}": 0 for item in side for row in item.rows} for side in (before, after)
+    ]
     lines = []
-    for name, mine, other in (("A", *held), ("B", *reversed(held))):
+    for name, mine, other in (("A", *contents), ("B", *reversed(contents))):
         alone = [what for what in mine if what not in other]
         lines += ["", f"only in {name}: {'; '.join(alone)}"] if alone else []
     return lines
 
 
 def _change(a: Row, b: Row, draws: int) -> Change:
-    if a.counted and 0 in (a.median, b.median):
+    if a.is_count and 0 in (a.median, b.median):
         ratio = 1.0 if a.median == b.median else float("inf") if b.median else 0.0
         return Change(a, b, ratio, ratio, ratio)
     rng = np.random.default_rng(0)
@@ -111,7 +115,7 @@ def _costs(row: Row) -> np.ndarray:
     return 1 / np.array(row.samples) if row.higher_is_better else np.array(row.samples)
 
 
-def _held(records: Sequence[Record]) -> str:
+def _contents(records: Sequence[Record]) -> str:
     providers: dict[str, list[str]] = {}
     for row in (row for item in records for row in item.rows):
         providers.setdefault(label(row), []).append(row.provider)
@@ -119,18 +123,18 @@ def _held(records: Sequence[Record]) -> str:
 
 
 def _origin(records: Sequence[Record]) -> str:
-    commits = _joined(item.environment.get("commit", ABSENT) for item in records)
-    dates = _joined(f"{item.date} {item.environment.get('time', '')}".strip() for item in records)
+    commits = _join(item.environment.get("commit", ABSENT) for item in records)
+    dates = _join(f"{item.date} {item.environment.get('time', '')}".strip() for item in records)
     unfinished = ", unfinished" if any(item.environment.get("unfinished") for item in records) else ""
     return f"commit {commits}, {dates}{unfinished}"
 
 
 def _facts(records: Sequence[Record]) -> dict[str, str]:
-    each = [_described(item.environment) for item in records]
-    return {name: _joined(facts.get(name, ABSENT) for facts in each) for facts in each for name in facts}
+    each = [_describe(item.environment) for item in records]
+    return {name: _join(facts.get(name, ABSENT) for facts in each) for facts in each for name in facts}
 
 
-def _described(env: dict) -> dict[str, object]:
+def _describe(env: dict) -> dict[str, object]:
     facts = {name: env[name] for name in ("device", "cores", "threads") if name in env}
     if "omp_num_threads" in env:
         facts["OMP_NUM_THREADS"] = env["omp_num_threads"] or "not set"
@@ -141,5 +145,5 @@ def _described(env: dict) -> dict[str, object]:
     return facts | env.get("versions", {})
 
 
-def _joined(values: Iterable[object]) -> str:
+def _join(values: Iterable[object]) -> str:
     return " / ".join(dict.fromkeys(map(str, values)))

@@ -62,12 +62,12 @@ def run(recipe: Recipe, device: torch.device, *, data: Path | None = None, journ
         os.environ.setdefault("DALI_NVIMGCODEC_LOG_LEVEL", "3")
     with _images(data, COUNT[device.type]) as manifest:
         row = functools.partial(Row, unit=UNIT, config={"images": len(manifest), "px": recipe.crop_size})
-        exact = decoded(manifest, recipe, torch.device("cpu"), 0.0)
+        exact = rows_of_images(manifest, recipe, torch.device("cpu"), 0.0)
         journal.keep([row(SAME, CONTROL, samples=(_far(exact, exact.roll(1, 0)),))])
         for share in SHARES:
             name = f"engine's share {share:g}"
             with journal.attempt(f"decoding with {name}"):
-                first, second = (decoded(manifest, recipe, device, share) for _ in range(2))
+                first, second = (rows_of_images(manifest, recipe, device, share) for _ in range(2))
                 odd = float((first != second).flatten(1).any(1).sum())
                 rows = [row(SAME, name, samples=(_far(first, exact),)), row(AGAIN, name, samples=(odd,))]
                 journal.keep(rows)
@@ -77,18 +77,18 @@ def run(recipe: Recipe, device: torch.device, *, data: Path | None = None, journ
     return journal.rows
 
 
-def decoded(manifest: Manifest, recipe: Recipe, device: torch.device, share: float) -> Tensor:
+def rows_of_images(manifest: Manifest, recipe: Recipe, device: torch.device, share: float) -> Tensor:
     """Every image of `manifest`, whole, scaled to the recipe's crop size: uint8 [n, S, S, 3] on the CPU."""
     from fastmoco.data.pipeline import Decoding, Pipeline
     from fastmoco.data.request import Request, read
 
     def requests() -> Iterator[Request]:
         for at in range(0, len(manifest), BATCH[device.type]):
-            chosen = np.arange(at, min(at + BATCH[device.type], len(manifest)))
-            sizes = manifest.sizes[chosen]
+            indices = np.arange(at, min(at + BATCH[device.type], len(manifest)))
+            sizes = manifest.sizes[indices]
             boxes = np.concatenate([np.zeros_like(sizes), sizes], 1)[None]
-            names = [manifest.path(index) for index in chosen.tolist()]
-            yield Request(names, [read(manifest, index) for index in chosen.tolist()], sizes, boxes)
+            names = [manifest.path(index) for index in indices.tolist()]
+            yield Request(names, [read(manifest, index) for index in indices.tolist()], sizes, boxes)
 
     pipeline = Pipeline(
         requests(), batch_size=BATCH[device.type], crop_size=recipe.crop_size, views=1, device=device,
@@ -118,8 +118,8 @@ def judge_control(row: Row, count: int) -> None:
 def various(folder: Path, count: int) -> Path:
     """`count` different JPEG files of KINDS in `folder`, and of several sizes; returns the folder."""
 
-    def save(numbered: tuple) -> None:
-        number, image = numbered
+    def save(item: tuple) -> None:
+        number, image = item
         how = {"quality": 90, **KINDS[number % len(KINDS)]}
         image = image.convert("L") if how.pop("grey", False) else image
         width, height = image.size

@@ -1,7 +1,7 @@
 """Every kernel against what others would use for the same work, in the same run.
 
 A case holds providers that do the same work on the same tensors, and the least bytes and operations of that work from
-the kernel's own `cost`. `PROVIDED` has one entry per kernel file; a test fails where one is missing.
+the kernel's own `cost`. `CASES` has one entry per kernel file; a test fails where one is missing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastmoco.bench import losses
 from fastmoco.bench.journal import Journal
-from fastmoco.bench.record_files import BY_HOST, Row, named
+from fastmoco.bench.record_files import BY_HOST, Row, matches
 from fastmoco.bench.roofline import convolutions
 from fastmoco.bench.step import tf32
 from fastmoco.bench.timing import Machine, interleave, measure_machine
@@ -96,9 +96,9 @@ def run(
 
     The journal has the rows after every case. What fails is noted there and costs its own rows.
     """
-    names = [name for name in PROVIDED if named(name, only)]
+    names = [name for name in CASES if matches(name, only)]
     if not names:
-        raise ValueError(f"there is no kernel {only}: use one of {', '.join(PROVIDED)}")
+        raise ValueError(f"there is no kernel {only}: use one of {', '.join(CASES)}")
     journal = journal or Journal()
     # As the step sets it: cuDNN times its algorithms once, for the baselines, too.
     torch.backends.cudnn.benchmark = device.type == "cuda" or torch.backends.cudnn.benchmark
@@ -106,7 +106,7 @@ def run(
     with tf32(convolutions=False, products=False):  # in fp32 ours are exact to rounding, and so must be what they meet
         for name in names:
             with journal.attempt(name):
-                for case in PROVIDED[name](size, device):
+                for case in CASES[name](size, device):
                     journal.keep(rows(case, machine, device, rounds, warmup, journal))
     return journal.rows
 
@@ -126,9 +126,9 @@ def rows(
     calls: Mapping[str, Callable[[], object]] = case.providers
     how: dict[str, str] = {}
     if case.launches and device.type == "cuda":
-        calls, how = _replayed(case.providers)
-    failed = None if journal is None else lambda name, error: journal.fail(f"{case.name}, {name}", error)
-    times = interleave(calls, rounds=rounds, warmup=warmup, device=device, cold=True, failed=failed)
+        calls, how = _as_graphs(case.providers)
+    on_failure = None if journal is None else lambda name, error: journal.fail(f"{case.name}, {name}", error)
+    times = interleave(calls, rounds=rounds, warmup=warmup, device=device, cold=True, on_failure=on_failure)
     bound = 1e3 * machine.bound(case.nbytes, case.flops)
     return [
         Row(
@@ -145,7 +145,7 @@ def rows(
     ]
 
 
-def replayed(call: Callable[[], object], stream: torch.cuda.Stream, pool: tuple[int, int]) -> Callable[[], object]:
+def replay(call: Callable[[], object], stream: torch.cuda.Stream, pool: tuple[int, int]) -> Callable[[], object]:
     """`call` as a CUDA graph, captured on `stream` after a warm-up there; raises CaptureError if it cannot be."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -155,12 +155,12 @@ def replayed(call: Callable[[], object], stream: torch.cuda.Stream, pool: tuple[
     return captured(call, stream, pool).replay
 
 
-def _replayed(providers: Mapping[str, Callable]) -> tuple[dict[str, Callable], dict[str, str]]:
+def _as_graphs(providers: Mapping[str, Callable]) -> tuple[dict[str, Callable], dict[str, str]]:
     calls, how = {}, {}
     stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     for name, call in providers.items():
         try:
-            calls[name], how[name] = replayed(call, stream, pool), "a CUDA graph"
+            calls[name], how[name] = replay(call, stream, pool), "a CUDA graph"
         except (CaptureError, RuntimeError) as error:
             print(f"{name} is timed without a CUDA graph: {error}", file=sys.stderr)
             calls[name], how[name] = call, BY_HOST
@@ -359,7 +359,7 @@ def photometric_cases(size: Size, device: torch.device) -> list[Case]:
     return [Case("photometric", {"N": n, "S": s, "dtype": short_name(size.dtype)}, providers, "twin", nbytes, flops)]
 
 
-PROVIDED: dict[str, Callable[[Size, torch.device], list[Case]]] = {
+CASES: dict[str, Callable[[Size, torch.device], list[Case]]] = {
     "info_nce": info_nce_cases,
     "nt_xent": nt_xent_cases,
     "sgd_ema": sgd_ema_cases,
@@ -379,11 +379,11 @@ class _NormLayer:
     ) -> None:
         self.repeats, self.shape, self.dtype = repeats, (size.batch, channels, side, side), size.dtype
 
-        def drawn() -> Tensor:
+        def draw() -> Tensor:
             return torch.randn(self.shape, device=device, dtype=size.dtype).to(memory_format=torch.channels_last)
 
-        self.x, self.dy = drawn().requires_grad_(), [drawn() for _ in range(1 + residual)]
-        self.residual = drawn().requires_grad_() if residual else None
+        self.x, self.dy = draw().requires_grad_(), [draw() for _ in range(1 + residual)]
+        self.residual = draw().requires_grad_() if residual else None
         self.weight, self.bias = (torch.ones(channels, device=device, requires_grad=True) for _ in range(2))
         self.running = (torch.zeros(channels, device=device), torch.ones(channels, device=device))
 

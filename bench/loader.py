@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastmoco.bench.journal import Journal
-from fastmoco.bench.record_files import Row, named
+from fastmoco.bench.record_files import Row, matches
 from fastmoco.data.batch import Batch
 from fastmoco.data.loader import Loader, Loading
 from fastmoco.data.manifest import Manifest, scan, split
@@ -70,21 +70,21 @@ def run(
     decoding and resizing, each measured alone. Finished views are crops after the photometric chain, float32.
     """
     with images(data, max(64, recipe.batch_size)) as manifest:
-        found = sources(recipe, manifest, device)
-        wanted = {name for name in found if named(name, only) and not (skip and named(name, skip))}
-        if not wanted:
-            raise ValueError(f"nothing to time is left: the loaders are {'; '.join(found)}")
+        available = sources(recipe, manifest, device)
+        names = {name for name in available if matches(name, only) and not (skip and matches(name, skip))}
+        if not names:
+            raise ValueError(f"nothing to time is left: the loaders are {'; '.join(available)}")
         # What the others are compared with comes first, so that rows are whole as they come in.
-        order = sorted(found, key=lambda name: name not in (DECODE, RESIZE))
-        chosen = {name: found[name] for name in order if name in wanted or name in (DECODE, RESIZE)}
+        order = sorted(available, key=lambda name: name not in (DECODE, RESIZE))
+        selection = {name: available[name] for name in order if name in names or name in (DECODE, RESIZE)}
         journal = journal or Journal()
-        samples: dict[str, list[_Sample]] = {name: [] for name in chosen}
+        samples: dict[str, list[_Sample]] = {name: [] for name in selection}
         side = "x".join(str(int(value)) for value in np.median(manifest.sizes, 0)[::-1])
         config = {"px": recipe.crop_size, "batch": recipe.batch_size, "image": f"{side} JPEG", "threads": cores()}
         config |= {"crops": "on the GPU, Pillow's in host memory"} if device.type == "cuda" else {}
         starts, each = (1, rounds) if device.type == "cuda" else (rounds, 1)
         for _ in range(starts):
-            for name, source in chosen.items():
+            for name, source in selection.items():
                 with journal.attempt(name):
                     samples[name] += _samples(source, recipe.batch_size, device, each)
                     journal.keep(_rows(samples, config))
@@ -95,8 +95,8 @@ def _rows(samples: dict[str, list[_Sample]], config: dict) -> list[Row]:
     samples = {name: samples[name] for name in ORDER if samples.get(name)}
     if DECODE not in samples:  # which all rates are compared with, and which is timed first
         return []
-    rates = {name: tuple(sample.pairs_per_second for sample in found) for name, found in samples.items()}
-    busy = {name: tuple(sample.cpu_ms for sample in found) for name, found in samples.items()}
+    rates = {name: tuple(sample.pairs_per_second for sample in timings) for name, timings in samples.items()}
+    busy = {name: tuple(sample.cpu_ms for sample in timings) for name, timings in samples.items()}
     decode, views = float(np.median(rates[DECODE])), (KERNEL, CHAIN)
     crops = [name for name in samples if name not in (*views, RESIZE)]
     rows = [Row("loader", name, "pairs/s", rates[name], config, PILLOW, decode) for name in crops]
@@ -116,15 +116,15 @@ def _rows(samples: dict[str, list[_Sample]], config: dict) -> list[Row]:
 
 def sources(recipe: Recipe, manifest: Manifest, device: torch.device) -> dict[str, Source]:
     """The loaders by name; each opens to a call that gives one batch of `recipe.batch_size` pairs."""
-    found: dict[str, Source] = {
+    table: dict[str, Source] = {
         OURS: lambda: _ours(recipe, manifest, device),
         PILLOW: lambda: pillow(recipe, manifest),
         DALI: lambda: _dali(recipe, manifest, device, crops=True),
         DECODE: lambda: _dali(recipe, manifest, device, crops=False),
-        KERNEL: lambda: _finished(recipe, manifest, device),
+        KERNEL: lambda: _finished_views(recipe, manifest, device),
         CHAIN: lambda: _ours(recipe, manifest, device, photometric="dali"),
     }
-    return found | ({RESIZE: lambda: _resizing(recipe, manifest)} if device.type == "cpu" else {})
+    return table | ({RESIZE: lambda: _resizing(recipe, manifest)} if device.type == "cpu" else {})
 
 
 @contextmanager
@@ -157,8 +157,8 @@ def pillow(recipe: Recipe, manifest: Manifest, threads: int | None = None) -> It
 def photographs(folder: Path, count: int) -> Path:
     """`count` JPEG files of `pictures` in `folder`; returns the folder."""
 
-    def save(numbered: tuple[int, Image.Image]) -> None:
-        number, image = numbered
+    def save(item: tuple[int, Image.Image]) -> None:
+        number, image = item
         image.save(folder / f"{number:05d}.jpg", quality=QUALITY)
 
     with ThreadPoolExecutor(cores()) as pool:
@@ -192,10 +192,10 @@ def pictures(count: int) -> Iterator[Image.Image]:
 def images(data: Path | None, count: int) -> Iterator[Manifest]:
     """The manifest of `data` (its train/ where there is one), or of `count` photographs made for the occasion."""
     if data is not None:
-        found = scan(split(data)[0])
-        if not os.path.isfile(found.path(0)):
+        manifest = scan(split(data)[0])
+        if not os.path.isfile(manifest.path(0)):
             raise ValueError(f"{data} holds archives: give bench a folder of image files, which all loaders can read")
-        yield found
+        yield manifest
         return
     with tempfile.TemporaryDirectory() as folder:
         yield scan(photographs(Path(folder), count), cache=False)
@@ -216,12 +216,12 @@ def _samples(source: Source, pairs: int, device: torch.device, count: int) -> li
 
 def _sample(draw: Callable[[], object], pairs: int, device: torch.device) -> _Sample:
     least, batches = max(BATCHES, PAIRS // pairs), 0
-    started, busy = time.perf_counter(), time.process_time()
-    while batches < least or time.perf_counter() - started < SECONDS[device.type]:
+    start, busy = time.perf_counter(), time.process_time()
+    while batches < least or time.perf_counter() - start < SECONDS[device.type]:
         draw()
         batches += 1
     _wait(device)
-    seconds, busy = time.perf_counter() - started, time.process_time() - busy
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
     return _Sample(batches * pairs / seconds, busy * 1e3 / (batches * pairs))
 
 
@@ -241,7 +241,7 @@ def _ours(
 
 
 @contextmanager
-def _finished(recipe: Recipe, manifest: Manifest, device: torch.device) -> Iterator[Callable[[], object]]:
+def _finished_views(recipe: Recipe, manifest: Manifest, device: torch.device) -> Iterator[Callable[[], object]]:
     colours = recipe.augmentation
     with _ours(recipe, manifest, device) as draw:
 
@@ -289,13 +289,13 @@ def _dali(recipe: Recipe, manifest: Manifest, device: torch.device, *, crops: bo
         image = fn.decoders.image(encoded, output_type=types.RGB, **decoding)  # type: ignore[call-overload]
         if not crops:
             return image
-        cut: dict[str, Any] = {
+        options: dict[str, Any] = {
             "size": recipe.crop_size,
             "random_area": scale,
             "random_aspect_ratio": ratio,
             "antialias": True,
         }
-        return tuple(fn.random_resized_crop(image, **cut) for _ in range(2))
+        return tuple(fn.random_resized_crop(image, **options) for _ in range(2))
 
     pipeline = graph()
     pipeline.build()
@@ -306,5 +306,5 @@ def _dali(recipe: Recipe, manifest: Manifest, device: torch.device, *, crops: bo
 def _decoding(recipe: Recipe, device: torch.device) -> dict[str, object]:
     if device.type == "cpu":
         return {"device": "cpu"}
-    chosen = Decoding(fancy_upsampling=recipe.fancy_upsampling)
-    return {"device": "mixed", **chosen.options(cores(), torch.cuda.get_device_name(device))}
+    decoding = Decoding(fancy_upsampling=recipe.fancy_upsampling)
+    return {"device": "mixed", **decoding.options(cores(), torch.cuda.get_device_name(device))}

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from fastmoco.bench import losses
 from fastmoco.bench.journal import Journal
 from fastmoco.bench.kernels import OURS, short_name
-from fastmoco.bench.record_files import Row, named
+from fastmoco.bench.record_files import Row, matches
 from fastmoco.bench.step import config_of, ours, published
 from fastmoco.kernels.info_nce import info_nce
 from fastmoco.recipe import Recipe
@@ -34,25 +34,25 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._seen: set[int] = set()
+        self._storages: set[int] = set()
 
     def __torch_dispatch__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
-        given = {_storage(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+        inputs = {_storage(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):
-            if isinstance(value, Tensor) and _storage(value) not in given | self._seen:
+            if isinstance(value, Tensor) and _storage(value) not in inputs | self._storages:
                 self._add(value.untyped_storage())
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         address, size = storage._cdata, storage.nbytes()
-        self._seen.add(address)
+        self._storages.add(address)
         self.live += size
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._remove, address, size)
 
     def _remove(self, address: int, size: int) -> None:
-        self._seen.discard(address)
+        self._storages.discard(address)
         self.live -= size
 
 
@@ -64,13 +64,13 @@ def run(
     The journal has each row as it comes. What fails is noted there and costs its own row.
     """
     cases = {**_loss_cases(recipe, device, dtype), **_step_cases(recipe, device)}
-    chosen = {names: measured for names, measured in cases.items() if any(named(name, only) for name in names)}
-    if not chosen:
+    selection = {names: measure for names, measure in cases.items() if any(matches(name, only) for name in names)}
+    if not selection:
         raise ValueError(f"nothing to measure has {only} in its name: leave --only out")
     journal = journal or Journal()
-    for names, measured in chosen.items():
+    for names, measure in selection.items():
         with journal.attempt(" ".join(names)):
-            journal.keep([measured()])
+            journal.keep([measure()])
     return journal.rows
 
 
@@ -81,10 +81,10 @@ def peak_bytes(call: Callable[[], object], device: torch.device, prepare: Callab
     first time, with more workspace than it needs later; on a CPU it does.
     """
     if device.type != "cuda":
-        with LiveBytes() as counted:
+        with LiveBytes() as counter:
             prepare()
             call()
-        return counted.peak
+        return counter.peak
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated(device)
@@ -138,7 +138,7 @@ def _step_cases(recipe: Recipe, device: torch.device) -> dict[Names, Callable[[]
     precisions = ("fp32", "bf16", "fp16") if on_gpu else ("fp32", "bf16")
     starts |= {f"fastmoco {name}": partial(ours, recipe, device, name) for name in precisions}
 
-    def measured(name: str) -> Row:
+    def measure(name: str) -> Row:
         steps: list[Callable[[], object]] = []
 
         def first() -> None:
@@ -148,7 +148,7 @@ def _step_cases(recipe: Recipe, device: torch.device) -> dict[Names, Callable[[]
         peak = peak_bytes(lambda: steps[0](), device, first)
         return Row("step", name, "MB", (peak / 1e6,), config, plain)
 
-    return {("step", name): partial(measured, name) for name in starts}
+    return {("step", name): partial(measure, name) for name in starts}
 
 
 def _storage(value: Tensor) -> int:

@@ -34,11 +34,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from fastmoco import plots, terminal
 from fastmoco.bench.options import Profile
 from fastmoco.bench.roofline import ACTIVATION_BYTES, backward_work, convolutions, forward_work
-from fastmoco.bench.size import sized
+from fastmoco.bench.size import at_size
 from fastmoco.bench.timeline import STEP, Row, kernels, leaves, seconds_of_parts
 from fastmoco.bench.timing import Machine, measure_machine
 from fastmoco.contrast.graph import runner
-from fastmoco.contrast.parts import named
+from fastmoco.contrast.parts import naming
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import PRECISIONS
 from fastmoco.data import manifest
@@ -93,16 +93,16 @@ def run(preset: str, options: Profile) -> None:
     if options.tool in ("nsys", "ncu"):
         return _nsight(preset, options)
     parallel = Parallel.start(options.device)
-    recipe = sized(dataclasses.replace(PRESETS[preset][1], precision=options.precision), options, parallel.device)
+    recipe = at_size(dataclasses.replace(PRESETS[preset][1], precision=options.precision), options, parallel.device)
     if _under_nsight() and parallel.device.type != "cuda":
         raise UsageError(f"FASTMOCO_NSIGHT is set, but {NOTHING}: unset it")
-    record = partial(counted, _proton(parallel)) if options.tool == "proton" else traced
+    record = partial(count_kernels, _proton(parallel)) if options.tool == "proton" else trace
     name, how = OPENED_BY[options.tool]
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-    with prepared(recipe, options, parallel) as (advance, step), tempfile.TemporaryDirectory() as unasked:
+    with prepare(recipe, options, parallel) as (advance, step), tempfile.TemporaryDirectory() as unasked:
         if _under_nsight():
-            return _marked(advance, options.steps, parallel.device)
+            return _mark(advance, options.steps, parallel.device)
         recording = record(advance, options.steps, parallel.device, path=(options.out or Path(unasked)) / name)
         machine = measure_machine(parallel.device, PRECISIONS[step.precision].work, tf32=step.precision == "tf32")
         costs = costs_of_parts(step, machine)
@@ -117,7 +117,7 @@ def run(preset: str, options: Profile) -> None:
 
 
 @contextlib.contextmanager
-def prepared(recipe: Recipe, options: Profile, parallel: Parallel) -> Iterator[tuple[Callable[[], object], Step]]:
+def prepare(recipe: Recipe, options: Profile, parallel: Parallel) -> Iterator[tuple[Callable[[], object], Step]]:
     """A call that trains one step, warmed up, and the step; batches come from `options.data`."""
     images = None
     if options.data != "synthetic":
@@ -144,7 +144,7 @@ def prepared(recipe: Recipe, options: Profile, parallel: Parallel) -> Iterator[t
         yield lambda: advance(draw(), 1e-3), step
 
 
-def stepped(
+def time_steps(
     advance: Callable[[], object], steps: int, device: torch.device, mark: Callable[[str], Any] = record_function
 ) -> list[float]:
     """Train `steps` steps, each in a range called "step N", and give the wall time of each in seconds.
@@ -164,33 +164,35 @@ def stepped(
     return [end - start for start, end in pairwise(moments)]
 
 
-def traced(advance: Callable[[], object], steps: int, device: torch.device, path: Path) -> Recording:
+def trace(advance: Callable[[], object], steps: int, device: torch.device, path: Path) -> Recording:
     """Record `steps` steps under torch.profiler, and write the trace to `path` (.json.gz)."""
-    events, seconds = recorded(advance, steps, device, path)
+    events, seconds = record_events(advance, steps, device, path)
     return Recording(kernels(events), seconds)
 
 
-def recorded(
+def record_events(
     advance: Callable[[], object], steps: int, device: torch.device, path: Path
 ) -> tuple[list[dict[str, Any]], list[float]]:
     """The events of `steps` steps under torch.profiler, which `path` (.json.gz) then holds, and each step's seconds."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    with named(), profile(activities=activities) as profiler:
-        seconds = stepped(advance, steps, device)
+    with naming(), profile(activities=activities) as profiler:
+        seconds = time_steps(advance, steps, device)
     profiler.export_chrome_trace(str(path))
     with gzip.open(path, "rt") as file:
         return json.load(file)["traceEvents"], seconds
 
 
-def counted(proton: Any, advance: Callable[[], object], steps: int, device: torch.device, path: Path) -> Recording:
+def count_kernels(
+    proton: Any, advance: Callable[[], object], steps: int, device: torch.device, path: Path
+) -> Recording:
     """Record `steps` steps under `proton`, the module, and write its tree to `path` (.hatchet)."""
     if proton.start(str(path.with_suffix("")), context="shadow") is None:
         raise UsageError("proton is switched off here: unset PROTON_DISABLE, or use --tool torch")
     try:
         # A thread that first launches inside a range inherits it: so autograd's are in `backward`. A range of
         # proton's around each step would keep them in the first step for ever.
-        with named(proton.scope):
-            seconds = stepped(advance, steps, device)
+        with naming(proton.scope):
+            seconds = time_steps(advance, steps, device)
     finally:
         proton.finalize()
     return Recording(leaves(json.loads(path.read_text())[0]), seconds)
@@ -296,15 +298,15 @@ def draw(recording: Recording, costs: dict[str, Cost], title: str, path: Path) -
     figure = plots.figure(9, 3.2)
     axis, steps = figure.add_subplot(), len(recording.seconds)
     parts = {name: seconds / steps for name, (seconds, _) in seconds_of_parts(recording.rows).items()}
-    total, measured, bound = sum(parts.values()), 0.0, 0.0
+    total, right, bound = sum(parts.values()), 0.0, 0.0
     for name, seconds in parts.items():
         least, share = costs[name].seconds if name in costs else 0.0, seconds / total
         label = f"{name} {_ms(seconds)} ms ({share:.1%})"
-        axis.barh([1, 0], [1e3 * seconds, 1e3 * least], left=[measured, bound], edgecolor="white", label=label)
+        axis.barh([1, 0], [1e3 * seconds, 1e3 * least], left=[right, bound], edgecolor="white", label=label)
         if least and share > LABELLED:
-            text, middle = f"{name}\n{least / seconds:.0%} of its bound", measured + 500 * seconds
+            text, middle = f"{name}\n{least / seconds:.0%} of its bound", right + 500 * seconds
             axis.annotate(text, (middle, 1), ha="center", va="center", color="white", fontsize=8)
-        measured, bound = measured + 1e3 * seconds, bound + 1e3 * least
+        right, bound = right + 1e3 * seconds, bound + 1e3 * least
     axis.set_yticks([1, 0], ["measured", "bound"])
     axis.set_xlabel(f"milliseconds of kernels a step, mean of {steps} step{'s' * (steps > 1)}")
     axis.spines[["top", "right", "left"]].set_visible(False)
@@ -349,9 +351,9 @@ def _nsight(preset: str, options: Profile) -> None:
 def _run_nsight(command: list[str], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
-    done = subprocess.run(["env", "FASTMOCO_NSIGHT=1", *command])
-    if done.returncode:
-        raise UsageError(f"{command[0]} ended with exit code {done.returncode}: see its message above")
+    result = subprocess.run(["env", "FASTMOCO_NSIGHT=1", *command])
+    if result.returncode:
+        raise UsageError(f"{command[0]} ended with exit code {result.returncode}: see its message above")
 
 
 def _proton(parallel: Parallel) -> Any:
@@ -367,10 +369,10 @@ def _under_nsight() -> bool:
     return bool(os.environ.get("FASTMOCO_NSIGHT"))
 
 
-def _marked(advance: Callable[[], object], steps: int, device: torch.device) -> None:
+def _mark(advance: Callable[[], object], steps: int, device: torch.device) -> None:
     torch.cuda.cudart().cudaProfilerStart()
-    with named():
-        stepped(advance, steps, device, torch.cuda.nvtx.range)
+    with naming():
+        time_steps(advance, steps, device, torch.cuda.nvtx.range)
     torch.cuda.cudart().cudaProfilerStop()
 
 

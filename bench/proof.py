@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.bench.journal import Journal
-from fastmoco.bench.profiler import recorded
+from fastmoco.bench.profiler import record_events
 from fastmoco.bench.record_files import Row
 from fastmoco.bench.timeline import waits
 from fastmoco.contrast.algorithms import algorithms
@@ -69,13 +69,13 @@ def run(
             graph, config = GraphStep(step, batch), {**config, "deterministic": setting}
             what = f"{EQUAL}, deterministic {setting}"
             with journal.attempt(what):
-                rows = equality(functools.partial(trained, step, start, batch, rounds), step, graph, config)
+                rows = equality(functools.partial(train, step, start, batch, rounds), step, graph, config)
                 journal.keep(rows)
                 judge_equality(rows, exact=setting == "on")
             if setting == SETTINGS[-1]:  # one is enough: no switch of an algorithm makes the host wait
                 with journal.attempt(WAITS):
                     step.load(start)
-                    rows = watched(graph.step, batch, WATCHED * rounds, device, config)
+                    rows = watch(graph.step, batch, WATCHED * rounds, device, config)
                     journal.keep(rows)
                     judge_waits(rows)
             graph.close()
@@ -95,22 +95,22 @@ def equality(run_steps: Callable[..., Results], step: Step, graph: GraphStep, co
     return rows
 
 
-def trained(step: Step, start: Results, batch: Batch, steps: int, advance: Runner, spoil: bool = False) -> Results:
+def train(step: Step, start: Results, batch: Batch, steps: int, advance: Runner, spoil: bool = False) -> Results:
     """Metrics of `steps` steps from the state `start`, and the state after them; `spoil` changes the last rate.
 
     Batch and rate are others in each step.
     """
     step.load(start)
-    found: Results = {}
+    results: Results = {}
     for number in range(steps):
-        given = turned(batch, number)
+        fresh = turn(batch, number)
         lr = RATE / (number + 1) * (2 if spoil and number == steps - 1 else 1)
-        metrics = advance(given, lr)._asdict()
-        found |= {f"{name} of step {number + 1}": value.clone() for name, value in metrics.items()}
-    return found | {name: value.clone() for name, value in step.state().items()}
+        metrics = advance(fresh, lr)._asdict()
+        results |= {f"{name} of step {number + 1}": value.clone() for name, value in metrics.items()}
+    return results | {name: value.clone() for name, value in step.state().items()}
 
 
-def turned(batch: Batch, number: int) -> Batch:
+def turn(batch: Batch, number: int) -> Batch:
     """`batch` with every tensor rolled, each by another multiple of `number`: a graph that never reads one is seen.
 
     Equal shifts of what belongs together, crops and their destination rows, say, would undo each other.
@@ -127,12 +127,12 @@ def differences(a: Results, b: Results) -> tuple[list[str], float]:
     return odd, max((float((a[name].double() - b[name].double()).abs().max()) for name in odd), default=0.0)
 
 
-def watched(advance: Runner, batch: Batch, steps: int, device: torch.device, config: dict) -> list[Row]:
+def watch(advance: Runner, batch: Batch, steps: int, device: torch.device, config: dict) -> list[Row]:
     """Waits in a profile of `steps` replayed steps, and in one of READS steps whose loss is read."""
 
     def count(call: Callable[[], object], steps: int) -> dict[str, int]:
         with tempfile.TemporaryDirectory() as folder:
-            events, _ = recorded(call, steps, device, Path(folder, "trace.json.gz"))
+            events, _ = record_events(call, steps, device, Path(folder, "trace.json.gz"))
         return waits(events)
 
     found = {
@@ -156,25 +156,27 @@ def judge_equality(rows: list[Row], exact: bool = True) -> None:
         raise ProofError("the comparison is blind: another learning rate made no difference")
     if again.median and not exact:
         if graph.extra["largest"] > STRAY * again.extra["largest"]:
-            apart = f"{_described(graph)}, two eager runs {_described(again)}"
+            apart = f"{_describe(graph)}, two eager runs {_describe(again)}"
             raise ProofError(f"replayed steps stray further than eager ones do: {apart}")
         return
     if again.median:
-        raise ProofError(f"two eager runs differ, so the question is not about graphs: {_described(again)}")
+        raise ProofError(f"two eager runs differ, so the question is not about graphs: {_describe(again)}")
     if graph.median:
-        raise ProofError(f"replayed steps are not the eager ones: {_described(graph)}")
+        raise ProofError(f"replayed steps are not the eager ones: {_describe(graph)}")
 
 
 def judge_waits(rows: list[Row]) -> None:
     """Raises ProofError if the rows of WAITS do not show what is promised; its text says what they show instead."""
-    replayed, read = (next(row for row in rows if row.provider == name) for name in (REPLAYED, READ))
-    if read.median < READS:
-        raise ProofError(f"the count is blind: the loss was read {READS} times, and {read.median:.0f} waits were seen")
-    if replayed.median:
-        raise ProofError(f"the host waits: {replayed.extra['calls']}")
+    graph, control = (next(row for row in rows if row.provider == name) for name in (REPLAYED, READ))
+    if control.median < READS:
+        raise ProofError(
+            f"the count is blind: the loss was read {READS} times, and {control.median:.0f} waits were seen"
+        )
+    if graph.median:
+        raise ProofError(f"the host waits: {graph.extra['calls']}")
 
 
-def _described(row: Row) -> str:
+def _describe(row: Row) -> str:
     return f"{row.median:.0f} of {row.extra['compared']} tensors, by {row.extra['largest']:.3g} at most"
 
 

@@ -99,7 +99,7 @@ class Row:
         return self.unit.endswith("/s")
 
     @property
-    def counted(self) -> bool:
+    def is_count(self) -> bool:
         """Whether the value is a count, of bytes, say, which does not vary from sample to sample."""
         return self.unit in COUNTS
 
@@ -201,11 +201,11 @@ def finish(path: str | Path, records: Sequence[Record]) -> None:
     partial(path).unlink(missing_ok=True)
 
 
-def stored(folder: Path) -> list[Path]:
+def record_paths(folder: Path) -> list[Path]:
     """The records in `folder`. A .partial.json counts only if its finished file does not exist."""
     paths = sorted(folder.glob("*.json"))
-    unneeded = {partial(path) for path in paths}
-    return [path for path in paths if path not in unneeded]
+    partials = {partial(path) for path in paths}
+    return [path for path in paths if path not in partials]
 
 
 def load(path: str | Path) -> list[Record]:
@@ -262,11 +262,11 @@ def _rows(rows: Sequence[Row]) -> str:
 
 def _practical(rows: Sequence[Row]) -> list[str]:
     # Below the table: the bound, and the one with convolutions as fast as they are, where the record knows it.
-    known = [row for row in rows if row.extra.get("practical") and row.bound]
-    if not known:
+    practical = [row for row in rows if row.extra.get("practical") and row.bound]
+    if not practical:
         return []
     bounds = "; ".join(
-        f"{row.provider} {_number(row.bound or 0)} and {_between(row.extra['practical'])}" for row in known
+        f"{row.provider} {_number(row.bound or 0)} and {_between(row.extra['practical'])}" for row in practical
     )
     assumed = " That rate is assumed: nothing is published of this GPU." * any(
         row.extra.get("assumed") for row in known
@@ -295,10 +295,10 @@ def _spread(row: Row) -> str:
     return f"{_number(low)} to {_number(high)}" + (", unsteady" if row.unsteady else "")
 
 
-def named(name: str, words: str) -> bool:
+def matches(name: str, words: str) -> bool:
     """Whether one of `words`, separated by commas, stands in `name`; true where there are none."""
-    wanted = [word.strip() for word in words.split(",") if word.strip()]
-    return not wanted or any(word in name for word in wanted)
+    terms = [word.strip() for word in words.split(",") if word.strip()]
+    return not terms or any(word in name for word in terms)
 
 
 def label(row: Row) -> str:
@@ -314,9 +314,11 @@ def quantity(row: Row) -> str:
 
 def _caption(item: Record) -> str:
     env = item.environment
-    shown = ", ".join(f"{name} {env['versions'][name]}" for name in SHOWN)
+    versions = ", ".join(f"{name} {env['versions'][name]}" for name in SHOWN)
     how = f" ({env['timing']})" if env.get("timing") else ""
-    line = f"**{item.subject}** on {_where(env)}, {item.date}, {shown}, commit {env['commit']}: `{item.command}`{how}"
+    line = (
+        f"**{item.subject}** on {_where(env)}, {item.date}, {versions}, commit {env['commit']}: `{item.command}`{how}"
+    )
     return "\n".join([line, *_remarks(env)])
 
 
@@ -365,9 +367,9 @@ def _save_csv(path: Path, records: Sequence[Record]) -> None:
         for item in records:
             facts = [item.environment.get(name) for name in ("device", "threads", "commit")]
             for row in item.rows:
-                left = [item.subject, *facts, item.date, row.name, row.provider, json.dumps(row.config), row.unit]
+                prefix = [item.subject, *facts, item.date, row.name, row.provider, json.dumps(row.config), row.unit]
                 better = "higher" if row.higher_is_better else "lower"
-                writer.writerow([*left, better, len(row.samples), row.median, *row.spread, row.baseline, row.bound])
+                writer.writerow([*prefix, better, len(row.samples), row.median, *row.spread, row.baseline, row.bound])
 
 
 def _json(path: str | Path) -> object:

@@ -42,24 +42,24 @@ def run(recipe: Recipe, device: torch.device, *, journal: Journal | None = None)
         folder = Path(scratch)
         images = synthetic.make(folder / "images")
         flags = ("--device", device.type, "--save-every", str(every), "--stop-after", str(3 * every), "--keep", "3")
-        left, killed = folder / "undisturbed", folder / "killed"
-        _ends(0, "--data", str(images), "--out", str(left), *flags)
-        _ends(-signal.SIGKILL, "--data", str(images), "--out", str(killed), *flags, dies_after=every + every // 2)
-        _ends(0, "--resume", "--out", str(killed), *flags)
-        rows = compared(left, killed, every)
+        whole, victim = folder / "undisturbed", folder / "killed"
+        _ends(0, "--data", str(images), "--out", str(whole), *flags)
+        _ends(-signal.SIGKILL, "--data", str(images), "--out", str(victim), *flags, dies_after=every + every // 2)
+        _ends(0, "--resume", "--out", str(victim), *flags)
+        rows = compare(whole, victim, every)
         journal.keep(rows)
         judge(rows)
     return journal.rows
 
 
-def compared(left: Path, killed: Path, every: int) -> list[Row]:
+def compare(whole: Path, victim: Path, every: int) -> list[Row]:
     """How many tensors of the last checkpoints of two runs differ, and of the first one's last and the one before."""
 
     def state(of: Path, step: int) -> dict[str, torch.Tensor]:
         return checkpoint.load(of / "checkpoints" / f"step_{step:08d}").state
 
-    last, rows = state(left, 3 * every), []
-    for provider, other in ((RESUMED, state(killed, 3 * every)), (CONTROL, state(left, 2 * every))):
+    last, rows = state(whole, 3 * every), []
+    for provider, other in ((RESUMED, state(victim, 3 * every)), (CONTROL, state(whole, 2 * every))):
         odd, largest = differences(last, other)
         extra = {"compared": len(last), "largest": largest, "differ": odd[:10]}
         rows.append(Row(NAME, provider, UNIT, (float(len(odd)),), {"steps": 3 * every}, extra=extra))
@@ -82,6 +82,6 @@ def _ends(code: int, *flags: str, dies_after: int | None = None) -> None:
     environment = dict(os.environ)
     if dies_after is not None:
         environment[crash_points.VARIABLE] = f"after step:{dies_after}"
-    found = subprocess.run([sys.executable, "-m", "fastmoco", *DEMO, *flags], env=environment).returncode
-    if found != code:
-        raise ResumeError(f"a run ended with code {found} instead of {code}: {' '.join(flags)}")
+    exit_code = subprocess.run([sys.executable, "-m", "fastmoco", *DEMO, *flags], env=environment).returncode
+    if exit_code != code:
+        raise ResumeError(f"a run ended with code {exit_code} instead of {code}: {' '.join(flags)}")

@@ -80,7 +80,7 @@ class Conv:
         return self.channels * self.side**2
 
     @property
-    def sampled(self) -> float:
+    def reads(self) -> float:
         """Input elements that are read: a strided 1x1 convolution skips pixels."""
         return self.inputs / self.stride**2 if self.kernel == 1 else self.inputs
 
@@ -96,13 +96,13 @@ class Work:
 
 def convolutions(encoder: nn.Module, pixels: int) -> list[Conv]:
     """The convolutions of a ResNet of `fastmoco.encoder`, in forward order, at `pixels` x `pixels`."""
-    seen: list[tuple[str, nn.Conv2d, torch.Size, torch.Size]] = []
+    layers: list[tuple[str, nn.Conv2d, torch.Size, torch.Size]] = []
     hooks = []
     for name, module in encoder.named_modules():
         if isinstance(module, nn.Conv2d):
             hooks.append(
                 module.register_forward_hook(
-                    lambda layer, x, y, name=name: seen.append((name, layer, x[0].shape, y.shape))
+                    lambda layer, x, y, name=name: layers.append((name, layer, x[0].shape, y.shape))
                 )
             )
     parameter = next(encoder.parameters())
@@ -112,16 +112,16 @@ def convolutions(encoder: nn.Module, pixels: int) -> list[Conv]:
     finally:
         for hook in hooks:
             hook.remove()
-    blocks = _last_in_block([name for name, *_ in seen])
+    blocks = _last_in_block([name for name, *_ in layers])
     pools = any(isinstance(module, nn.MaxPool2d) for module in encoder.modules())
-    return [_conv(*layer, blocks, pools) for layer in seen]
+    return [_conv(*layer, blocks, pools) for layer in layers]
 
 
 def forward_work(convs: list[Conv], level: str, batch: int, keep: bool = True) -> list[Work]:
     """Kernels of one forward pass, per image of a batch of `batch`; `keep` what backward needs, as queries do."""
     works = []
     for conv in convs:
-        nbytes = ACTIVATION_BYTES * (conv.sampled + conv.outputs + conv.weights / batch)
+        nbytes = ACTIVATION_BYTES * (conv.reads + conv.outputs + conv.weights / batch)
         works.append(Work("conv", conv.flops, nbytes))
         passes = POOLED_STEM_PASSES[level][0] if conv.pooled and level != "eager" else FORWARD_PASSES[level][conv.place]
         works.append(Work("norm", 0, ACTIVATION_BYTES * passes * conv.outputs))
@@ -135,7 +135,9 @@ def forward_work(convs: list[Conv], level: str, batch: int, keep: bool = True) -
 def backward_work(convs: list[Conv], level: str, batch: int) -> list[Work]:
     """Kernels of one backward pass, per image of a batch of `batch`."""
     works = []
-    joined = 2  # passes that the second reader of the last output costs: batch norm alone would read one gradient twice
+    reader_passes = (
+        2  # passes that the second reader of the last output costs: batch norm alone would read one gradient twice
+    )
     for conv in convs:
         weights = conv.weights / batch
         passes = (
@@ -151,12 +153,12 @@ def backward_work(convs: list[Conv], level: str, batch: int) -> list[Work]:
             epilogue = conv.inputs if level in ("stats", "main") and conv.after_inner else 0
             nbytes = ACTIVATION_BYTES * (gradient + conv.inputs + epilogue + weights)
             works.append(Work("dgrad", conv.flops, nbytes))
-        works.append(Work("wgrad", conv.flops, ACTIVATION_BYTES * (gradient + conv.sampled + 2 * weights)))
+        works.append(Work("wgrad", conv.flops, ACTIVATION_BYTES * (gradient + conv.reads + 2 * weights)))
         if conv.opens_block:
-            passes = {"eager": 3, "bnrelu": joined}.get(level, 1)
+            passes = {"eager": 3, "bnrelu": reader_passes}.get(level, 1)
             works.append(Work("gradient add", 0, ACTIVATION_BYTES * passes * conv.inputs))
         # A plain residual's batch norm writes the masked gradient anyway; the others read one more and write that.
-        joined = {"last": 1, "shortcut": 2}.get(conv.place, joined)
+        reader_passes = {"last": 1, "shortcut": 2}.get(conv.place, reader_passes)
     return works
 
 

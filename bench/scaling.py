@@ -65,13 +65,13 @@ def work(task: dict) -> list[float]:
 
 def _sample(parallel: Parallel, recipe: Recipe, advance: Callable[[], object]) -> float:
     parallel.barrier()
-    started = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(STEPS):
         advance()
     if parallel.device.type == "cuda":
         torch.cuda.synchronize()
     parallel.barrier()
-    return STEPS * recipe.batch_size / (time.perf_counter() - started)
+    return STEPS * recipe.batch_size / (time.perf_counter() - start)
 
 
 def _launch(recipe: Recipe, ranks: int, task: dict) -> list[float]:
@@ -84,9 +84,9 @@ def _launch(recipe: Recipe, ranks: int, task: dict) -> list[float]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command += ["-m", "fastmoco.bench.scaling", str(path)]
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise RuntimeError(f"{ranks} ranks failed:\n{done.stderr}")
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if result.returncode:
+            raise RuntimeError(f"{ranks} ranks failed:\n{result.stderr}")
         return json.loads(path.read_text())
 
 

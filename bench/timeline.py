@@ -38,12 +38,12 @@ def leaves(tree: dict[str, Any]) -> list[Row]:
     nodes = [(tree, "other")]
     while nodes:
         node, part = nodes.pop()
-        name, measured = node["frame"]["name"], node["metrics"]
+        name, metrics = node["frame"]["name"], node["metrics"]
         nodes += [(child, name if name in PARTS else part) for child in node["children"]]
-        if not node["children"] and "time (ns)" in measured:
+        if not node["children"] and "time (ns)" in metrics:
             total = sums.setdefault((name, part), [0, 0.0])
-            total[0] += measured["count"]
-            total[1] += measured["time (ns)"] / 1e9
+            total[0] += metrics["count"]
+            total[1] += metrics["time (ns)"] / 1e9
     return _slowest_first([Row(*key, int(count), seconds) for key, (count, seconds) in sums.items()])
 
 
@@ -63,7 +63,7 @@ def kernels(events: list[dict[str, Any]]) -> list[Row]:
     for name, start, duration in times:
         calls[name, _around(start, parts)].append((_around(start, steps), duration / 1e6))
     numbers = [event["name"] for event in steps]
-    return _slowest_first([_row(*key, found, numbers) for key, found in calls.items()])
+    return _slowest_first([_row(*key, entries, numbers) for key, entries in calls.items()])
 
 
 def waits(events: list[dict[str, Any]]) -> dict[str, int]:
@@ -78,24 +78,24 @@ def waits(events: list[dict[str, Any]]) -> dict[str, int]:
         raise ValueError("the trace has no steps in which to look for waits")
     first, last = min(event["ts"] for event in steps), max(event["ts"] + event["dur"] for event in steps)
     calls = [event for event in spans if event.get("cat") in LAUNCHES]
-    asked = {_correlation(event): event["ts"] for event in calls}
-    found = [(event["name"], event["ts"]) for event in calls if event["name"].partition("_v")[0] in WAITS]
-    found += [
-        (TO_HOST, asked.get(_correlation(event), event["ts"]))
+    call_times = {_correlation(event): event["ts"] for event in calls}
+    moments = [(event["name"], event["ts"]) for event in calls if event["name"].partition("_v")[0] in WAITS]
+    moments += [
+        (TO_HOST, call_times.get(_correlation(event), event["ts"]))
         for event in spans
         if event.get("cat") == "gpu_memcpy" and event["name"].startswith(TO_HOST)
     ]
-    return dict(Counter(name for name, moment in found if first <= moment <= last))
+    return dict(Counter(name for name, moment in moments if first <= moment <= last))
 
 
 def seconds_of_parts(rows: list[Row]) -> dict[str, tuple[float, list[float]]]:
     """Seconds of every part in all steps together, and in each of them where the rows tell them apart."""
-    found = {}
+    totals = {}
     for name in (*PARTS, "other"):
         inside = [row for row in rows if row.part == name]
         by_step = [sum(column) for column in zip(*(row.by_step for row in inside), strict=True)]
-        found[name] = (sum(row.seconds for row in inside), by_step)
-    return found
+        totals[name] = (sum(row.seconds for row in inside), by_step)
+    return totals
 
 
 def _row(name: str, part: str, calls: list[tuple[str, float]], steps: list[str]) -> Row:
@@ -123,7 +123,7 @@ def _around(moment: float, ranges: list[dict[str, Any]]) -> str:
 
 def _own_times(events: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
     """Name, start and duration of each operator, less the operators that it called, in microseconds."""
-    found: list[list[Any]] = []
+    spans: list[list[Any]] = []
     open_by_thread: dict[object, list[list[Any]]] = {}
     for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
         stack = open_by_thread.setdefault(event["tid"], [])
@@ -133,5 +133,5 @@ def _own_times(events: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
             stack[-1][2] -= event["dur"]
         entry = [event["name"], event["ts"], event["dur"], event["ts"] + event["dur"]]
         stack.append(entry)
-        found.append(entry)
-    return [(name, start, max(0.0, own)) for name, start, own, _ in found]
+        spans.append(entry)
+    return [(name, start, max(0.0, own)) for name, start, own, _ in spans]

@@ -44,14 +44,14 @@ def interleave(
     device: torch.device | str = "cpu",
     cold: bool = False,
     after_round: Callable[[dict[str, Timing]], None] | None = None,
-    failed: Callable[[str, Exception], None] | None = None,
+    on_failure: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Timing]:
     """Time every provider `rounds` times, in turn and in an order that changes each round.
 
     `warmup` calls of each come first and are not counted. `cold` empties the caches before each call on a GPU, which
-    is what a kernel meets inside a training step. `after_round` gets what was measured so far. Where `failed` is given,
-    a provider that raises is reported to it and takes no further part; its samples from before stay. ValueError where
-    there is nothing to time.
+    is what a kernel meets inside a training step. `after_round` gets what was measured so far. With `on_failure`, a
+    provider that raises is reported to it and takes no further part; its samples from before stay. Raises ValueError
+    if there is nothing to time.
     """
     if not providers or rounds < 1:
         raise ValueError(f"nothing to time: {len(providers)} providers, {rounds} rounds")
@@ -63,10 +63,10 @@ def interleave(
         try:
             return work(name, live[name])
         except Exception as error:  # whatever it is, the others are still to be timed
-            if failed is None:
+            if on_failure is None:
                 raise
             del live[name]
-            failed(name, error)
+            on_failure(name, error)
             return None
 
     def warm(name: str, call: Callable) -> None:
@@ -74,7 +74,7 @@ def interleave(
             call()
         timer.prepare(name, call)
 
-    def measured() -> dict[str, Timing]:
+    def collect() -> dict[str, Timing]:
         return {name: Timing(tuple(values)) for name, values in samples.items() if values}
 
     for name in list(live):
@@ -86,8 +86,8 @@ def interleave(
             seconds = attempt(name, timer.seconds)
             samples[name] += [] if seconds is None else [seconds]
         if after_round is not None:
-            after_round(measured())
-    return measured()
+            after_round(collect())
+    return collect()
 
 
 class _CpuTimer:
@@ -95,15 +95,15 @@ class _CpuTimer:
         self._repeats: dict[str, int] = {}
 
     def prepare(self, name: str, call: Callable) -> None:
-        started = time.perf_counter()
+        start = time.perf_counter()
         call()
-        self._repeats[name] = max(1, int(SHORTEST_SAMPLE / max(time.perf_counter() - started, 1e-9)))
+        self._repeats[name] = max(1, int(SHORTEST_SAMPLE / max(time.perf_counter() - start, 1e-9)))
 
     def seconds(self, name: str, call: Callable) -> float:
-        started = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(self._repeats[name]):
             call()
-        return (time.perf_counter() - started) / self._repeats[name]
+        return (time.perf_counter() - start) / self._repeats[name]
 
 
 class _GpuTimer:

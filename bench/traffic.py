@@ -84,27 +84,27 @@ def traffic(
     per_machine: int = PER_MACHINE,
     *,
     gradient_bytes: int = 2,
-    counted: Sizes | None = None,
+    counts: Sizes | None = None,
 ) -> list[Flow]:
     """Bytes that each GPU receives in one step, collective by collective, with `recipe.batch_size` over all of them.
 
-    `gradient_bytes`: of our working precision; the published code reduces fp32. `counted` saves counting again. Raises
+    `gradient_bytes`: of our working precision; the published code reduces fp32. `counts` saves counting again. Raises
     ValueError for a way that the dictionary does not have.
     """
     if way not in ways(recipe):
         raise ValueError(f"there is no {way} way of a {recipe.dictionary}")
-    counted = counted or sizes(recipe)
+    counts = counts or sizes(recipe)
     if way == "fastmoco":
-        flows = _ours(recipe, gpus, counted, gradient_bytes)
+        flows = _ours(recipe, gpus, counts, gradient_bytes)
     else:
-        flows = (_published if recipe.dictionary == "queue" else _published_batch)(recipe, gpus, counted)
+        flows = (_published if recipe.dictionary == "queue" else _published_batch)(recipe, gpus, counts)
     return [Flow(way, gpus, name, *_links(bytes_, kind, gpus, per_machine)) for name, kind, bytes_ in flows]
 
 
 def table(recipe: Recipe, gpus: tuple[int, ...] = GPUS, per_rank: int | None = None) -> str:
     """Markdown of `traffic` for each number of GPUs; `per_rank` pairs on each, left out the recipe's batch over 8."""
     per_rank = per_rank or recipe.batch_size // 8
-    counted = sizes(recipe)
+    counts = sizes(recipe)
     lines = [
         f"MB received by each GPU in one step ({recipe.arch}, {recipe.crop_size} px, {per_rank} pairs a GPU, "
         f"{_dictionary(recipe)}, {PER_MACHINE} GPUs a machine)",
@@ -114,17 +114,17 @@ def table(recipe: Recipe, gpus: tuple[int, ...] = GPUS, per_rank: int | None = N
     ]
     for count in gpus:
         for way in ways(recipe):
-            flows = traffic(replace(recipe, batch_size=per_rank * count), way, count, counted=counted)
+            flows = traffic(replace(recipe, batch_size=per_rank * count), way, count, counts=counts)
             whole = (sum(getattr(flow, link) for flow in flows) for link in ("nvlink", "network"))
             flows.append(Flow(way, count, "all", *whole))
             lines += [_line(flow) for flow in flows]
     return "\n".join(lines)
 
 
-def _published(recipe: Recipe, gpus: int, counted: Sizes) -> list[tuple[str, str, float]]:
+def _published(recipe: Recipe, gpus: int, counts: Sizes) -> list[tuple[str, str, float]]:
     batch, others = recipe.batch_size, (gpus - 1) / gpus
     image, key = 3 * recipe.crop_size**2 * 4, recipe.dim * 4
-    state = 2 * counted.buffers + recipe.check_queue() * key + LABEL
+    state = 2 * counts.buffers + recipe.check_queue() * key + LABEL
     passes = recipe.views
     return [
         ("all-gather of float images", "ring", passes * others * batch * image),
@@ -132,30 +132,30 @@ def _published(recipe: Recipe, gpus: int, counted: Sizes) -> list[tuple[str, str
         ("all-gather of keys, to unshuffle", "ring", passes * others * batch * key),
         ("all-gather of keys, for the queue", "ring", passes * others * batch * key),
         ("broadcast of buffers, queue among them", "ring", state),
-        ("all-reduce of gradients", "ring", 2 * others * 4 * (counted.small + counted.large)),
+        ("all-reduce of gradients", "ring", 2 * others * 4 * (counts.small + counts.large)),
     ]
 
 
-def _published_batch(recipe: Recipe, gpus: int, counted: Sizes) -> list[tuple[str, str, float]]:
+def _published_batch(recipe: Recipe, gpus: int, counts: Sizes) -> list[tuple[str, str, float]]:
     batch, others = recipe.batch_size, (gpus - 1) / gpus
     embeddings = 2 * batch * recipe.dim * 4
     flows = [
         ("all-gather of embeddings", "ring", others * embeddings),
         ("all-reduce of their gradients", "ring", 2 * others * embeddings),
-        ("broadcast of buffers", "ring", float(counted.buffers)),
-        ("all-reduce of gradients", "ring", 2 * others * 4 * (counted.small + counted.large)),
+        ("broadcast of buffers", "ring", float(counts.buffers)),
+        ("all-reduce of gradients", "ring", 2 * others * 4 * (counts.small + counts.large)),
     ]
     if recipe.shuffle_bn:
         flows.insert(0, ("all-gather of float images", "ring", others * batch * 3 * recipe.crop_size**2 * 4))
     if not recipe.bn_group:  # mean, deviation and count of each rank; the two sums backward
-        statistics = (gpus - 1) * 8 * counted.channels + 2 * others * 8 * counted.channels
+        statistics = (gpus - 1) * 8 * counts.channels + 2 * others * 8 * counts.channels
         flows.insert(0, ("statistics of batch norm", "ring", statistics))
     return flows
 
 
-def _ours(recipe: Recipe, gpus: int, counted: Sizes, gradient_bytes: int) -> list[tuple[str, str, float]]:
+def _ours(recipe: Recipe, gpus: int, counts: Sizes, gradient_bytes: int) -> list[tuple[str, str, float]]:
     rows, others = recipe.views * recipe.batch_size, (gpus - 1) / gpus
-    gradients = 4 * counted.small + gradient_bytes * counted.large
+    gradients = 4 * counts.small + gradient_bytes * counts.large
     vectors = others * rows * recipe.dim * 4
     flows = {
         "queue": [("all-gather of keys, for both", "ring", vectors)],
@@ -171,7 +171,7 @@ def _ours(recipe: Recipe, gpus: int, counted: Sizes, gradient_bytes: int) -> lis
     if recipe.shuffle_bn and recipe.dictionary != "bank":
         flows.insert(0, ("exchange of uint8 crops", "direct", others * rows / gpus * 3 * recipe.crop_size**2))
     if not recipe.bn_group:  # mean and variance of each rank; the two sums backward
-        flows.append(("statistics of batch norm", "ring", (gpus - 1) * 16 * counted.channels))
+        flows.append(("statistics of batch norm", "ring", (gpus - 1) * 16 * counts.channels))
     return [*flows, ("all-reduce of gradients", "ring", 2 * others * gradients)]
 
 

@@ -48,10 +48,10 @@ def run(
     and then every row as it comes.
     """
     journal, parallel = journal or Journal(), Parallel(device=device)
-    chosen = resolve_precision(precision or "auto", device)
-    bound = pairs_bound(recipe, machine_at(device, chosen), WORK[chosen].itemsize)
-    config = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size, "precision": chosen}
-    step, batch = Step(recipe, parallel, chosen, images=_entries(recipe, data)), noise_batch(recipe, parallel)
+    dtype_name = resolve_precision(precision or "auto", device)
+    bound = pairs_bound(recipe, machine_at(device, dtype_name), WORK[dtype_name].itemsize)
+    config = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size, "precision": dtype_name}
+    step, batch = Step(recipe, parallel, dtype_name, images=_entries(recipe, data)), noise_batch(recipe, parallel)
     advance = runner(step, lambda: batch, graph_mode(device))
 
     def keep(provider: str, rates: list[float], **extra: float) -> None:
@@ -66,7 +66,7 @@ def run(
                 keep(name, rates, **{"data wait": wait})
         if lightly_example.HAS_LIGHTLY:
             with journal.attempt(LIGHTLY):
-                work = None if chosen in ("fp32", "tf32") else WORK[chosen]
+                work = None if dtype_name in ("fp32", "tf32") else WORK[dtype_name]
                 found = _in_turn(recipe, parallel, manifest, lambda batch: advance(batch, 1e-3), rounds, work)
                 journal.keep(
                     Row("train", name, "pairs/s", tuple(each), config, LIGHTLY, bound) for name, each in found.items()
@@ -108,9 +108,9 @@ def _with_loader(
         for _ in range(PREFETCH + 3 * in_one_call(plan.per_rank, parallel.device)):
             next(loader)  # what was ready ahead, or the first samples would be faster than training goes on to be
         _rate(recipe, parallel.device, train)  # which ends with nothing left to do, as every sample must begin
-        waited, started = loader.wait_seconds, time.perf_counter()
+        wait, start = loader.wait_seconds, time.perf_counter()
         rates = [_rate(recipe, parallel.device, train) for _ in range(rounds)]
-        return rates, (loader.wait_seconds - waited) / (time.perf_counter() - started)
+        return rates, (loader.wait_seconds - wait) / (time.perf_counter() - start)
 
 
 def _in_turn(
@@ -136,9 +136,9 @@ def _in_turn(
 
 
 def _rate(recipe: Recipe, device: torch.device, advance: Callable[[], object]) -> float:
-    started, steps = time.perf_counter(), STEPS[device.type]
+    start, steps = time.perf_counter(), STEPS[device.type]
     for _ in range(steps):
         advance()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return steps * recipe.batch_size / (time.perf_counter() - started)
+    return steps * recipe.batch_size / (time.perf_counter() - start)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from fastmoco import atomic
-from fastmoco.bench.kernels import OURS, PROVIDED, Size, replayed
+from fastmoco.bench.kernels import CASES, OURS, Size, replay
 from fastmoco.bench.options import BenchTune
 from fastmoco.bench.timing import interleave
 from fastmoco.kernels.tiles import TABLE, Tiles, tiles
@@ -36,7 +36,7 @@ def run(options: BenchTune) -> None:
     capability = torch.cuda.get_device_capability(device)
     lines = []
     for name in names:
-        lines.append(_tuned(name, capability, device, options))
+        lines.append(_tune(name, capability, device, options))
         print(lines[-1], flush=True)
     if options.out is not None:
         atomic.write_text(Path(options.out), "\n".join(lines) + "\n")
@@ -50,12 +50,12 @@ def climb(start: Tiles, seconds: Callable[[Tiles], float | None], together: int 
     """
     best, first = start, seconds(start)
     assert first is not None, "a committed row does not run"
-    least, changes, tried = first, 1, {start}
+    least, changes, history = first, 1, {start}
     for _ in range(MOVES + together):
-        found = [row for row in neighbours(best, changes) if row not in tried]
-        tried |= set(found)
-        timed = [(time, row) for row in found if (time := seconds(row)) is not None]
-        time, row = min(timed, key=lambda pair: pair[0], default=(least, best))
+        candidates = [row for row in neighbours(best, changes) if row not in history]
+        history |= set(candidates)
+        times = [(time, row) for row in candidates if (time := seconds(row)) is not None]
+        time, row = min(times, key=lambda pair: pair[0], default=(least, best))
         if time <= least * (1 - GAIN):
             best, least, changes = row, time, 1
         elif changes < together:
@@ -74,8 +74,8 @@ def neighbours(row: Tiles, changes: int = 1) -> Iterator[Tiles]:
     choices = [*blocks, warps, stages]
     for places in itertools.combinations(range(len(numbers)), changes):
         for values in itertools.product(*(choices[place] for place in places)):
-            changed = dict(zip(places, values, strict=True))
-            *block, num_warps, num_stages = (changed.get(place, number) for place, number in enumerate(numbers))
+            change = dict(zip(places, values, strict=True))
+            *block, num_warps, num_stages = (change.get(place, number) for place, number in enumerate(numbers))
             yield dataclasses.replace(row, block=tuple(block), num_warps=num_warps, num_stages=num_stages)
 
 
@@ -88,30 +88,30 @@ def size_of(entry: str) -> Size:
     return Size(Recipe.from_dict(recipe), torch.float32 if entry.endswith("fp32") else torch.bfloat16)
 
 
-def timed(name: str, size: Size, device: torch.device, rounds: int) -> float:
+def measure(name: str, size: Size, device: torch.device, rounds: int) -> float:
     """Seconds of our kernels in all cases of an entry, each as a training step runs it: many launches as one graph."""
     total = 0.0
-    for case in PROVIDED[name.partition(".")[0]](size, device):
+    for case in CASES[name.partition(".")[0]](size, device):
         calls = {OURS: case.providers[OURS]}
         if case.launches and device.type == "cuda":  # launched one by one, it is the host that would be timed
             stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-            calls = {OURS: replayed(calls[OURS], stream, pool)}
+            calls = {OURS: replay(calls[OURS], stream, pool)}
         total += interleave(calls, rounds=rounds, device=device, cold=True)[OURS].median
     return total
 
 
-def _tuned(name: str, capability: tuple[int, int], device: torch.device, options: BenchTune) -> str:
+def _tune(name: str, capability: tuple[int, int], device: torch.device, options: BenchTune) -> str:
     architecture, size = 10 * capability[0] + capability[1], size_of(name)
-    kept = TABLE[name]
+    original = TABLE[name]
 
     def seconds(row: Tiles) -> float | None:
         # The case is made anew, because tables on the device are laid out by the row.
-        TABLE[name] = watched = _Watched({architecture: row})
+        TABLE[name] = watch = _Watch({architecture: row})
         try:
-            total = timed(name, size, device, options.rounds)
+            total = measure(name, size, device, options.rounds)
         except Exception:  # a candidate may exceed the machine in many ways, each with its own exception
             return None
-        return total if watched.used else None
+        return total if watch.used else None
 
     try:
         start = tiles(name, capability)
@@ -119,12 +119,12 @@ def _tuned(name: str, capability: tuple[int, int], device: torch.device, options
             return f"# {name}: no benchmark reaches this entry"
         best, least, first = climb(start, seconds, options.together)
     finally:
-        TABLE[name] = kept
+        TABLE[name] = original
     why = f"measured on {torch.cuda.get_device_name(device)}: {1e6 * least:.1f} us, the row before {1e6 * first:.1f} us"
     return f'"{name}": {{{architecture}: Tiles({best.block}, {best.num_warps}, {best.num_stages}, "{why}")}},'
 
 
-class _Watched(dict):
+class _Watch(dict):
     """Rows of an entry that know whether they were looked up."""
 
     used = False

@@ -144,10 +144,10 @@ def _version(name: str) -> str:
 
 def _git(root: Path, *arguments: str) -> str:
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+        result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return "none"
-    return done.stdout.strip() if done.returncode == 0 else "none"
+    return result.stdout.strip() if result.returncode == 0 else "none"
 
 
 def _dali_loads() -> str:

@@ -414,7 +414,7 @@ class Env:
     """Print JSON."""
 
 
-def restarted() -> bool:
+def is_restart() -> bool:
     """Whether torchrun started this process in place of one that failed (--max-restarts)."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         return True
@@ -455,5 +455,5 @@ def require_file(path: Path, name: str) -> None:
 def require(ok: bool, name: str, value: object, remedy: str) -> None:
     """Raise UsageError, naming the flag and its remedy, unless `ok`."""
     if not ok:
-        said = "missing" if value is None else repr(value)
-        raise UsageError(f"--{name.replace('_', '-')} is {said}: {remedy}")
+        text = "missing" if value is None else repr(value)
+        raise UsageError(f"--{name.replace('_', '-')} is {text}: {remedy}")

@@ -75,9 +75,9 @@ def tiles(facts: Iterable[tuple[str, str, str]]) -> str:
     return f'<div class="tiles">{"".join(cards)}</div>'
 
 
-def table(rows: Iterable[Sequence[object]], head: Sequence[str] = (), changed: Iterable[object] = ()) -> str:
-    """A table; rows whose first cell is in `changed` stand out. One with a `head` is a list on a narrow screen."""
-    strong = set(changed)
+def table(rows: Iterable[Sequence[object]], head: Sequence[str] = (), highlights: Iterable[object] = ()) -> str:
+    """A table; rows whose first cell is in `highlights` stand out. One with a `head` is a list on a narrow screen."""
+    strong = set(highlights)
     top = f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr>" if head else ""
     lines = []
     for first, *rest in rows:
@@ -99,7 +99,7 @@ def picture(data: bytes, kind: str, alt: str, caption: str = "") -> str:
 
 def chart(title: str, series: Sequence[Series], **options: Any) -> str:
     """Line chart over steps in a card of its own; `options` are those of `plots.line_chart`."""
-    if not any(len(plots.thinned(one).x) for one in series):
+    if not any(len(plots.thin(one).x) for one in series):
         return f'<div class="card"><h3>{escape(title)}</h3><p class="soft small">nothing was logged</p></div>'
     drawing = plots.figure(*CHART)
     plots.line_chart(drawing.subplots(), title, series, **options)

@@ -100,9 +100,9 @@ class Parallel:
         """
         if self.world == 1:
             return rows
-        arrived = rows.new_empty(sum(recv_counts), *rows.shape[1:])
-        dist.all_to_all_single(arrived, rows.contiguous(), list(recv_counts), list(send_counts))
-        return arrived
+        incoming = rows.new_empty(sum(recv_counts), *rows.shape[1:])
+        dist.all_to_all_single(incoming, rows.contiguous(), list(recv_counts), list(send_counts))
+        return incoming
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean of `value` over the ranks, as a new tensor."""

@@ -62,8 +62,8 @@ def line_chart(
 ) -> None:
     """Draw `series` from 0 to `high`, or as far as they and `level` go, and up to `end` of the horizontal axis."""
     axes.set_title(title, loc="left", fontsize=10)
-    drawn = [one for one in map(thinned, series) if len(one.x)]
-    for one in drawn:
+    lines = [one for one in map(thin, series) if len(one.x)]
+    for one in lines:
         marker = "o" if len(one.x) <= FEW else ""
         axes.plot(
             list(one.x),
@@ -77,12 +77,12 @@ def line_chart(
     if level is not None:
         axes.axhline(level.y, color=GREY, linewidth=1, linestyle=DASHED)
         note(axes, level.text, (0.99, level.y), ("axes fraction", "data"), ha="right", va="bottom", xytext=(0, 2))
-    tops = [value for one in drawn for value in one.y if value is not None] + ([level.y] if level else [])
+    tops = [value for one in lines for value in one.y if value is not None] + ([level.y] if level else [])
     top = 1.12 * max(tops, default=1.0) if high is None else 1.02 * high
     axes.set_ylim(0, top if top > 0 else 1)
     if end:
-        axes.set_xlim(right=max(end, *(max(one.x) for one in drawn)) if drawn else end)
-    if len(drawn) > 1:
+        axes.set_xlim(right=max(end, *(max(one.x) for one in lines)) if lines else end)
+    if len(lines) > 1:
         axes.legend(frameon=False, fontsize=8, loc="best", labelcolor=GREY)
     dress(axes, unit)
 
@@ -104,7 +104,7 @@ def dress(axes: Axes, unit: str) -> None:
     axes.spines[["left", "bottom"]].set_color(SPINE)
 
 
-def thinned(series: Series) -> Series:
+def thin(series: Series) -> Series:
     """At most POINTS points, each the mean of as many neighbours."""
     rows = [(float(x), y) for x, y in zip(series.x, series.y, strict=True) if y is not None and math.isfinite(y)]
     size = -(-len(rows) // POINTS) or 1

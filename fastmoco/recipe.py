@@ -346,8 +346,8 @@ class Recipe:
         if self.schedule_per == "epoch":
             epoch = step // steps_per_epoch + self.schedule_first_epoch
         if self.schedule == "cosine":
-            begun = self.warmup_epochs if after else 0.0
-            return self.base_lr * 0.5 * (1 + math.cos(math.pi * (epoch - begun) / (self.epochs - begun)))
+            warm_up = self.warmup_epochs if after else 0.0
+            return self.base_lr * 0.5 * (1 + math.cos(math.pi * (epoch - warm_up) / (self.epochs - warm_up)))
         if self.schedule == "step":
             return self.base_lr * 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
         return self.base_lr
@@ -369,8 +369,8 @@ class Recipe:
         """
         values: dict[str, Any] = BEFORE_THERE_WERE_FIELDS | dict(data)
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
-        known = "this version knows no such fields: remove them, or use the version that wrote them"
-        _require(not unknown, "recipe", unknown, known)
+        remedy = "this version knows no such fields: remove them, or use the version that wrote them"
+        _require(not unknown, "recipe", unknown, remedy)
         if isinstance(values.get("augmentation"), dict):
             values["augmentation"] = Augmentation(**_tuples(values["augmentation"]))
         return cls(**_tuples(values))

@@ -83,38 +83,38 @@ def render(folder: Path, views: bool = True) -> str:
 
 
 def _head(folder: Path, facts: dict[str, Any], recipe: Recipe, log: list[dict]) -> str:
-    done, total = (log[-1]["step"] if log else 0), facts.get("steps")
+    step, total = (log[-1]["step"] if log else 0), facts.get("steps")
     finished = (folder / "summary.json").is_file()
-    state = "finished" if finished else f"{done} of {total} steps" if total else f"{done} steps"
+    state = "finished" if finished else f"{step} of {total} steps" if total else f"{step} steps"
     what = f"{facts.get('preset', 'custom')} · {recipe.arch} · {recipe.epochs} epochs · {state}"
     where = f"{facts.get('device', 'unknown device')}, {facts.get('ranks', 1)} rank(s), {facts.get('precision', '')}"
     return f'<header><h1>{escape(folder.name)}</h1><p class="soft">{escape(what)}<br>{escape(where)}</p></header>'
 
 
 def _tiles(folder: Path, recipe: Recipe, log: list[dict], knn: list[dict]) -> str:
-    shown = []
+    rows = []
     if log:
         end = log[-1]
-        shown.append(("InfoNCE loss", f"{end['loss']:.3f}", f"chance {chance_level(recipe):.3f}"))
-        shown.append(("contrast top-1", f"{end['top1']:.1f}%", f"1 of {recipe.candidates}"))
+        rows.append(("InfoNCE loss", f"{end['loss']:.3f}", f"chance {chance_level(recipe):.3f}"))
+        rows.append(("contrast top-1", f"{end['top1']:.1f}%", f"1 of {recipe.candidates}"))
         rate = statistics.median(line["pairs_per_s"] for line in log)
         wait = statistics.median(line["data_wait"] for line in log)
-        shown.append(("throughput", f"{rate:,.0f}", "pairs/s, median"))
-        shown.append(("data wait", f"{wait:.0%}", "of the time, median"))
+        rows.append(("throughput", f"{rate:,.0f}", "pairs/s, median"))
+        rows.append(("data wait", f"{wait:.0%}", "of the time, median"))
     for name, figures in accuracies(folder).items():
         remark = f"top-1, {figures.get('classes', '?')} classes"
         if name == "kNN" and knn and knn[0]["step"] == 0 < figures["step"]:
             remark = f"before training {knn[0]['top1']:.1f}%"
-        shown.append((name, f"{figures['top1']:.1f}%", remark))
+        rows.append((name, f"{figures['top1']:.1f}%", remark))
     if log:
-        shown.append(("time", _duration(log[-1]["seconds"]), f"{log[-1]['epoch']:.3g} epochs"))
-    return tiles(shown)
+        rows.append(("time", _duration(log[-1]["seconds"]), f"{log[-1]['epoch']:.3g} epochs"))
+    return tiles(rows)
 
 
 def _learning(recipe: Recipe, log: list[dict], knn: list[dict]) -> str:
     steps = [line["step"] for line in log]
     chance = chance_level(recipe)
-    found = [
+    charts = [
         chart(
             "InfoNCE loss",
             [Series("loss", steps, _column(log, "loss"))],
@@ -129,11 +129,11 @@ def _learning(recipe: Recipe, log: list[dict], knn: list[dict]) -> str:
     if knn:
         level = Level(100 / knn[-1]["classes"], "chance") if knn[-1].get("classes") else None
         line = Series("kNN", [one["step"] for one in knn], _column(knn, "top1"), GREEN)
-        found.append(
+        charts.append(
             chart("kNN top-1 on validation images (%)", [line], level=level, high=100, end=max(steps, default=0))
         )
-    found.append(chart("Learning rate", [Series("lr", steps, _column(log, "lr"))]))
-    return "".join(found)
+    charts.append(chart("Learning rate", [Series("lr", steps, _column(log, "lr"))]))
+    return "".join(charts)
 
 
 def _speed(log: list[dict]) -> str:
@@ -188,8 +188,12 @@ def _detection(folder: Path) -> str:
 
 
 def _protocol(figures: dict[str, Any]) -> str:
-    used = figures.get("protocol", {})
-    parts = [f"{used['epochs']} epochs, batch {used['batch_size']}, lr {used['lr']:g} for 256" if used else ""]
+    protocol = figures.get("protocol", {})
+    parts = [
+        f"{protocol['epochs']} epochs, batch {protocol['batch_size']}, lr {protocol['lr']:g} for 256"
+        if protocol
+        else ""
+    ]
     if rate := figures.get("rate"):
         parts.append(f"the rate chosen on {rate['held_out']} training images held out")
     return ", ".join(filter(None, [*parts, f"backbone {figures['backbone']}" if "backbone" in figures else ""]))
@@ -201,8 +205,8 @@ def _views(facts: dict[str, Any], recipe: Recipe) -> str:
         pairs = first_views(facts, recipe)
     except (ValueError, OSError) as error:
         return section("First batch", f'<p class="soft">The images cannot be shown: {_plain(error)}</p>')
-    shown = "".join(picture(data, "jpeg", f"two views of {name}", name) for name, data in pairs)
-    return section("First batch", f'<p class="soft">{note}</p><div class="card views">{shown}</div>')
+    rows = "".join(picture(data, "jpeg", f"two views of {name}", name) for name, data in pairs)
+    return section("First batch", f'<p class="soft">{note}</p><div class="card views">{rows}</div>')
 
 
 def first_views(facts: dict[str, Any], recipe: Recipe, count: int = PAIRS) -> list[tuple[str, bytes]]:
@@ -237,12 +241,12 @@ def first_views(facts: dict[str, Any], recipe: Recipe, count: int = PAIRS) -> li
         )
     ]
     both = (torch.cat(sides, dim=3) * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    found = []
+    pairs = []
     for sample, pixels in zip(batch.sample[:count], both, strict=True):
         data, picture_of = io.BytesIO(), Image.fromarray(pixels.contiguous().numpy())
         picture_of.resize((2 * TILE, TILE), Image.Resampling.BICUBIC).save(data, "JPEG", quality=88)
-        found.append((images.paths[int(sample)], data.getvalue()))
-    return found
+        pairs.append((images.paths[int(sample)], data.getvalue()))
+    return pairs
 
 
 def _checkpoints(folder: Path) -> str:
@@ -257,12 +261,12 @@ def _checkpoints(folder: Path) -> str:
 
 def _recipe(facts: dict[str, Any], recipe: Recipe) -> str:
     values = _flat(recipe)
-    known = PRESETS.get(facts.get("preset", ""))
-    changed = [name for name, value in values.items() if known and _flat(known[1])[name] != value]
-    note = f"changed from preset {facts['preset']}: {', '.join(changed) or 'nothing'}" if known else ""
+    preset = PRESETS.get(facts.get("preset", ""))
+    changes = [name for name, value in values.items() if preset and _flat(preset[1])[name] != value]
+    note = f"changed from preset {facts['preset']}: {', '.join(changes) or 'nothing'}" if preset else ""
     rows = list(values.items())
     half = -(-len(rows) // 2)
-    halves = table(rows[:half], changed=changed) + table(rows[half:], changed=changed)
+    halves = table(rows[:half], highlights=changes) + table(rows[half:], highlights=changes)
     return section("Recipe", f'<p class="soft">{_plain(note)}</p>', f'<div class="wide">{halves}</div>')
 
 

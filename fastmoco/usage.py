@@ -51,13 +51,13 @@ def page(command: str, about: str, settings: Any, everything: bool = False) -> s
 
     Defaults are the values that `settings` holds. With `everything` the flags that stand under no heading follow.
     """
-    offered = {flag.field: flag for flag in flags(settings)}
+    by_field = {flag.field: flag for flag in flags(settings)}
     blocks = [f"usage: {command} [flags]\n\n{about}"]
-    blocks += [_block(title, (offered.pop(name) for name in names)) for title, names in HEADINGS]
+    blocks += [_block(title, (by_field.pop(name) for name in names)) for title, names in HEADINGS]
     if everything:
-        blocks.append(_block(REST, offered.values()))
+        blocks.append(_block(REST, by_field.values()))
     else:
-        blocks.append(f"{command} --help-all shows {len(offered)} more flags.")
+        blocks.append(f"{command} --help-all shows {len(by_field)} more flags.")
     return "\n\n".join(blocks)
 
 
@@ -107,14 +107,14 @@ def _block(title: str, items: Iterable[Flag]) -> str:
     wrap = textwrap.TextWrapper(width, initial_indent=" " * INDENT, subsequent_indent=" " * INDENT)
     lines = [f"{title}:"]
     for flag in items:
-        left = f"  {flag.spelling}"
-        text = wrap.fill(f"{flag.text} ({_shown(flag.default)})").lstrip()
-        fits = len(left) < INDENT - 1
-        lines.append(f"{left:<{INDENT}}{text}" if fits else f"{left}\n{' ' * INDENT}{text}")
+        spelling = f"  {flag.spelling}"
+        text = wrap.fill(f"{flag.text} ({_text(flag.default)})").lstrip()
+        fits = len(spelling) < INDENT - 1
+        lines.append(f"{spelling:<{INDENT}}{text}" if fits else f"{spelling}\n{' ' * INDENT}{text}")
     return "\n".join(lines)
 
 
-def _shown(value: object) -> str:
+def _text(value: object) -> str:
     if value is None:
         return "not set"
     if isinstance(value, bool):

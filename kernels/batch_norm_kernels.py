@@ -112,12 +112,12 @@ def finish_statistics_kernel(
     var_sum = tl.zeros([BLOCK_CHANNELS], tl.float32)
     for first in range(0, groups, BLOCK_GROUPS):
         group = first + tl.arange(0, BLOCK_GROUPS)
-        held = (group < groups)[:, None] & inside[None, :]
+        valid = (group < groups)[:, None] & inside[None, :]
         cube, split = _cube(splits, channels, group, column, BLOCK_SPLITS)
-        mask = (split < splits) & held[:, None, :]
+        mask = (split < splits) & valid[:, None, :]
         means = tl.load(partial + cube, mask=mask, other=0.0)
         squares = tl.load(partial + groups * splits * channels + cube, mask=mask, other=0.0)
-        origin = tl.load(partial + group[:, None] * splits * channels + column[None, :], mask=held, other=0.0)
+        origin = tl.load(partial + group[:, None] * splits * channels + column[None, :], mask=valid, other=0.0)
         # Chan, Golub and LeVeque's merge of (count, mean, squares), about the first partial's mean.
         count = _rows_of_split(split, splits, rows, block_rows).to(tl.float32)
         offset = tl.where(mask, means - origin[:, None, :], 0.0)
@@ -125,8 +125,8 @@ def finish_statistics_kernel(
         total = tl.sum(squares, 1) + tl.sum(offset * offset * count, 1) - delta * delta * rows
         var = tl.maximum(total, 0.0) / rows
         place = moments + group[:, None] * channels + column[None, :]
-        tl.store(place, origin + delta, mask=held)
-        tl.store(place + groups * channels, 1.0 / tl.sqrt(var + eps), mask=held)
+        tl.store(place, origin + delta, mask=valid)
+        tl.store(place + groups * channels, 1.0 / tl.sqrt(var + eps), mask=valid)
         mean_sum += tl.sum(origin + delta, 0)
         var_sum += tl.sum(var, 0)
     if running_mean is not None:
@@ -234,10 +234,10 @@ def finish_sums_kernel(
     total = tl.zeros([BLOCK_CHANNELS], tl.float32)
     for first in range(0, groups, BLOCK_GROUPS):
         group = first + tl.arange(0, BLOCK_GROUPS)
-        held = (group < groups)[:, None] & inside[None, :]
+        valid = (group < groups)[:, None] & inside[None, :]
         cube, split = _cube(splits, channels, group, column, BLOCK_SPLITS)
-        group_sums = tl.sum(tl.load(partial + cube, mask=(split < splits) & held[:, None, :], other=0.0), 1)
-        tl.store(sums + group[:, None] * channels + column[None, :], group_sums, mask=held)
+        group_sums = tl.sum(tl.load(partial + cube, mask=(split < splits) & valid[:, None, :], other=0.0), 1)
+        tl.store(sums + group[:, None] * channels + column[None, :], group_sums, mask=valid)
         total += tl.sum(group_sums, 0)
     tl.store(totals + array * channels + column, total, mask=inside)
 

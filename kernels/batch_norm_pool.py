@@ -67,7 +67,7 @@ def _at(sample, row, column, height, width, channel, channels):
 def pool_kernel(
     x,
     y,
-    picked,
+    peaks,
     places,
     weight,
     bias,
@@ -90,17 +90,17 @@ def pool_kernel(
     place = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.int32)
     for at in tl.static_range(9):
         h, w = 2 * row - 1 + at // 3, 2 * column - 1 + at % 3
-        held = ((h >= 0) & (h < height) & (w >= 0) & (w < width))[:, None] & inside
-        v = tl.load(x + _at(sample, h, w, height, width, channel, channels), mask=held, other=0.0).to(tl.float32)
-        candidate = tl.where(held, v * sign, float("-inf"))
+        valid = ((h >= 0) & (h < height) & (w >= 0) & (w < width))[:, None] & inside
+        v = tl.load(x + _at(sample, h, w, height, width, channel, channels), mask=valid, other=0.0).to(tl.float32)
+        candidate = tl.where(valid, v * sign, float("-inf"))
         better = (candidate > best) | (candidate != candidate)  # the first of equals, and NaN, as torch picks
         best = tl.where(better, candidate, best)
         value = tl.where(better, v, value)
         place = tl.where(better, at, place)
     out = affine(value, mean, invstd, scale, shift)
     to = _at(sample, row, column, (height + 1) // 2, (width + 1) // 2, channel, channels)
-    if picked is not None:
-        tl.store(picked + to, cast(value, picked.dtype.element_ty), mask=inside)
+    if peaks is not None:
+        tl.store(peaks + to, cast(value, peaks.dtype.element_ty), mask=inside)
         tl.store(places + to, tl.where(out <= 0, NOWHERE, place).to(tl.uint8), mask=inside)
     tl.store(y + to, cast(tl.where(out < 0, 0.0, out), y.dtype.element_ty), mask=inside)
 
@@ -135,17 +135,17 @@ def unpool_kernel(
     group, channel, sample, row, column, inside = _windows(
         samples, height, width, channels, groups, BLOCK_ROWS, BLOCK_CHANNELS
     )
-    held = channel < channels
+    valid = channel < channels
     moment = moments + group * channels + channel
-    mean = tl.load(moment, mask=held, other=0.0)[None, :]
-    invstd = tl.load(moment + groups * channels, mask=held, other=0.0)[None, :]
-    factor = tl.load(weight + channel, mask=held, other=0.0)[None, :] * invstd
+    mean = tl.load(moment, mask=valid, other=0.0)[None, :]
+    invstd = tl.load(moment + groups * channels, mask=valid, other=0.0)[None, :]
+    factor = tl.load(weight + channel, mask=valid, other=0.0)[None, :] * invstd
     if TRAINING:
         # The gradient through the group's own mean and variance.
         rows = samples * height * width
         total = sums + group * channels + channel
-        mean_g = tl.load(total, mask=held, other=0.0)[None, :] / rows
-        slope = tl.load(total + groups * channels, mask=held, other=0.0)[None, :] / rows * invstd
+        mean_g = tl.load(total, mask=valid, other=0.0)[None, :] / rows
+        slope = tl.load(total + groups * channels, mask=valid, other=0.0)[None, :] / rows * invstd
     high, wide = (height + 1) // 2, (width + 1) // 2
     here = _at(sample, row, column, high, wide, channel, channels)
     right, below = (column + 1 < wide)[:, None] & inside, (row + 1 < high)[:, None] & inside
@@ -184,7 +184,7 @@ def _pooled_like(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _outputs(x: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    # The result; and for backward the picked values of x and their places, else nothing.
+    # The result; and for backward the values of x that won (peaks) and their places, else nothing.
     y = _pooled_like(x, x.dtype)
     if not keep:
         return y, x.new_empty(0), x.new_empty(0, dtype=torch.uint8)
@@ -193,19 +193,19 @@ def _outputs(x: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 def _launch_pool(x: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     groups = moments.shape[1]
-    y, picked, places = _outputs(x, keep)
+    y, peaks, places = _outputs(x, keep)
     pass_ = plan("batch_norm_pool.pool", y, groups)
-    kept = (picked, places) if keep else (None, None)
+    for_backward = (peaks, places) if keep else (None, None)
     with torch.cuda.device_of(x):
-        pool_kernel[pass_.grid](x, y, *kept, weight, bias, moments, *_sizes(x, groups), **pass_.options)
-    return y, picked, places
+        pool_kernel[pass_.grid](x, y, *for_backward, weight, bias, moments, *_sizes(x, groups), **pass_.options)
+    return y, peaks, places
 
 
 def _launch_gradients(
     grad: Tensor,
     second_grad: Tensor | None,
     x: Tensor,
-    picked: Tensor,
+    peaks: Tensor,
     places: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -213,13 +213,13 @@ def _launch_gradients(
     training: bool,
 ) -> tuple[Tensor, Tensor]:
     groups, channels = moments.shape[1], x.shape[1]
-    first, second = plan("batch_norm.sums", picked, groups), plan("batch_norm_pool.unpool", picked, groups)
+    first, second = plan("batch_norm.sums", peaks, groups), plan("batch_norm_pool.unpool", peaks, groups)
     partial = x.new_empty((2, groups, first.splits, channels), dtype=torch.float32)
     vectors_ = (weight, bias, moments, None, None, None, None)
     grad_x, how = torch.empty_like(x), {"RELU": True, "STAGES": first.options["num_stages"]}
     with torch.cuda.device_of(x):
         batch_norm_kernels.sums_kernel[first.split_grid](
-            grad, second_grad, picked, None, None, partial, *vectors_, first.rows, channels, **how, **first.options
+            grad, second_grad, peaks, None, None, partial, *vectors_, first.rows, channels, **how, **first.options
         )
         sums, totals = launch_finish_sums(partial)
         unpool_kernel[second.grid](
@@ -278,8 +278,8 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, moments, training, keep, by):
-        y, picked, places = _passes(by, x).pool(x, weight, bias, moments, keep)
-        ctx.save_for_backward(x, picked, places, weight, bias, moments)
+        y, peaks, places = _passes(by, x).pool(x, weight, bias, moments, keep)
+        ctx.save_for_backward(x, peaks, places, weight, bias, moments)
         ctx.training, ctx.by = training, by
         ctx.set_materialize_grads(False)
         return y, y.view_as(y)
@@ -338,24 +338,24 @@ def cost(
     elements = functools.reduce(int.__mul__, shape)
     pooled = samples * channels * ((height + 1) // 2) * ((width + 1) // 2)
     if not backward:
-        moved = element_size * (2 * elements + pooled) + keep * (element_size + 1) * pooled
-        return moved + 4 * channels * (4 * groups + 6), 4 * elements + 22 * pooled
-    moved = element_size * (2 * elements + 5 * pooled) + pooled
+        bytes_moved = element_size * (2 * elements + pooled) + keep * (element_size + 1) * pooled
+        return bytes_moved + 4 * channels * (4 * groups + 6), 4 * elements + 22 * pooled
+    bytes_moved = element_size * (2 * elements + 5 * pooled) + pooled
     # Both passes read moments and weight, the first the bias; the second reads the sums and all of them are written.
-    return moved + 4 * channels * (2 * (2 * groups + 1) + 1 + 2 * (2 * groups + 1)), 8 * elements + 24 * pooled
+    return bytes_moved + 4 * channels * (2 * (2 * groups + 1) + 1 + 2 * (2 * groups + 1)), 8 * elements + 24 * pooled
 
 
 def variants(arch: int) -> list[Variant]:
     """What the compile gate compiles: both passes in bf16 at 64 channels, for queries and for keys, which keep nothing,
     and with one and with two gradients."""
-    types = dict.fromkeys(("x", "y", "picked", "grad", "second_grad", "grad_x"), "*bf16") | {"places": "*u8"}
+    types = dict.fromkeys(("x", "y", "peaks", "grad", "second_grad", "grad_x"), "*bf16") | {"places": "*u8"}
     types |= dict.fromkeys(("weight", "bias", "moments", "sums"), "*fp32")
     types |= dict.fromkeys(("samples", "height", "width", "channels", "groups"), "i32")
     gate = []
     constants: dict[str, Any]
     for name, fn, form, constants in (
         ("pool", pool_kernel, "", {}),
-        ("pool", pool_kernel, " keys", {"picked": None, "places": None}),
+        ("pool", pool_kernel, " keys", {"peaks": None, "places": None}),
         ("unpool", unpool_kernel, "", {"TRAINING": True}),
         ("unpool", unpool_kernel, " one gradient", {"TRAINING": True, "second_grad": None}),
     ):

@@ -50,12 +50,12 @@ def instructions() -> Instructions:
     "bf16 at half rate" is AVX-512's dot product of bf16 pairs on Intel's processors without AMX, or with AMX hidden by
     a virtual machine: half as many multiplications a second as in fp32, where AMD's Zen 5 makes twice as many.
     """
-    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    if found.get("amx_bf16"):
+    flags: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    if flags.get("amx_bf16"):
         return "amx"
-    if not found.get("avx512_bf16"):
+    if not flags.get("avx512_bf16"):
         return "none"
-    return "bf16 at half rate" if "Intel" in str(found.get("cpu_name")) else "bf16 at full rate"
+    return "bf16 at half rate" if "Intel" in str(flags.get("cpu_name")) else "bf16 at full rate"
 
 
 def choose(layer: Layer, product: Pass, by: Instructions, dtype: torch.dtype = torch.bfloat16) -> Way:
@@ -159,18 +159,18 @@ class _Convolution(torch.autograd.Function):
 
 
 def _gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, layer: Layer, wanted: tuple[bool, bool], by_input: Way, by_weight: Way
+    grad: Tensor, x: Tensor, weight: Tensor, layer: Layer, needs: tuple[bool, bool], by_input: Way, by_weight: Way
 ) -> tuple[Tensor | None, Tensor | None]:
     if by_input == by_weight == "direct":
-        return _by_torch(grad, x, weight, layer, wanted)
+        return _by_torch(grad, x, weight, layer, needs)
     if by_input == by_weight == "widened":  # each tensor once
         wide = (_in_fp32(layer, "input"), _in_fp32(layer, "weight"))
-        grads = _gradients(grad.float(), x.float(), weight.float(), layer, wanted, *wide)
+        grads = _gradients(grad.float(), x.float(), weight.float(), layer, needs, *wide)
         grad_x, grad_weight = (each if each is None else each.to(x.dtype) for each in grads)
         return grad_x, grad_weight
     return (
-        input_gradient(grad, x, weight, layer, by_input) if wanted[0] else None,
-        weight_gradient(grad, x, weight, layer, by_weight) if wanted[1] else None,
+        input_gradient(grad, x, weight, layer, by_input) if needs[0] else None,
+        weight_gradient(grad, x, weight, layer, by_weight) if needs[1] else None,
     )
 
 
@@ -209,9 +209,9 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, layer: Layer, way: 
     return product.view(layer.outputs, layer.kernel, layer.kernel, layer.inputs).permute(0, 3, 1, 2)
 
 
-def _by_torch(grad: Tensor, x: Tensor, weight: Tensor, layer: Layer, wanted: tuple[bool, bool]) -> tuple:
+def _by_torch(grad: Tensor, x: Tensor, weight: Tensor, layer: Layer, needs: tuple[bool, bool]) -> tuple:
     sizes = ([side] * 2 for side in (layer.stride, layer.padding, 1))
-    return torch.ops.aten.convolution_backward(grad, x, weight, None, *sizes, False, [0, 0], 1, [*wanted, False])[:2]
+    return torch.ops.aten.convolution_backward(grad, x, weight, None, *sizes, False, [0, 0], 1, [*needs, False])[:2]
 
 
 def _windows(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:

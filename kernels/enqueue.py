@@ -22,9 +22,9 @@ from fastmoco.kernels.tiles import Variant, tiles
 __all__ = ["cost", "enqueue", "variants"]
 
 
-@triton.jit(do_not_specialize=["size", "rows", "skipped"])
+@triton.jit(do_not_specialize=["size", "rows", "skip"])
 def _enqueue_kernel(
-    queue, pointer, keys, size, rows, skipped, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr
+    queue, pointer, keys, size, rows, skip, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr
 ):
     one_reader: tl.constexpr = 1 << 40
     ticket = tl.atomic_add(pointer, one_reader)
@@ -32,7 +32,7 @@ def _enqueue_kernel(
     if ticket // one_reader == tl.num_programs(0) - 1:
         tl.store(pointer, (position + rows) % size)
 
-    row = skipped + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = skip + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, PADDED)
     mask = (row < rows)[:, None] & (column < DIM)[None, :]
     target = (position + row) % size
@@ -43,10 +43,10 @@ def _enqueue_kernel(
 def _launch(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
     (size, dim), rows = queue.shape, keys.shape[0]
     row = tiles("enqueue", machine(queue.device).capability)
-    skipped = max(0, rows - size)
+    skip = max(0, rows - size)
     with torch.cuda.device_of(queue):
-        _enqueue_kernel[(triton.cdiv(rows - skipped, row.block[0]),)](
-            queue, pointer, keys, size, rows, skipped, **_constants(dim, row.block[0]), **launch_options(row)
+        _enqueue_kernel[(triton.cdiv(rows - skip, row.block[0]),)](
+            queue, pointer, keys, size, rows, skip, **_constants(dim, row.block[0]), **launch_options(row)
         )
 
 
@@ -100,7 +100,7 @@ def cost(size: int, dim: int, rows: int, queue_dtype: torch.dtype, keys_dtype: t
 def variants(arch: int) -> list[Variant]:
     """What the compile gate compiles: the usual D = 128, in each dtype of the queue, from keys in fp32 and in that."""
     row = tiles("enqueue", arch)
-    types = {"pointer": "*i64"} | dict.fromkeys(("size", "rows", "skipped"), "i32")
+    types = {"pointer": "*i64"} | dict.fromkeys(("size", "rows", "skip"), "i32")
     pairs = dict.fromkeys((name, keys) for name in NAMES.values() for keys in (name, "fp32"))
     return [
         variant(

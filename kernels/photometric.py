@@ -85,10 +85,10 @@ def _hue(r, g, b, turns):
 
 
 @triton.jit
-def _jitters(r, g, b, drawn, order, center, count):
+def _jitters(r, g, b, draws, order, center, count):
     for position in range(count):
         code = (order >> (2 * position)) & 3
-        factor = tl.load(drawn + FACTORS + code)
+        factor = tl.load(draws + FACTORS + code)
         if code == 3:
             r, g, b = _hue(r, g, b, factor)
         elif code == 2:
@@ -130,14 +130,14 @@ def _bytes(crop, start, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _pixels(crop, start, drawn, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _pixels(crop, start, draws, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     r, g, b = _bytes(crop, start, SIZE, BLOCK)
     r, g, b = (
         r.to(tl.float32) * (1.0 / 255.0),
         g.to(tl.float32) * (1.0 / 255.0),
         b.to(tl.float32) * (1.0 / 255.0),
     )
-    if tl.load(drawn + GRAY) == GRAY_BEFORE_JITTER:
+    if tl.load(draws + GRAY) == GRAY_BEFORE_JITTER:
         gray = _luma(r, g, b)
         r, g, b = gray, gray, gray
     return r, g, b
@@ -145,23 +145,23 @@ def _pixels(crop, start, drawn, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _jittered_pixels(
-    crop, start, drawn, sums, SIZE: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr
+    crop, start, draws, sums, SIZE: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    r, g, b = _pixels(crop, start, drawn, SIZE, BLOCK)
-    order = tl.load(drawn + ORDER).to(tl.int32)
+    r, g, b = _pixels(crop, start, draws, SIZE, BLOCK)
+    order = tl.load(draws + ORDER).to(tl.int32)
     if order >= 0:
         lane = tl.arange(0, LANES)
         center = tl.sum(tl.load(sums + lane, mask=lane < BLOCKS, other=0.0), 0) / (SIZE * SIZE)
-        r, g, b = _jitters(r, g, b, drawn, order, center, 4)
-    if tl.load(drawn + GRAY) == GRAY_AFTER_JITTER:
+        r, g, b = _jitters(r, g, b, draws, order, center, 4)
+    if tl.load(draws + GRAY) == GRAY_AFTER_JITTER:
         gray = _luma(r, g, b)
         r, g, b = gray, gray, gray
     return r, g, b
 
 
 @triton.jit
-def _flipped(drawn, pixel, SIZE: tl.constexpr):
-    return tl.where(tl.load(drawn + FLIP) > 0, pixel + (SIZE - 1 - 2 * (pixel % SIZE)), pixel)
+def _flip(draws, pixel, SIZE: tl.constexpr):
+    return tl.where(tl.load(draws + FLIP) > 0, pixel + (SIZE - 1 - 2 * (pixel % SIZE)), pixel)
 
 
 @triton.jit
@@ -180,7 +180,7 @@ def _band(offset, radius, sigma, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def _reflected(index, SIZE: tl.constexpr):
+def _reflect(index, SIZE: tl.constexpr):
     return tl.maximum(SIZE - 1 - tl.abs(SIZE - 1 - tl.abs(index)), 0)  # 0 only where no valid pixel looks
 
 
@@ -193,15 +193,15 @@ def _pick(channel, first, second, third):
 def _mean_gray_kernel(crops, parameters, sums, SIZE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
     view = tl.program_id(0).to(tl.int64) // BLOCKS
     start = tl.program_id(0) % BLOCKS * BLOCK
-    drawn = parameters + view * COLUMNS
-    order = tl.load(drawn + ORDER).to(tl.int32)
+    draws = parameters + view * COLUMNS
+    order = tl.load(draws + ORDER).to(tl.int32)
     if order >= 0:
         before = 0
         for position in range(1, 4):
             before = tl.where(((order >> (2 * position)) & 3) == CONTRAST_CODE, position, before)
         mask = start + tl.arange(0, BLOCK) < SIZE * SIZE
-        r, g, b = _pixels(crops + view * (SIZE * SIZE * 3), start, drawn, SIZE, BLOCK)
-        r, g, b = _jitters(r, g, b, drawn, order, 0.0, before)
+        r, g, b = _pixels(crops + view * (SIZE * SIZE * 3), start, draws, SIZE, BLOCK)
+        r, g, b = _jitters(r, g, b, draws, order, 0.0, before)
         tl.store(sums + tl.program_id(0), tl.sum(tl.where(mask, _luma(r, g, b), 0.0), 0))
 
 
@@ -231,11 +231,11 @@ def _color_kernel(
     start = tl.program_id(0) % TILES * BLOCK
     pixel = start + tl.arange(0, BLOCK)
     mask = pixel < pixels
-    drawn = parameters + view * COLUMNS
+    draws = parameters + view * COLUMNS
     r, g, b = _jittered_pixels(
-        crops + view * (pixels * 3), start, drawn, sums + view * BLOCKS, SIZE, BLOCKS, LANES, BLOCK
+        crops + view * (pixels * 3), start, draws, sums + view * BLOCKS, SIZE, BLOCKS, LANES, BLOCK
     )
-    if tl.load(drawn + SIGMA) > 0:
+    if tl.load(draws + SIGMA) > 0:
         plane = scratch + view * (pixels * 3) + pixel
         tl.store(plane, r.to(scratch.dtype.element_ty), mask=mask)
         tl.store(plane + pixels, g.to(scratch.dtype.element_ty), mask=mask)
@@ -246,7 +246,7 @@ def _color_kernel(
         green = cast(g * scale_g + shift_g, dtype)
         blue = cast(b * scale_b + shift_b, dtype)
         place = views + _destination(rows, view) * (pixels * CHANNELS)
-        offset = _flipped(drawn, pixel, SIZE) * CHANNELS
+        offset = _flip(draws, pixel, SIZE) * CHANNELS
         if CHANNELS == 4:  # a whole pixel by one store; [BLOCK, 2, 2] holds red green, blue 0
             whole = tl.join(tl.join(red, blue), tl.join(green, tl.zeros_like(blue)))
             at = offset[:, None] + tl.arange(0, 4)[None, :]
@@ -280,8 +280,8 @@ def _blur_kernel(
     channel = tl.program_id(0) % 3  # neighbours share sectors of the views, which L2 joins
     view = tl.program_id(0).to(tl.int64) // (3 * TILES * TILES)
     tile = tl.program_id(0) // 3 % (TILES * TILES)
-    drawn = parameters + view * COLUMNS
-    drawn_sigma = tl.load(drawn + SIGMA)
+    draws = parameters + view * COLUMNS
+    drawn_sigma = tl.load(draws + SIGMA)
     sigma = tl.maximum(tl.minimum(drawn_sigma, MAX_SIGMA), MIN_SIGMA)
     radius = tl.minimum(tl.ceil(3.0 * sigma).to(tl.int32), MAX_RADIUS)
     step = EDGE - 2 * radius
@@ -292,7 +292,7 @@ def _blur_kernel(
         down = _band(at[None, :] - at[:, None] - radius, radius, sigma, operand)
         scale = 1.0 / tl.sum(_band(at - EDGE // 2, radius, sigma, operand).to(tl.float32), 0)
         # V is symmetric, so a view is as well flipped where it is read; and rows and columns make short addresses.
-        row, column = _reflected(top + at - radius, SIZE), _flipped(drawn, _reflected(left + at - radius, SIZE), SIZE)
+        row, column = _reflect(top + at - radius, SIZE), _flip(draws, _reflect(left + at - radius, SIZE), SIZE)
         source = scratch + (view * 3 + channel) * (SIZE * SIZE) + row * SIZE
         x = dot(down, tl.load(source[:, None] + column[None, :]), None, PRECISION) * scale
         x = dot(x.to(operand), tl.trans(down), None, PRECISION) * scale
@@ -454,8 +454,8 @@ def cost(
     four jitters and normalisation, and of a separable blur of radius 6 (sigma 2) for the share `blurred` of the views.
     """
     pixels = n * size * size
-    moved = 3 * pixels + 32 * n + 8 * n * permuted + channels * pixels * dtype.itemsize
-    return moved, pixels * (FLOPS_PER_PIXEL + round(blurred * BLUR_FLOPS_PER_PIXEL))
+    bytes_moved = 3 * pixels + 32 * n + 8 * n * permuted + channels * pixels * dtype.itemsize
+    return bytes_moved, pixels * (FLOPS_PER_PIXEL + round(blurred * BLUR_FLOPS_PER_PIXEL))
 
 
 def variants(arch: int) -> list[Variant]:

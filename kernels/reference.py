@@ -51,10 +51,10 @@ def info_nce(
 def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
     """Write `keys` into the ring at `pointer` and advance it, wrapping at the end; of too many keys the last K stay."""
     size = queue.shape[0]
-    kept = keys[-size:]
-    skipped = keys.shape[0] - kept.shape[0]
-    rows = (pointer + skipped + torch.arange(kept.shape[0], device=queue.device)) % size
-    queue.index_copy_(0, rows, kept.to(queue.dtype))
+    newest = keys[-size:]
+    skip = keys.shape[0] - newest.shape[0]
+    rows = (pointer + skip + torch.arange(newest.shape[0], device=queue.device)) % size
+    queue.index_copy_(0, rows, newest.to(queue.dtype))
     pointer.copy_((pointer + keys.shape[0]) % size)
 
 
@@ -65,7 +65,7 @@ class _TrainBatchNormAct(torch.autograd.Function):
     """Grouped training batch norm of one or two inputs, summed, then ReLU, twice; also the moments of each group.
 
     The statistics and sums are torch's own, group by group; the rest is multiply-adds, in blocks that stay in the cache
-    from the first to the ReLU. So grouped statistics cost a CPU what torch's ungrouped ones do. The output is given
+    from the first to the ReLU. So grouped statistics cost a CPU what torch's ungrouped ones do. The output is gradients
     twice, for two readers, whose gradients backward adds as it masks them; of one reader the other gradient is None.
     """
 
@@ -90,10 +90,10 @@ class _TrainBatchNormAct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, second, *_):
         x, weight, residual, residual_weight, y, *moments = ctx.saved_tensors
-        given = [g for g in (grad, second) if g is not None]
-        if not given:
+        gradients = [g for g in (grad, second) if g is not None]
+        if not gradients:
             return (None,) * 9
-        grad = _masked_sum(given, y)
+        grad = _masked_sum(gradients, y)
         grads = _batch_norm_backward(grad, x, weight, *moments[:2], ctx.eps)
         residual_grads = (grad if ctx.has_residual else None, None, None)
         if residual is not None:
@@ -141,10 +141,10 @@ def _affine_act(
         group = first // per_group
         for start in range(first, first + per_group, step):
             block = slice(start, min(start + step, first + per_group))
-            given, out = x[block], y[block]
+            values, out = x[block], y[block]
             if widened is not None:
-                given = out = widened[: len(given)].copy_(given)
-            torch.addcmul(shift[group], given, scale[group], out=out)
+                values = out = widened[: len(values)].copy_(values)
+            torch.addcmul(shift[group], values, scale[group], out=out)
             if residual_scale is not None:
                 out.addcmul_(residual[block], residual_scale[group])
             elif residual is not None:
@@ -161,9 +161,9 @@ def _batch_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups, invstd = mean.shape[0], torch.rsqrt(variance + eps)
     whole = groups == 1  # then torch's gradient as well; of several, which would have to be joined, it gains little
-    wanted = [whole, True, True]
+    needs = [whole, True, True]
     parts = [
-        torch.ops.aten.native_batch_norm_backward(g, part, weight, None, None, m, i, True, eps, wanted)
+        torch.ops.aten.native_batch_norm_backward(g, part, weight, None, None, m, i, True, eps, needs)
         for g, part, m, i in zip(grad.chunk(groups), x.chunk(groups), mean, invstd)
     ]
     grad_x, *grads = zip(*parts)
@@ -337,11 +337,11 @@ def photometric(
     views[:, 3:] = 0
     source = torch.arange(n, device=crops.device) if rows is None else inverse(rows)
     together = max(1, CACHED_PIXELS // size**2)
-    for picked, written in zip(source.split(together), views[:, :3].split(together)):
-        x = crops.index_select(0, picked).permute(0, 3, 1, 2).to(wide, memory_format=torch.contiguous_format).div_(255)
-        drawn = parameters.index_select(0, picked)
-        x = _blur_and_flip(_jitter_and_gray(x, drawn), drawn, max_sigma)
-        written.copy_(x.sub_(shift).div_(scale))
+    for places, out in zip(source.split(together), views[:, :3].split(together)):
+        x = crops.index_select(0, places).permute(0, 3, 1, 2).to(wide, memory_format=torch.contiguous_format).div_(255)
+        draws = parameters.index_select(0, places)
+        x = _blur_and_flip(_jitter_and_gray(x, draws), draws, max_sigma)
+        out.copy_(x.sub_(shift).div_(scale))
     return views
 
 
@@ -353,9 +353,9 @@ def inverse(permutation: Tensor) -> Tensor:
     return source
 
 
-def _jitter_and_gray(x: Tensor, drawn: Tensor) -> Tensor:
-    when, orders = drawn[:, GRAY].tolist(), drawn[:, ORDER].long().tolist()
-    factors = drawn[:, BRIGHTNESS : HUE + 1, None, None, None].to(x.dtype).unbind(1)
+def _jitter_and_gray(x: Tensor, draws: Tensor) -> Tensor:
+    when, orders = draws[:, GRAY].tolist(), draws[:, ORDER].long().tolist()
+    factors = draws[:, BRIGHTNESS : HUE + 1, None, None, None].to(x.dtype).unbind(1)
     x = _on([gray == GRAY_BEFORE_JITTER for gray in when], x, _gray)
     for position in range(4):
         codes = [order >> 2 * position & 3 if order >= 0 else NO_JITTER for order in orders]
@@ -364,17 +364,17 @@ def _jitter_and_gray(x: Tensor, drawn: Tensor) -> Tensor:
     return _on([gray == GRAY_AFTER_JITTER for gray in when], x, _gray)
 
 
-def _blur_and_flip(x: Tensor, drawn: Tensor, max_sigma: float = MAX_SIGMA) -> Tensor:
-    sigma = drawn[:, SIGMA].clamp_max(max_sigma)
+def _blur_and_flip(x: Tensor, draws: Tensor, max_sigma: float = MAX_SIGMA) -> Tensor:
+    sigma = draws[:, SIGMA].clamp_max(max_sigma)
     x = _on((sigma > 0).tolist(), x, _blur, sigma)
-    return _on((drawn[:, FLIP] > 0).tolist(), x, lambda rows: rows.flip(3))
+    return _on((draws[:, FLIP] > 0).tolist(), x, lambda rows: rows.flip(3))
 
 
-def _on(chosen: list[bool], x: Tensor, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
-    if all(chosen):
+def _on(where: list[bool], x: Tensor, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
+    if all(where):
         return function(x, *values)
-    if any(chosen):
-        rows = torch.tensor(chosen, device=x.device).nonzero().flatten()
+    if any(where):
+        rows = torch.tensor(where, device=x.device).nonzero().flatten()
         x.index_copy_(0, rows, function(x.index_select(0, rows), *(value.index_select(0, rows) for value in values)))
     return x
 

@@ -37,8 +37,8 @@ CHECK_FLOPS, SGD_FLOPS, EMA_FLOPS = 2, 7, 3
 def _locate(records, chunks, index, CHUNK: tl.constexpr):
     record = records + tl.load(chunks + 2 * index).to(tl.int64) * _COLUMNS
     start = tl.load(chunks + 2 * index + 1).to(tl.int64) * CHUNK
-    left = tl.minimum(tl.load(record + _SIZE) - start, CHUNK).to(tl.int32)
-    return record, start, left
+    length = tl.minimum(tl.load(record + _SIZE) - start, CHUNK).to(tl.int32)
+    return record, start, length
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def _kind(record, bit: tl.constexpr):
 
 
 @triton.jit
-def _aligned(record, UPDATE: tl.constexpr):
+def _is_aligned(record, UPDATE: tl.constexpr):
     bits = tl.load(record + _Q) | tl.load(record + _K) | tl.load(record + _K_WORK)
     if UPDATE:
         bits |= tl.load(record + _VELOCITY) | tl.load(record + _Q_WORK) | tl.load(record + _GRAD)
@@ -110,12 +110,12 @@ def _ema_weight(x, ON_DEVICE: tl.constexpr):
 
 
 @triton.jit
-def _poison(record, start, left, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def _poison(record, start, length, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     address, kind = tl.load(record + _GRAD), _kind(record, 0)
     poison = tl.zeros([BLOCK], tl.float32)
-    for offset in range(0, CHUNK if left is None else left, BLOCK):
+    for offset in range(0, CHUNK if length is None else length, BLOCK):
         offsets = offset + tl.arange(0, BLOCK)
-        mask = None if left is None else offsets < left
+        mask = None if length is None else offsets < length
         # Zero times a finite number is zero, and times anything else NaN, which no later sum loses.
         poison = tl.fma(_load(address, start, offsets, kind, mask), 0.0, poison)
     return tl.max((poison != 0).to(tl.int32), 0) != 0
@@ -123,11 +123,11 @@ def _poison(record, start, left, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _check_kernel(records, chunks, skip, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    record, start, left = _locate(records, chunks, tl.program_id(0), CHUNK)
-    if (left == CHUNK) & (tl.load(record + _GRAD) % 16 == 0):
+    record, start, length = _locate(records, chunks, tl.program_id(0), CHUNK)
+    if (length == CHUNK) & (tl.load(record + _GRAD) % 16 == 0):
         bad = _poison(record, start, None, CHUNK, BLOCK)
     else:
-        bad = _poison(record, start, left, CHUNK, BLOCK)
+        bad = _poison(record, start, length, CHUNK, BLOCK)
     if bad:
         tl.store(skip, 1)
 
@@ -136,7 +136,7 @@ def _check_kernel(records, chunks, skip, CHUNK: tl.constexpr, BLOCK: tl.constexp
 def _update_chunk(
     record,
     start,
-    left,
+    length,
     lr,
     momentum,
     decay,
@@ -149,9 +149,9 @@ def _update_chunk(
     q_at, velocity_at, k_at = tl.load(record + _Q), tl.load(record + _VELOCITY), tl.load(record + _K)
     q_work_at, k_work_at, grad_at = tl.load(record + _Q_WORK), tl.load(record + _K_WORK), tl.load(record + _GRAD)
     grad_kind, q_kind, k_kind = _kind(record, 0), _kind(record, 2), _kind(record, 4)
-    for offset in range(0, CHUNK if left is None else left, BLOCK):
+    for offset in range(0, CHUNK if length is None else length, BLOCK):
         offsets = offset + tl.arange(0, BLOCK)
-        mask = None if left is None else offsets < left
+        mask = None if length is None else offsets < length
         q = _load(q_at, start, offsets, _FP32, mask)
         velocity = _load(velocity_at, start, offsets, _FP32, mask)
         if KEYS:
@@ -184,7 +184,7 @@ def _update_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    record, start, left = _locate(records, chunks, tl.num_programs(0) - 1 - tl.program_id(0), CHUNK)
+    record, start, length = _locate(records, chunks, tl.num_programs(0) - 1 - tl.program_id(0), CHUNK)
     if tl.load(skip) != 0:
         if tl.program_id(0) == 0:
             tl.store(nonfinite, 1)
@@ -192,19 +192,19 @@ def _update_kernel(
         rate, friction = _scalar(lr, ON_DEVICE & 1), _scalar(momentum, ON_DEVICE & 2)
         decay, weight = _scalar(weight_decay, ON_DEVICE & 4), _ema_weight(ema_momentum, ON_DEVICE & 8)
         unscale = tl.div_rn(1.0, _scalar(grad_scale, ON_DEVICE & 16))
-        if (left == CHUNK) & _aligned(record, True):
+        if (length == CHUNK) & _is_aligned(record, True):
             _update_chunk(record, start, None, rate, friction, decay, weight, unscale, KEYS, CHUNK, BLOCK)
         else:
-            _update_chunk(record, start, left, rate, friction, decay, weight, unscale, KEYS, CHUNK, BLOCK)
+            _update_chunk(record, start, length, rate, friction, decay, weight, unscale, KEYS, CHUNK, BLOCK)
 
 
 @triton.jit
-def _ema_chunk(record, start, left, weight, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def _ema_chunk(record, start, length, weight, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     q_at, k_at, k_work_at = tl.load(record + _Q), tl.load(record + _K), tl.load(record + _K_WORK)
     kind = _kind(record, 4)
-    for offset in range(0, CHUNK if left is None else left, BLOCK):
+    for offset in range(0, CHUNK if length is None else length, BLOCK):
         offsets = offset + tl.arange(0, BLOCK)
-        mask = None if left is None else offsets < left
+        mask = None if length is None else offsets < length
         k = _load(k_at, start, offsets, _FP32, mask)
         k = _lerp(k, _load(q_at, start, offsets, _FP32, mask), weight)
         _store(k_at, start, offsets, k, _FP32, mask)
@@ -213,12 +213,12 @@ def _ema_chunk(record, start, left, weight, CHUNK: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def _ema_kernel(records, chunks, ema_momentum, ON_DEVICE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    record, start, left = _locate(records, chunks, tl.program_id(0), CHUNK)
+    record, start, length = _locate(records, chunks, tl.program_id(0), CHUNK)
     weight = _ema_weight(ema_momentum, ON_DEVICE)
-    if (left == CHUNK) & _aligned(record, False):
+    if (length == CHUNK) & _is_aligned(record, False):
         _ema_chunk(record, start, None, weight, CHUNK, BLOCK)
     else:
-        _ema_chunk(record, start, left, weight, CHUNK, BLOCK)
+        _ema_chunk(record, start, length, weight, CHUNK, BLOCK)
 
 
 def _update(
@@ -236,14 +236,14 @@ def _update(
     if not use_triton:
         reference.sgd_ema(tensors, grads, lr, momentum, weight_decay, ema_momentum, nonfinite, grad_scale)
         return
-    found = table.on_device()
-    records, options = found.records(tensors, grads), _options(found.row)
+    entries = table.on_device()
+    records, options = entries.records(tensors, grads), _options(entries.row)
     skip = torch.zeros(1, dtype=torch.int32, device=table.device)
     with torch.cuda.device_of(skip):
-        _check_kernel[found.grid](records, found.chunks, skip, **options)
-        _update_kernel[found.grid](
+        _check_kernel[entries.grid](records, entries.chunks, skip, **options)
+        _update_kernel[entries.grid](
             records,
-            found.chunks,
+            entries.chunks,
             skip,
             nonfinite,
             lr,
@@ -262,11 +262,15 @@ def _average(table: TensorTable, tensors: Tensors, use_triton: bool, ema_momentu
     if not use_triton:
         reference.ema(tensors, ema_momentum)
         return
-    found = table.on_device()
-    records = found.records(tensors, None)
+    entries = table.on_device()
+    records = entries.records(tensors, None)
     with torch.cuda.device_of(records):
-        _ema_kernel[found.grid](
-            records, found.chunks, _weight(ema_momentum), ON_DEVICE=_bits((ema_momentum,)), **_options(found.row)
+        _ema_kernel[entries.grid](
+            records,
+            entries.chunks,
+            _weight(ema_momentum),
+            ON_DEVICE=_bits((ema_momentum,)),
+            **_options(entries.row),
         )
 
 
@@ -300,7 +304,7 @@ def _sgd_ema(
 ) -> None:
     # The tensors are arguments, and not only the table's own, because functionalisation may hand over copies.
     table = table_of(handle)
-    tensors = Tensors(q, velocity, k, _merged(q, q_casts, table.q_is_work), _merged(k, k_casts, table.k_is_work))
+    tensors = Tensors(q, velocity, k, _merge(q, q_casts, table.q_is_work), _merge(k, k_casts, table.k_is_work))
     _update(table, tensors, use_triton, grads, _joined_scalars(scalars, numbers), nonfinite)
 
 
@@ -315,7 +319,7 @@ def _ema(
     numbers: Sequence[float],
 ) -> None:
     table = table_of(handle)
-    tensors = Tensors(q, table.velocity, k, table.q_work, _merged(k, k_casts, table.k_is_work))
+    tensors = Tensors(q, table.velocity, k, table.q_work, _merge(k, k_casts, table.k_is_work))
     _average(table, tensors, use_triton, *_joined_scalars(scalars, numbers))
 
 
@@ -338,7 +342,7 @@ def _joined_scalars(scalars: Sequence[Tensor | None], numbers: Sequence[float]) 
     return [number if scalar is None else scalar for scalar, number in zip(scalars, numbers, strict=True)]
 
 
-def _merged(masters: Sequence[Tensor], casts: Sequence[Tensor], is_work: Sequence[bool]) -> list[Tensor]:
+def _merge(masters: Sequence[Tensor], casts: Sequence[Tensor], is_work: Sequence[bool]) -> list[Tensor]:
     remaining = iter(casts)
     return [master if same else next(remaining) for master, same in zip(masters, is_work, strict=True)]
 
@@ -348,8 +352,8 @@ def _check_scalars(scalars: Sequence[float | Tensor], device: torch.device) -> N
         if not isinstance(scalar, Tensor):
             continue
         if scalar.numel() != 1 or scalar.device != device or not scalar.is_floating_point():
-            found = f"{scalar.dtype} {tuple(scalar.shape)} on {scalar.device}"
-            raise ValueError(f"a scalar is a float or one floating-point element on {device}, not {found}")
+            actual = f"{scalar.dtype} {tuple(scalar.shape)} on {scalar.device}"
+            raise ValueError(f"a scalar is a float or one floating-point element on {device}, not {actual}")
 
 
 def _check_gradients(table: TensorTable, grads: Sequence[Tensor]) -> None:
@@ -372,8 +376,8 @@ def _check_gradients(table: TensorTable, grads: Sequence[Tensor]) -> None:
 
 def _check_flag(nonfinite: Tensor, device: torch.device) -> None:
     if nonfinite.dtype != torch.int32 or nonfinite.numel() != 1 or nonfinite.device != device:
-        found = f"{nonfinite.dtype} {tuple(nonfinite.shape)} on {nonfinite.device}"
-        raise ValueError(f"nonfinite is {found}, expected torch.int32 (1,) on {device}")
+        actual = f"{nonfinite.dtype} {tuple(nonfinite.shape)} on {nonfinite.device}"
+        raise ValueError(f"nonfinite is {actual}, expected torch.int32 (1,) on {device}")
 
 
 def sgd_ema(
@@ -416,8 +420,8 @@ def sgd_ema(
         )
     else:
         _update(table, table.tensors, use_triton, grads, scalars, nonfinite)
-        written = (table.q, table.velocity, table.k, table.q_casts, table.k_casts, [nonfinite])
-        torch.autograd.graph.increment_version([tensor for group in written for tensor in group])
+        outputs = (table.q, table.velocity, table.k, table.q_casts, table.k_casts, [nonfinite])
+        torch.autograd.graph.increment_version([tensor for group in outputs for tensor in group])
 
 
 def ema(table: TensorTable, ema_momentum: float | Tensor, impl: Impl = "auto") -> None:

@@ -70,7 +70,7 @@ class TensorTable:
             raise ValueError(f"a table needs equally many tensors of each kind, at least one; got {counts}")
         for index, entry in enumerate(zip(*groups.values(), strict=True)):
             _check_entry(index, q[0].device, dict(zip(groups, entry, strict=True)))
-        self.q, self.velocity, self.k = _detached(q), _detached(velocity), _detached(k)
+        self.q, self.velocity, self.k = _detach(q), _detach(velocity), _detach(k)
         self.q_work, self.k_work = _copies(q, self.q, q_work), _copies(k, self.k, k_work)
         self.q_is_work = [copy is master for copy, master in zip(self.q_work, self.q, strict=True)]
         self.k_is_work = [copy is master for copy, master in zip(self.k_work, self.k, strict=True)]
@@ -128,8 +128,8 @@ class DeviceTable:
         self._own = table.tensors
         self._own_addresses = self._addresses = _addresses(self._own)
         self._grads: list[list[int]] = [[0] * len(table), [0] * len(table)]  # addresses, kinds
-        self._sent: Tensor | None = None
-        self._spare = self._pinned() if cuda else None
+        self._upload: Tensor | None = None
+        self._spare = self._pin() if cuda else None
         self._captured: list[Tensor] = []
 
     def records(self, tensors: Tensors, grads: Sequence[Tensor] | None) -> Tensor:
@@ -138,30 +138,30 @@ class DeviceTable:
         moving = self._grads if grads is None else [[g.data_ptr() for g in grads], [KINDS[g.dtype] for g in grads]]
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if self._spare is None and self.device.type == "cuda" and not capturing:
-            self._spare = self._pinned()  # torch before 2.12 cannot pin memory while it captures
-        sent = self._sent
-        if sent is None or addresses != self._addresses or moving != self._grads:
-            kinds = [fixed | grad for fixed, grad in zip(self.kinds, moving[1], strict=True)]
-            sent = self._send([*addresses, moving[0], self.sizes, kinds], capturing)
+            self._spare = self._pin()  # torch before 2.12 cannot pin memory while it captures
+        upload = self._upload
+        if upload is None or addresses != self._addresses or moving != self._grads:
+            kinds = [kind | grad for kind, grad in zip(self.kinds, moving[1], strict=True)]
+            upload = self._send([*addresses, moving[0], self.sizes, kinds], capturing)
             if not capturing:  # what is captured has not run: the next eager call must not count on it
-                self._addresses, self._grads, self._sent = addresses, moving, sent
+                self._addresses, self._grads, self._upload = addresses, moving, upload
         if capturing:
-            self._captured.append(sent)  # every replay reads it
-        return sent
+            self._captured.append(upload)  # every replay reads it
+        return upload
 
     def _send(self, columns: list[list[int]], capturing: bool) -> Tensor:
         rows = torch.tensor(columns, dtype=torch.int64).T.contiguous()
         if self.device.type == "cpu":
             return rows
         # A fresh buffer each time: an earlier copy may still be reading the last one, and a replay always will.
-        pinned = self._spare if capturing and self._spare is not None else self._pinned()
+        pinned = self._spare if capturing and self._spare is not None else self._pin()
         pinned.copy_(rows)
         if capturing:
             self._captured.append(pinned)
             self._spare = None
         return pinned.to(self.device, non_blocking=True)
 
-    def _pinned(self) -> Tensor:
+    def _pin(self) -> Tensor:
         return torch.empty(len(self.sizes), COLUMNS, dtype=torch.int64, pin_memory=True)
 
 
@@ -211,14 +211,14 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _detach(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach() for tensor in tensors]
 
 
 def _copies(masters: Sequence[Tensor], detached: list[Tensor], copies: Sequence[Tensor]) -> list[Tensor]:
     return [
-        held if _memory(copy) == _memory(master) else copy.detach()
-        for master, held, copy in zip(masters, detached, copies, strict=True)
+        view if _memory(copy) == _memory(master) else copy.detach()
+        for master, view, copy in zip(masters, detached, copies, strict=True)
     ]
 
 

@@ -154,4 +154,4 @@ def tiles(kernel: str, capability: tuple[int, int] | int | None = None) -> Tiles
     arch = capability if isinstance(capability, int) else 10 * capability[0] + capability[1]
     if arch >= 120:
         arch = 80
-    return rows[max((known for known in rows if known <= arch), default=min(rows))]
+    return rows[max((each for each in rows if each <= arch), default=min(rows))]

@@ -200,8 +200,8 @@ def in_fork(tmp_path: Path) -> Callable[..., int]:
     return run
 
 
-def _speaking_to(said: Path, body: Callable, args: tuple) -> None:
-    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+def _speaking_to(message: Path, body: Callable, args: tuple) -> None:
+    os.dup2(os.open(message, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     sys.stderr = open(2, "w", closefd=False)
     torch.set_num_threads(1)
     sys.exit(body(*args))

@@ -24,9 +24,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def flags_of(options, default=None) -> list[str]:
@@ -62,12 +62,12 @@ def test_the_flags_and_defaults_are_those_of_the_golden_file():
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_lists_every_flag_with_its_doc(name, capsys):
     assert main([*name.split(), "--help-all"]) == 0
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     kind = cli.load(COMMANDS[name].options)
     default = PretrainFlags() if name.startswith("pretrain ") else None
     for line in flags_of(kind, default):
-        assert not line.startswith("--") or line.split()[0] in shown, line
-    words = " ".join(re.sub(r"[│╭╰─╮╯]", " ", shown).split())
+        assert not line.startswith("--") or line.split()[0] in output, line
+    words = " ".join(re.sub(r"[│╭╰─╮╯]", " ", output).split())
     if kind is PretrainFlags:
         assert "Multiplier of every channel count of the encoder." in words
         assert "Probability of a Gaussian blur." in words and "Newest checkpoints that are kept" in words
@@ -85,9 +85,9 @@ def test_help_of_every_command_is_instant_and_imports_no_torch():
         code = f"import sys; from fastmoco.cli import main; main({[*name.split(), '--help']!r}); "
         code += "print(sorted({'torch', 'numpy', 'nvidia', 'matplotlib', 'triton'} & set(sys.modules)))"
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        shown = python(code)
+        output = python(code)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert ast.literal_eval(shown.splitlines()[-1]) == [], name
+        assert ast.literal_eval(output.splitlines()[-1]) == [], name
         # Processor time, which other work on the machine does not change: 0.2 s measured, torch alone takes 2 s.
         assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.6, name
 
@@ -117,19 +117,19 @@ def test_help_of_every_command_is_instant_and_imports_no_torch():
 )
 def test_wrong_use_exits_2_and_says_what_to_do(argv, says, capsys):
     assert main(argv) == 2
-    said = capsys.readouterr()
-    assert says in said.err + said.out
-    if "error:" in said.err:
-        assert said.err.count("\n") == 1, "one line"
+    output = capsys.readouterr()
+    assert says in output.err + output.out
+    if "error:" in output.err:
+        assert output.err.count("\n") == 1, "one line"
 
 
 def test_values_reach_the_recipe_and_the_options(tmp_path):
     flags = "--batch-size 512 --lr 0.1 --crop-scale 0.1 0.9 --milestones 3 4 --symmetric --no-shuffle-bn --hue 0.2"
     argv = ["pretrain", "v2", "--data", str(tmp_path), "--out", str(tmp_path / "x"), *flags.split(), "--keep", "5"]
-    command, chosen = parse(argv)
-    assert command.distributed and isinstance(chosen, Pretrain) and chosen.preset == "v2"
+    command, settings = parse(argv)
+    assert command.distributed and isinstance(settings, Pretrain) and settings.preset == "v2"
     v2 = PRESETS["v2"][1]
-    assert chosen.recipe == replace(
+    assert settings.recipe == replace(
         v2,
         batch_size=512,
         lr=0.1,
@@ -138,10 +138,10 @@ def test_values_reach_the_recipe_and_the_options(tmp_path):
         shuffle_bn=False,
         augmentation=replace(v2.augmentation, crop_scale=(0.1, 0.9), hue=0.2),
     )
-    assert chosen.options == Options(data=tmp_path, out=tmp_path / "x", keep=5)
+    assert settings.options == Options(data=tmp_path, out=tmp_path / "x", keep=5)
 
 
-def started(run: Path, recipe: Recipe, preset: str = "v2") -> Path:
+def start_run(run: Path, recipe: Recipe, preset: str = "v2") -> Path:
     run.mkdir()
     facts = {"preset": preset, "recipe": recipe.as_dict(), "options": {"data": "/images", "val": None}}
     (run / "recipe.json").write_text(json.dumps(facts))
@@ -150,9 +150,9 @@ def started(run: Path, recipe: Recipe, preset: str = "v2") -> Path:
 
 def test_resume_takes_the_recipe_of_the_run(tmp_path):
     recipe = replace(PRESETS["v2"][1], batch_size=64, temperature=0.3)
-    argv = ["pretrain", "v2", "--resume", "--out", str(started(tmp_path / "run", recipe))]
-    chosen = parse(argv)[1]
-    assert chosen.recipe == recipe and chosen.options.data == Path("/images")
+    argv = ["pretrain", "v2", "--resume", "--out", str(start_run(tmp_path / "run", recipe))]
+    settings = parse(argv)[1]
+    assert settings.recipe == recipe and settings.options.data == Path("/images")
     assert parse([*argv, "--knn-k", "7", "--data", "/moved"])[1].recipe == replace(recipe, knn_k=7)
     with pytest.raises(UsageError, match="started with temperature 0.3, not 0.2"):
         parse([*argv, "--temperature", "0.2"])
@@ -164,18 +164,18 @@ def test_resume_takes_the_recipe_of_the_run(tmp_path):
 
 
 def test_a_run_that_was_started_deterministic_stays_so(tmp_path):
-    run = started(tmp_path / "run", PRESETS["v2"][1])
-    saved = json.loads((run / "recipe.json").read_text())
+    run = start_run(tmp_path / "run", PRESETS["v2"][1])
+    facts = json.loads((run / "recipe.json").read_text())
     for before, after in (("off", "off"), ("on", "on"), (None, "off")):
-        saved["options"] = {key: value for key, value in saved["options"].items() if key != "deterministic"}
-        saved["options"] |= {} if before is None else {"deterministic": before}
-        (run / "recipe.json").write_text(json.dumps(saved))
+        facts["options"] = {key: value for key, value in facts["options"].items() if key != "deterministic"}
+        facts["options"] |= {} if before is None else {"deterministic": before}
+        (run / "recipe.json").write_text(json.dumps(facts))
         assert parse(["pretrain", "v2", "--resume", "--out", str(run)])[1].options.deterministic == after
 
 
 def test_a_run_from_before_lars_is_one_of_sgd(tmp_path):
     """Its recipe.json has no such fields; whoever resumes it can ask for nothing else."""
-    run = started(tmp_path / "run", PRESETS["v2"][1])
+    run = start_run(tmp_path / "run", PRESETS["v2"][1])
     facts = json.loads((run / "recipe.json").read_text())
     assert (facts["recipe"].pop("optimizer"), facts["recipe"].pop("lars_eta")) == ("sgd", 0.001)
     (run / "recipe.json").write_text(json.dumps(facts))
@@ -188,7 +188,7 @@ def test_a_run_from_before_lars_is_one_of_sgd(tmp_path):
 
 
 def test_a_run_is_never_overwritten(tmp_path, capsys):
-    run = started(tmp_path / "run", PRESETS["v2"][1])
+    run = start_run(tmp_path / "run", PRESETS["v2"][1])
     before = (run / "recipe.json").read_bytes()
     assert main(["pretrain", "v2", "--data", str(tmp_path), "--out", str(run)]) == 2
     assert "exists: continue it with --resume, or give --out another name" in capsys.readouterr().err
@@ -198,8 +198,8 @@ def test_a_run_is_never_overwritten(tmp_path, capsys):
 def test_bad_data_leaves_nothing_behind(tmp_path, capsys):
     (tmp_path / "images").mkdir()
     assert main(["pretrain", "v2", "--data", str(tmp_path / "images"), "--out", str(tmp_path / "run")]) == 2
-    said = capsys.readouterr().err
-    assert "no images" in said and said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert "no images" in output and output.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -232,8 +232,8 @@ def test_the_launcher_checks_before_it_starts_anything():
         (["--nproc", "2", "pretrain", "v2"], "needs --data"),
         (["pretrain", "v2", "--batchsize", "3"], "--batch-size"),
     ):
-        done = launch(*argv)
-        assert done.returncode == 2 and says in done.stderr, argv
+        result = launch(*argv)
+        assert result.returncode == 2 and says in result.stderr, argv
 
 
 def test_the_launcher_passes_torchruns_flags_on():
@@ -259,9 +259,9 @@ def test_a_reader_that_goes_away_ends_a_command_without_a_word(tmp_path, command
     os.close(reader)
     here = os.environ | {"PYTHONPATH": str(ROOT)}
     where = {"cwd": tmp_path, "stdout": writer, "stderr": subprocess.PIPE, "text": True, "env": here}
-    done = subprocess.run([sys.executable, "-m", "fastmoco", *command], **where)
+    result = subprocess.run([sys.executable, "-m", "fastmoco", *command], **where)
     os.close(writer)
-    assert done.stderr == "" and done.returncode == 141
+    assert result.stderr == "" and result.returncode == 141
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,9 @@ def test_the_moment_is_the_threads_load_and_time_of_now(monkeypatch: pytest.Monk
 
 
 def test_openmp_spins_briefly_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch):
-    for given in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.setenv(given, "")  # put back afterwards, set or not
-        monkeypatch.delenv(given)
+    for arguments in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(arguments, "")  # put back afterwards, set or not
+        monkeypatch.delenv(arguments)
     environment.spin_briefly()
     assert os.environ["GOMP_SPINCOUNT"] == environment.SPIN
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
@@ -47,9 +47,11 @@ def test_the_launcher_says_so_before_torch_is_loaded():
         "print('loaded with', __import__('os').environ.get('GOMP_SPINCOUNT')))\n"
     )
     environ = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    for first, found in (("", environment.SPIN), ("import torch\n", "None")):
-        said = subprocess.run([sys.executable, "-c", watch + first + code], env=environ, capture_output=True, text=True)
-        assert f"loaded with {found}\n" in said.stdout, said.stderr
+    for first, actual in (("", environment.SPIN), ("import torch\n", "None")):
+        output = subprocess.run(
+            [sys.executable, "-c", watch + first + code], env=environ, capture_output=True, text=True
+        )
+        assert f"loaded with {actual}\n" in output.stdout, output.stderr
 
 
 def test_a_copy_without_history_is_told_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -87,7 +89,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_freed_memory_is_kept(word: str, variables: dict[str, str], kept: bool):
     """Ten times 64 MiB, one after the other: 16,384 pages of 4 KiB each, or none."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUN"))}
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", FAULTS, word], env={**clean, **variables}, capture_output=True, text=True, check=True
     )
-    assert (int(done.stdout) < 1000) == kept
+    assert (int(result.stdout) < 1000) == kept

@@ -22,24 +22,24 @@ HOMES = {"fastmoco": "fastmoco", "fastmoco.kernels": "kernels", "fastmoco.bench"
 
 def files(root: Path) -> dict[str, Path]:
     """Source files below `root` by the name of their module."""
-    found = {"launch": root / "launch.py"}
+    modules = {"launch": root / "launch.py"}
     for package, folder in HOMES.items():
         for path in (root / folder).rglob("*.py"):
             inner = path.relative_to(root / folder)
             if package != "fastmoco" or inner.parts[0] not in ("kernels", "bench"):  # links to the other two
                 name = ".".join([package, *inner.with_suffix("").parts])
-                found[name.removesuffix(".__init__")] = path
-    return found
+                modules[name.removesuffix(".__init__")] = path
+    return modules
 
 
 def graph(root: Path) -> dict[str, set[str]]:
     """The modules of the project that each of its modules imports; the bare package `fastmoco` is left out."""
     sources = files(root)
-    edges = {name: imported(path.read_text(encoding="utf-8"), sources) for name, path in sources.items()}
+    edges = {name: imports_of(path.read_text(encoding="utf-8"), sources) for name, path in sources.items()}
     return {name: targets - {name, "fastmoco"} for name, targets in edges.items()}
 
 
-def imported(source: str, modules: dict[str, Path]) -> set[str]:
+def imports_of(source: str, modules: dict[str, Path]) -> set[str]:
     names: list[str] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -78,20 +78,22 @@ def upward(edges: dict[str, set[str]]) -> list[str]:
 
 def circles(edges: dict[str, set[str]]) -> list[str]:
     """Modules that reach themselves, each with the others on its circle."""
-    reach = {name: _reached(name, edges) for name in edges}
-    found = {frozenset(other for other in reach[name] if name in reach[other]) for name in edges if name in reach[name]}
-    return sorted(" <-> ".join(sorted(group)) for group in found)
+    reach = {name: _reach(name, edges) for name in edges}
+    modules = {
+        frozenset(other for other in reach[name] if name in reach[other]) for name in edges if name in reach[name]
+    }
+    return sorted(" <-> ".join(sorted(group)) for group in modules)
 
 
-def _reached(start: str, edges: dict[str, set[str]]) -> set[str]:
-    seen: set[str] = set()
+def _reach(start: str, edges: dict[str, set[str]]) -> set[str]:
+    visits: set[str] = set()
     ahead = list(edges[start])
     while ahead:
         name = ahead.pop()
-        if name not in seen:
-            seen.add(name)
+        if name not in visits:
+            visits.add(name)
             ahead += edges[name]
-    return seen
+    return visits
 
 
 @pytest.fixture

@@ -47,9 +47,9 @@ def start(folder: Path, *argv: str, program: Sequence[str | Path] = (ROOT / "lau
 
 
 def finish(process: subprocess.Popen) -> str:
-    said = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, said
-    return said
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    return output
 
 
 def test_two_ranks_give_the_run_of_one(folder):
@@ -82,8 +82,8 @@ def test_torchrun_and_two_machines_give_the_run_of_one_process(folder):
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     finish(start(folder, *SHORT.split(), "--out", "torchrun", program=[*torchrun, ROOT / "launch.py"]))
     machines = start_machines(folder, *SHORT.split(), "--out", "four", nproc=2)
-    said = [finish(machine) for machine in machines]
-    assert sum("2 steps in" in each for each in said) == 1  # the first rank of all alone speaks
+    output = [finish(machine) for machine in machines]
+    assert sum("2 steps in" in each for each in output) == 1  # the first rank of all alone speaks
     for name, ranks in (("one", 1), ("torchrun", 2), ("four", 4)):
         assert json.loads((folder / name / "recipe.json").read_text())["ranks"] == ranks
         assert losses(folder / name) == pytest.approx(losses(folder / "one"), rel=1e-5), name
@@ -100,9 +100,9 @@ def test_a_rank_lost_on_one_machine_ends_the_job_on_both(harm, machine, code, sa
     train_until(machines[0], folder / "run/log.jsonl", 4)
     lost = pid_of(machines[machine])
     os.kill(lost, harm)
-    (other, said_there, more), (left, said, seconds) = (end_of(machines[each]) for each in (machine, 1 - machine))
-    assert (left, other, seconds + more < LIMIT) == (1, code, True), (seconds, said, more, said_there)
-    assert re.match(r"fastmoco: error: rank [01] .* failed: ", last_line(said))
+    (other, said_there, more), (left, output, seconds) = (end_of(machines[each]) for each in (machine, 1 - machine))
+    assert (left, other, seconds + more < LIMIT) == (1, code, True), (seconds, output, more, said_there)
+    assert re.match(r"fastmoco: error: rank [01] .* failed: ", last_line(output))
     assert f"(process {lost} on " in last_line(said_there) and says in last_line(said_there)
 
 
@@ -146,9 +146,9 @@ def listens(port: int) -> bool:
 
 def start_machines(folder: Path, *argv: str, nproc: int = 1, nnodes: str = "2") -> list[subprocess.Popen]:
     """Two launchers that meet on loopback, at the first one's."""
-    with socket.socket() as held:
-        held.bind(("localhost", 0))
-        port = held.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
     meet = f"--nproc {nproc} --nnodes {nnodes} --rdzv-backend c10d --rdzv-endpoint localhost:{port} --rdzv-id demo"
     machines = []
     for _ in range(2):
@@ -168,13 +168,13 @@ def test_a_signal_to_the_launcher_stops_all_ranks_at_one_step(folder, quiet):
         time.sleep(0.2)
     ranks = [pid_of(process, rank) for rank in (0, 1)]
     process.send_signal(signal.SIGTERM)
-    code, said, seconds = end_of(process)
+    code, output, seconds = end_of(process)
     print(f"SIGTERM to the launcher of two ranks: {seconds:.2f} s wall clock")
-    assert (code, seconds < (3 if quiet else LIMIT)) == (143, True), (code, seconds, said)
+    assert (code, seconds < (3 if quiet else LIMIT)) == (143, True), (code, seconds, output)
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
     newest = checkpoint.latest(folder / "run")
     step = checkpoint.load(newest).step
-    assert step == read_lines(log)[-1]["step"] and f"saved after step {step}" in said
+    assert step == read_lines(log)[-1]["step"] and f"saved after step {step}" in output
     flags += ("--resume", "--stop-after", str(step + 2))
     finish(start(folder, "--nproc", "2", "pretrain", "demo", *flags))
     assert checkpoint.load(checkpoint.latest(folder / "run")).step == step + 2
@@ -183,9 +183,9 @@ def test_a_signal_to_the_launcher_stops_all_ranks_at_one_step(folder, quiet):
 def test_a_mistake_that_the_ranks_find_is_said_once_and_exits_2(folder):
     (folder / "empty").mkdir()
     process = start(folder, "--nproc", "2", "pretrain", "demo", "--data", "empty", "--out", "run")
-    said = process.communicate(timeout=200)[0]
-    assert process.returncode == 2, said
-    assert said.count("no images in it") >= 1 and not (folder / "run").exists()
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 2, output
+    assert output.count("no images in it") >= 1 and not (folder / "run").exists()
 
 
 # Ranks that fail. Limits are seconds from the disturbance to the end of the job.
@@ -210,21 +210,21 @@ def pid_of(launcher: subprocess.Popen, rank: int | None = None) -> int:
 
 def end_of(process: subprocess.Popen) -> tuple[int, str, float]:
     began = time.monotonic()
-    said = process.communicate(timeout=100)[0]
-    return process.returncode, said, time.monotonic() - began
+    output = process.communicate(timeout=100)[0]
+    return process.returncode, output, time.monotonic() - began
 
 
-def last_line(said: str) -> str:
-    return [line for line in said.splitlines() if line.startswith("fastmoco: error: ")][-1]
+def last_line(message: str) -> str:
+    return [line for line in message.splitlines() if line.startswith("fastmoco: error: ")][-1]
 
 
 def test_a_killed_rank_ends_the_job_and_is_named(folder):
     process = start(folder, "--nproc", "2", "pretrain", "demo", *ENDLESS)
     train_until(process, folder / "run/log.jsonl", 4)
     os.kill(pid_of(process, 1), signal.SIGKILL)
-    code, said, seconds = end_of(process)
-    assert (code, seconds < LIMIT) == (1, True), (code, seconds, said)
-    assert re.match(r"fastmoco: error: rank 1 \(process \d+ on .*\) was killed by SIGKILL", last_line(said))
+    code, output, seconds = end_of(process)
+    assert (code, seconds < LIMIT) == (1, True), (code, seconds, output)
+    assert re.match(r"fastmoco: error: rank 1 \(process \d+ on .*\) was killed by SIGKILL", last_line(output))
 
 
 def test_a_hung_rank_ends_the_job_with_stacks_that_show_where(folder):
@@ -235,11 +235,11 @@ def test_a_hung_rank_ends_the_job_with_stacks_that_show_where(folder):
     train_until(process, folder / "run/log.jsonl", 4)
     os.mkfifo(folder / "pipe")
     (folder / "pipe").rename(folder / "images/7.jpg")
-    code, said, seconds = end_of(process)
-    assert (code, seconds < LIMIT) == (124, True), (code, seconds, said)
-    assert "made no progress for too long: its stacks are above" in last_line(said)
-    assert "manifest.py" in said.split("the stacks of all threads follow")[1]  # where it waits for the file
-    assert "Timed out waiting 3000ms" in said  # the other rank's side of it
+    code, output, seconds = end_of(process)
+    assert (code, seconds < LIMIT) == (124, True), (code, seconds, output)
+    assert "made no progress for too long: its stacks are above" in last_line(output)
+    assert "manifest.py" in output.split("the stacks of all threads follow")[1]  # where it waits for the file
+    assert "Timed out waiting 3000ms" in output  # the other rank's side of it
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -249,10 +249,10 @@ def test_a_rank_that_is_stopped_ends_the_job_and_is_named(rank, folder):
     train_until(process, folder / "run/log.jsonl", 4)
     ranks = [pid_of(process, each) for each in (0, 1)]
     os.kill(ranks[rank], signal.SIGSTOP)
-    code, said, seconds = end_of(process)
-    assert (code, seconds < LIMIT) == (124, True), (code, seconds, said)
-    assert re.match(rf"fastmoco: error: rank {rank} \(process {ranks[rank]} on .*\) was stopped", last_line(said))
-    assert re.search("Timed out waiting 3000ms|Connection closed by peer", said)  # the other rank's side of it
+    code, output, seconds = end_of(process)
+    assert (code, seconds < LIMIT) == (124, True), (code, seconds, output)
+    assert re.match(rf"fastmoco: error: rank {rank} \(process {ranks[rank]} on .*\) was stopped", last_line(output))
+    assert re.search("Timed out waiting 3000ms|Connection closed by peer", output)  # the other rank's side of it
     assert not any(Path(f"/proc/{each}").exists() for each in ranks)
 
 
@@ -260,9 +260,9 @@ def test_a_rank_that_raises_ends_the_job_with_its_own_exit_code(folder):
     process = start(folder, "--nproc", "2", "pretrain", "demo", *ENDLESS, "--no-quarantine")
     train_until(process, folder / "run/log.jsonl", 4)
     (folder / "images/7.jpg").write_bytes(b"this was a JPEG")
-    code, said, seconds = end_of(process)
-    assert (code, seconds < LIMIT) == (3, True), (code, seconds, said)
-    assert "7.jpg" in said and re.match(r"fastmoco: error: rank [01] \(.*\) failed: exit code 3", last_line(said))
+    code, output, seconds = end_of(process)
+    assert (code, seconds < LIMIT) == (3, True), (code, seconds, output)
+    assert "7.jpg" in output and re.match(r"fastmoco: error: rank [01] \(.*\) failed: exit code 3", last_line(output))
 
 
 def test_with_restarts_a_killed_rank_costs_time_and_nothing_else(folder):
@@ -285,8 +285,8 @@ def test_with_restarts_a_killed_rank_costs_time_and_nothing_else(folder):
     process = start(folder, "--nproc", "2", "--max-restarts", "1", "pretrain", "demo", *flags, "run")
     train_until(process, folder / "run/log.jsonl", 6)
     os.kill(pid_of(process, 1), signal.SIGKILL)
-    said = finish(process)
-    assert "resumed after step" in said
+    output = finish(process)
+    assert "resumed after step" in output
     one, other = (checkpoint.load(checkpoint.latest(folder / name)) for name in ("whole", "run"))
     assert one.step == other.step == 60
     assert [name for name in one.state if not torch.equal(one.state[name], other.state[name])] == []
@@ -298,8 +298,8 @@ def test_a_signal_to_one_rank_alone_stops_the_run(folder, quiet):
     train_until(process, folder / "run/log.jsonl", 4)
     ranks = [pid_of(process, rank) for rank in (0, 1)]
     os.kill(ranks[1], signal.SIGUSR1)
-    code, said, seconds = end_of(process)
+    code, output, seconds = end_of(process)
     print(f"SIGUSR1 to one rank of two: {seconds:.2f} s wall clock")
-    assert (code, seconds < (3 if quiet else LIMIT)) == (143, True), (code, seconds, said)
+    assert (code, seconds < (3 if quiet else LIMIT)) == (143, True), (code, seconds, output)
     assert checkpoint.load(checkpoint.latest(folder / "run")).step == read_lines(folder / "run/log.jsonl")[-1]["step"]
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)

@@ -33,8 +33,8 @@ def test_a_deterministic_run_asks_all_or_nothing_of_the_decoding_engine():
     """Which images it gets depends on the batch otherwise, and its pixels are not those of the multiprocessors."""
     with pytest.raises(UsageError, match="--hw-decoder-load is 0.65, which is not deterministic: use 0 or 1"):
         Options(deterministic="on", hw_decoder_load=0.65)
-    given = [Options(deterministic=d, hw_decoder_load=load) for d in ("on", "off") for load in (None, 0.0, 1.0)]
-    assert [each.decoder_load for each in given] == [1.0, 0.0, 1.0, None, 0.0, 1.0]
+    pairs = [Options(deterministic=d, hw_decoder_load=load) for d in ("on", "off") for load in (None, 0.0, 1.0)]
+    assert [each.decoder_load for each in pairs] == [1.0, 0.0, 1.0, None, 0.0, 1.0]
     assert Options(hw_decoder_load=0.65).decoder_load == 0.65
 
 
@@ -46,9 +46,9 @@ def test_resume_needs_a_run(tmp_path):
 
 
 def test_places(tmp_path):
-    for name, given in (("data", {"out": tmp_path / "x"}), ("out", {"data": tmp_path})):
+    for name, pairs in (("data", {"out": tmp_path / "x"}), ("out", {"data": tmp_path})):
         with pytest.raises(UsageError, match=f"needs --{name}"):
-            check_places("v2", Options(**given))
+            check_places("v2", Options(**pairs))
     check_places("demo", Options())
     with pytest.raises(UsageError, match="exists: continue it with --resume"):
         check_places("v2", Options(data=tmp_path, out=tmp_path))

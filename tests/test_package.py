@@ -90,5 +90,5 @@ def test_a_type_checker_knows_the_kernels(tmp_path: Path) -> None:
         "--cache-dir",
         str(tmp_path),
     ]
-    done = subprocess.run([*command, str(user)], cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert "Tensor" in done.stdout.split("Revealed type", 1)[1].splitlines()[0], done.stdout + done.stderr
+    result = subprocess.run([*command, str(user)], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert "Tensor" in result.stdout.split("Revealed type", 1)[1].splitlines()[0], result.stdout + result.stderr

@@ -29,5 +29,5 @@ def test_text_is_escaped():
 
 
 def test_what_changed_stands_out():
-    text = table([("a", 1), ("b", 2)], changed=["b"])
+    text = table([("a", 1), ("b", 2)], highlights=["b"])
     assert text.count("changed") == 1 and 'class="changed">2' in text

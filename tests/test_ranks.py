@@ -70,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def known() -> dict:
+def runs() -> dict:
     """Runs that several tests look at."""
     return {}
 
@@ -87,11 +87,11 @@ def train(parallel: Parallel, recipe: Recipe, folder: Path, steps: int = STEPS, 
     return {"losses": torch.stack(losses), "batches": batches, "state": copy.deepcopy(step.state())}
 
 
-def once(known: dict, run_ranks: Callable, world: int, folder: Path, *args: object) -> list[dict]:
+def once(runs: dict, run_ranks: Callable, world: int, folder: Path, *args: object) -> list[dict]:
     key = (world, *args)
-    if key not in known:
-        known[key] = run_ranks(world, train, RECIPE, folder, *args)
-    return known[key]
+    if key not in runs:
+        runs[key] = run_ranks(world, train, RECIPE, folder, *args)
+    return runs[key]
 
 
 def key_batch(batch: Batch, tensor: Tensor) -> Tensor:
@@ -102,10 +102,10 @@ def key_batch(batch: Batch, tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("world", WORLDS[1:])
 def test_order_boxes_and_draws_do_not_know_the_number_of_ranks(
-    world: int, known: dict, run_ranks: Callable, folder: Path
+    world: int, runs: dict, run_ranks: Callable, folder: Path
 ) -> None:
     """Every pixel and parameter that an encoder sees, in the order it sees them."""
-    (alone,), ranks = (once(known, run_ranks, count, folder) for count in (1, world))
+    (alone,), ranks = (once(runs, run_ranks, count, folder) for count in (1, world))
     for number, whole in enumerate(alone["batches"]):
         parts = [result["batches"][number] for result in ranks]
         assert [part.step for part in parts] == [number] * world
@@ -120,9 +120,9 @@ def test_order_boxes_and_draws_do_not_know_the_number_of_ranks(
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])
-def test_thirty_steps_differ_by_rounding_alone(world: int, known: dict, run_ranks: Callable, folder: Path) -> None:
+def test_thirty_steps_differ_by_rounding_alone(world: int, runs: dict, run_ranks: Callable, folder: Path) -> None:
     """Losses, and the state at the end: weights, velocity, running statistics, queue in the same order, pointer."""
-    (alone,), ranks = (once(known, run_ranks, count, folder) for count in (1, world))
+    (alone,), ranks = (once(runs, run_ranks, count, folder) for count in (1, world))
     for result in ranks:
         torch.testing.assert_close(result["losses"], alone["losses"], rtol=FLOAT64_BOUND, atol=0)
         for name, value in result["state"].items():
@@ -180,18 +180,16 @@ def test_a_gather_without_gradient_shows_in_the_gradients_length_alone(
 
 
 @pytest.mark.parametrize("change", [{"shuffle_bn": False}, {"bn_group": 8}], ids=["no shuffle", "groups by rank"])
-def test_other_statistics_are_another_run(change: dict, known: dict, run_ranks: Callable, folder: Path) -> None:
+def test_other_statistics_are_another_run(change: dict, runs: dict, run_ranks: Callable, folder: Path) -> None:
     """Controls of the test above: keys not shuffled, and two ranks that take statistics over all they hold."""
-    (alone,) = once(known, run_ranks, 1, folder)
+    (alone,) = once(runs, run_ranks, 1, folder)
     ranks = run_ranks(2, train, replace(RECIPE, **change), folder, 6)
     assert (ranks[0]["losses"] - alone["losses"][:6]).abs().max() > 1e-3
 
 
-def test_fp32_strays_by_its_own_rounding_and_repeats_bit_for_bit(
-    known: dict, run_ranks: Callable, folder: Path
-) -> None:
+def test_fp32_strays_by_its_own_rounding_and_repeats_bit_for_bit(runs: dict, run_ranks: Callable, folder: Path) -> None:
     """fp32 has 2^29 times the rounding of float64, amplified alike; the same ranks again give the same bits."""
-    (alone,) = once(known, run_ranks, 1, folder)
+    (alone,) = once(runs, run_ranks, 1, folder)
     first, again = (run_ranks(2, train, RECIPE, folder, 12, "fp32") for _ in range(2))
     torch.testing.assert_close(first[0]["losses"].double(), alone["losses"][:12], rtol=1e-3, atol=0)
     for a, b in zip(first, again, strict=True):

@@ -15,16 +15,16 @@ MOST = 45
 EVERY = [flag.field for flag in usage.flags(PretrainFlags())]
 
 
-def shown(argv: list[str], capsys: pytest.CaptureFixture) -> list[str]:
+def help_lines(argv: list[str], capsys: pytest.CaptureFixture) -> list[str]:
     assert main(argv) == 0
     return [name.replace("-", "_") for name in re.findall(r"^  --([\w-]+)", capsys.readouterr().out, re.M)]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_help_shows_at_most_45_flags_and_help_all_every_one(preset: str, capsys: pytest.CaptureFixture) -> None:
-    short = shown(["pretrain", preset, "--help"], capsys)
+    short = help_lines(["pretrain", preset, "--help"], capsys)
     assert short == [name for _, names in usage.HEADINGS for name in names] and len(short) <= MOST
-    assert sorted(shown(["pretrain", preset, "--help-all"], capsys)) == sorted(EVERY)
+    assert sorted(help_lines(["pretrain", preset, "--help-all"], capsys)) == sorted(EVERY)
 
 
 def test_no_flag_stands_under_two_headings() -> None:

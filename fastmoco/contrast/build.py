@@ -38,8 +38,8 @@ def check_device(recipe: Recipe, parallel: Parallel, *, key_stream: bool, apex: 
         raise UsageError("--key-stream does not go with --bn-group 0 on several ranks: ranks would gather in any order")
     if key_stream and recipe.dictionary != "queue":
         raise UsageError(f"--key-stream needs a key encoder, which a {recipe.dictionary} has not: leave it out")
-    for flag, wanted in (("--key-stream", key_stream), ("--update apex", apex)):
-        if wanted and parallel.device.type != "cuda":
+    for flag, is_on in (("--key-stream", key_stream), ("--update apex", apex)):
+        if is_on and parallel.device.type != "cuda":
             raise UsageError(f"{flag} needs a GPU: leave it out")
 
 
@@ -105,7 +105,7 @@ def build_dictionary(
     return QueueDictionary(recipe, parallel, make_views, encoder_k, queue, numbers.master, side)
 
 
-def distributed(encoder: Encoder, parallel: Parallel) -> nn.Module:
+def distribute(encoder: Encoder, parallel: Parallel) -> nn.Module:
     """`encoder` with gradients averaged over ranks; itself where there is one rank.
 
     Call it in the first step and so on that step's stream, a graph's or none: there DDP sums gradients from then on.

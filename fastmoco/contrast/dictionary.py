@@ -117,7 +117,7 @@ class Queue(nn.Module):
         self.count.add_(keys.shape[0])
 
     @property
-    def filled(self) -> Tensor:
+    def fill_level(self) -> Tensor:
         """Share of the rows that hold keys rather than the random start: 0 to 1, on the device."""
         return (self.count / self.keys.shape[0]).clamp(max=1)
 
@@ -284,16 +284,16 @@ class BankDictionary(Dictionary):
     @part("loss")
     def contrast(self, z: Tensor, keys: Tensor, batch: Batch) -> Contrast:
         """InfoNCE against the sample's own entry and the drawn ones; entries are the queries of all ranks [B, D]."""
-        positive = self.bank.index_select(0, batch.shown)
+        positive = self.bank.index_select(0, batch.origins)
         negatives = self.bank.index_select(0, keys).to(self._work)
-        losses, rank = info_nce(z, positive, negatives, self.recipe.temperature, row_ids=batch.shown, key_ids=keys)
+        losses, rank = info_nce(z, positive, negatives, self.recipe.temperature, row_ids=batch.origins, key_ids=keys)
         q = F.normalize(z.detach().to(self.bank.dtype), dim=1)
         return Contrast(losses.mean(), rank, self.parallel.all_gather(q))
 
     @part("enqueue")
     def commit(self, entries: Tensor, batch: Batch) -> None:
         """entry <- normalise(m entry + (1 - m) query), for each sample that was shown, on all ranks alike."""
-        ids, m = self.parallel.all_gather(batch.shown), self.recipe.bank_momentum
+        ids, m = self.parallel.all_gather(batch.origins), self.recipe.bank_momentum
         old = self.bank.index_select(0, ids)
         new = F.normalize(m * old + (1 - m) * entries, dim=1)
         new = torch.where(entries.isfinite().all(1, keepdim=True), new, old)
@@ -311,18 +311,18 @@ class BankDictionary(Dictionary):
     def costs(self, rows: int, work: torch.dtype) -> dict[str, tuple[int, int]]:
         """A sweep over the drawn entries, which are copied first; entries of all ranks read and written."""
         size, dim, item = self._draw.count, self.bank.shape[1], self.bank.element_size()
-        moved, flops = info_nce_cost(rows, size, dim, work, work)
-        written = rows * self.parallel.world * dim
-        copied = size * dim * (item + work.itemsize)
-        return {"loss": (moved + copied, flops), "enqueue": (3 * written * item, 6 * written)}
+        bytes_moved, flops = info_nce_cost(rows, size, dim, work, work)
+        writes = rows * self.parallel.world * dim
+        copies = size * dim * (item + work.itemsize)
+        return {"loss": (bytes_moved + copies, flops), "enqueue": (3 * writes * item, 6 * writes)}
 
     def check(self, state: dict[str, Tensor]) -> None:
         """Raises UsageError if the bank of `state` is of another number of images."""
-        saved = state.get("bank")
-        if saved is not None and len(saved) != len(self.bank):
+        before = state.get("bank")
+        if before is not None and len(before) != len(self.bank):
             raise UsageError(
-                f"the bank holds {len(saved):,} images, the data {len(self.bank):,}: go on with the images it was made "
-                "of, or start another run"
+                f"the bank holds {len(before):,} images, the data {len(self.bank):,}: go on with the images it was "
+                "made of, or start another run"
             )
 
 
@@ -343,15 +343,15 @@ class Draw:
             return torch.arange(self.size, device=step.device)
         state = _mix(self._start + (step + 1) * GOLDEN)
         numbers = _mix(state + torch.arange(1, self.count + 1, device=step.device) * GOLDEN)
-        return _shifted(numbers, 1) % self.size
+        return _shift(numbers, 1) % self.size
 
 
 def _mix(x: Tensor) -> Tensor:
     for bits, factor in MIX:
-        x = (x ^ _shifted(x, bits)) * factor
-    return x ^ _shifted(x, 31)
+        x = (x ^ _shift(x, bits)) * factor
+    return x ^ _shift(x, 31)
 
 
-def _shifted(x: Tensor, bits: int) -> Tensor:
+def _shift(x: Tensor, bits: int) -> Tensor:
     # int64 brings in its sign from the left, which uint64 would not.
     return (x >> bits) & ((1 << (64 - bits)) - 1)

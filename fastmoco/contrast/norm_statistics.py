@@ -27,20 +27,20 @@ class Statistics:
             for name in NAMES
             if module._buffers.get(name) is not None
         ]
-        self.joined = torch.cat([buffers[name] for buffers, name in places])
-        parts = self.joined.split([buffers[name].numel() for buffers, name in places])
+        self.flat = torch.cat([buffers[name] for buffers, name in places])
+        parts = self.flat.split([buffers[name].numel() for buffers, name in places])
         for (buffers, name), part in zip(places, parts, strict=True):
             buffers[name] = part
 
     def snapshot(self) -> Tensor:
         """A copy [n], for `keep_finite`."""
-        return self.joined.clone()
+        return self.flat.clone()
 
     def keep_finite(self, before: Tensor) -> None:
         """Go back to the snapshot `before` where anything has become infinite or NaN since."""
-        self.joined.copy_(torch.where(self.joined.isfinite().all(), self.joined, before))
+        self.flat.copy_(torch.where(self.flat.isfinite().all(), self.flat, before))
 
     def merge(self, parallel: Parallel) -> None:
         """Take the mean over the ranks, on all of them."""
         if parallel.world > 1:
-            self.joined.copy_(parallel.mean(self.joined))
+            self.flat.copy_(parallel.mean(self.flat))

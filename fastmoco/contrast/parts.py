@@ -15,31 +15,31 @@ _ranges: tuple[Range, ...] = ()
 
 
 class part(ContextDecorator):
-    """Range called `name`, one of PARTS, for every profiler that `named` names parts to; nothing outside of it.
+    """Range called `name`, one of PARTS, for every profiler that `naming` names parts to; nothing outside of it.
 
     Use it on a function, or around a block: `with part(name):`.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._opened: ExitStack | None = None
+        self._stack: ExitStack | None = None
 
     def _recreate_cm(self) -> part:
         return part(self._name)
 
     def __enter__(self) -> None:
         if _ranges:
-            self._opened = opened = ExitStack()
+            self._stack = stack = ExitStack()
             for each in _ranges:
-                opened.enter_context(each(self._name))
+                stack.enter_context(each(self._name))
 
-    def __exit__(self, *raised: Any) -> None:
-        if self._opened is not None:
-            self._opened.__exit__(*raised)
+    def __exit__(self, *error: Any) -> None:
+        if self._stack is not None:
+            self._stack.__exit__(*error)
 
 
 @contextmanager
-def named(*more: Range) -> Iterator[None]:
+def naming(*more: Range) -> Iterator[None]:
     """Name the parts of the steps inside: to torch.profiler, on a GPU to NVTX, and to `more`."""
     global _ranges
     nvtx = (torch.cuda.nvtx.range,) if torch.cuda.is_available() else ()

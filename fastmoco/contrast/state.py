@@ -34,17 +34,17 @@ def tensors(step: Stateful) -> dict[str, Tensor]:
     """The live tensors of `step`: fp32 masters and batch-norm buffers of both encoders, velocity, dictionary."""
     update = step.update
     sides = {"encoder_q": (step.encoder_q, update.q), "encoder_k": (step.encoder_k, update.k)}
-    found = {
+    state = {
         f"{side}.{name}": masters.get(name, value)
         for side, (encoder, masters) in sides.items()
         if encoder is not None
         for name, value in encoder.state_dict().items()
     }
-    found |= {f"velocity.{name}": value for name, value in update.velocity.items()}
-    found |= step.dictionary.tensors()
+    state |= {f"velocity.{name}": value for name, value in update.velocity.items()}
+    state |= step.dictionary.tensors()
     if update.scale is not None:
-        found |= dict(zip(LOSS_SCALE, (update.scale.value, update.scale.good_steps), strict=True))
-    return found
+        state |= dict(zip(LOSS_SCALE, (update.scale.value, update.scale.good_steps), strict=True))
+    return state
 
 
 @torch.no_grad()
@@ -55,20 +55,20 @@ def load(step: Stateful, state: dict[str, Tensor]) -> None:
     """
     step.dictionary.check(state)
     live = tensors(step)
-    shared = live.keys() & state.keys()
-    wrong = [f"{name} is missing" for name in sorted(live.keys() - shared - {*LOSS_SCALE})]
-    wrong += [f"{name} has no place" for name in sorted(state.keys() - shared - {*LOSS_SCALE})]
-    wrong += [f"{name} has another shape" for name in sorted(shared) if live[name].shape != state[name].shape]
+    common = live.keys() & state.keys()
+    wrong = [f"{name} is missing" for name in sorted(live.keys() - common - {*LOSS_SCALE})]
+    wrong += [f"{name} has no place" for name in sorted(state.keys() - common - {*LOSS_SCALE})]
+    wrong += [f"{name} has another shape" for name in sorted(common) if live[name].shape != state[name].shape]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"the state does not fit the recipe: {', '.join(wrong[:3])}{more}")
-    for name in shared:
+    for name in common:
         live[name].copy_(state[name])
     step.update.refresh()
 
 
 @contextmanager
-def restored(step: Stateful) -> Iterator[None]:
+def restoring(step: Stateful) -> Iterator[None]:
     """Put the state of `step` back, in place, when the block ends.
 
     Meanwhile the host keeps it: a bank may take a large part of a GPU's memory.

@@ -114,13 +114,13 @@ class Step:
 
         keys = self.dictionary.start_keys(batch)  # without gradient; gathered while the queries are encoded
         z = self.queries(batch)
-        found = self.dictionary.contrast(z, keys(), batch)  # loss, against the positive and the dictionary
-        self.backward(found.loss)  # over ranks gradients are averaged
+        contrast = self.dictionary.contrast(z, keys(), batch)  # loss, against the positive and the dictionary
+        self.backward(contrast.loss)  # over ranks gradients are averaged
         finite = self.sgd_and_momentum_update()  # q <- SGD(q), then k <- m k + (1 - m) q
-        self.dictionary.commit(found.entries, batch)  # enqueue: the oldest keys go
+        self.dictionary.commit(contrast.entries, batch)  # enqueue: the oldest keys go
 
         self.statistics.keep_finite(before)
-        return self.metrics(found, finite)
+        return self.metrics(contrast, finite)
 
     def queries(self, batch: Batch) -> Tensor:
         """Raw projections of the views that take a gradient."""
@@ -138,12 +138,12 @@ class Step:
         """One kernel for both, and for the casts to working copies; bool [], whether all gradients were finite."""
         return self.update.apply()
 
-    def metrics(self, found: Contrast, finite: Tensor) -> Metrics:
+    def metrics(self, contrast: Contrast, finite: Tensor) -> Metrics:
         """Figures of the step, on the device."""
         if self.update.scale is not None:
             finite = finite | (self.update.scale.value > 1)
-        loss, entries = found.loss.detach(), found.entries
-        top1, top5 = (100 * (found.rank < k).mean(dtype=torch.float32) for k in (1, 5))
+        loss, entries = contrast.loss.detach(), contrast.entries
+        top1, top5 = (100 * (contrast.rank < k).mean(dtype=torch.float32) for k in (1, 5))
         spread = entries.std(0, correction=0).mean() * entries.shape[1] ** 0.5
         return Metrics(loss, top1, top5, (~(finite & loss.isfinite())).to(torch.int32), spread)
 
@@ -156,13 +156,13 @@ class Step:
         self.statistics.merge(self.parallel)
         return state.tensors(self)
 
-    def load(self, saved: dict[str, Tensor]) -> None:
+    def load(self, tensors: dict[str, Tensor]) -> None:
         """Continue from what `state` gave; raises ValueError if names or shapes do not fit this recipe."""
-        state.load(self, saved)
+        state.load(self, tensors)
 
     def rehearsal(self) -> AbstractContextManager[None]:
         """Whatever the steps inside do to the state is undone at the end, in place."""
-        return state.restored(self)
+        return state.restoring(self)
 
     @property
     def encoder_k(self) -> Encoder | None:
@@ -172,4 +172,4 @@ class Step:
     @cached_property
     def _query(self) -> nn.Module:
         # Made in the first step and so on its stream, a graph's or none: there DDP sums gradients from then on.
-        return build.distributed(self.encoder_q, self.parallel)
+        return build.distribute(self.encoder_q, self.parallel)

@@ -25,14 +25,14 @@ class Views:
         """
         if crops.is_floating_point():
             return crops.to(self.dtype)
-        drawn = self.augmentation
+        augmentation = self.augmentation
         return photometric(
             crops,
             parameters,
-            drawn.mean,
-            drawn.std,
+            augmentation.mean,
+            augmentation.std,
             dtype=self.dtype,
             channels=self.channels,
             rows=rows,
-            max_sigma=drawn.blur_sigma[1],
+            max_sigma=augmentation.blur_sigma[1],
         )

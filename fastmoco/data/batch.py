@@ -37,26 +37,26 @@ class Batch:
     """int64 [M]: row of the key batch that each key crop is written to."""
     unshuffle: Tensor
     """int64 [views * B]: row of the keys gathered from all ranks, for each key view and slot of the global batch."""
-    shown: Tensor
+    origins: Tensor
     """int64 [N]: samples whose crops stand here: a bad one's substitute, which may then stand here twice."""
 
 
-def assemble(plan: Plan, step: int, crops: Tensor, shown: np.ndarray) -> tuple[Batch, Route]:
+def assemble(plan: Plan, step: int, crops: Tensor, origins: np.ndarray) -> tuple[Batch, Route]:
     """The batch of `step` from the crops of this rank's samples, and the way its key crops go to other ranks.
 
-    crops: uint8 [V, N, S, S, 3], views in the plan's order; shown: int64 [N], samples that are really shown. With
+    crops: uint8 [V, N, S, S, 3], views in the plan's order; origins: int64 [N], samples that the crops are of. With
     several ranks the key crops still have to be exchanged.
     """
     epoch, samples = plan.epoch(step), plan.samples(step)
     own = samples[plan.rank * plan.per_rank :][: plan.per_rank]
-    routed = route([plan.shuffle(step, view) for view in plan.key_views], plan.world, plan.rank)
-    arriving = np.empty((len(routed.slots), 8), np.float32)
+    exchange = route([plan.shuffle(step, view) for view in plan.key_views], plan.world, plan.rank)
+    arriving = np.empty((len(exchange.slots), 8), np.float32)
     for number, view in enumerate(plan.key_views):
-        rows = routed.views == number
-        arriving[rows] = plan.photometric(epoch, samples[routed.slots[rows]], view)
+        rows = exchange.views == number
+        arriving[rows] = plan.photometric(epoch, samples[exchange.slots[rows]], view)
     key_crops = crops[len(plan.views) - len(plan.key_views) :].flatten(0, 1)
     if plan.world > 1 and plan.key_views:
-        key_crops = key_crops[_move(routed.send_rows, crops.device)]
+        key_crops = key_crops[_move(exchange.send_rows, crops.device)]
     batch = Batch(
         step=step,
         epoch=epoch,
@@ -67,11 +67,11 @@ def assemble(plan: Plan, step: int, crops: Tensor, shown: np.ndarray) -> tuple[B
         ),
         key_crops=key_crops,
         key_parameters=_move(arriving, crops.device),
-        key_rows=_move(routed.key_rows, crops.device),
-        unshuffle=_move(routed.unshuffle, crops.device),
-        shown=_move(shown, crops.device),
+        key_rows=_move(exchange.key_rows, crops.device),
+        unshuffle=_move(exchange.unshuffle, crops.device),
+        origins=_move(origins, crops.device),
     )
-    return batch, routed
+    return batch, exchange
 
 
 def _move(array: np.ndarray, device: torch.device) -> Tensor:

@@ -41,13 +41,13 @@ def write(path: Path, **arrays: np.ndarray) -> None:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def packed(names: Iterable[str]) -> np.ndarray:
+def pack(names: Iterable[str]) -> np.ndarray:
     """Names without zero bytes as uint8, each one ended by a zero."""
     return np.frombuffer(os.fsencode("".join(f"{name}\0" for name in names)), np.uint8)
 
 
-def unpacked(names: np.ndarray) -> list[str]:
-    """What `packed` was given."""
+def unpack(names: np.ndarray) -> list[str]:
+    """What `pack` was given."""
     return os.fsdecode(names.tobytes()).split("\0")[:-1]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 PIXEL = np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8)
 
 
-class Decoded:
+class PixelCache:
     """Pixels by sample, in one block of `budget` bytes on `device`.
 
     A GPU's memory is taken at once, a CPU's as the block fills. Raises ValueError if so much cannot be had, or not even
@@ -31,7 +31,7 @@ class Decoded:
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # until what used this memory before is done with it
         self._images: dict[int, Tensor] = {}
-        self.used = 0
+        self.fill = 0
         """Bytes that are taken."""
 
     def __len__(self) -> int:
@@ -46,13 +46,13 @@ class Decoded:
 
     def put(self, sample: int, image: Tensor) -> None:
         """Keep a copy of uint8 [H, W, 3], unless it is there or does not fit."""
-        end = self.used + image.numel()
+        end = self.fill + image.numel()
         if sample in self._images or end > len(self._block):
             return
-        self._images[sample] = self._block[self.used : end].view(image.shape).copy_(image)
-        self.used = end
+        self._images[sample] = self._block[self.fill : end].view(image.shape).copy_(image)
+        self.fill = end
 
-    def completed(self, samples: np.ndarray, encoded: Sequence[object], images: Sequence[Tensor]) -> list[Tensor]:
+    def complete(self, samples: np.ndarray, encoded: Sequence[object], images: Sequence[Tensor]) -> list[Tensor]:
         """Fill the gaps: the kept image where `encoded` holds PIXEL, else the next decoded one, which is kept."""
         decoded, result = iter(images), []
         for sample, data in zip(samples.tolist(), encoded, strict=True):

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from fastmoco.data.manifest import Checked, Manifest
+from fastmoco.data.manifest import CheckResult, Manifest
 from fastmoco.data.rewrite import Reading
 
 UNDER_WAY = 64  # images that a child may have begun and not yet reported, at most
@@ -34,25 +34,25 @@ class _Share(NamedTuple):
     """Whether each image is decoded alone."""
 
 
-def decoded_apart(images: Manifest, threads: int | None = None, reading: Reading = Reading()) -> Iterator[Checked]:
+def decode_apart(images: Manifest, threads: int | None = None, reading: Reading = Reading()) -> Iterator[CheckResult]:
     """For each image in order, what decoding it on the CPU as `reading` says came to."""
     with tempfile.TemporaryDirectory() as folder:
-        kept = Path(folder, "images.npz")
-        images.save(kept)
-        settings = {"images": str(kept), "root": images.root, "threads": threads, "reading": reading}
-        done, total, alone = 0, len(images), False
-        while done < total:
-            share = _Share(done, min(done + UNDER_WAY, total) if alone else total, alone)
-            done, fate = yield from _by_child({**settings, "share": share}, Path(folder, "stderr"))
+        manifest_file = Path(folder, "images.npz")
+        images.save(manifest_file)
+        settings = {"images": str(manifest_file), "root": images.root, "threads": threads, "reading": reading}
+        count, total, alone = 0, len(images), False
+        while count < total:
+            share = _Share(count, min(count + UNDER_WAY, total) if alone else total, alone)
+            count, fate = yield from _by_child({**settings, "share": share}, Path(folder, "stderr"))
             alone = bool(fate)
             if fate and share.alone:
-                yield Checked(fate, 0)
-                done += 1
+                yield CheckResult(fate, 0)
+                count += 1
 
 
-def _by_child(settings: dict, stderr: Path) -> Iterator[Checked]:
+def _by_child(settings: dict, stderr: Path) -> Iterator[CheckResult]:
     """What a child says of its share; returns the first image that it did not come to, and how it died, or ""."""
-    done, last = settings["share"][:2]
+    count, last = settings["share"][:2]
     command = [*CHILD, json.dumps(settings)]
     with (
         stderr.open("w+b") as errors,
@@ -60,22 +60,22 @@ def _by_child(settings: dict, stderr: Path) -> Iterator[Checked]:
     ):
         try:
             for line in _lines(child.stdout):
-                yield Checked(*json.loads(line))
-                done += 1
-            stuck = child.poll() is None and done < last and not _has_ended(child)
+                yield CheckResult(*json.loads(line))
+                count += 1
+            stuck = child.poll() is None and count < last and not _has_ended(child)
             if stuck:
                 child.kill()
             code = child.wait()
         finally:
             child.kill()
         if stuck:
-            return done, f"the decoder does not end within {PATIENCE:.0f} s"
+            return count, f"the decoder does not end within {PATIENCE:.0f} s"
         if code < 0:
-            return done, f"the decoder crashed ({signal.Signals(-code).name})"
+            return count, f"the decoder crashed ({signal.Signals(-code).name})"
         if code:
             errors.seek(0)
             raise RuntimeError(f"decoding apart failed:\n{errors.read().decode(errors='replace')}")
-    return done, ""
+    return count, ""
 
 
 def _has_ended(child: subprocess.Popen) -> bool:
@@ -103,8 +103,8 @@ def main(settings: dict) -> None:
     images = Manifest.load(settings["images"], settings["root"]).take(range(share.first, share.last))
     background, value_range = settings["reading"]
     reading = Reading(background, tuple(value_range) if isinstance(value_range, list) else value_range)
-    for checked in undecodable(images, settings["threads"], reading, 1 if share.alone else None):
-        sys.stdout.buffer.write(json.dumps(checked).encode() + b"\n")
+    for result in undecodable(images, settings["threads"], reading, 1 if share.alone else None):
+        sys.stdout.buffer.write(json.dumps(result).encode() + b"\n")
         sys.stdout.buffer.flush()
 
 

@@ -53,41 +53,41 @@ class DaliPhotometric:
         stream = torch.cuda.current_stream(self.device) if on_gpu else None
         self._pipe.feed_input("crops", crops if on_gpu else crops.numpy(), layout="HWC", cuda_stream=stream)
         self._pipe.feed_input("parameters", parameters.cpu().numpy())
-        (made,) = self._pipe.run(stream)
-        views = torch.from_dlpack(made.as_tensor()).clone()  # the memory is DALI's, which writes to it again
+        (output,) = self._pipe.run(stream)
+        views = torch.from_dlpack(output.as_tensor()).clone()  # the memory is DALI's, which writes to it again
         return views.permute(0, 3, 1, 2)
 
 
 @pipeline_def(enable_conditionals=True)
 def _chain(mean: list[float], std: list[float], where: str) -> DataNode:
     x = fn.external_source(name="crops", device=where, dtype=types.UINT8, ndim=3, layout="HWC")
-    drawn = fn.external_source(name="parameters", dtype=types.FLOAT, ndim=1)
+    draws = fn.external_source(name="parameters", dtype=types.FLOAT, ndim=1)
     x = fn.cast(x, dtype=types.FLOAT) / 255.0
-    gray, order = drawn[GRAY], fn.cast(drawn[ORDER], dtype=types.INT32)
+    gray, order = draws[GRAY], fn.cast(draws[ORDER], dtype=types.INT32)
     if gray == GRAY_BEFORE_JITTER:
         x = _gray(x)
     if order != NO_JITTER:
-        x = _jitter(x, order & 3, drawn)
-        x = _jitter(x, (order // 4) & 3, drawn)
-        x = _jitter(x, (order // 16) & 3, drawn)
-        x = _jitter(x, (order // 64) & 3, drawn)
+        x = _jitter(x, order & 3, draws)
+        x = _jitter(x, (order // 4) & 3, draws)
+        x = _jitter(x, (order // 16) & 3, draws)
+        x = _jitter(x, (order // 64) & 3, draws)
     if gray == GRAY_AFTER_JITTER:
         x = _gray(x)
-    if drawn[SIGMA] > 0:
-        x = fn.gaussian_blur(x, sigma=drawn[SIGMA])
-    mirror = fn.cast(drawn[FLIP], dtype=types.INT32)
+    if draws[SIGMA] > 0:
+        x = fn.gaussian_blur(x, sigma=draws[SIGMA])
+    mirror = fn.cast(draws[FLIP], dtype=types.INT32)
     return fn.crop_mirror_normalize(x, mean=mean, std=std, mirror=mirror, output_layout="HWC", dtype=types.FLOAT)
 
 
-def _jitter(x: DataNode, which: DataNode, drawn: DataNode) -> DataNode:
+def _jitter(x: DataNode, which: DataNode, draws: DataNode) -> DataNode:
     if which == 0:
-        x = math.clamp(x * drawn[BRIGHTNESS], 0.0, 1.0)
+        x = math.clamp(x * draws[BRIGHTNESS], 0.0, 1.0)
     elif which == 1:
-        x = _blend(x, fn.reductions.mean(_luma(x), axes=[0, 1, 2]), drawn[CONTRAST])
+        x = _blend(x, fn.reductions.mean(_luma(x), axes=[0, 1, 2]), draws[CONTRAST])
     elif which == 2:
-        x = _blend(x, _luma(x), drawn[SATURATION])
+        x = _blend(x, _luma(x), draws[SATURATION])
     else:
-        x = _turn_hue(x, drawn[HUE])
+        x = _turn_hue(x, draws[HUE])
     return x
 
 
@@ -119,8 +119,8 @@ def _turn_hue(x: DataNode, turn: DataNode) -> DataNode:
     is_blue = 1.0 - is_red - is_green
     from_red, from_green, from_blue = (green - blue) / divisor, (blue - red) / divisor, (red - green) / divisor
     sixth = is_red * from_red + is_green * (from_green + 2.0) + is_blue * (from_blue + 4.0) + turn * 6.0
-    turned = [_channel(sixth + offset, value, chroma) for offset in (5.0, 3.0, 1.0)]
-    return fn.cat(*turned, axis=2)
+    channels = [_channel(sixth + offset, value, chroma) for offset in (5.0, 3.0, 1.0)]
+    return fn.cat(*channels, axis=2)
 
 
 def _channel(k: DataNode, value: DataNode, chroma: DataNode) -> DataNode:

@@ -21,8 +21,8 @@ from nvidia.dali import Pipeline as DaliPipeline
 from nvidia.dali import fn, types
 from torch import Tensor
 
-from fastmoco.data.decoded import PIXEL, Decoded
-from fastmoco.data.manifest import ONE_COLOUR, Checked, Manifest
+from fastmoco.data.decoded import PIXEL, PixelCache
+from fastmoco.data.manifest import ONE_COLOUR, CheckResult, Manifest
 from fastmoco.data.request import (
     CPU_BATCH,
     NO_BOXES,
@@ -72,8 +72,8 @@ class Decoding(NamedTuple):
         """DALI's names for it, on a GPU of that name."""
         loads = next(loads for name, loads in HW_DECODER_LOADS.items() if name in gpu)
         load = next(load for least, load in loads if threads >= least)
-        chosen = load if self.hw_load is None else self.hw_load
-        return {"hw_decoder_load": chosen, "jpeg_fancy_upsampling": self.fancy_upsampling}
+        share = load if self.hw_load is None else self.hw_load
+        return {"hw_decoder_load": share, "jpeg_fancy_upsampling": self.fancy_upsampling}
 
 
 class Pipeline:
@@ -98,16 +98,16 @@ class Pipeline:
         threads: int | None = None,
         repair: Repair | None = None,
         decoding: Decoding = Decoding(),
-        kept: Decoded | None = None,
-        joined: int = 1,
+        cache: PixelCache | None = None,
+        per_call: int = 1,
     ) -> None:
-        checked, threads = checked_requests(requests, repair), threads or share_of_cores()
+        valid, threads = checked_requests(requests, repair), threads or share_of_cores()
         if device.type == "cuda":
             options = decoding.options(threads, torch.cuda.get_device_name(device))
             shape = (batch_size, crop_size, views)
-            self._crops = _dali_crops(checked, repair, *shape, device, threads, options, kept, joined)
+            self._crops = _dali_crops(valid, repair, *shape, device, threads, options, cache, per_call)
         else:
-            self._crops = _cpu_crops(checked, repair, batch_size, crop_size, views, threads, kept)
+            self._crops = _cpu_crops(valid, repair, batch_size, crop_size, views, threads, cache)
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
@@ -127,7 +127,7 @@ def _cpu_crops(
     crop_size: int,
     views: int,
     threads: int,
-    kept: Decoded | None,
+    cache: PixelCache | None,
 ) -> Iterator[Tensor]:
     build = partial(_dali, min(batch_size, CPU_BATCH), threads, None, 1, _decode_graph)
     with ThreadPoolExecutor(threads) as pool:
@@ -137,8 +137,8 @@ def _cpu_crops(
             if first == 0:
                 crops = torch.empty(views, total, crop_size, crop_size, 3, dtype=torch.uint8)
             decoded = _tensors(images)
-            if kept is not None:
-                decoded = kept.completed(request.samples, request.encoded, decoded)
+            if cache is not None:
+                decoded = cache.complete(request.samples, request.encoded, decoded)
             waiting = iter(range(len(decoded)))
             for _ in run(partial(cut, crops, first, request.boxes, decoded), [waiting] * threads):
                 pass
@@ -166,27 +166,27 @@ def _dali_crops(
     device: torch.device,
     threads: int,
     decoding: dict[str, object],
-    kept: Decoded | None,
-    joined: int = 1,
+    cache: PixelCache | None,
+    per_call: int = 1,
 ) -> Iterator[Tensor]:
     # Tests run it on a CPU too.
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     device_id, decoder = (None, "cpu") if stream is None else (device.index or 0, "mixed")
-    parts = joined_parts(requests, joined)
+    parts = joined_parts(requests, per_call)
     decode = partial(_decode_graph, device=decoder, **decoding)
-    batch_size *= joined
+    batch_size *= per_call
     resize = partial(_resize_graph, crop_size=crop_size, at_once=min(batch_size, RESIZED_AT_ONCE))
     build = partial(_dali, batch_size, threads, device_id)
-    if kept is None:
+    if cache is None:
         graph = partial(_crop_graph, decode=decode, resize=resize)
         outputs = _outputs(partial(build, 1 + 2 * views, graph), _Feed(parts, _with_corners), repair, stream)
     else:
         decoded = _outputs(partial(build, 1, decode), _Feed(parts, _encoded), repair, stream)
-        outputs = _cut_kept(decoded, kept, _cutter(batch_size, device_id, 2 * views, resize), stream)
+        outputs = _cut_with_cache(decoded, cache, _cutter(batch_size, device_id, 2 * views, resize), stream)
     for part, resized in outputs:
-        made = [torch.from_dlpack(each.as_tensor()) for each in resized]
+        tensors = [torch.from_dlpack(each.as_tensor()) for each in resized]
         lengths = [len(request.encoded) for request in part.requests]
-        for rows in zip(*(each.split(lengths) for each in made), strict=True):
+        for rows in zip(*(each.split(lengths) for each in tensors), strict=True):
             crops = torch.empty(views, len(rows[0]), crop_size, crop_size, 3, dtype=torch.uint8, device=device)
             # The one copy: from here on the memory is torch's, which knows when a later stream is done with it.
             for crop, row in zip(crops, rows, strict=True):
@@ -194,13 +194,13 @@ def _dali_crops(
             yield crops
 
 
-def _cut_kept(
-    decoded: Iterator[tuple[Part, tuple]], kept: Decoded, cutter: DaliPipeline, stream: torch.cuda.Stream | None
+def _cut_with_cache(
+    decoded: Iterator[tuple[Part, tuple]], cache: PixelCache, cutter: DaliPipeline, stream: torch.cuda.Stream | None
 ) -> Iterator[tuple[Part, tuple]]:
     if stream is not None:
-        kept.lend(stream)
+        cache.lend(stream)
     for part, (images,) in decoded:
-        pixels = kept.completed(part.request.samples, part.request.encoded, _tensors(images))
+        pixels = cache.complete(part.request.samples, part.request.encoded, _tensors(images))
         # Copied, on `stream`: the decoder may have its memory back, ordered on the same stream, when this resumes it.
         # 0 where there is none: for None DALI would ask torch, also where torch has no CUDA.
         cutter.feed_input("images", pixels, layout="HWC", cuda_stream=0 if stream is None else stream)
@@ -238,23 +238,23 @@ class _Feed:
         self.parts, self.inputs = parts, inputs
         self.pending: deque[Part] = deque()
         self.error: Exception | None = None
-        self._given: deque[tuple] = deque()  # of the pending parts, in their order
-        self._read: deque[tuple[tuple, Any]] = deque()  # of those handed out, until a GPU has passed the event
+        self._inputs: deque[tuple] = deque()  # of the pending parts, in their order
+        self._in_use: deque[tuple[tuple, Any]] = deque()  # of those handed out, until a GPU has passed the event
 
-    def taken(self, stream: Any) -> None:
+    def hand_over(self, stream: Any) -> None:
         # The first pending part was used. What DALI enqueued for it lies before the event, reads of its bytes included.
-        given = self._given.popleft()
+        inputs = self._inputs.popleft()
         if stream is None:
             return
-        self._read.append((given, stream.record_event()))
-        while self._read and self._read[0][1].query():
-            self._read.popleft()
+        self._in_use.append((inputs, stream.record_event()))
+        while self._in_use and self._in_use[0][1].query():
+            self._in_use.popleft()
 
     def forget(self) -> None:
         # DALI's graph holds itself and with it this until Python looks for cycles, and the parts hold decoded images.
         self.parts = iter(())
-        for kept in (self.pending, self._given, self._read):
-            kept.clear()
+        for queue in (self.pending, self._inputs, self._in_use):
+            queue.clear()
 
     def __call__(self) -> tuple:
         try:
@@ -265,8 +265,8 @@ class _Feed:
             # Raised from here it would take the batches before it along, so it waits until they are handed out.
             self.error = error
             raise StopIteration from None
-        self._given.append(self.inputs(self.pending[-1]))
-        return self._given[-1]
+        self._inputs.append(self.inputs(self.pending[-1]))
+        return self._inputs[-1]
 
 
 def _outputs(
@@ -283,12 +283,12 @@ def _outputs(
             except RuntimeError as error:
                 faults = _faults(build, feed, error, stream)
                 pipe._shutdown()  # waits for what it still reads
-                feed = _repaired(feed, repair, faults)
+                feed = _repair(feed, repair, faults)
                 pipe = build(feed)  # a failure ends a DALI pipeline
                 continue
             yield feed.pending.popleft(), outputs
             pipe.release_outputs()
-            feed.taken(stream)
+            feed.hand_over(stream)
         if feed.error:
             raise feed.error
     finally:
@@ -296,19 +296,19 @@ def _outputs(
         feed.forget()
 
 
-def _repaired(feed: _Feed, repair: Repair | None, faults: dict[int, str]) -> _Feed:
+def _repair(feed: _Feed, repair: Repair | None, faults: dict[int, str]) -> _Feed:
     part = feed.pending.popleft()
     wrong = by_request(part, faults)
     first = min(wrong)
     if repair is None and first == 0:
         raise DecodeError.of(part.requests[0].names, wrong[0], part.first)
     if repair is None:  # those before it are handed out first
-        mended = [together(part.several[:first]), together(part.several[first:])]
+        halves = [together(part.several[:first]), together(part.several[first:])]
     elif part.several:
-        mended = [together([repair(one, wrong[i]) if i in wrong else one for i, one in enumerate(part.several)])]
+        halves = [together([repair(one, wrong[i]) if i in wrong else one for i, one in enumerate(part.several)])]
     else:
-        mended = [part._replace(request=repair(part.request, faults))]
-    again = _Feed(itertools.chain([*mended, *feed.pending], feed.parts), feed.inputs)
+        halves = [part._replace(request=repair(part.request, faults))]
+    again = _Feed(itertools.chain([*halves, *feed.pending], feed.parts), feed.inputs)
     again.error = feed.error
     feed.forget()
     return again
@@ -317,13 +317,13 @@ def _repaired(feed: _Feed, repair: Repair | None, faults: dict[int, str]) -> _Fe
 def _faults(build: Callable[[_Feed], DaliPipeline], feed: _Feed, error: RuntimeError, stream: object) -> dict[int, str]:
     # DALI says which sample failed and not why: running out of GPU memory looks the same. So blame the image only if
     # the CPU's decoder fails too, or the GPU fails on it alone while it still works otherwise.
-    part, named = feed.pending[0], SAMPLE.search(str(error))
-    given = [i for i, data in enumerate(part.request.encoded) if data is not PIXEL]
+    part, match = feed.pending[0], SAMPLE.search(str(error))
+    positions = [i for i, data in enumerate(part.request.encoded) if data is not PIXEL]
     position = None
-    if named and given:
-        position = given[int(named[1])]
-    elif given:
-        position = _found_by_halves(part, given)
+    if match and positions:
+        position = positions[int(match[1])]
+    elif positions:
+        position = _find_by_halves(part, positions)
     if position is None:
         raise error
     alone = some_of(part, [position])
@@ -339,14 +339,14 @@ def _faults(build: Callable[[_Feed], DaliPipeline], feed: _Feed, error: RuntimeE
     return {position: "cannot be decoded on the GPU"}
 
 
-def _found_by_halves(part: Part, given: list[int]) -> int | None:
+def _find_by_halves(part: Part, positions: list[int]) -> int | None:
     # The position that a CPU fails at, where DALI's error names none; None where it fails at none.
-    if not _cpu_fails_at(part, given):
+    if not _cpu_fails_at(part, positions):
         return None
-    while len(given) > 1:
-        half = given[: len(given) // 2]
-        given = half if _cpu_fails_at(part, half) else given[len(half) :]
-    return given[0]
+    while len(positions) > 1:
+        half = positions[: len(positions) // 2]
+        positions = half if _cpu_fails_at(part, half) else positions[len(half) :]
+    return positions[0]
 
 
 def _cpu_fails_at(part: Part, positions: list[int]) -> str:
@@ -421,10 +421,10 @@ def _cutter(batch_size: int, device_id: int | None, corners: int, graph: Callabl
 
 def undecodable(
     manifest: Manifest, threads: int | None = None, reading: Reading = Reading(), at_once: int | None = None
-) -> Iterator[Checked]:
+) -> Iterator[CheckResult]:
     """For each image of `manifest`, in order, why it cannot be decoded on the CPU, and how many levels it spans.
 
-    A crash of a decoder ends the process: `full_scan.decoded_apart` outlives it.
+    A crash of a decoder ends the process: `full_scan.decode_apart` outlives it.
     """
     reasons: dict[int, str] = {}
 
@@ -439,12 +439,12 @@ def undecodable(
         decoded = iter(_tensors(images))
         for sample, data in zip(part.request.samples.tolist(), part.request.encoded, strict=True):
             if data is PIXEL:
-                yield Checked(reasons.pop(sample), 0)
+                yield CheckResult(reasons.pop(sample), 0)
             else:
                 span = _span(next(decoded).numpy())
                 # A photograph may be faint, but the numbers of a JPEG are what they are meant to be.
                 faint = span > ONE_COLOUR and data[:2].tobytes() == JPEG
-                yield Checked("", 255 if faint else span)
+                yield CheckResult("", 255 if faint else span)
 
 
 def _span(image: np.ndarray) -> int:

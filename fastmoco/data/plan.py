@@ -121,38 +121,38 @@ class Plan:
         augmentation = self.recipe.augmentation
         samples = np.asarray(samples, np.int64)
         numbers = np.arange(2 * BOX_TRIES + 2)
-        drawn = uniform(self.recipe.seed, BOX_STREAM, epoch, view, samples[:, None], numbers)
+        draws = uniform(self.recipe.seed, BOX_STREAM, epoch, view, samples[:, None], numbers)
         height, width = self.sizes[samples].astype(np.float64).T
-        area = (height * width)[:, None] * _between(drawn[:, 0 : 2 * BOX_TRIES : 2], *augmentation.crop_scale)
-        ratio = np.exp(_between(drawn[:, 1 : 2 * BOX_TRIES : 2], *np.log(augmentation.crop_ratio)))
+        area = (height * width)[:, None] * _between(draws[:, 0 : 2 * BOX_TRIES : 2], *augmentation.crop_scale)
+        ratio = np.exp(_between(draws[:, 1 : 2 * BOX_TRIES : 2], *np.log(augmentation.crop_ratio)))
         w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
         fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
-        found, chosen = fits.any(1), fits.argmax(1)[:, None]
-        h, w = (np.take_along_axis(side, chosen, 1)[:, 0] for side in (h, w))
+        fit, first = fits.any(1), fits.argmax(1)[:, None]
+        h, w = (np.take_along_axis(side, first, 1)[:, 0] for side in (h, w))
         centred_h, centred_w = _largest_sides(height, width, *augmentation.crop_ratio)
-        h, w = np.where(found, h, centred_h), np.where(found, w, centred_w)
-        top = np.where(found, np.floor(drawn[:, -2] * (height - h + 1)), (height - h) // 2)
-        left = np.where(found, np.floor(drawn[:, -1] * (width - w + 1)), (width - w) // 2)
+        h, w = np.where(fit, h, centred_h), np.where(fit, w, centred_w)
+        top = np.where(fit, np.floor(draws[:, -2] * (height - h + 1)), (height - h) // 2)
+        left = np.where(fit, np.floor(draws[:, -1] * (width - w + 1)), (width - w) // 2)
         return np.stack([top, left, h, w], 1).astype(np.int32)
 
     def photometric(self, epoch: int, samples: np.ndarray, view: int) -> np.ndarray:
         """Photometric parameters, float32 [m, 8], columns FLIP to SIGMA; hue in turns, sigma in pixels of the crop."""
         augmentation = self.recipe.augmentation
         samples = np.asarray(samples, np.int64)
-        drawn = uniform(self.recipe.seed, PHOTOMETRIC_STREAM, epoch, view, samples[:, None], np.arange(10)).T
+        draws = uniform(self.recipe.seed, PHOTOMETRIC_STREAM, epoch, view, samples[:, None], np.arange(10)).T
         strengths = (augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue)
-        jittered = (drawn[2] < augmentation.jitter_p) & any(strengths)
-        shifts = [np.where(jittered, _between(u, -s, s), 0.0) for u, s in zip(drawn[4:8], strengths, strict=True)]
+        jittered = (draws[2] < augmentation.jitter_p) & any(strengths)
+        shifts = [np.where(jittered, _between(u, -s, s), 0.0) for u, s in zip(draws[4:8], strengths, strict=True)]
         result = np.empty((len(samples), 8), np.float32)
-        result[:, FLIP] = drawn[0] < augmentation.flip_p
+        result[:, FLIP] = draws[0] < augmentation.flip_p
         gray = GRAY_BEFORE_JITTER if augmentation.gray_first else GRAY_AFTER_JITTER
-        result[:, GRAY] = np.where(drawn[1] < augmentation.gray_p, gray, GRAY_NEVER)
-        codes = ORDER_CODES[(drawn[3] * len(ORDER_CODES)).astype(np.int64)]
+        result[:, GRAY] = np.where(draws[1] < augmentation.gray_p, gray, GRAY_NEVER)
+        codes = ORDER_CODES[(draws[3] * len(ORDER_CODES)).astype(np.int64)]
         result[:, ORDER] = np.where(jittered, codes, NO_JITTER)
         result[:, BRIGHTNESS], result[:, CONTRAST], result[:, SATURATION] = (1 + shift for shift in shifts[:3])
         result[:, HUE] = shifts[3]
-        blurred = drawn[8] < augmentation.blur_p
-        result[:, SIGMA] = np.where(blurred, _between(drawn[9], *augmentation.blur_sigma), 0.0)
+        blurred = draws[8] < augmentation.blur_p
+        result[:, SIGMA] = np.where(blurred, _between(draws[9], *augmentation.blur_sigma), 0.0)
         return result
 
     def shuffle(self, step: int, view: int) -> np.ndarray:

@@ -98,7 +98,7 @@ def examine(data: Bytes, max_pixels: int = Recipe.max_pixels) -> Header:
     if reason:
         return Header(0, 0, reason)
     try:
-        header = _parsed(data)
+        header = _parse(data)
     except RuntimeError:
         return Header(0, 0, "broken header" if data.head.startswith(READ) else "not an image")
     height, width, reason = header[:3]
@@ -130,7 +130,7 @@ def _foreign_name(head: bytes) -> str:
     return next((name for magic, name in FOREIGN.items() if head.startswith(magic)), "")
 
 
-def _parsed(data: Bytes) -> Header:
+def _parse(data: Bytes) -> Header:
     from nvidia import nvimgcodec  # here, so that what reads no images needs no DALI
 
     try:

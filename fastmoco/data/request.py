@@ -14,7 +14,7 @@ from fastmoco.data.decoded import PIXEL
 from fastmoco.data.errors import DataError
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.probe import Bytes, examine
-from fastmoco.data.rewrite import Damaged, Reading, rewritten
+from fastmoco.data.rewrite import DamagedImage, Reading, rewritten
 from fastmoco.recipe import MOST_PIXELS
 
 CPU_BATCH = 32  # images decoded at once on a CPU; bounds the memory that decoded images take
@@ -42,8 +42,8 @@ class Request(NamedTuple):
 
     names: list[str]
     """What to call each image in an error."""
-    encoded: list[np.ndarray | OSError | Damaged]
-    """Bytes of each image file, uint8, or why they cannot be used; or PIXEL for one that `Decoded` keeps."""
+    encoded: list[np.ndarray | OSError | DamagedImage]
+    """Bytes of each image file, uint8, or why they cannot be used; or PIXEL for one that `PixelCache` keeps."""
     sizes: np.ndarray
     """int32 [n, 2]: height and width that the boxes were made for."""
     boxes: np.ndarray
@@ -129,14 +129,14 @@ def by_request(part: Part, faults: dict[int, str]) -> dict[int, dict[int, str]]:
 def some_of(part: Part, positions: list[int]) -> Part:
     """The images of `part` at `positions` alone."""
     request = part.request
-    chosen = request._replace(
+    selection = request._replace(
         names=[request.names[i] for i in positions] if request.names else [],
         encoded=[request.encoded[i] for i in positions],
         sizes=request.sizes[positions],
         boxes=request.boxes[:, positions] if request.boxes.size else request.boxes,
         samples=request.samples[positions] if len(request.samples) else request.samples,
     )
-    return Part(chosen, 0, len(positions))
+    return Part(selection, 0, len(positions))
 
 
 def checked_requests(requests: Iterable[Request], repair: Repair | None) -> Iterator[Request]:
@@ -144,8 +144,8 @@ def checked_requests(requests: Iterable[Request], repair: Repair | None) -> Iter
     # DALI 2.4 may crash the process on what its operator gives up on while the rest of the batch is decoding. So the
     # header's parser is asked first, 9 us an image.
     for request in requests:
-        found = (fault(data, size) for data, size in zip(request.encoded, request.sizes.tolist(), strict=True))
-        faults = {i: reason for i, reason in enumerate(found) if reason}
+        reasons = (fault(data, size) for data, size in zip(request.encoded, request.sizes.tolist(), strict=True))
+        faults = {i: reason for i, reason in enumerate(reasons) if reason}
         if faults:
             if repair is None:
                 raise DecodeError.of(request.names, faults)
@@ -153,13 +153,13 @@ def checked_requests(requests: Iterable[Request], repair: Repair | None) -> Iter
         yield request
 
 
-def fault(data: np.ndarray | OSError | Damaged, size: Sequence[int]) -> str:
+def fault(data: np.ndarray | OSError | DamagedImage, size: Sequence[int]) -> str:
     """Why an image of height and width `size` cannot be decoded from `data`, as far as its header tells; or ""."""
     if data is PIXEL:
         return ""
     if isinstance(data, OSError):
         return f"{UNREADABLE}: {data.strerror}"
-    if isinstance(data, Damaged):
+    if isinstance(data, DamagedImage):
         return str(data)
     height, width, reason = examine(Bytes.of(data), MOST_PIXELS)[:3]
     if not reason and (height, width) != tuple(size):
@@ -167,7 +167,7 @@ def fault(data: np.ndarray | OSError | Damaged, size: Sequence[int]) -> str:
     return reason
 
 
-def read(manifest: Manifest, index: int, reading: Reading = Reading()) -> np.ndarray | OSError | Damaged:
+def read(manifest: Manifest, index: int, reading: Reading = Reading()) -> np.ndarray | OSError | DamagedImage:
     """The encoded bytes of an image as DALI shall get them, or why there are none."""
     try:
         return rewritten(manifest.read(index), reading)

@@ -46,11 +46,11 @@ class Reading(NamedTuple):
         return cls(recipe.background, recipe.value_range)
 
 
-class Damaged(ValueError):
+class DamagedImage(ValueError):
     """An image cannot be decoded; the message says why, in words that follow its name."""
 
 
-def rewritten(data: np.ndarray, reading: Reading) -> np.ndarray | Damaged:
+def rewritten(data: np.ndarray, reading: Reading) -> np.ndarray | DamagedImage:
     """The encoded image uint8 [size] as DALI shall get it, or why it cannot be decoded.
 
     What `examine` finds a fault with comes back as it is.
@@ -62,7 +62,7 @@ def rewritten(data: np.ndarray, reading: Reading) -> np.ndarray | Damaged:
         return data
     try:
         return _as_dali_reads_it(data, header, reading)
-    except Damaged as error:
+    except DamagedImage as error:
         return error
 
 
@@ -94,8 +94,8 @@ def colour(background: str) -> tuple[int, int, int]:
 def compose(pixels: np.ndarray, alpha: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
     """uint8 [H, W, 3] with transparency uint8 [H, W] (255 is opaque) over one colour, rounded to the nearest level."""
     alpha = alpha[..., None].astype(np.uint16)
-    shown = pixels * alpha + np.array(background, np.uint16) * (255 - alpha)
-    return ((shown + 127) // 255).astype(np.uint8)
+    blend = pixels * alpha + np.array(background, np.uint16) * (255 - alpha)
+    return ((blend + 127) // 255).astype(np.uint8)
 
 
 def _check_tiff(data: np.ndarray) -> None:
@@ -138,28 +138,28 @@ def _by_pillow(data: np.ndarray, codec: str) -> tuple[np.ndarray | None, np.ndar
                 return pixels[..., :3], pixels[..., 3] if transparent else None
     except Exception as error:  # damage comes out of Pillow as errors of many kinds
         if codec in ("png", "webp", "jpeg2k"):
-            raise Damaged("damaged: cannot be decoded") from error
+            raise DamagedImage("damaged: cannot be decoded") from error
         return None, None  # of a kind that DALI reads and Pillow does not, and so without transparency
 
 
 def _pnm(data: bytes) -> np.ndarray | None:
     """Pixels of a PNM whose header states another largest number than its type has, else None."""
-    found = PNM.match(data[:4096])
-    if not found:
+    match = PNM.match(data[:4096])
+    if not match:
         return None
-    kind, width, height, most = map(int, found.groups())
+    kind, width, height, most = map(int, match.groups())
     if most in (255, 65535) or not 0 < most < 65536:
         return None
     count = width * height * (3 if kind in (3, 6) else 1)
     try:
         if kind in (2, 3):
-            numbers = np.array(re.sub(rb"#[^\n]*", b"", data[found.end() :]).split()[:count], np.int64)
+            numbers = np.array(re.sub(rb"#[^\n]*", b"", data[match.end() :]).split()[:count], np.int64)
         else:
-            numbers = np.frombuffer(data, ">u2" if most > 255 else np.uint8, count, found.end()).astype(np.int64)
+            numbers = np.frombuffer(data, ">u2" if most > 255 else np.uint8, count, match.end()).astype(np.int64)
         levels = (numbers.clip(0, most) * 255 + most // 2) // most
         pixels = levels.astype(np.uint8).reshape(height, width, -1)
     except ValueError:
-        raise Damaged("truncated") from None
+        raise DamagedImage("truncated") from None
     return np.repeat(pixels, 3, 2) if pixels.shape[2] == 1 else pixels
 
 
@@ -177,7 +177,7 @@ class _Floats:
         self._places = threading.BoundedSemaphore(share_of_cores())
 
     def decode(self, data: np.ndarray) -> np.ndarray:
-        """The pixels; Damaged where they cannot be decoded."""
+        """The pixels. Raises DamagedImage if they cannot be decoded."""
         with self._places:
             try:
                 pipe = self._idle.get_nowait()
@@ -187,7 +187,7 @@ class _Floats:
                 pipe.feed_input("encoded", [data])
                 pixels = np.array(pipe.run()[0][0])
             except RuntimeError as error:  # which ends a DALI pipeline
-                raise Damaged("damaged: cannot be decoded") from error
+                raise DamagedImage("damaged: cannot be decoded") from error
             self._idle.put(pipe)
             return pixels
 
@@ -209,17 +209,17 @@ _floats = _Floats()
 
 def _without_remarks(png: np.ndarray) -> np.ndarray:
     # Text, time, profiles: they change no pixel, but make decoders refuse or complain.
-    data, at, kept, all_kept = png.tobytes(), 8, [png[:8]], True
+    data, at, chunks, whole = png.tobytes(), 8, [png[:8]], True
     while at + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
         end = at + 12 + length
         if kind in CRITICAL:
-            kept.append(png[at:end])
-        all_kept = all_kept and kind in CRITICAL
+            chunks.append(png[at:end])
+        whole = whole and kind in CRITICAL
         at = end
         if kind == b"IEND":
             break
-    return png if all_kept else np.concatenate(kept)
+    return png if whole else np.concatenate(chunks)
 
 
 def _ppm(pixels: np.ndarray) -> np.ndarray:

@@ -145,15 +145,15 @@ def _dots(x: Array, y: Array, rng: RandomState) -> Array:
 def _mosaic(x: Array, y: Array, rng: RandomState) -> Array:
     # Tiles of a drawn tone each: whichever point is nearest decides, so the edges are straight and meet by threes.
     nearest, ink = np.full(x.shape, np.inf), np.zeros(x.shape)
-    for u, v, drawn in _neighbours(x * 0.8, y * 0.8, rng):
+    for u, v, draw in _neighbours(x * 0.8, y * 0.8, rng):
         distance = np.hypot(u, v)
-        ink = np.where(distance < nearest, drawn, ink)
+        ink = np.where(distance < nearest, draw, ink)
         nearest = np.minimum(nearest, distance)
     return ink
 
 
 def _pebbles(x: Array, y: Array, rng: RandomState) -> Array:
-    outlines = [np.hypot(u, v) - 0.5 * drawn for u, v, drawn in _neighbours(x * 0.9, y * 0.9, rng)]
+    outlines = [np.hypot(u, v) - 0.5 * draw for u, v, draw in _neighbours(x * 0.9, y * 0.9, rng)]
     return _edge(np.min(outlines, axis=0), rng)
 
 
@@ -185,8 +185,8 @@ def _neighbours(x: Array, y: Array, rng: RandomState) -> Iterator[tuple[Array, A
     table = rng.uniform(0.1, 0.9, (3, 32, 32))
     for i in (-1, 0, 1):
         for j in (-1, 0, 1):
-            u, v, drawn = table[:, (row + j) % 32, (column + i) % 32]
-            yield x - (column + i + u), y - (row + j + v), drawn
+            u, v, draw = table[:, (row + j) % 32, (column + i) % 32]
+            yield x - (column + i + u), y - (row + j + v), draw
 
 
 FAMILIES: dict[str, Callable[[Array, Array, RandomState], Array]] = {

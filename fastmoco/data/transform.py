@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastmoco.data.errors import DataError
 from fastmoco.data.plan import centre_boxes
-from fastmoco.data.rewrite import Damaged, Reading, colour, compose, rewritten
+from fastmoco.data.rewrite import DamagedImage, Reading, colour, compose, rewritten
 from fastmoco.recipe import Recipe
 
 Picture = Image.Image | np.ndarray | str | os.PathLike
@@ -70,7 +70,7 @@ class Transform:
 
     def _decoded(self, path: Path) -> np.ndarray:
         data = rewritten(np.frombuffer(path.read_bytes(), np.uint8), self.reading)
-        if isinstance(data, Damaged):
+        if isinstance(data, DamagedImage):
             raise DataError(f"{path}: {data}")
         try:
             with Image.open(io.BytesIO(data.tobytes())) as image:

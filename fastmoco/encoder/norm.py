@@ -113,16 +113,16 @@ class BatchNormAct(nn.Module):
         )
 
     def _with_torch(self, x: Tensor, residual: Tensor | None, shortcut: BatchNormAct | None) -> Tensor:
-        y = self._normalised(x)
+        y = self._normalise(x)
         if residual is not None:
-            y = y + (residual if shortcut is None else shortcut._normalised(residual))
+            y = y + (residual if shortcut is None else shortcut._normalise(residual))
         return F.relu(y) if self.relu else y
 
-    def _normalised(self, x: Tensor) -> Tensor:
+    def _normalise(self, x: Tensor) -> Tensor:
         if self.gather is not None:
             running = (self.running_mean, self.running_var)
-            given = {"momentum": self.momentum, "eps": self.eps}
-            return batch_norm_over_ranks(x, self.weight, self.bias, running, self.gather, **given)
+            options = {"momentum": self.momentum, "eps": self.eps}
+            return batch_norm_over_ranks(x, self.weight, self.bias, running, self.gather, **options)
         groups = self.groups(x.shape[0])
         # With momentum 1 torch leaves each group's own statistics in these.
         mean, var = (torch.zeros(groups, self.weight.shape[0], device=x.device) for _ in range(2))

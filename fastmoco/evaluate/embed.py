@@ -83,7 +83,7 @@ def embed(
         encoder, _, _ = load_encoder(Path(encoder), Parallel.alone(device))
     images, order = _found(data, encoder.recipe.max_pixels)
     with tqdm(total=len(images), unit="image", disable=None if progress else True) as bar:
-        rows, shown = encode(
+        rows, origins = encode(
             encoder,
             images,
             encoder.recipe,
@@ -93,7 +93,7 @@ def embed(
             normalise=normalise,
             progress=bar.update,
         )
-    good = shown.cpu().numpy() == np.arange(len(images))
+    good = origins.cpu().numpy() == np.arange(len(images))
     kept = order[good[order]]
     left_out = len(images.rejected) + len(order) - len(kept)
     return Embedding(rows.cpu().numpy()[kept], images.take(kept), left_out)

@@ -31,9 +31,9 @@ def extract(
     An image that turns out to be bad has features and label of the next good one. The rest, `options` too, is as
     `encode` says.
     """
-    features, shown = encode(encoder, manifest, recipe, parallel, **options)
+    features, origins = encode(encoder, manifest, recipe, parallel, **options)
     labels = np.full(len(manifest), -1, np.int64) if manifest.labels is None else manifest.labels
-    return features, torch.from_numpy(labels).to(parallel.device)[shown]
+    return features, torch.from_numpy(labels).to(parallel.device)[origins]
 
 
 def encode(
@@ -64,25 +64,25 @@ def encode(
         manifest, recipe, parallel.device, indices=indices, batch_size=batch_size, loading=loading
     )
     forward = encoder.features if features == "backbone" else encoder
-    rows_of_rank, done, shown = None, 0, np.empty(share, np.int64)
+    rows_of_rank, position, sources = None, 0, np.empty(share, np.int64)
     failed: Exception | None = None
     with loader, _evaluating(encoder), torch.no_grad():
-        while done < share:
-            count = min(batch_size, share - done)
+        while position < share:
+            count = min(batch_size, share - position)
             # A rank that fails goes through the motions, because the others wait for it in `progress`.
             try:
                 if failed is None:
                     crops, index = next(loader)
-                    crops = _filled(crops, min(batch_size, share))
+                    crops = _fill(crops, min(batch_size, share))
                     rows = forward(_plain(crops, encoder, recipe))[:count].float().flatten(1)
                     rows = F.normalize(rows, dim=1) if normalise else rows
                     if rows_of_rank is None:
                         rows_of_rank = rows.new_empty(share, rows.shape[1], dtype=dtype)
-                    rows_of_rank[done : done + count] = rows
-                    shown[done : done + count] = index
+                    rows_of_rank[position : position + count] = rows
+                    sources[position : position + count] = index
             except (DataError, torch.OutOfMemoryError) as error:
                 failed = error
-            done += count
+            position += count
             if progress is not None:
                 progress(count)
     if failed is None and rows_of_rank is not None and parallel.world > 1:
@@ -93,11 +93,11 @@ def encode(
     if parallel.any(failed is not None):
         raise failed or DataError("another rank could not encode its images")
     assert rows_of_rank is not None
-    origins = torch.from_numpy(shown).to(parallel.device)
+    origins = torch.from_numpy(sources).to(parallel.device)
     return parallel.all_gather(rows_of_rank)[: len(manifest)], parallel.all_gather(origins)[: len(manifest)]
 
 
-def _filled(crops: Tensor, count: int) -> Tensor:
+def _fill(crops: Tensor, count: int) -> Tensor:
     # The last batch is as large as the others, because cuDNN looks for algorithms anew at each size: seconds.
     if crops.device.type not in SEARCHING or len(crops) == count:
         return crops

@@ -237,9 +237,9 @@ class Tuning:
             for batch in loader:
                 warn_of_bad(quarantine)
                 crops, drawn = batch.query_crops, batch.query_parameters
-                shown = quarantine.replaced(batch.step, batch.sample)
+                origins = quarantine.replace(batch.step, batch.sample)
                 views = photometric(crops, drawn, colours.mean, colours.std, dtype=dtype)
-                yield views, labels[torch.from_numpy(shown).to(labels.device)]
+                yield views, labels[torch.from_numpy(origins).to(labels.device)]
 
     def _judge(self, val: Manifest, classifier: nn.Linear) -> Scores:
         found = extract(self.encoder, val, self.recipe, self.parallel, loading=self.loading, normalise=False)

@@ -85,7 +85,7 @@ def _key(source: Source, images: Manifest) -> bytes:
         digest.update(name.encode())
         digest.update(value.cpu().contiguous().numpy().tobytes())
     digest.update(f"{source.recipe}\n{source.features}\n{images.root}\n".encode())
-    digest.update(cache.packed(images.paths).tobytes())
+    digest.update(cache.pack(images.paths).tobytes())
     digest.update(images.sizes.tobytes())
     if images.places is not None:
         digest.update(images.places.tobytes())

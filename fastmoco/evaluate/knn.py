@@ -29,7 +29,7 @@ from fastmoco.recipe import Recipe
 from fastmoco.runs.run_folder import figures_name, keep_earlier, load_encoder
 
 CHUNK_ELEMENTS = 1 << 25  # similarities held at a time: 128 MiB in fp32
-SHOWN = 8  # images, and neighbours of each, in the contact sheet
+PICTURES = 8  # images, and neighbours of each, in the contact sheet
 
 Side = tuple[Manifest, Tensor, Tensor]  # images, their features and labels
 
@@ -99,7 +99,7 @@ def run(options: EvaluateKnn) -> None:
     parallel = Parallel.start(options.device)
     try:
         encoder, recipe, step = load_encoder(options.run, parallel, options.untrained)
-        recipe, loading = _chosen(recipe, options), Loading(threads=options.threads or None)
+        recipe, loading = _with_options(recipe, options), Loading(threads=options.threads or None)
         train, val = both_sides(options.run, options.data, options.val, options.labels, recipe.max_pixels)
         if parallel.is_main:
             print(f"{len(train)} images vote on {len(val)}, encoder of {options.run} after step {step}")
@@ -113,7 +113,7 @@ def run(options: EvaluateKnn) -> None:
 
 def _write(run: Path, step: int, recipe: Recipe, train: Side, val: Side, untrained: bool) -> None:
     knn, neighbours = (figures_name(name, untrained) for name in ("knn", "neighbours"))
-    (images, bank, bank_labels), (shown, queries, labels) = train, val
+    (images, bank, bank_labels), (val_images, queries, labels) = train, val
     votes = [
         knn_votes(bank, bank_labels, chunk, recipe.knn_k, recipe.knn_temperature, len(images.classes))
         for chunk in queries.split(max(1, CHUNK_ELEMENTS // len(bank)))
@@ -128,25 +128,25 @@ def _write(run: Path, step: int, recipe: Recipe, train: Side, val: Side, untrain
         "bank": len(bank),
         "queries": len(queries),
         "data": images.root,
-        "val": shown.root,
+        "val": val_images.root,
     }
     figures = {**facts, **scores.as_dict(images.classes)}
     keep_earlier(run, figures, knn, neighbours)
     atomic.write_json(run / f"{knn}.json", figures)
     draw_confusion(run / f"{knn}.png", scores.confusion, images.classes)
-    rows = np.linspace(0, len(shown) - 1, min(SHOWN, len(shown))).astype(np.int64)
-    near = nearest(bank, queries[torch.from_numpy(rows).to(queries.device)], SHOWN).rows
-    draw_neighbours(run / f"{neighbours}.png", shown, images, rows, near.cpu().numpy())
+    rows = np.linspace(0, len(val_images) - 1, min(PICTURES, len(val_images))).astype(np.int64)
+    near = nearest(bank, queries[torch.from_numpy(rows).to(queries.device)], PICTURES).rows
+    draw_neighbours(run / f"{neighbours}.png", val_images, images, rows, near.cpu().numpy())
     print(
         f"kNN top-1 {scores.top1:.2f}%, top-5 {scores.top5:.2f}% (k {facts['k']}, T {facts['temperature']}, "
         f"{facts['features']} features; see {knn}.json, {knn}.png and {neighbours}.png in {run})"
     )
 
 
-def _chosen(recipe: Recipe, options: EvaluateKnn) -> Recipe:
-    given: dict[str, Any] = {
+def _with_options(recipe: Recipe, options: EvaluateKnn) -> Recipe:
+    changes: dict[str, Any] = {
         "knn_k": options.k,
         "knn_temperature": options.temperature,
         "knn_features": options.features,
     }
-    return dataclasses.replace(recipe, **{name: value for name, value in given.items() if value is not None})
+    return dataclasses.replace(recipe, **{name: value for name, value in changes.items() if value is not None})

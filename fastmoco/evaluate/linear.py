@@ -85,7 +85,7 @@ def snapshot(encoder: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in encoder.state_dict().items()}
 
 
-def changed(before: dict[str, Tensor], encoder: nn.Module) -> list[str]:
+def changes(before: dict[str, Tensor], encoder: nn.Module) -> list[str]:
     """Names of the parameters and buffers that are not bit-equal to the snapshot."""
     return [name for name, value in encoder.state_dict().items() if not torch.equal(value, before[name])]
 
@@ -157,7 +157,7 @@ class Evaluation:
 
         self.encoder.eval().requires_grad_(False)
         probe = self._fit(classifier, list(classifier.parameters()), validate, report)
-        assert not changed(before, self.encoder), f"the probe changed the backbone: {changed(before, self.encoder)}"
+        assert not changes(before, self.encoder), f"the probe changed the backbone: {changes(before, self.encoder)}"
         return probe
 
     def _classifier(self) -> nn.Linear:
@@ -174,8 +174,8 @@ class Evaluation:
                 for batch in loader:
                     warn_of_bad(quarantine)
                     views = photometric(batch.query_crops, batch.query_parameters, colours.mean, colours.std)
-                    shown = quarantine.replaced(batch.step, batch.sample)  # a substitute comes with its own label
-                    yield self.encoder.features(views), labels[torch.from_numpy(shown).to(labels.device)]
+                    origins = quarantine.replace(batch.step, batch.sample)  # a substitute comes with its own label
+                    yield self.encoder.features(views), labels[torch.from_numpy(origins).to(labels.device)]
 
             return fit(batches(), classifier, parameters, self.protocol, self.plan.steps_per_epoch, validate, report)
 
@@ -249,8 +249,8 @@ def rate_hint(probe: Probe, protocol: Protocol, classes: int) -> str:
 
 
 def _protocol(options: EvaluateLinear) -> Protocol:
-    chosen = Protocol(epochs=options.epochs, batch_size=options.batch_size, seed=options.seed)
-    return chosen if options.lr == "auto" else chosen._replace(lr=options.lr)
+    protocol = Protocol(epochs=options.epochs, batch_size=options.batch_size, seed=options.seed)
+    return protocol if options.lr == "auto" else protocol._replace(lr=options.lr)
 
 
 def _tell(bar: tqdm, line: dict[str, float], epochs: int) -> None:

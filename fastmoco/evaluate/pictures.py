@@ -104,8 +104,8 @@ def _draw_confusion(figure: Any, axes: Any, confusion: Tensor, classes: Sequence
     picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set_title("Class (row) taken for (column)", loc="left", fontsize=10)
     if len(classes) <= NAMED_CLASSES:
-        shown = map(printable, classes)
-        names = [name if len(name) <= 14 else f"{name[:13]}…" for name in shown]
+        texts = map(printable, classes)
+        names = [name if len(name) <= 14 else f"{name[:13]}…" for name in texts]
         axes.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
         axes.set_yticks(range(len(names)), names, fontsize=7)
     bar = figure.colorbar(picture, ax=axes, fraction=0.046, pad=0.03)

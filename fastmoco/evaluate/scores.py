@@ -23,8 +23,8 @@ class Scores(NamedTuple):
 
     def as_dict(self, classes: Sequence[str]) -> dict[str, Any]:
         """Plain data, with the classes by name."""
-        named = dict(zip(classes, self.per_class, strict=True))
-        return {"top1": self.top1, "top5": self.top5, "per_class": named, "confusion": self.confusion.tolist()}
+        by_class = dict(zip(classes, self.per_class, strict=True))
+        return {"top1": self.top1, "top5": self.top5, "per_class": by_class, "confusion": self.confusion.tolist()}
 
 
 def score(logits: Tensor, labels: Tensor) -> Scores:

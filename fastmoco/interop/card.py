@@ -8,7 +8,7 @@ from typing import Any
 
 from fastmoco import environment
 from fastmoco.runs.lines import KNN, read_lines
-from fastmoco.runs.run_folder import Saved, read_json
+from fastmoco.runs.run_folder import SavedRun, read_json
 
 FIGURES = {
     "knn.json": "kNN",
@@ -23,18 +23,18 @@ FIGURES = {
 
 def accuracies(run: Path) -> dict[str, dict[str, Any]]:
     """What the run's evaluations found, by name: top1, top5 and their circumstances. Empty where none was made."""
-    found = {name: read_json(run / file) for file, name in FIGURES.items()}
+    results = {name: read_json(run / file) for file, name in FIGURES.items()}
     lines = read_lines(run / KNN)
-    if lines and lines[-1]["step"] > found["kNN"].get("step", -1):
-        found["kNN"] = lines[-1]
-    return {name: figures for name, figures in found.items() if "top1" in figures}
+    if lines and lines[-1]["step"] > results["kNN"].get("step", -1):
+        results["kNN"] = lines[-1]
+    return {name: figures for name, figures in results.items() if "top1" in figures}
 
 
-def model_card(run: Path, saved: Saved) -> str:
+def model_card(run: Path, saved_run: SavedRun) -> str:
     """Markdown, with the front matter that model hubs read. Only what the run's own files say."""
-    recipe, facts = saved.recipe, saved.facts
+    recipe, facts = saved_run.recipe, saved_run.facts
     per_epoch = facts.get("steps", 0) / recipe.epochs
-    epochs = f" ({saved.step / per_epoch:.4g} of {recipe.epochs} epochs)" if per_epoch else ""
+    epochs = f" ({saved_run.step / per_epoch:.4g} of {recipe.epochs} epochs)" if per_epoch else ""
     lines = [
         "---",
         "library_name: fastmoco",
@@ -43,13 +43,13 @@ def model_card(run: Path, saved: Saved) -> str:
         "",
         f"# {recipe.arch}, pretrained with MoCo by fastmoco",
         "",
-        f"Query encoder after step {saved.step}{epochs}, fp32. No labels were used in pretraining.",
+        f"Query encoder after step {saved_run.step}{epochs}, fp32. No labels were used in pretraining.",
         "",
         *_table("Data", _data(facts)),
         *_table("Accuracy", _accuracy(run)),
         *_table("Recipe", ((name, value) for name, value in recipe.as_dict().items() if name != "augmentation")),
         *_table("Augmentation", recipe.as_dict()["augmentation"].items()),
-        *_table("Made with", _origin(saved)),
+        *_table("Made with", _origin(saved_run)),
     ]
     return "\n".join(lines) + "\n"
 
@@ -62,19 +62,19 @@ def _data(facts: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _accuracy(run: Path) -> Iterator[tuple[str, Any]]:
-    found = accuracies(run)
-    for name, figures in found.items():
+    results = accuracies(run)
+    for name, figures in results.items():
         where = f"after step {figures['step']}, {figures.get('classes', '?')} classes"
         yield name, f"top-1 {figures['top1']:.2f}%, top-5 {figures['top5']:.2f}% ({where})"
-    if not found:
+    if not results:
         yield "not measured", "`fastmoco evaluate knn RUN` or `fastmoco evaluate linear RUN`"
 
 
-def _origin(saved: Saved) -> Iterator[tuple[str, Any]]:
+def _origin(saved_run: SavedRun) -> Iterator[tuple[str, Any]]:
     for name in ("device", "ranks", "commit", "command"):
-        yield name, saved.facts.get(name, "unknown")
-    yield "precision", saved.precision
-    yield from saved.facts.get("versions", {}).items()
+        yield name, saved_run.facts.get(name, "unknown")
+    yield "precision", saved_run.precision
+    yield from saved_run.facts.get("versions", {}).items()
     yield "exported by", f"fastmoco {environment.versions()['fastmoco']}, commit {environment.commit()}"
 
 

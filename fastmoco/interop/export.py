@@ -28,7 +28,7 @@ from fastmoco.interop.names import backbone, to_detectron2
 from fastmoco.options import Export, UsageError, require_new
 from fastmoco.recipe import Recipe
 from fastmoco.runs import run_folder
-from fastmoco.runs.run_folder import Saved
+from fastmoco.runs.run_folder import SavedRun
 
 CARD = "README.md"
 
@@ -39,17 +39,17 @@ def export(folder: Path, form: str, out: Path) -> Path:
     Raises UsageError if `folder` is no run, `out` exists or the format cannot hold this network. Raises CheckpointError
     if the run has no good checkpoint.
     """
-    saved = run_folder.load(folder)
+    saved_run = run_folder.load(folder)
     require_new(out)
-    save = WRITERS[form](folder, saved)
+    save = WRITERS[form](folder, saved_run)
     with atomic.replacing(out) as draft:
         save(draft)
     return out
 
 
-def backbone_weights(saved: Saved) -> dict[str, Tensor]:
+def backbone_weights(saved_run: SavedRun) -> dict[str, Tensor]:
     """Weights of the query encoder without its head, by torchvision's names."""
-    query = saved.query
+    query = saved_run.query
     return {name: query[name] for name in backbone(query)}
 
 
@@ -112,20 +112,22 @@ def command(options: Export) -> None:
         )
 
 
-def _moco(_: Path, saved: Saved) -> Callable[[Path], None]:
-    if saved.recipe.dictionary != "queue":
+def _moco(_: Path, saved_run: SavedRun) -> Callable[[Path], None]:
+    if saved_run.recipe.dictionary != "queue":
         raise UsageError(
-            f"--format moco holds a key encoder and a queue, and this run has a {saved.recipe.dictionary} in their "
+            f"--format moco holds a key encoder and a queue, and this run has a {saved_run.recipe.dictionary} in their "
             "place: use torchvision, timm, detectron2 or safetensors"
         )
-    per_epoch = max(1, saved.facts.get("steps", 0) // saved.recipe.epochs)
-    lr = saved.recipe.learning_rate(max(saved.step - 1, 0), per_epoch)
-    content = upstream.pack(saved.state, saved.recipe, saved.step, saved.step // per_epoch, lr, saved.precision)
+    per_epoch = max(1, saved_run.facts.get("steps", 0) // saved_run.recipe.epochs)
+    lr = saved_run.recipe.learning_rate(max(saved_run.step - 1, 0), per_epoch)
+    content = upstream.pack(
+        saved_run.state, saved_run.recipe, saved_run.step, saved_run.step // per_epoch, lr, saved_run.precision
+    )
     return partial(_torch_file, content)
 
 
-def _torchvision(_: Path, saved: Saved) -> Callable[[Path], None]:
-    return partial(_torch_file, backbone_weights(saved))
+def _torchvision(_: Path, saved_run: SavedRun) -> Callable[[Path], None]:
+    return partial(_torch_file, backbone_weights(saved_run))
 
 
 def _torch_file(content: dict[str, Any], path: Path) -> None:
@@ -133,8 +135,8 @@ def _torch_file(content: dict[str, Any], path: Path) -> None:
         torch.save(content, file)
 
 
-def _detectron2(_: Path, saved: Saved) -> Callable[[Path], None]:
-    content = detectron2_content(backbone_weights(saved))
+def _detectron2(_: Path, saved_run: SavedRun) -> Callable[[Path], None]:
+    content = detectron2_content(backbone_weights(saved_run))
     return partial(_bytes_file, pickle.dumps(content))
 
 
@@ -142,18 +144,18 @@ def _bytes_file(content: bytes, path: Path) -> None:
     path.write_bytes(content)
 
 
-def _timm(folder: Path, saved: Saved) -> Callable[[Path], None]:
-    config = timm_config(saved.recipe)
+def _timm(folder: Path, saved_run: SavedRun) -> Callable[[Path], None]:
+    config = timm_config(saved_run.recipe)
     return _hub_folder(
-        backbone_weights(saved),
+        backbone_weights(saved_run),
         {"format": "pt"},
-        {"config.json": json.dumps(config, indent=2) + "\n", CARD: model_card(folder, saved)},
+        {"config.json": json.dumps(config, indent=2) + "\n", CARD: model_card(folder, saved_run)},
     )
 
 
-def _safetensors(folder: Path, saved: Saved) -> Callable[[Path], None]:
-    metadata = {"format": "pt", "recipe": json.dumps(saved.recipe.as_dict()), "step": str(saved.step)}
-    return _hub_folder(saved.query, metadata, {CARD: model_card(folder, saved)})
+def _safetensors(folder: Path, saved_run: SavedRun) -> Callable[[Path], None]:
+    metadata = {"format": "pt", "recipe": json.dumps(saved_run.recipe.as_dict()), "step": str(saved_run.step)}
+    return _hub_folder(saved_run.query, metadata, {CARD: model_card(folder, saved_run)})
 
 
 def _hub_folder(weights: dict[str, Tensor], metadata: dict[str, str], texts: dict[str, str]) -> Callable[[Path], None]:

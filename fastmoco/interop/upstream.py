@@ -67,12 +67,12 @@ def pack(state: Mapping[str, Tensor], recipe: Recipe, step: int, epoch: int, lr:
 def velocities(optimizer: Any, recipe: Recipe) -> dict[str, Tensor]:
     """Momentum buffers of the query encoder by parameter name; those that the file lacks are left out."""
     state = optimizer.get("state", {}) if isinstance(optimizer, dict) else {}
-    found = {}
+    buffers = {}
     for index, (name, _) in enumerate(build_encoder(recipe).named_parameters()):
         buffer = state.get(index, {}).get("momentum_buffer")
         if isinstance(buffer, Tensor):
-            found[name] = buffer
-    return found
+            buffers[name] = buffer
+    return buffers
 
 
 def group(optimizer: Any) -> dict[str, Any]:
@@ -90,10 +90,10 @@ def weights_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
             break
         inner = inner[key]
     tensors = {name: value for name, value in inner.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    return {unwrapped(name): value for name, value in tensors.items()}
+    return {unwrap(name): value for name, value in tensors.items()}
 
 
-def unwrapped(name: str) -> str:
+def unwrap(name: str) -> str:
     """A weight's name without the parts that DistributedDataParallel and torch.compile put into it, wherever."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 

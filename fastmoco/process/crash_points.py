@@ -27,7 +27,7 @@ POINTS = (
     "pruning",
 )
 
-_reached: Counter[str] = Counter()
+_counts: Counter[str] = Counter()
 
 
 def reach(point: str) -> None:
@@ -38,10 +38,10 @@ def reach(point: str) -> None:
 
 def about_to_crash(point: str) -> bool:
     """Count a visit of `point`; whether it is the one at which the process is to crash."""
-    wanted = os.environ.get(VARIABLE)
-    if wanted is None:
+    target = os.environ.get(VARIABLE)
+    if target is None:
         return False
     assert point in POINTS, point
-    name, _, count = wanted.partition(":")
-    _reached[point] += 1
-    return name == point and _reached[point] == int(count or 1)
+    name, _, count = target.partition(":")
+    _counts[point] += 1
+    return name == point and _counts[point] == int(count or 1)

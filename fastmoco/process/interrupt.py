@@ -22,7 +22,7 @@ UNSAVED = 1
 """Exit code where SIGTERM ended a process before it had saved: a shell would show 143, the code for saved."""
 
 
-def heeded(signals: Iterable[int]) -> list[int]:
+def not_ignored(signals: Iterable[int]) -> list[int]:
     """Those of `signals` that this process shall answer: not what nohup has it ignore."""
     return [n for n in signals if n not in LEFT_IGNORED or signal.getsignal(n) is not signal.SIG_IGN]
 
@@ -44,7 +44,7 @@ def end_silently() -> None:
 
 
 @contextmanager
-def raised() -> Iterator[None]:
+def as_exceptions() -> Iterator[None]:
     """While the block lasts SIGINT raises KeyboardInterrupt, where `end_silently` was in force."""
     silent = signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     if not silent or threading.current_thread() is not threading.main_thread():

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.parallel import Parallel
-from fastmoco.process.interrupt import SIGNALS, UNSAVED, heeded
+from fastmoco.process.interrupt import SIGNALS, UNSAVED, not_ignored
 
 STOPPED = 143
 """Exit code of a run that was asked to stop, saved and can be resumed. No other way to end has it."""
@@ -79,7 +79,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
         yield request
         return
     with _noticed_at_once(request):
-        yield from _received(request)
+        yield from _receiving(request)
 
 
 @contextmanager
@@ -106,8 +106,8 @@ def _notice(reader: int, request: StopRequest) -> None:
     os.close(reader)
 
 
-def _received(request: StopRequest) -> Iterator[StopRequest]:
-    before = {number: signal.signal(number, request.receive) for number in heeded(SIGNALS)}
+def _receiving(request: StopRequest) -> Iterator[StopRequest]:
+    before = {number: signal.signal(number, request.receive) for number in not_ignored(SIGNALS)}
     try:
         yield request
     finally:
@@ -139,26 +139,26 @@ class Vote:
         self._casts += 1
         if self._casts % self._every:
             return [False] * len(wishes)
-        counted, self._wishes = self._counted(self._wishes), []
+        votes, self._wishes = self._count(self._wishes), []
         if self._every == 1:
-            return _read(*counted)
-        last, self._pending = self._pending, counted
+            return _read(*votes)
+        last, self._pending = self._pending, votes
         return [False] * len(wishes) if last is None else _read(*last)
 
-    def _counted(self, wishes: list[bool]) -> tuple[Tensor, torch.cuda.Event | None]:
+    def _count(self, wishes: list[bool]) -> tuple[Tensor, torch.cuda.Event | None]:
         device = self.parallel.device
         # Filled on the device: a tensor made on the host would have to be waited for.
         ballot = torch.stack([torch.full((), float(wish), device=device) for wish in wishes])
-        counted = self.parallel.mean(ballot)
+        votes = self.parallel.mean(ballot)
         if device.type != "cuda":
-            return counted, None
-        host = torch.empty(counted.shape, pin_memory=True).copy_(counted, non_blocking=True)
-        arrived = torch.cuda.Event(blocking=True)  # otherwise a host that has to wait spins, on a core that decodes
-        arrived.record()
-        return host, arrived
+            return votes, None
+        host = torch.empty(votes.shape, pin_memory=True).copy_(votes, non_blocking=True)
+        event = torch.cuda.Event(blocking=True)  # otherwise a host that has to wait spins, on a core that decodes
+        event.record()
+        return host, event
 
 
-def _read(counted: Tensor, arrived: torch.cuda.Event | None) -> list[bool]:
-    if arrived is not None:
-        arrived.synchronize()
-    return [share > 0 for share in counted.tolist()]
+def _read(votes: Tensor, event: torch.cuda.Event | None) -> list[bool]:
+    if event is not None:
+        event.synchronize()
+    return [share > 0 for share in votes.tolist()]

@@ -38,7 +38,7 @@ def torchrun(argv: Sequence[str], patience: float) -> int:
     atexit.register(gc.freeze)  # as in train/loop.py
     saved = False
     try:
-        with tempfile.TemporaryDirectory() as folder, _stopped_ranks(patience or math.inf) as stopped:
+        with tempfile.TemporaryDirectory() as folder, _stopped_ranks(patience or math.inf) as stops:
             # Ranks that restart must know it, and must not read where the dead ones listened.
             os.environ |= {"FASTMOCO_LAUNCH": folder, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
             try:
@@ -49,10 +49,10 @@ def torchrun(argv: Sequence[str], patience: float) -> int:
         return _after_signal(error.sigval, saved)
     except ChildFailedError as error:
         for failure in error.failures.values():
-            failure.exitcode = -signal.SIGSTOP if failure.pid in stopped else failure.exitcode
+            failure.exitcode = -signal.SIGSTOP if failure.pid in stops else failure.exitcode
         return report(error.failures)
     except RendezvousError as error:
-        return parted(error, stopped)
+        return report_parting(error, stops)
     return 0
 
 
@@ -68,12 +68,12 @@ def _stopped_ranks(patience: float) -> Iterator[dict[int, int]]:
     # torchrun takes a stopped process for a working one; it takes no SIGTERM, and only 30 s later would be killed.
     from torch.distributed.elastic.multiprocessing.api import PContext
 
-    stopped: dict[int, int] = {}
+    stops: dict[int, int] = {}
     since: dict[int, float] = {}
     wait, close = PContext.wait, PContext.close
 
     def kill(pid: int) -> None:
-        stopped[pid] = _rank_of(pid)
+        stops[pid] = _rank_of(pid)
         os.kill(pid, signal.SIGKILL)
 
     def look_and_wait(self: PContext, *args: Any, **kwargs: Any) -> object:
@@ -92,7 +92,7 @@ def _stopped_ranks(patience: float) -> Iterator[dict[int, int]]:
 
     PContext.wait, PContext.close = look_and_wait, close_all  # type: ignore[method-assign,assignment]
     try:
-        yield stopped
+        yield stops
     finally:
         PContext.wait, PContext.close = wait, close  # type: ignore[method-assign]
 
@@ -109,18 +109,18 @@ def _rank_of(pid: int) -> int:
     return int(names["RANK"])
 
 
-def parted(error: Exception, stopped: Mapping[int, int]) -> int:
+def report_parting(error: Exception, stops: Mapping[int, int]) -> int:
     """Print why a job over machines ended here although no rank of this one failed, and return its exit code.
 
-    `stopped`: ranks of this machine, by process, that were found stopped.
+    `stops`: ranks of this machine, by process, that were found stopped.
     """
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-    if stopped:
-        return report({rank: ProcessFailure(0, pid, -signal.SIGSTOP, "") for pid, rank in stopped.items()})
-    said = str(error).split(". ")[0]
+    if stops:
+        return report({rank: ProcessFailure(0, pid, -signal.SIGSTOP, "") for pid, rank in stops.items()})
+    reason = str(error).split(". ")[0]
     print(
-        f"fastmoco: error: the launchers of the other machines have ended or cannot be reached ({said}): read their "
+        f"fastmoco: error: the launchers of the other machines have ended or cannot be reached ({reason}): read their "
         "last lines, and check --rdzv-endpoint",
         file=sys.stderr,
         flush=True,
@@ -175,6 +175,6 @@ def cause(failure: ProcessFailure) -> str:
     if failure.exitcode == STUCK:
         return "made no progress for too long: its stacks are above"
     # A dict where the process left an exception, else a text that torchrun made up.
-    left = failure.error_file_data.get("message")
-    said = str(left.get("message", "")).split("\n")[0] if isinstance(left, dict) else ""
-    return f"failed: {said or f'exit code {failure.exitcode}, told above or by the first rank'}"
+    data = failure.error_file_data.get("message")
+    reason = str(data.get("message", "")).split("\n")[0] if isinstance(data, dict) else ""
+    return f"failed: {reason or f'exit code {failure.exitcode}, told above or by the first rank'}"

@@ -34,8 +34,8 @@ class Watchdog:
     A context manager: it watches while the block lasts.
     """
 
-    def __init__(self, seconds: float, asked: StopRequest, exit: Callable[[int], object] = os._exit) -> None:
-        self._seconds, self._asked, self._exit = seconds, asked, exit
+    def __init__(self, seconds: float, request: StopRequest, exit: Callable[[int], object] = os._exit) -> None:
+        self._seconds, self._request, self._exit = seconds, request, exit
         self._patience = seconds * FIRST_FACTOR
         self._last = time.monotonic()
         self.saving = False
@@ -76,12 +76,12 @@ class Watchdog:
 
     def _limit(self) -> float:
         launched = "TORCHELASTIC_RUN_ID" in os.environ
-        hurried = self._asked.since > 0 and (launched or not self.saving)
+        hurried = self._request.since > 0 and (launched or not self.saving)
         patience = min(self._patience, STOP_SECONDS) if hurried else self._patience
         return patience + WAITING_SECONDS if launched and not hurried and _waits_for_others() else patience
 
     def _since(self) -> float:
-        return self._asked.since
+        return self._request.since
 
     def _end(self, silent: float) -> None:
         rank = os.environ.get("RANK", "0")

@@ -123,8 +123,8 @@ def latest(run: Path, report: Callable[[str], None] | None = None) -> Path | Non
 
 def steps(run: Path) -> list[Path]:
     """Checkpoints of `run`, oldest first, verified or not."""
-    found = (run / "checkpoints").glob(f"{PREFIX}*")
-    return sorted((path for path in found if path.name[len(PREFIX) :].isdigit()), key=_step)
+    paths = (run / "checkpoints").glob(f"{PREFIX}*")
+    return sorted((path for path in paths if path.name[len(PREFIX) :].isdigit()), key=_step)
 
 
 def damage(path: Path) -> str | None:
@@ -254,9 +254,9 @@ def _sync(path: Path) -> None:
 
 
 def _point(root: Path, name: str) -> None:
-    shown = root / LATEST
-    if shown.is_dir() and not shown.is_symlink():  # what copying a run makes of the link
-        _set_aside(shown, COPY)
+    latest = root / LATEST
+    if latest.is_dir() and not latest.is_symlink():  # what copying a run makes of the link
+        _set_aside(latest, COPY)
     link = root / f"{LATEST}{TEMPORARY}"
     link.unlink(missing_ok=True)
     try:
@@ -265,7 +265,7 @@ def _point(root: Path, name: str) -> None:
         if error.errno in NO_LINKS:
             return
         raise
-    os.replace(link, shown)
+    os.replace(link, latest)
 
 
 def _prune(root: Path, keep: int, keep_every: int) -> None:
@@ -288,8 +288,8 @@ def _sweep(root: Path) -> None:
 
 def _set_aside(path: Path, suffix: str) -> Path:
     name = f"{path.name}{suffix}"
-    taken = sum(other.name.startswith(name) for other in path.parent.iterdir())
-    aside = path.with_name(f"{name}{taken}" if taken else name)
+    count = sum(other.name.startswith(name) for other in path.parent.iterdir())
+    aside = path.with_name(f"{name}{count}" if count else name)
     os.replace(path, aside)
     return aside
 

@@ -14,7 +14,7 @@ MIB = 2**20
 def verify(options: CheckpointVerify) -> int:
     """Check every byte of every checkpoint: 0 if at least one is good, else 3. Raises UsageError if there is none."""
     good = 0
-    for path in _found(options.run):
+    for path in _checkpoints(options.run):
         reason = checkpoint.damage(path)
         good += reason is None
         print(f"{path.name}  {'good' if reason is None else f'damaged: {reason}'}")
@@ -25,16 +25,16 @@ def show(options: CheckpointList) -> None:
     """Print step, time and size of every checkpoint, and of those that were set aside."""
     root = options.run / "checkpoints"
     newest = (root / checkpoint.LATEST).resolve().name
-    for path in [*_found(options.run), *sorted(root.glob(f"*{checkpoint.DAMAGED}*"))]:
+    for path in [*_checkpoints(options.run), *sorted(root.glob(f"*{checkpoint.DAMAGED}*"))]:
         size = sum(file.stat().st_size for file in path.iterdir())
-        written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
-        print(f"{path.name}  {written}  {size / MIB:8.1f} MiB{'  latest' if path.name == newest else ''}")
+        date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
+        print(f"{path.name}  {date}  {size / MIB:8.1f} MiB{'  latest' if path.name == newest else ''}")
 
 
-def _found(run: Path) -> list[Path]:
+def _checkpoints(run: Path) -> list[Path]:
     if not run.is_dir():
         raise UsageError(f"{run} is no run: it does not exist")
-    found = checkpoint.steps(run)
-    if not found:
+    paths = checkpoint.steps(run)
+    if not paths:
         raise UsageError(f"{run} has no checkpoint yet")
-    return found
+    return paths

@@ -24,14 +24,14 @@ class Lines:
     def __init__(self, path: Path, report: Callable[[str], None]) -> None:
         self._path, self._report = path, report
         self._file = path.open("ab", buffering=0)
-        self._left = b""
+        self._rest = b""
         self._refused = False
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Write one line, after those that are still to be written."""
-        self._left += (json.dumps(line) + "\n").encode()
+        self._rest += (json.dumps(line) + "\n").encode()
         if crash_points.about_to_crash("half a log line"):
-            self._file.write(self._left[: len(self._left) // 2])
+            self._file.write(self._rest[: len(self._rest) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
         self._write()
 
@@ -42,12 +42,12 @@ class Lines:
 
     def _write(self) -> None:
         try:
-            while self._left:
-                self._left = self._left[self._file.write(self._left) :]
+            while self._rest:
+                self._rest = self._rest[self._file.write(self._rest) :]
         except OSError as error:
             if not self._refused:
                 self._report(f"warning: {self._path} takes no more lines ({error.strerror}); they are kept meanwhile")
-        self._refused = bool(self._left)
+        self._refused = bool(self._rest)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -64,5 +64,5 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def truncate(path: Path, step: int) -> None:
     """Drop the lines after `step` and a last line that was cut off, so that a resumed log has no line twice."""
     if path.exists():
-        kept = [line for line in read_lines(path) if line["step"] <= step]
-        atomic.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        lines = [line for line in read_lines(path) if line["step"] <= step]
+        atomic.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))

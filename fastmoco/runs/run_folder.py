@@ -25,7 +25,7 @@ RECIPE = "recipe.json"
 QUERY, KEY = "encoder_q.", "encoder_k."  # what stands before the names of either encoder's weights in a checkpoint
 
 
-class Saved(NamedTuple):
+class SavedRun(NamedTuple):
     """The newest good checkpoint of a run and the facts beside it."""
 
     step: int
@@ -43,15 +43,19 @@ class Saved(NamedTuple):
         return {name: weights[name].contiguous() for name in order}
 
 
-def load(run: Path) -> Saved:
+def load(run: Path) -> SavedRun:
     """The newest good checkpoint of `run`; raises UsageError if it is no run, CheckpointError if it has none."""
     facts = read_facts(run)
     path = checkpoint.latest(run)
     if path is None:
         raise CheckpointError(f"{run} has no checkpoint yet: let it train until its first one")
-    saved = checkpoint.load(path, verified=True)
-    return Saved(
-        saved.step, saved.state, Recipe.from_dict(saved.meta["recipe"]), saved.meta.get("precision", "fp32"), facts
+    content = checkpoint.load(path, verified=True)
+    return SavedRun(
+        content.step,
+        content.state,
+        Recipe.from_dict(content.meta["recipe"]),
+        content.meta.get("precision", "fp32"),
+        facts,
     )
 
 
@@ -120,9 +124,9 @@ def load_encoder(run: Path, parallel: Parallel, untrained: bool = False) -> tupl
     With `untrained` it has the weights that the recipe's seed draws, and the step is 0. Raises UsageError if `run` is
     no run, CheckpointError if it has no good checkpoint.
     """
-    saved = None if untrained else load(run)
-    recipe = saved.recipe if saved else Recipe.from_dict(read_facts(run)["recipe"])
-    weights, step = (without(QUERY, saved.state), saved.step) if saved else (None, 0)
+    saved_run = None if untrained else load(run)
+    recipe = saved_run.recipe if saved_run else Recipe.from_dict(read_facts(run)["recipe"])
+    weights, step = (without(QUERY, saved_run.state), saved_run.step) if saved_run else (None, 0)
     return pretrained(recipe, weights, step, parallel.device), recipe, step
 
 

@@ -35,7 +35,7 @@ def fill_steps(recipe: Recipe, steps_per_epoch: int) -> int:
     return math.ceil(recipe.check_queue() / (recipe.batch_size * recipe.views))
 
 
-def filled(recipe: Recipe, steps_per_epoch: int, step: int) -> float:
+def fill_level(recipe: Recipe, steps_per_epoch: int, step: int) -> float:
     """Share of the dictionary that is not random any more after `step` steps, 0 to 1."""
     fill = fill_steps(recipe, steps_per_epoch)
     return min(1.0, step / fill) if fill else 1.0

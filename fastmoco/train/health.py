@@ -52,9 +52,9 @@ class Health:
         queries = steps * self.recipe.queries
         self._queries += queries
         self._hits += queries * line["top5"] / 100
-        found = []
+        messages = []
         if line["spread"] < COLLAPSED:
-            found += self._once(
+            messages += self._once(
                 "collapse",
                 (
                     f"warning: key features have collapsed at step {line['step']:.0f}: their spread is "
@@ -63,7 +63,7 @@ class Health:
             )
         expected = self._queries * 5 / self.recipe.candidates
         if expected >= CHANCE_HITS and self._hits < ABOVE_CHANCE * expected:
-            found += self._once(
+            messages += self._once(
                 "chance",
                 (
                     f"warning: contrast accuracy is at chance at step {line['step']:.0f}, "
@@ -73,7 +73,7 @@ class Health:
             )
         if expected >= CHANCE_HITS:
             self._queries = self._hits = 0.0
-        return found
+        return messages
 
     def skip(self, bad: int, finite: int) -> bool:
         """Count `bad` steps that were skipped in an interval with `finite` others; False where there are too many."""

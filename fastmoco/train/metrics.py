@@ -51,20 +51,20 @@ class Interval:
 
     step: int
     rows: Tensor
-    arrived: torch.cuda.Event | None
+    event: torch.cuda.Event | None
     facts: Mapping[str, float]
 
     def read(self) -> Reading:
         """Wait for the figures and sum them up."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
+        if self.event is not None:
+            self.event.synchronize()
         bad = self.rows[..., METRICS.index("nonfinite")] > 0
         good = ~bad.any(0)
         means = dict(zip(METRICS, self.rows[:, good].double().mean((0, 1)).tolist(), strict=True))
         first = self.step - len(good) + 1
-        lost = ~self.rows[..., METRICS.index("loss")].isfinite()
+        nonfinite = ~self.rows[..., METRICS.index("loss")].isfinite()
         faults = [
-            BadStep(first + index, tuple(lost[:, index].nonzero().flatten().tolist()))
+            BadStep(first + index, tuple(nonfinite[:, index].nonzero().flatten().tolist()))
             for index in (~good).nonzero().flatten().tolist()
         ]
         return Reading({"step": self.step, **means, **self.facts, "nonfinite": len(faults)}, int(good.sum()), faults)
@@ -98,13 +98,13 @@ class Meter:
         """End the interval at `step`: gather it from all ranks, and start the copy to the host."""
         assert self._rows
         rows = parallel.all_gather(torch.stack(self._rows)).view(parallel.world, -1, len(METRICS))
-        arrived = None
+        event = None
         if self.device.type == "cuda":
             pinned = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
             rows = pinned.copy_(rows, non_blocking=True)
-            arrived = torch.cuda.Event(blocking=True)
-            arrived.record()
-        self._pending.append(Interval(step, rows, arrived, dict(facts)))
+            event = torch.cuda.Event(blocking=True)
+            event.record()
+        self._pending.append(Interval(step, rows, event, dict(facts)))
         self._rows = []
 
     def read(self, everything: bool = False) -> Iterator[Reading]:
@@ -118,23 +118,23 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self._waited = 0.0
+        self._waits = 0.0
 
-    def waited(self, seconds: float) -> None:
+    def add_wait(self, seconds: float) -> None:
         """Note a wait for data."""
-        self._waited += seconds
+        self._waits += seconds
 
     def lap(self, pairs: int) -> dict[str, float]:
         """Pairs per second and the share of data wait since the last lap."""
         now = time.perf_counter()
         elapsed = max(now - self._start, 1e-9)
-        facts = {"pairs_per_s": pairs / elapsed, "data_wait": min(self._waited / elapsed, 1.0)}
-        self._start, self._waited = now, 0.0
+        facts = {"pairs_per_s": pairs / elapsed, "data_wait": min(self._waits / elapsed, 1.0)}
+        self._start, self._waits = now, 0.0
         return facts
 
     def skip(self) -> None:
         """Start the interval anew: what happened since the last lap was no training."""
-        self._start, self._waited = time.perf_counter(), 0.0
+        self._start, self._waits = time.perf_counter(), 0.0
 
 
 class Pace:

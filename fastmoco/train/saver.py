@@ -59,7 +59,7 @@ class Saver:
         self._copies: dict[str, Tensor] = {}
         self._job: tuple[int, Mapping[str, Any], torch.cuda.Event | None] | None = None
         self._writing: Future | None = None
-        self._refused: OSError | None = None
+        self._refusal: OSError | None = None
 
     def start(self, step: int, state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Copy `state` as it is at this moment and begin to write it, once the write before it has ended.
@@ -89,23 +89,23 @@ class Saver:
         except OSError as error:
             if error.errno not in DISK_TROUBLE:
                 raise
-            self._refused = error
+            self._refusal = error
             self._report(
                 f"warning: the checkpoint of step {step} could not be written ({_answer(error)}); "
                 f"{self._last()}; training goes on, the next interval tries again"
             )
         else:
-            self.good, self._refused = step, None
+            self.good, self._refusal = step, None
 
     def finish(self) -> None:
         """Return when the newest state is on disk, after one more try where the disk refused it; else SaveError."""
         self.wait()
-        if self._refused is not None:
+        if self._refusal is not None:
             self._writing = self._thread.submit(self._write)
             self.wait()
-        if self._refused is not None and self._job is not None:
+        if self._refusal is not None and self._job is not None:
             raise SaveError(
-                f"{self.run}: the state after step {self._job[0]} could not be written ({_answer(self._refused)}); "
+                f"{self.run}: the state after step {self._job[0]} could not be written ({_answer(self._refusal)}); "
                 f"{self._last()}: mend the disk, then go on from there with --resume"
             )
 
@@ -125,9 +125,9 @@ class Saver:
 
     def _write(self) -> None:
         assert self._job is not None
-        step, meta, arrived = self._job
-        if arrived is not None:
-            arrived.synchronize()
+        step, meta, event = self._job
+        if event is not None:
+            event.synchronize()
         if not self.run.is_dir():  # a folder made anew in its place could be on another disk
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.run))
         checkpoint.save(self.run, step, self._copies, meta, self._keep, self._keep_every)

@@ -41,22 +41,22 @@ class Saving:
 
     def __init__(self, job: Job, step: Step) -> None:
         self.job, self.step = job, step
-        self.copied = 0
+        self.copy_step = 0
         self.clock = SaveClock(job.options.save_minutes if job.parallel.is_main else 0)
         self.saver: Saver | None = None
 
     def open(self, report: Callable[[str], None]) -> None:
         """Start the saver, on the main rank; `report` gets one line if the disk refuses."""
         options = self.job.options
-        self.saver = Saver(self.job.out, options.keep, options.keep_every, report, self.copied or None)
+        self.saver = Saver(self.job.out, options.keep, options.keep_every, report, self.copy_step or None)
 
-    def start(self, done: int) -> None:
-        """Copy the state after `done` steps and begin to write it. All ranks call this: their statistics become one."""
+    def start(self, step: int) -> None:
+        """Copy the state after `step` steps and begin to write it. All ranks call this: their statistics become one."""
         state = self.step.state()
         if self.saver is not None:
             meta = {"recipe": self.job.recipe.as_dict(), "precision": self.step.precision}
-            self.saver.start(done, state, meta)
-        self.copied = done
+            self.saver.start(step, state, meta)
+        self.copy_step = step
 
     def check(self) -> None:
         """Raise what went wrong in the thread that writes, if it did."""
@@ -87,7 +87,7 @@ class Saving:
     @property
     def good(self) -> int | None:
         """Step of the newest checkpoint known to be on disk, as far as this rank can tell."""
-        return (self.copied or None) if self.saver is None else self.saver.good
+        return (self.copy_step or None) if self.saver is None else self.saver.good
 
     def restore(self) -> int:
         """Load the newest good checkpoint of the run and return its step; 0 if there is none yet."""
@@ -98,21 +98,21 @@ class Saving:
         parallel.barrier()
         if not parallel.is_main:
             path = checkpoint.latest(out)
-        self.copied = 0
+        self.copy_step = 0
         if path is None:
             return 0
         crash_points.reach("verified")
-        saved = checkpoint.load(path, verified=True)
-        _require_same_recipe(Recipe.from_dict(saved.meta["recipe"]), self.job.recipe, path)
-        self.step.load(saved.state)
-        if saved.step > self.job.last:
+        content = checkpoint.load(path, verified=True)
+        _require_same_recipe(Recipe.from_dict(content.meta["recipe"]), self.job.recipe, path)
+        self.step.load(content.state)
+        if content.step > self.job.last:
             raise UsageError(f"{path} is already past step {self.job.last}: give a later --stop-after, or none")
         crash_points.reach("after load")
-        self.copied = saved.step
-        return saved.step
+        self.copy_step = content.step
+        return content.step
 
 
-def _require_same_recipe(saved: Recipe, now: Recipe, path: object) -> None:
-    for name, (old, new) in saved.differences(now).items():
+def _require_same_recipe(before: Recipe, now: Recipe, path: object) -> None:
+    for name, (old, new) in before.differences(now).items():
         if name not in HARMLESS_ON_RESUME:
             raise UsageError(f"{path} was made with {name} {old}, not {new}: resume it with the same recipe")

@@ -37,7 +37,7 @@ LOOPS = {
 }
 
 
-class _Cut(NamedTuple):
+class _Split(NamedTuple):
     """How a group's array is cut: `splits` pieces, taken in runs of `width` numbers."""
 
     rows: int
@@ -47,25 +47,25 @@ class _Cut(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def _cut(shape: torch.Size, groups: int) -> dict[str, int]:
+def _split(shape: torch.Size, groups: int) -> dict[str, int]:
     channels = shape[1]
     rows = math.prod(shape) // channels // groups
     width = min(max(1, WIDTH // channels), rows) * channels
-    return _Cut(rows, channels, width, max(1, min(MOST_PIECES, rows * channels // PIECE)))._asdict()
+    return _Split(rows, channels, width, max(1, min(MOST_PIECES, rows * channels // PIECE)))._asdict()
 
 
 def statistics(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, groups: int, momentum: float, eps: float
 ) -> Tensor:
     """Moments fp32 [2, groups, C] of x, mean and 1 / sqrt(variance + eps); running statistics move in place."""
-    cut = _cut(x.shape, groups)
-    pieces, channels = groups * cut["splits"], cut["channels"]
-    vectors = torch.empty(pieces * 3 * cut["width"], dtype=torch.float32)
+    split = _split(x.shape, groups)
+    pieces, channels = groups * split["splits"], split["channels"]
+    vectors = torch.empty(pieces * 3 * split["width"], dtype=torch.float32)
     partial = torch.empty(pieces * 2 * channels, dtype=torch.float64)
     moments = torch.empty((2, groups, channels), dtype=torch.float32)
-    LOOPS[x.dtype].moments(pieces, x=x, vectors=vectors, partial=partial, **cut)
-    given = {"mean": running_mean, "variance": running_var, "momentum": momentum, "eps": eps}
-    finish(1, partial=partial, moments=moments, groups=groups, **given, **cut)
+    LOOPS[x.dtype].moments(pieces, x=x, vectors=vectors, partial=partial, **split)
+    arguments = {"mean": running_mean, "variance": running_var, "momentum": momentum, "eps": eps}
+    finish(1, partial=partial, moments=moments, groups=groups, **arguments, **split)
     return moments
 
 
@@ -81,12 +81,12 @@ def apply(
     relu: bool,
 ) -> Tensor:
     """Normalise x by given moments, add the residual, clip."""
-    cut, y = _cut(x.shape, moments.shape[1]), torch.empty_like(x)
-    pieces = moments.shape[1] * cut["splits"]
-    vectors = torch.empty(pieces * 3 * cut["width"], dtype=torch.float32)
+    split, y = _split(x.shape, moments.shape[1]), torch.empty_like(x)
+    pieces = moments.shape[1] * split["splits"]
+    vectors = torch.empty(pieces * 3 * split["width"], dtype=torch.float32)
     side = (residual, residual_weight, residual_bias, residual_moments)
-    named = _named(weight, bias, moments, side)
-    LOOPS[x.dtype].apply(pieces, x=x, y=y, vectors=vectors, floor=_floor(relu), **named, **cut)
+    by_name = _by_name(weight, bias, moments, side)
+    LOOPS[x.dtype].apply(pieces, x=x, y=y, vectors=vectors, floor=_floor(relu), **by_name, **split)
     return y
 
 
@@ -110,20 +110,20 @@ def gradients(
     `y` is given where the ReLU's mask is to be read from it (plain residual), the residual only in the dual form. What
     there is none of is empty. The last are fp32 [2 or 3, C]: of the bias, the weight and the residual's weight.
     """
-    cut, dual = _cut(x.shape, moments.shape[1]), residual is not None
+    split, dual = _split(x.shape, moments.shape[1]), residual is not None
     side = (residual, residual_weight, residual_bias, residual_moments)
-    joined, sums, totals = sums_of(grad, second_grad, x, weight, bias, moments, y, side, relu)
-    masked = joined is not grad
+    masked_sum, sums, totals = sums_of(grad, second_grad, x, weight, bias, moments, y, side, relu)
+    masked = masked_sum is not grad
     grad_x, grad_residual = torch.empty_like(x), torch.empty_like(x) if dual else None
-    pieces = moments.shape[1] * cut["splits"]
-    vectors = torch.empty(pieces * 9 * cut["width"], dtype=torch.float32)
-    tensors = {"grad": joined, "x": x, "grad_x": grad_x, "grad_residual": grad_residual, "sums": sums}
-    tensors |= {"vectors": vectors, **_named(weight, bias, moments, side)}
+    pieces = moments.shape[1] * split["splits"]
+    vectors = torch.empty(pieces * 9 * split["width"], dtype=torch.float32)
+    tensors = {"grad": masked_sum, "x": x, "grad_x": grad_x, "grad_residual": grad_residual, "sums": sums}
+    tensors |= {"vectors": vectors, **_by_name(weight, bias, moments, side)}
     how = {"floor": _floor(relu and not masked), "training": int(training)}
-    LOOPS[x.dtype].gradient(pieces, **tensors, **how, **cut)
+    LOOPS[x.dtype].gradient(pieces, **tensors, **how, **split)
     # An operator returns no tensor twice.
-    grad_residual, joined = grad_residual if dual else x.new_empty(0), joined if masked else x.new_empty(0)
-    return grad_x, grad_residual, joined, totals
+    grad_residual, masked_sum = grad_residual if dual else x.new_empty(0), masked_sum if masked else x.new_empty(0)
+    return grad_x, grad_residual, masked_sum, totals
 
 
 def sums_of(
@@ -137,23 +137,25 @@ def sums_of(
     side: tuple[Tensor | None, ...] = (None,) * 4,
     relu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The first pass of `gradients`, which makes its `joined` (or takes `grad`), sums of each group, and its totals."""
+    """The first pass of `gradients`: its `masked_sum` (or `grad`), sums of each group, and totals."""
     groups, channels, arrays = moments.shape[1], x.shape[1], 2 if side[0] is None else 3
-    cut = _cut(x.shape, groups)
-    pieces = groups * cut["splits"]
+    split = _split(x.shape, groups)
+    pieces = groups * split["splits"]
     masked = torch.empty_like(x) if second_grad is not None or y is not None else None
-    vectors = torch.empty(pieces * 8 * cut["width"], dtype=torch.float32)
+    vectors = torch.empty(pieces * 8 * split["width"], dtype=torch.float32)
     partial, sums = (torch.empty(size * 3 * channels, dtype=torch.float64) for size in (pieces, groups))
     totals = torch.empty((arrays, channels), dtype=torch.float32)
     tensors = {"grad": grad, "grad_2": second_grad, "x": x, "y": y, "masked": masked, "partial": partial}
-    named = _named(weight, bias, moments, side)
-    LOOPS[x.dtype].sums(pieces, **tensors, vectors=vectors, floor=_floor(relu), **named, **cut)
-    given = {"moments": moments, "residual_moments": side[3], "channels": channels, "splits": cut["splits"]}
-    finish_sums(1, partial=partial, sums=sums, totals=totals, groups=groups, **given)
+    by_name = _by_name(weight, bias, moments, side)
+    LOOPS[x.dtype].sums(pieces, **tensors, vectors=vectors, floor=_floor(relu), **by_name, **split)
+    arguments = {"moments": moments, "residual_moments": side[3], "channels": channels, "splits": split["splits"]}
+    finish_sums(1, partial=partial, sums=sums, totals=totals, groups=groups, **arguments)
     return grad if masked is None else masked, sums, totals
 
 
-def _named(weight: Tensor, bias: Tensor, moments: Tensor, side: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
+def _by_name(
+    weight: Tensor, bias: Tensor, moments: Tensor, side: tuple[Tensor | None, ...]
+) -> dict[str, Tensor | None]:
     names = ("residual", "residual_weight", "residual_bias", "residual_moments")
     return {"weight": weight, "bias": bias, "moments": moments, **dict(zip(names, side, strict=True))}
 

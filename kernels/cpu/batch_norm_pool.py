@@ -35,7 +35,7 @@ NEVER = 255  # no place
 # A piece is a sample, and a group has `splits`. `vectors` fp32 [pieces, 7, C]: scale, shift, room for a residual's
 # scale, the scale's sign; of a window the largest value times the sign, that value, and its place.
 POOL = Words(
-    "x y picked places weight bias moments residual_weight residual_bias residual_moments vectors "
+    "x y peaks places weight bias moments residual_weight residual_bias residual_moments vectors "
     "height across channels width splits"
 )
 
@@ -61,18 +61,18 @@ def _start(channels, best, value, place):
 
 
 @part
-def _write(channels, scale, shift, value, place, y, picked, places):
+def _write(channels, scale, shift, value, place, y, peaks, places):
     for c in range(channels):
         out = value[c] * scale[c] + shift[c]
-        if picked is not None:
-            picked[c] = narrow(value[c], picked)
+        if peaks is not None:
+            peaks[c] = narrow(value[c], peaks)
             places[c] = np.uint8(np.int32(np.float32(NOWHERE) if out <= 0 else place[c]))
         y[c] = narrow(np.float32(0) if out < 0 else out, y)
 
 
 @part
-def _pool_row(a, x, y, picked, places, row, vectors, size, kind):
-    """A row of results; x, y, picked and places are addresses, numbers of `size` bytes, as `kind` points to."""
+def _pool_row(a, x, y, peaks, places, row, vectors, size, kind):
+    """A row of results; x, y, peaks and places are addresses, numbers of `size` bytes, as `kind` points to."""
     c, wide = a.channels, (a.across + 1) // 2
     scale, shift, sign = floats(vectors), floats(vectors + 4 * c), floats(vectors + 12 * c)
     best, value, place = floats(vectors + 16 * c), floats(vectors + 20 * c), floats(vectors + 24 * c)
@@ -84,9 +84,9 @@ def _pool_row(a, x, y, picked, places, row, vectors, size, kind):
                 pixel = alike(kind, x + size * (h * a.across + w) * c)
                 _look(pixel, c, sign, np.float32(at), best, value, place)
         to = (row * wide + column) * c
-        if picked != 0:
+        if peaks != 0:
             kept = bytes_(places + to)
-            _write(c, scale, shift, value, place, alike(kind, y + size * to), alike(kind, picked + size * to), kept)
+            _write(c, scale, shift, value, place, alike(kind, y + size * to), alike(kind, peaks + size * to), kept)
         else:
             _write(c, scale, shift, value, place, alike(kind, y + size * to), None, None)
 
@@ -102,13 +102,13 @@ def _pool_all(words, a, size, kind):
         for k in range(c):
             sign[k] = np.float32(1) if scale[k] > 0 else np.float32(-1) if scale[k] < 0 else np.float32(0)
         pixels, results = a.height * a.across * c, (a.height + 1) // 2 * ((a.across + 1) // 2) * c
-        picked = 0 if a.picked == 0 else a.picked + size * piece * results
+        peaks = 0 if a.peaks == 0 else a.peaks + size * piece * results
         for row in range((a.height + 1) // 2):
             _pool_row(
                 a,
                 a.x + size * piece * pixels,
                 a.y + size * piece * results,
-                picked,
+                peaks,
                 a.places + piece * results,
                 row,
                 vectors,
@@ -202,25 +202,25 @@ LOOPS = {torch.bfloat16: _Loops(_pool_bf16, _unpool_bf16), torch.float32: _Loops
 
 
 def pool(x: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The result; and for backward the picked values of x and their places uint8, else nothing."""
+    """The result; and for backward the values of x that won (peaks) and their places uint8, else nothing."""
     samples, channels, height, width = x.shape
     shape = (samples, (height + 1) // 2, (width + 1) // 2, channels)
     y = x.new_empty(shape).permute(0, 3, 1, 2)
-    picked, places = (torch.empty_like(y, dtype=dtype) for dtype in (x.dtype, torch.uint8))
+    peaks, places = (torch.empty_like(y, dtype=dtype) for dtype in (x.dtype, torch.uint8))
     vectors = torch.empty(samples * 7 * channels, dtype=torch.float32)
-    tensors = {"x": x, "y": y, "picked": picked if keep else None, "places": places, "vectors": vectors}
+    tensors = {"x": x, "y": y, "peaks": peaks if keep else None, "places": places, "vectors": vectors}
     tensors |= {"weight": weight, "bias": bias, "moments": moments}
     LOOPS[x.dtype].pool(samples, **tensors, **_sizes(x, moments))
     if not keep:
-        picked, places = picked.new_empty(0), places.new_empty(0)
-    return y, picked, places
+        peaks, places = peaks.new_empty(0), places.new_empty(0)
+    return y, peaks, places
 
 
 def gradients(
     grad: Tensor,
     second_grad: Tensor | None,
     x: Tensor,
-    picked: Tensor,
+    peaks: Tensor,
     places: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -228,10 +228,10 @@ def gradients(
     training: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x, and of [bias, weight], fp32 [2, C]."""
-    joined, sums, totals = sums_of(grad, second_grad, picked, weight, bias, moments)
+    masked_sum, sums, totals = sums_of(grad, second_grad, peaks, weight, bias, moments)
     grad_x, rows = torch.empty_like(x), x.numel() // x.shape[1] // moments.shape[1]
     vectors = torch.empty(x.shape[0] * 3 * x.shape[1], dtype=torch.float32)
-    tensors = {"grad": joined, "places": places, "x": x, "grad_x": grad_x, "sums": sums, "vectors": vectors}
+    tensors = {"grad": masked_sum, "places": places, "x": x, "grad_x": grad_x, "sums": sums, "vectors": vectors}
     tensors |= {"weight": weight, "moments": moments}
     LOOPS[x.dtype].unpool(x.shape[0], rows=rows, training=int(training), **tensors, **_sizes(x, moments))
     return grad_x, totals

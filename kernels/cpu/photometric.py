@@ -111,11 +111,11 @@ def _hue(pixels, r, g, b, turns):
 
 
 @part
-def _jitter(pixels, r, g, b, drawn):
-    order = np.int64(drawn[ORDER])
+def _jitter(pixels, r, g, b, draws):
+    order = np.int64(draws[ORDER])
     for position in range(4):
         code = (order >> (2 * position)) & 3
-        factor = drawn[FIRST_FACTOR + code]
+        factor = draws[FIRST_FACTOR + code]
         if code == 0:
             _toward(pixels, r, factor, ZERO)
             _toward(pixels, g, factor, ZERO)
@@ -194,22 +194,22 @@ def _close(size, channels, r, g, b, flip, scales, view):
 @part
 def _augment(a, piece, planes, weights, view):
     size, pixels = a.size, a.size * a.size
-    drawn = floats(a.parameters + 32 * piece)
+    draws = floats(a.parameters + 32 * piece)
     r, g, b, other = planes, planes + 4 * pixels, planes + 8 * pixels, planes + 12 * pixels
     _open(bytes_(a.crops + 3 * pixels * piece), pixels, floats(r), floats(g), floats(b))
-    if drawn[GRAY] == GRAY_BEFORE_JITTER:
+    if draws[GRAY] == GRAY_BEFORE_JITTER:
         _gray(pixels, floats(r), floats(g), floats(b))
-    if drawn[ORDER] >= 0:
-        _jitter(pixels, floats(r), floats(g), floats(b), drawn)
-    if drawn[GRAY] == GRAY_AFTER_JITTER:
+    if draws[ORDER] >= 0:
+        _jitter(pixels, floats(r), floats(g), floats(b), draws)
+    if draws[GRAY] == GRAY_AFTER_JITTER:
         _gray(pixels, floats(r), floats(g), floats(b))
-    if drawn[SIGMA] > 0:
-        sigma = max(min(np.float64(drawn[SIGMA]), a.max_sigma), MIN_SIGMA)
+    if draws[SIGMA] > 0:
+        sigma = max(min(np.float64(draws[SIGMA]), a.max_sigma), MIN_SIGMA)
         radius = min(np.int64(math.ceil(np.float32(3) * np.float32(sigma))), size - 1)
         _taps(sigma, radius, weights)
         for plane in (r, g, b):
             _blur(size, plane, other, other + 4 * pixels, weights, radius)
-    _close(size, a.channels, floats(r), floats(g), floats(b), drawn[FLIP] > 0, floats(a.scales), view)
+    _close(size, a.channels, floats(r), floats(g), floats(b), draws[FLIP] > 0, floats(a.scales), view)
 
 
 @part
@@ -264,6 +264,6 @@ def photometric(
         reference.inverse(rows)
     views = torch.empty((count, size, size, channels), dtype=dtype)
     scales = torch.tensor([*mean, *std], dtype=torch.float32)
-    given = {"crops": crops, "parameters": parameters, "rows": rows, "views": views, "scales": scales}
-    LOOPS[dtype](count, size=size, channels=channels, max_sigma=max_sigma, **given)
+    arguments = {"crops": crops, "parameters": parameters, "rows": rows, "views": views, "scales": scales}
+    LOOPS[dtype](count, size=size, channels=channels, max_sigma=max_sigma, **arguments)
     return views.permute(0, 3, 1, 2)

@@ -13,8 +13,8 @@ UUIDS = {0: "aaaa", 1: "bbbb"}
 
 @pytest.fixture(autouse=True)
 def two_cards(monkeypatch):
-    found = lambda device: types.SimpleNamespace(uuid=UUIDS[device.index])  # noqa: E731
-    monkeypatch.setattr(torch.cuda, "get_device_properties", found)
+    properties = lambda device: types.SimpleNamespace(uuid=UUIDS[device.index])  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
 
 
 class Nvml:

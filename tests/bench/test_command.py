@@ -39,11 +39,11 @@ def test_a_subject_prints_bound_share_and_baseline_and_its_record_passes_the_sch
     assert {row.baseline for row in item.rows} < {row.provider for row in item.rows} | {None}
     if subject != "memory":
         assert all(row.bound is not None and len(row.samples) == 2 for row in item.rows)
-    shown, said = capsys.readouterr()
-    assert f"measuring {subject} ...\n" in said
+    output, errors = capsys.readouterr()
+    assert f"measuring {subject} ...\n" in errors
     env = item.environment
     for part in (env["device"], env["commit"], "share of bound", f"`fastmoco bench {subject}`"):
-        assert part in shown
+        assert part in output
     assert len(table.read_text().splitlines()) == 1 + len(item.rows)
     assert chart.read_text().startswith("<?xml") and "fastmoco" in chart.read_text()
 
@@ -67,7 +67,7 @@ def test_only_chooses_providers_and_names_them_where_none_is_left(capsys, tmp_pa
     assert "published fp32; published bf16 autocast" in capsys.readouterr().err
 
 
-def saved(path: Path, scale: float, batch: int = 32) -> str:
+def save_record(path: Path, scale: float, batch: int = 32) -> str:
     samples = tuple(scale * (1 + 0.01 * i) for i in range(9))
     row = Row("step", "ours", "ms", samples, {"batch": batch})
     record_files.save(path, [record_files.record("step", [row], record_files.environment())])
@@ -75,7 +75,7 @@ def saved(path: Path, scale: float, batch: int = 32) -> str:
 
 
 def test_compare_reads_two_records_and_gives_a_verdict(tmp_path, capsys):
-    before, after = saved(tmp_path / "a.json", 1.0), saved(tmp_path / "b.json", 1.3)
+    before, after = save_record(tmp_path / "a.json", 1.0), save_record(tmp_path / "b.json", 1.3)
     assert main(["bench", "compare", before, after]) == 0
     assert "| slower |" in capsys.readouterr().out
     assert main(["bench", "compare", before, before]) == 0
@@ -83,13 +83,13 @@ def test_compare_reads_two_records_and_gives_a_verdict(tmp_path, capsys):
 
 
 def test_compare_says_in_one_line_why_it_cannot(tmp_path, capsys):
-    before, other = saved(tmp_path / "a.json", 1.0), saved(tmp_path / "b.json", 1.0, batch=64)
+    before, other = save_record(tmp_path / "a.json", 1.0), save_record(tmp_path / "b.json", 1.0, batch=64)
     assert main(["bench", "compare", before, str(tmp_path / "none.json")]) == 2
     assert "none.json: no such file" in capsys.readouterr().err
     assert main(["bench", "compare", before, other]) == 2
-    said = capsys.readouterr().err
-    assert "a.json, holds step (batch 32) by ours" in said and "b.json, holds step (batch 64) by ours" in said
-    assert said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert "a.json, holds step (batch 32) by ours" in output and "b.json, holds step (batch 64) by ours" in output
+    assert output.count("\n") == 1
 
 
 def test_report_rewrites_the_readme_from_the_records(tmp_path, capsys):
@@ -99,7 +99,7 @@ def test_report_rewrites_the_readme_from_the_records(tmp_path, capsys):
     flags = ["--readme", str(readme), "--records", str(records), "--page", str(page)]
     assert main(["bench", "report", *flags]) == 2
     assert "holds no records" in capsys.readouterr().err
-    saved(records / "x.json", 1.0)
+    save_record(records / "x.json", 1.0)
     assert main(["bench", "report", *flags]) == 0
     assert "step (batch 32):\n\n| provider |" in page.read_text() and "| ours |" in page.read_text()
     assert "not measured yet" in readme.read_text() and readme.read_text().endswith("b\n")
@@ -109,8 +109,8 @@ def test_report_rewrites_the_readme_from_the_records(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["tune", "gpu-check"])
 def test_what_needs_a_gpu_says_so_in_one_line(name, capsys):
     assert main(["bench", name]) == 2
-    said = capsys.readouterr().err
-    assert "needs an NVIDIA GPU" in said and said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert "needs an NVIDIA GPU" in output and output.count("\n") == 1
 
 
 def test_the_committed_records_pass_the_schema():
@@ -129,14 +129,14 @@ def test_scaling_model_counts_instead_of_measuring_and_goes_with_nothing_else(ca
 def test_a_benchmark_that_is_stopped_keeps_what_it_has_and_one_that_fails_says_so(tmp_path, capsys, monkeypatch):
     from fastmoco.bench import step
 
-    file, left = tmp_path / "a.json", iter(range(6))
+    file, countdown = tmp_path / "a.json", iter(range(6))
 
     def stopped() -> None:
-        if next(left, None) is None:
+        if next(countdown, None) is None:
             raise KeyboardInterrupt
 
-    found = {"slow": step.Provider(lambda: stopped, "fp32"), "bad": step.Provider(lambda: 1 / 0, "fp32")}
-    monkeypatch.setattr(step, "providers", lambda *_: found)
+    providers = {"slow": step.Provider(lambda: stopped, "fp32"), "bad": step.Provider(lambda: 1 / 0, "fp32")}
+    monkeypatch.setattr(step, "providers", lambda *_: providers)
     monkeypatch.setattr("fastmoco.bench.timing.SHORTEST_SAMPLE", 0.0)
     flags = ["bench", "step", *TINY, "--rounds", "9", "--json", str(file)]
     assert main(flags) == 130
@@ -144,14 +144,14 @@ def test_a_benchmark_that_is_stopped_keeps_what_it_has_and_one_that_fails_says_s
     (item,) = record_files.load(record_files.partial(file))
     assert item.environment["unfinished"] and [len(row.samples) for row in item.rows] == [4]
     assert "Stopped before its end" in record_files.table([item])
-    found["slow"] = step.Provider(lambda: lambda: None, "fp32")
+    providers["slow"] = step.Provider(lambda: lambda: None, "fp32")
     assert main(flags) == 1
     (item,) = record_files.load(file)
     assert "unfinished" not in item.environment and [len(row.samples) for row in item.rows] == [9]
     assert not record_files.partial(file).exists()
     assert "bad failed: ZeroDivisionError: division by zero" in capsys.readouterr().out
     # Again, and stopped early: the complete record stays.
-    found["slow"], left = step.Provider(lambda: stopped, "fp32"), iter(range(3))
+    providers["slow"], countdown = step.Provider(lambda: stopped, "fp32"), iter(range(3))
     assert main(flags) == 130
     assert [len(row.samples) for row in record_files.load(file)[0].rows] == [9]
     assert [len(row.samples) for row in record_files.load(record_files.partial(file))[0].rows] == [1]

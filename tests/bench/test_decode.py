@@ -22,20 +22,20 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return decode.various(tmp_path_factory.mktemp("images"), 17)
 
 
-def found(images: Path) -> tuple[dict[tuple[str, str], float], dict[str, str]]:
+def outcome_of(images: Path) -> tuple[dict[tuple[str, str], float], dict[str, str]]:
     journal = Journal()
     rows = decode.run(RECIPE, CPU, data=images, journal=journal)
     return {(row.name, row.provider): row.median for row in rows}, journal.failures
 
 
 def test_the_files_are_of_several_kinds_and_sizes(images: Path) -> None:
-    opened = [Image.open(path) for path in sorted(images.iterdir())]
-    assert len({image.size for image in opened}) == 17 and {image.mode for image in opened} == {"RGB", "L"}
-    assert any(image.info.get("progressive") for image in opened) and not scan(images, cache=False).rejected
+    files = [Image.open(path) for path in sorted(images.iterdir())]
+    assert len({image.size for image in files}) == 17 and {image.mode for image in files} == {"RGB", "L"}
+    assert any(image.info.get("progressive") for image in files) and not scan(images, cache=False).rejected
 
 
 def test_a_cpu_decodes_what_it_decodes(images: Path) -> None:
-    rows, failures = found(images)
+    rows, failures = outcome_of(images)
     assert failures == {} and rows.pop((SAME, CONTROL)) == 17
     assert len(rows) == 2 * len(decode.SHARES) and set(rows.values()) == {0.0}
 
@@ -43,19 +43,19 @@ def test_a_cpu_decodes_what_it_decodes(images: Path) -> None:
 @pytest.mark.parametrize("harm", ["skipped", "another's", "black", "unsteady"])
 def test_one_wrong_image_is_a_failure(images: Path, monkeypatch: pytest.MonkeyPatch, harm: str) -> None:
     """What an engine does that reports success: old memory, another image's pixels, none, or others each time."""
-    plain, calls = decode.decoded, []
+    plain, calls = decode.rows_of_images, []
 
     def decoded(manifest: object, recipe: object, device: torch.device, share: float) -> torch.Tensor:
         calls.append(share)
-        made = plain(manifest, recipe, device, share)
+        result = plain(manifest, recipe, device, share)
         if share == 1.0 and harm == "unsteady":
-            made[5, 0, 0, 0] += len(calls) % 2  # one level of one pixel
+            result[5, 0, 0, 0] += len(calls) % 2  # one level of one pixel
         elif share == 1.0:
-            made[5] = {"skipped": 77, "another's": made[6], "black": 0}[harm]
-        return made
+            result[5] = {"skipped": 77, "another's": result[6], "black": 0}[harm]
+        return result
 
-    monkeypatch.setattr(decode, "decoded", decoded)
-    rows, failures = found(images)
+    monkeypatch.setattr(decode, "rows_of_images", decoded)
+    rows, failures = outcome_of(images)
     ((what, why),) = failures.items()
     assert what == "decoding with engine's share 1" and "1 of 17 images differ" in why
     assert rows[AGAIN if harm == "unsteady" else SAME, "engine's share 1"] == 1
@@ -64,5 +64,5 @@ def test_one_wrong_image_is_a_failure(images: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_comparison_that_is_blind_proves_nothing(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "FAR", 300.0)
-    rows, failures = found(images)
+    rows, failures = outcome_of(images)
     assert rows[SAME, CONTROL] == 0 and "the comparison is blind" in failures[CONTROL]

@@ -15,11 +15,14 @@ def row(provider: str, *samples: float) -> Row:
 
 
 def test_rows_are_saved_as_they_come_and_later_ones_replace_their_like():
-    saved = []
-    journal = Journal(lambda so_far: saved.append(so_far.rows))
+    snapshots = []
+    journal = Journal(lambda so_far: snapshots.append(so_far.rows))
     journal.keep([row("a", 1.0), row("b", 2.0)])
     journal.keep([row("a", 1.0, 1.5)])
-    assert saved == [[row("a", 1.0), row("b", 2.0)], [row("a", 1.0, 1.5), row("b", 2.0)]] and journal.rows == saved[-1]
+    assert (
+        snapshots == [[row("a", 1.0), row("b", 2.0)], [row("a", 1.0, 1.5), row("b", 2.0)]]
+        and journal.rows == snapshots[-1]
+    )
     assert journal.facts() == {}
 
 
@@ -33,8 +36,8 @@ def test_what_fails_is_told_and_the_rest_goes_on(capsys):
         journal.keep([row("c", 1.0)])
     reasons = {"a": "OutOfMemoryError: CUDA out of memory. Tried to allocate", "b": "KeyError: 'bug'"}
     assert journal.failures == reasons and journal.facts() == {"failed": reasons} and len(journal.rows) == 1
-    said = capsys.readouterr().err
-    assert "a failed: OutOfMemoryError: CUDA" in said and said.count("Traceback") == 1  # of the bug alone
+    output = capsys.readouterr().err
+    assert "a failed: OutOfMemoryError: CUDA" in output and output.count("Traceback") == 1  # of the bug alone
 
 
 def test_an_error_of_cuda_that_stays_costs_no_other_row(monkeypatch):
@@ -56,11 +59,11 @@ def test_an_interruption_is_no_failure():
 
 
 def test_what_a_failure_held_is_freed():
-    held = []
+    refs = []
 
     def start() -> None:
         big = torch.zeros(10)
-        held.append(weakref.ref(big))
+        refs.append(weakref.ref(big))
         try:
             raise torch.OutOfMemoryError("no")
         finally:
@@ -68,13 +71,13 @@ def test_what_a_failure_held_is_freed():
 
     def failed(what: str, error: Exception) -> None:
         Journal.fail(journal, what, error)
-        freed.append(held[-1]() is None)  # while the error itself is still there
+        frees.append(refs[-1]() is None)  # while the error itself is still there
 
-    journal, freed = Journal(), []
+    journal, frees = Journal(), []
     journal.fail = failed
     with journal.attempt("a"):
         start()
-    assert freed == [True]
+    assert frees == [True]
 
 
 def test_clocks_are_read_with_every_set_of_rows():

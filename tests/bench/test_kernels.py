@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastmoco.kernels
 from fastmoco.bench import kernels, losses, record_files
 from fastmoco.bench.journal import Journal
-from fastmoco.bench.kernels import OURS, PROVIDED, Size
+from fastmoco.bench.kernels import CASES, OURS, Size
 from fastmoco.bench.record_files import Row
 from fastmoco.bench.roofline import convolutions
 from fastmoco.bench.timing import Machine
@@ -28,14 +28,14 @@ SMALL = dataclasses.replace(
 def without_entry(names: set[str]) -> set[str]:
     """Kernel files among `names` that have no benchmark: files with a launch hook, `variants`, hold kernels."""
     folder = Path(fastmoco.kernels.__file__).parent
-    return {name for name in names if "\ndef variants(" in (folder / f"{name}.py").read_text()} - set(PROVIDED)
+    return {name for name in names if "\ndef variants(" in (folder / f"{name}.py").read_text()} - set(CASES)
 
 
 def test_every_kernel_file_has_an_entry(monkeypatch):
     files = {path.stem for path in Path(fastmoco.kernels.__file__).parent.glob("*.py")} - {"inspect"}
     assert without_entry(files) == set()
-    assert set(PROVIDED) <= files
-    monkeypatch.delitem(PROVIDED, "enqueue")
+    assert set(CASES) <= files
+    monkeypatch.delitem(CASES, "enqueue")
     assert without_entry(files) == {"enqueue"}
 
 
@@ -45,7 +45,7 @@ def cases():
     size = Size(SMALL, torch.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(losses.PAIRS, "cpu", ())
-        made = [case for make in PROVIDED.values() for case in make(size, CPU)]
+        made = [case for make in CASES.values() for case in make(size, CPU)]
     return {f"{case.name} {case.config['form']}" if "form" in case.config else case.name: case for case in made}
 
 
@@ -100,8 +100,8 @@ def test_split_attention_is_the_same_gradient_where_it_runs():
     pieces = queue.view(1, 4, -1, 64)
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, lse = attend(heads, pieces, pieces, scale=1 / 0.2)
-    found = losses.merged(z, k, 0.2, out[0], lse[0])
-    torch.testing.assert_close(found / 8, expected, rtol=1e-4, atol=1e-6)
+    actual = losses.merged(z, k, 0.2, out[0], lse[0])
+    torch.testing.assert_close(actual / 8, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_rows_carry_bound_share_and_speed(cases):
@@ -119,10 +119,10 @@ def test_an_unknown_kernel_is_named():
 def test_the_halves_of_the_fp16_baseline_are_made_once(cases):
     layer = kernels._NormLayer(Size(SMALL, torch.bfloat16), CPU, 8, 4, True, repeats=2)
     layer.native_fp16()
-    made = [half.data_ptr() for half in layer._halves]
-    with CountedCasts() as counted:
+    addresses = [half.data_ptr() for half in layer._halves]
+    with CountedCasts() as counter:
         layer.native_fp16()
-    assert counted.casts == 0 and [half.data_ptr() for half in layer._halves] == made
+    assert counter.casts == 0 and [half.data_ptr() for half in layer._halves] == addresses
     with CountedCasts() as control:
         layer.x.half()
     assert control.casts == 1
@@ -148,7 +148,7 @@ def test_many_short_kernels_are_timed_as_a_graph_and_a_row_that_is_not_says_so(c
     for name in ("Stream", "graph_pool_handle"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(kernels, "replayed", replayed)
-    calls, how = kernels._replayed({OURS: "ours", "other": "unruly"})
+    calls, how = kernels._as_graphs({OURS: "ours", "other": "unruly"})
     assert calls == {OURS: "ours, replayed", "other": "unruly"}
     assert how == {OURS: "a CUDA graph", "other": "the host"}
     assert {name for name, case in cases.items() if case.launches} == {"batch_norm", "batch_norm_pool"}
@@ -162,7 +162,7 @@ def test_a_case_that_fails_costs_its_own_rows(monkeypatch):
     def broken(size: Size, device: torch.device) -> list:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setitem(PROVIDED, "photometric", broken)
+    monkeypatch.setitem(CASES, "photometric", broken)
     journal = Journal()
     rows = kernels.run(SMALL, CPU, rounds=2, dtype=torch.float32, only="photometric, enqueue", journal=journal)
     assert {row.name for row in rows} == {"enqueue"}
@@ -170,10 +170,10 @@ def test_a_case_that_fails_costs_its_own_rows(monkeypatch):
 
 
 def test_the_photometric_bound_is_of_three_channels_whatever_is_written(cases, monkeypatch):
-    asked = []
-    monkeypatch.setattr(kernels, "photometric", lambda *_, channels, **__: asked.append(channels))
+    calls = []
+    monkeypatch.setattr(kernels, "photometric", lambda *_, channels, **__: calls.append(channels))
     monkeypatch.setattr(torch, "randint", lambda *_, **__: None)
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)
     (padded,) = kernels.photometric_cases(Size(SMALL, torch.float32), torch.device("cuda"))
     padded.providers[OURS]()
-    assert asked == [4] and padded.nbytes == cases["photometric"].nbytes
+    assert calls == [4] and padded.nbytes == cases["photometric"].nbytes

@@ -34,8 +34,8 @@ def test_the_images_are_like_photographs_in_size(images: Manifest) -> None:
 
 def test_ours_and_pillows_pairs_are_the_same_pictures(images: Manifest) -> None:
     """Two libraries resize within two grey levels of each other; another image differs by far more."""
-    found = loader.sources(RECIPE, images, CPU)
-    with found["fastmoco"]() as draw:
+    sources = loader.sources(RECIPE, images, CPU)
+    with sources["fastmoco"]() as draw:
         batch = draw()
     ours = torch.stack([batch.query_crops, batch.key_crops], 1).float()
     with loader.pillow(RECIPE, images) as draw:
@@ -45,17 +45,17 @@ def test_ours_and_pillows_pairs_are_the_same_pictures(images: Manifest) -> None:
 
 
 def test_dali_alone_gives_crops_and_decoded_images(images: Manifest) -> None:
-    found = loader.sources(RECIPE, images, CPU)
-    with found["DALI, file reader"]() as draw:
+    sources = loader.sources(RECIPE, images, CPU)
+    with sources["DALI, file reader"]() as draw:
         assert [np.asarray(view[0]).shape for view in draw()] == [(40, 40, 3)] * 2
-    with found[loader.DECODE]() as draw:
+    with sources[loader.DECODE]() as draw:
         assert np.asarray(draw()[0][0]).shape == (375, 500, 3)
 
 
 def test_finished_views_are_the_same_from_both_chains(images: Manifest) -> None:
     """DALI rounds its blur otherwise: a twentieth of a standard deviation on average; unfinished crops are far off."""
-    found = loader.sources(RECIPE, images, CPU)
-    with found[loader.KERNEL]() as draw, found[loader.CHAIN]() as finished:
+    sources = loader.sources(RECIPE, images, CPU)
+    with sources[loader.KERNEL]() as draw, sources[loader.CHAIN]() as finished:
         (query, key), batch = draw(), finished()
     assert (query - batch.query_crops).abs().mean() < 0.05
     assert (key - batch.key_crops).abs().mean() < 0.05
@@ -66,15 +66,15 @@ def test_finished_views_are_the_same_from_both_chains(images: Manifest) -> None:
 def test_a_gpu_is_warm_and_timed_for_long(monkeypatch: pytest.MonkeyPatch, device: str, seconds: float) -> None:
     """The control is the CPU, where a sample of a committed record is eight batches of 32 after three."""
     monkeypatch.setitem(loader.SECONDS, "cuda", seconds)
-    monkeypatch.setattr(loader, "_wait", lambda _: drawn.append(0.0))
-    drawn: list[float] = []
+    monkeypatch.setattr(loader, "_wait", lambda _: clock_readings.append(0.0))
+    clock_readings: list[float] = []
 
     @contextmanager
     def source() -> Iterator[Callable[[], None]]:
-        yield lambda: drawn.append(time.sleep(0.005) or time.perf_counter())
+        yield lambda: clock_readings.append(time.sleep(0.005) or time.perf_counter())
 
     (sample,) = loader._samples(source, 32, torch.device(device), 1)
-    warm, timed = drawn.index(0.0), drawn[drawn.index(0.0) + 1 : -1]
+    warm, timed = clock_readings.index(0.0), clock_readings[clock_readings.index(0.0) + 1 : -1]
     assert (warm, len(timed)) == (3, 8) if device == "cpu" else warm == 10 and timed[-1] - timed[0] > 0.25
     assert 0 < sample.pairs_per_second < 32 / 0.005
 
@@ -84,11 +84,11 @@ def test_a_provider_is_started_once_on_a_gpu_and_rows_are_kept_as_they_come(
     monkeypatch: pytest.MonkeyPatch, device: str, starts: int
 ) -> None:
     """A start takes seconds there, and the check for a GPU may end at any moment."""
-    opened, kept = [], []
+    files, values = [], []
 
     @contextmanager
     def source(name: str) -> Iterator[Callable[[], None]]:
-        opened.append(name)
+        files.append(name)
         if name == loader.PILLOW:
             raise OSError("no such library")
         yield lambda: time.sleep(1e-4)
@@ -97,17 +97,17 @@ def test_a_provider_is_started_once_on_a_gpu_and_rows_are_kept_as_they_come(
     monkeypatch.setattr(loader, "sources", lambda *_: {name: functools.partial(source, name) for name in names})
     monkeypatch.setattr(loader, "_wait", lambda _: None)
     monkeypatch.setitem(loader.SECONDS, "cuda", 0.0)
-    journal = Journal(lambda so_far: kept.append({row.provider: len(row.samples) for row in so_far.rows}))
+    journal = Journal(lambda so_far: values.append({row.provider: len(row.samples) for row in so_far.rows}))
     loader.run(RECIPE, torch.device(device), rounds=3, journal=journal)
-    assert opened.count(loader.OURS) == opened.count(loader.DECODE) == starts
-    assert kept[0] == {loader.DECODE: 3 // starts} and kept[-1] == {loader.OURS: 3, loader.DECODE: 3}
+    assert files.count(loader.OURS) == files.count(loader.DECODE) == starts
+    assert values[0] == {loader.DECODE: 3 // starts} and values[-1] == {loader.OURS: 3, loader.DECODE: 3}
     assert list(journal.failures) == [loader.PILLOW] and "no such library" in journal.failures[loader.PILLOW]
 
 
 def test_many_photographs_are_all_different(tmp_path: Path) -> None:
-    made = [np.asarray(image) for image in loader.pictures(2 * loader.FIELDS + 3)]
-    means = np.array([[np.abs(a[::16, ::16].astype(int) - b[::16, ::16]).mean() for b in made] for a in made])
-    assert (means[~np.eye(len(made), dtype=bool)] > 10).all() and (np.diag(means) == 0).all()
+    pictures = [np.asarray(image) for image in loader.pictures(2 * loader.FIELDS + 3)]
+    means = np.array([[np.abs(a[::16, ::16].astype(int) - b[::16, ::16]).mean() for b in pictures] for a in pictures])
+    assert (means[~np.eye(len(pictures), dtype=bool)] > 10).all() and (np.diag(means) == 0).all()
 
 
 def test_words_choose_and_leave_out_and_nothing_left_is_refused() -> None:
@@ -139,13 +139,13 @@ def test_the_bound_of_processor_time_is_decoding_and_resizing(images: Manifest) 
 
 
 def test_resizing_alone_cuts_what_the_loader_cuts(images: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    monkeypatch.setattr(loader, "cut", lambda crops, *rest: (cut(crops, *rest), made.append(crops)))
-    found = loader.sources(RECIPE, images, CPU)
-    with found[loader.RESIZE]() as draw, found[loader.OURS]() as ours:
+    calls = []
+    monkeypatch.setattr(loader, "cut", lambda crops, *rest: (cut(crops, *rest), calls.append(crops)))
+    sources = loader.sources(RECIPE, images, CPU)
+    with sources[loader.RESIZE]() as draw, sources[loader.OURS]() as ours:
         draw()
         batch = ours()
-    difference = (made[0][0].float() - batch.query_crops.float()).abs()
+    difference = (calls[0][0].float() - batch.query_crops.float()).abs()
     assert difference.mean() < 2  # Pillow and DALI decode within rounding of each other
 
 

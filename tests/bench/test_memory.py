@@ -30,10 +30,10 @@ def test_the_peak_is_of_what_lives_at_once():
 
 
 def test_views_and_work_in_place_cost_nothing():
-    with LiveBytes() as counted:
+    with LiveBytes() as counter:
         x = torch.zeros(1000)
         x.view(10, 100).add_(1).t()[3:].mul_(2)
-    assert counted.peak == counted.live == 4000
+    assert counter.peak == counter.live == 4000
 
 
 def test_what_was_there_before_is_not_counted():
@@ -42,10 +42,10 @@ def test_what_was_there_before_is_not_counted():
 
 
 def test_what_was_prepared_counts_as_far_as_it_stays():
-    kept = []
+    values = []
 
     def prepare() -> None:
-        kept.append(torch.ones(1000))
+        values.append(torch.ones(1000))
 
     assert peak_bytes(lambda: torch.ones(500), CPU, prepare) == 4 * 1500
 

@@ -31,11 +31,11 @@ CPU = torch.device("cpu")
 def test_the_torch_profile_writes_a_trace_a_picture_and_a_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(profiler, "measure_machine", lambda *_, **__: TOY)
     assert main(["profile", "v2", *SIZE, "--out", str(tmp_path), "--rows", "5"]) == 0
-    shown = capsys.readouterr().out
-    parts, kernels = shown.split("| kernel |")
+    output = capsys.readouterr().out
+    parts, kernels = output.split("| kernel |")
     assert all(f"| {part} |" in parts for part in PARTS) and kernels.count("\n|") == 1 + 5
-    assert "v2: resnet18, 32 pairs of 16 px, 64 keys\nfp32 on CPU, 1 torch thread;" in shown
-    assert "the machine's rates, measured right after the steps: 1.0 GB/s and 10.0 GFLOP/s" in shown
+    assert "v2: resnet18, 32 pairs of 16 px, 64 keys\nfp32 on CPU, 1 torch thread;" in output
+    assert "the machine's rates, measured right after the steps: 1.0 GB/s and 10.0 GFLOP/s" in output
     with gzip.open(tmp_path / profiler.TRACE, "rt") as file:
         events = json.load(file)["traceEvents"]
     assert {event["name"] for event in events if event.get("cat") == "user_annotation"} == {
@@ -68,7 +68,7 @@ def test_every_step_is_marked_and_timed_on_its_own(monkeypatch):
     clock, marks = iter([5.0, 6.0, 8.0, 8.5]), []
     monkeypatch.setattr(profiler.time, "perf_counter", lambda: next(clock))
     mark = lambda name: marks.append(name) or nullcontext()  # noqa: E731
-    assert profiler.stepped(lambda: marks.append("trained"), 3, CPU, mark) == [1.0, 2.0, 0.5]
+    assert profiler.time_steps(lambda: marks.append("trained"), 3, CPU, mark) == [1.0, 2.0, 0.5]
     assert marks == ["step 1", "trained", "step 2", "trained", "step 3", "trained"]
 
 
@@ -88,16 +88,16 @@ class Event:
 
 
 def test_on_a_gpu_the_device_is_the_clock_and_is_awaited_once(monkeypatch):
-    done = []
+    events = []
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("awaited"))
-    assert profiler.stepped(lambda: done.append("trained"), 2, torch.device("cuda")) == [10.0, 10.0]
-    assert done == ["trained", "trained", "awaited"]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("awaited"))
+    assert profiler.time_steps(lambda: events.append("trained"), 2, torch.device("cuda")) == [10.0, 10.0]
+    assert events == ["trained", "trained", "awaited"]
 
 
 def test_a_trace_tells_the_steps_apart(tmp_path):
     x, repeats = torch.zeros(8), iter([1, 5, 2])
-    recording = profiler.traced(lambda: [x.add(1) for _ in range(next(repeats))], 3, CPU, tmp_path / "trace.json.gz")
+    recording = profiler.trace(lambda: [x.add(1) for _ in range(next(repeats))], 3, CPU, tmp_path / "trace.json.gz")
     (row,) = [row for row in recording.rows if row.name == "aten::add"]
     assert (row.part, row.calls) == ("other", 8) and len(row.by_step) == len(recording.seconds) == 3
     assert all(0 < inside < wall for inside, wall in zip(row.by_step, recording.seconds, strict=True))
@@ -178,16 +178,16 @@ class Proton:
 def test_proton_is_told_the_parts_and_finished_also_where_a_step_fails(tmp_path):
     step, proton = Step(Recipe(**TINY), Parallel()), Proton()
     batch = profiler.noise_batch(step.recipe, step.parallel)
-    recording = profiler.counted(proton, lambda: step.step(batch, 1e-3), 1, CPU, tmp_path / "step.hatchet")
+    recording = profiler.count_kernels(proton, lambda: step.step(batch, 1e-3), 1, CPU, tmp_path / "step.hatchet")
     assert recording.rows == leaves(TREE) and len(recording.seconds) == 1
     assert proton.calls[0] == "start shadow" and proton.calls[-1] == "finalize"
     assert set(proton.calls[1:-1]) == set(PARTS)
     proton = Proton()
     with pytest.raises(ZeroDivisionError):
-        profiler.counted(proton, lambda: 1 / 0, 1, CPU, tmp_path / "step.hatchet")
+        profiler.count_kernels(proton, lambda: 1 / 0, 1, CPU, tmp_path / "step.hatchet")
     assert proton.calls == ["start shadow", "finalize"]
     with pytest.raises(UsageError, match="switched off"):
-        profiler.counted(Proton(None), lambda: None, 1, CPU, tmp_path / "step.hatchet")
+        profiler.count_kernels(Proton(None), lambda: None, 1, CPU, tmp_path / "step.hatchet")
 
 
 def test_proton_without_a_gpu_is_one_line(tmp_path, capsys):
@@ -201,9 +201,9 @@ def test_proton_tells_the_parts_of_a_step_apart_on_a_gpu(tmp_path, capsys):
     on_gpu = [word if word != "cpu" else "cuda" for word in SIZE]
     assert main(["profile", "v2", "--tool", "proton", *on_gpu, "--out", str(tmp_path)]) == 0
     assert (tmp_path / profiler.TREE).exists()
-    shown = capsys.readouterr().out
-    lines = {line.split(" | ")[0][2:]: line for line in shown.splitlines() if line.startswith("| ")}
-    assert "wall time a step" in shown and all(" 0.000 |" not in lines[part] for part in ("query encoder", "backward"))
+    output = capsys.readouterr().out
+    lines = {line.split(" | ")[0][2:]: line for line in output.splitlines() if line.startswith("| ")}
+    assert "wall time a step" in output and all(" 0.000 |" not in lines[part] for part in ("query encoder", "backward"))
 
 
 @pytest.mark.parametrize("tool", ["nsys", "ncu"])
@@ -261,5 +261,5 @@ def test_real_images_can_be_profiled(tmp_path, capsys, monkeypatch):
 def test_every_dictionary_can_be_profiled(preset: str, negatives: str, tmp_path: Path, capsys) -> None:
     sizes = {"batch_size": 32, "crop_size": 16, "queue_size": 64 if preset == "bank" else None}
     profiler.run(preset, Profile(out=tmp_path, steps=1, device="cpu", arch="resnet18", **sizes))
-    shown = capsys.readouterr().out
-    assert f"{preset}: resnet18, 32 pairs of 16 px, {negatives}" in shown and "| loss |" in shown
+    output = capsys.readouterr().out
+    assert f"{preset}: resnet18, 32 pairs of 16 px, {negatives}" in output and "| loss |" in output

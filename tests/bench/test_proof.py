@@ -28,8 +28,8 @@ RECIPE = Recipe(
 )
 
 
-# The ids of the samples shown are read by a memory bank alone, and the proof's recipe has a queue.
-INPUTS = tuple(field.name for field in dataclasses.fields(Batch) if field.type == "Tensor" and field.name != "shown")
+# The origins of the crops are read by a memory bank alone, and the proof's recipe has a queue.
+INPUTS = tuple(field.name for field in dataclasses.fields(Batch) if field.type == "Tensor" and field.name != "origins")
 
 
 def proven(steps: int = 3) -> tuple[dict[str, float], dict[str, str]]:
@@ -40,8 +40,8 @@ def proven(steps: int = 3) -> tuple[dict[str, float], dict[str, str]]:
 
 
 def test_a_replayed_run_is_the_eager_one_and_another_learning_rate_is_seen():
-    found, failures = proven()
-    assert failures == {} and found[EAGER] == found[GRAPH] == 0 < found[OTHER]
+    actual, failures = proven()
+    assert failures == {} and actual[EAGER] == actual[GRAPH] == 0 < actual[OTHER]
 
 
 @pytest.mark.parametrize("inputs", [INPUTS, *((name,) for name in INPUTS)])
@@ -53,21 +53,21 @@ def test_a_graph_that_does_not_read_all_its_inputs_is_seen(inputs, monkeypatch):
         return plain(graph, dataclasses.replace(batch, **stale), lr)
 
     monkeypatch.setattr(GraphStep, "step", step)
-    found, failures = proven(2)
-    assert found[EAGER] == 0 < found[GRAPH]
+    actual, failures = proven(2)
+    assert actual[EAGER] == 0 < actual[GRAPH]
     assert "replayed steps are not the eager ones" in failures[f"{EQUAL}, deterministic on"]
 
 
 def test_runs_that_differ_anyway_are_not_blamed_on_the_graph(monkeypatch):
-    plain, runs = proof.trained, []
+    plain, runs = proof.train, []
 
     def unsteady(*args: object, **options: object) -> proof.Results:
         runs.append(0)
         return plain(*args, **options) | {"queue": torch.full((), float(len(runs)))}
 
-    monkeypatch.setattr(proof, "trained", unsteady)
-    found, failures = proven()
-    assert found[EAGER] == 1
+    monkeypatch.setattr(proof, "train", unsteady)
+    actual, failures = proven()
+    assert actual[EAGER] == 1
     (why,) = failures.values()
     assert "two eager runs differ, so the question is not about graphs: 1 of" in why and "by 1 at most" in why
 
@@ -102,11 +102,11 @@ def test_a_blind_comparison_or_count_proves_nothing():
 )
 def test_where_eager_runs_may_differ_replays_may_not_stray_much_further(again, graph, fails):
     values = {EAGER: again, GRAPH: graph, OTHER: 5.0}
-    found = [Row("x", name, "x", (float(v > 0),), extra={"largest": v, "compared": 7}) for name, v in values.items()]
+    rows = [Row("x", name, "x", (float(v > 0),), extra={"largest": v, "compared": 7}) for name, v in values.items()]
     if not fails:
-        return proof.judge_equality(found, exact=False)
+        return proof.judge_equality(rows, exact=False)
     with pytest.raises(ProofError, match="not the eager ones|stray further"):
-        proof.judge_equality(found, exact=False)
+        proof.judge_equality(rows, exact=False)
 
 
 @dataclasses.dataclass
@@ -137,8 +137,8 @@ def test_waits_are_counted_beside_a_control(monkeypatch, waiting):
             call()
         return list(calls), []
 
-    monkeypatch.setattr(proof, "recorded", recorded)
+    monkeypatch.setattr(proof, "record_events", recorded)
     monkeypatch.setattr(proof, "waits", lambda events: {name: events.count(name) for name in events})
-    replayed, read = proof.watched(advance, None, 10, CPU, {})
+    replayed, read = proof.watch(advance, None, 10, CPU, {})
     assert (replayed.median, replayed.config["steps"]) == (10 * waiting, 10)
     assert (read.median, read.config["steps"]) == (6 + 3 * waiting, 3)

@@ -13,7 +13,7 @@ from fastmoco.bench.record_files import Record, Row, between_markers, load, page
 ENVIRONMENT = record_files.environment()
 
 
-def made(scale: float = 1.0, noise: float = 0.01, unit: str = "ms", seed: int = 0, n: int = 20) -> list[Record]:
+def rows_at(scale: float = 1.0, noise: float = 0.01, unit: str = "ms", seed: int = 0, n: int = 20) -> list[Record]:
     rng = random.Random(seed)
     samples = tuple(scale * rng.gauss(1, noise) for _ in range(n))
     rows = (Row("step", "ours", unit, samples, {"batch": 32}, baseline="ours", bound=0.5),)
@@ -21,12 +21,12 @@ def made(scale: float = 1.0, noise: float = 0.01, unit: str = "ms", seed: int = 
 
 
 def test_json_round_trip(tmp_path):
-    save(tmp_path / "a.json", made())
-    assert load(tmp_path / "a.json") == made()
+    save(tmp_path / "a.json", rows_at())
+    assert load(tmp_path / "a.json") == rows_at()
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda item: item.pop("rows"), "a record has rows too few"),
         (lambda item: item.update(more=1), "a record has more too few or too many"),
@@ -40,17 +40,17 @@ def test_json_round_trip(tmp_path):
         (lambda item: item["rows"][0].update(extra=None), "extra of a row is None"),
     ],
 )
-def test_the_schema_refuses_what_is_no_record_in_plain_words(spoil, said, tmp_path):
-    save(tmp_path / "b.json", made())
+def test_the_schema_refuses_what_is_no_record_in_plain_words(spoil, message, tmp_path):
+    save(tmp_path / "b.json", rows_at())
     data = json.loads((tmp_path / "b.json").read_text())
     spoil(data[0])
     (tmp_path / "b.json").write_text(json.dumps(data))
-    with pytest.raises(ValueError, match=r"b.json: holds no benchmark record \(" + said):
+    with pytest.raises(ValueError, match=r"b.json: holds no benchmark record \(" + message):
         load(tmp_path / "b.json")
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"{", "not JSON"),
         (b"\xff\xfe", "not JSON"),
@@ -60,9 +60,9 @@ def test_the_schema_refuses_what_is_no_record_in_plain_words(spoil, said, tmp_pa
         (b"[3]", "a record is no object"),
     ],
 )
-def test_a_file_that_is_no_record_is_named(content, said, tmp_path):
+def test_a_file_that_is_no_record_is_named(content, message, tmp_path):
     (tmp_path / "c.json").write_bytes(content)
-    with pytest.raises(ValueError, match=f"c.json: .*{said}"):
+    with pytest.raises(ValueError, match=f"c.json: .*{message}"):
         load(tmp_path / "c.json")
 
 
@@ -74,11 +74,11 @@ def test_a_place_that_is_no_file_is_named(tmp_path):
 
 
 def test_csv_has_a_line_for_each_row(tmp_path):
-    save(tmp_path / "a.csv", made())
+    save(tmp_path / "a.csv", rows_at())
     lines = (tmp_path / "a.csv").read_text().splitlines()
     assert len(lines) == 2 and lines[0].startswith("subject,device") and ",ours," in lines[1]
     (line,) = csv.DictReader(lines)
-    low, high = made()[0].rows[0].spread
+    low, high = rows_at()[0].rows[0].spread
     assert (float(line["quantile 20 %"]), float(line["quantile 80 %"])) == (low, high)
 
 
@@ -101,7 +101,7 @@ def test_the_table_names_device_versions_commit_command_spread_and_baseline():
 def test_a_record_of_before_without_threads_and_load_makes_a_table_too():
     new = ("threads", "omp_num_threads", "load", "time")
     old = {key: value for key, value in ENVIRONMENT.items() if key not in new}
-    text = table([dataclasses.replace(made()[0], environment=old)])
+    text = table([dataclasses.replace(rows_at()[0], environment=old)])
     assert f"({old['cores']} cores), 2026-01-01" in text and "thread" not in text
 
 
@@ -129,7 +129,7 @@ def test_the_configuration_stands_once_above_its_rows():
 
 
 def test_the_page_has_a_heading_for_each_subject_and_the_newest_record_first():
-    old, new = made()[0], dataclasses.replace(made()[0], date="2026-02-02")
+    old, new = rows_at()[0], dataclasses.replace(rows_at()[0], date="2026-02-02")
     text = page([old, dataclasses.replace(old, subject="loader"), new])
     assert text.index("## loader") < text.index("## step") < text.index("2026-02-02") < text.rindex("2026-01-01")
 
@@ -141,22 +141,22 @@ def test_a_row_without_samples_is_refused():
 
 def test_what_is_not_finished_stands_beside_the_last_that_was(tmp_path):
     path = tmp_path / "a.b.json"
-    save(path, made())
-    save(record_files.partial(path), made(2.0))
-    assert record_files.partial(path) == tmp_path / "a.b.partial.json" and record_files.stored(tmp_path) == [path]
-    record_files.finish(path, made(3.0))
-    assert load(path) == made(3.0) and [file.name for file in tmp_path.iterdir()] == ["a.b.json"]
-    save(record_files.partial(tmp_path / "c.json"), made())
-    assert record_files.stored(tmp_path) == [path, tmp_path / "c.partial.json"]
+    save(path, rows_at())
+    save(record_files.partial(path), rows_at(2.0))
+    assert record_files.partial(path) == tmp_path / "a.b.partial.json" and record_files.record_paths(tmp_path) == [path]
+    record_files.finish(path, rows_at(3.0))
+    assert load(path) == rows_at(3.0) and [file.name for file in tmp_path.iterdir()] == ["a.b.json"]
+    save(record_files.partial(tmp_path / "c.json"), rows_at())
+    assert record_files.record_paths(tmp_path) == [path, tmp_path / "c.partial.json"]
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
-    save(path, made())
+    save(path, rows_at())
     monkeypatch.setattr(record_files.Path, "write_text", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        save(path, made(2.0))
-    assert load(path) == made()
+        save(path, rows_at(2.0))
+    assert load(path) == rows_at()
 
 
 def test_clocks_failures_and_an_early_end_stand_below_the_caption():
@@ -169,13 +169,13 @@ def test_clocks_failures_and_an_early_end_stand_below_the_caption():
         "power_limit_w": 700.0,
     }
     more = {"clocks": clocks, "failed": {"fastmoco fp32": "OutOfMemoryError: no room"}, "unfinished": True}
-    text = table([dataclasses.replace(made()[0], environment=ENVIRONMENT | more)])
-    said = "3 samples: 1,800 MHz (least 1,700), memory 2,619 MHz, 620 W (most 630 of 700), throttled by: power cap"
-    assert said in text and "fastmoco fp32 failed: OutOfMemoryError: no room" in text and "Stopped before" in text
+    text = table([dataclasses.replace(rows_at()[0], environment=ENVIRONMENT | more)])
+    message = "3 samples: 1,800 MHz (least 1,700), memory 2,619 MHz, 620 W (most 630 of 700), throttled by: power cap"
+    assert message in text and "fastmoco fp32 failed: OutOfMemoryError: no room" in text and "Stopped before" in text
     without = {name: value for name, value in clocks.items() if name != "power_limit_w"}
-    text = table([dataclasses.replace(made()[0], environment=ENVIRONMENT | {"clocks": without | {"samples": 1}})])
+    text = table([dataclasses.replace(rows_at()[0], environment=ENVIRONMENT | {"clocks": without | {"samples": 1}})])
     assert "\n1 sample: 1,800" in text and "620 W (most 630), throttled" in text
-    plain = table(made())
+    plain = table(rows_at())
     assert "MHz" not in plain and "failed" not in plain and "Stopped" not in plain
 
 

@@ -28,9 +28,9 @@ def test_a_difference_is_a_failure_and_so_is_a_blind_comparison():
 
 def test_a_process_that_ends_otherwise_than_it_should_is_said(monkeypatch):
     """The second is meant to be killed: one that lives on has reached no point at which it was to die."""
-    ended = iter([0, 0])
+    codes = iter([0, 0])
     monkeypatch.setattr(resume.synthetic, "make", lambda folder: folder)
-    monkeypatch.setattr(resume.subprocess, "run", lambda *_, **__: type("Done", (), {"returncode": next(ended)}))
+    monkeypatch.setattr(resume.subprocess, "run", lambda *_, **__: type("Done", (), {"returncode": next(codes)}))
     journal = Journal()
     assert resume.run(Recipe(), CPU, journal=journal) == []
     assert "ended with code 0 instead of -9" in journal.failures[resume.NAME]
@@ -39,5 +39,5 @@ def test_a_process_that_ends_otherwise_than_it_should_is_said(monkeypatch):
 @pytest.mark.slow
 def test_the_demo_killed_and_resumed_on_this_machine_equals_itself():
     journal = Journal()
-    found = {row.provider: row.median for row in resume.run(Recipe(), CPU, journal=journal)}
-    assert journal.failures == {} and found[RESUMED] == 0 < found[CONTROL]
+    medians = {row.provider: row.median for row in resume.run(Recipe(), CPU, journal=journal)}
+    assert journal.failures == {} and medians[RESUMED] == 0 < medians[CONTROL]

@@ -75,14 +75,14 @@ def test_the_forward_formulas_equal_counted_tensor_bytes_on_a_small_network():
     for work in roofline.forward_work(convs, "eager", batch=2):
         formula[work.part] += 2 * work.nbytes
     plain = PlainResNet(SMALL).to(torch.bfloat16)
-    with torch.no_grad(), Counted() as counted:
+    with torch.no_grad(), Counted() as counter:
         plain(torch.randn(2, 3, 64, 64, dtype=torch.bfloat16))
     # The formula pads the stem's three channels to four and skips the pixels that a strided 1x1 skips.
     stem = 2 * 2 * 3 * 64 * 64 / 3
-    skipped = sum(2 * 2 * (conv.inputs - conv.sampled) for conv in convs)
-    assert formula["conv"] == counted.parts["conv"] + stem - skipped
-    assert formula["norm"] == counted.parts["norm"]
-    assert formula["pool"] == counted.parts["pool"]
+    skipped = sum(2 * 2 * (conv.inputs - conv.reads) for conv in convs)
+    assert formula["conv"] == counter.parts["conv"] + stem - skipped
+    assert formula["norm"] == counter.parts["norm"]
+    assert formula["pool"] == counter.parts["pool"]
 
 
 class CountedByOurs(TorchDispatchMode):
@@ -109,12 +109,12 @@ class CountedByOurs(TorchDispatchMode):
             self.parts["norm"] += size(args[0], *out)
         elif name == "batch_norm_backward":
             grad, second, x, y, *_ = args
-            residual, (grad_x, grad_residual, joined, _) = args[7], out
-            self.parts["norm"] += size(grad, second, x, y, residual, joined)
-            self.parts["norm"] += size(joined if joined.numel() else grad, x, residual, grad_x, grad_residual)
+            residual, (grad_x, grad_residual, merged_sum, _) = args[7], out
+            self.parts["norm"] += size(grad, second, x, y, residual, merged_sum)
+            self.parts["norm"] += size(merged_sum if merged_sum.numel() else grad, x, residual, grad_x, grad_residual)
         elif name == "batch_norm_pool_backward":
-            grad, second, x, picked, places, *_ = args
-            self.parts["norm"] += size(grad, second, picked) + size(grad, second, places, x, out[0])
+            grad, second, x, peaks, places, *_ = args
+            self.parts["norm"] += size(grad, second, peaks) + size(grad, second, places, x, out[0])
         elif name.startswith(("add", "relu", "threshold", "max_pool2d")):
             self.parts["other"] += size(*(t for t in args if isinstance(t, torch.Tensor) and t.dim() == 4))
         return out
@@ -129,13 +129,13 @@ def test_the_formulas_of_our_encoders_equal_counted_tensor_bytes_on_a_small_netw
     formula = dict.fromkeys(("conv", "norm", "pool"), 0.0)
     for work in roofline.forward_work(convs, "bnrelu", batch=2, keep=False):
         formula[work.part] += 2 * work.nbytes
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), CountedByOurs() as counted:
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), CountedByOurs() as counter:
         encoder(torch.randn(2, 3, 64, 64, dtype=torch.bfloat16))
     # Padding and skipped pixels as in eager mode.
     stem = 2 * 2 * 3 * 64 * 64 / 3
-    skipped = sum(2 * 2 * (conv.inputs - conv.sampled) for conv in convs)
-    assert formula["conv"] == counted.parts["conv"] + stem - skipped
-    assert formula["norm"] + formula["pool"] == counted.parts["norm"] and not counted.parts["other"]
+    skipped = sum(2 * 2 * (conv.inputs - conv.reads) for conv in convs)
+    assert formula["conv"] == counter.parts["conv"] + stem - skipped
+    assert formula["norm"] + formula["pool"] == counter.parts["norm"] and not counter.parts["other"]
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
@@ -147,9 +147,9 @@ def test_the_formulas_equal_the_bytes_of_an_executed_step_of_a_query(arch, stem)
     ours(encoder)
     works = roofline.forward_work(convs, "bnrelu", batch=2) + roofline.backward_work(convs, "bnrelu", batch=2)
     formula = sum(2 * work.nbytes for work in works if work.part in ("norm", "pool", "gradient add"))
-    with FakeTensorMode(allow_non_fake_inputs=True), CountedByOurs() as counted:
+    with FakeTensorMode(allow_non_fake_inputs=True), CountedByOurs() as counter:
         encoder(torch.randn(2, 3, 64, 64, dtype=torch.bfloat16)).sum().backward()
-    assert counted.parts["norm"] == formula and not counted.parts["other"]
+    assert counter.parts["norm"] == formula and not counter.parts["other"]
     with FakeTensorMode(allow_non_fake_inputs=True), CountedByOurs() as plain:  # the control: one output, two readers
         for module in encoder.modules():
             if isinstance(module, BatchNormAct):
@@ -158,8 +158,8 @@ def test_the_formulas_equal_the_bytes_of_an_executed_step_of_a_query(arch, stem)
     assert plain.parts["other"]
 
 
-def _once(norm: BatchNormAct, *given, twice: bool = False):
-    y = BatchNormAct.forward(norm, *given)
+def _once(norm: BatchNormAct, *arguments, twice: bool = False):
+    y = BatchNormAct.forward(norm, *arguments)
     return (y, y) if twice else y
 
 
@@ -185,8 +185,8 @@ class CountedInEagerMode(TorchDispatchMode):
         name = func.overloadpacket.__name__
         size = lambda *tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
         if name == "convolution_backward":
-            gradient, x, weight, made = *args[:3], out[0]
-            self.parts["conv"] += 0 if made is None else size(gradient, made, weight)
+            gradient, x, weight, gradient_of_x = *args[:3], out[0]
+            self.parts["conv"] += 0 if gradient_of_x is None else size(gradient, gradient_of_x, weight)
             self.parts["conv"] += size(gradient, x, weight, weight)  # the weights' gradient is added to what there is
         elif name == "max_pool2d_with_indices_backward":
             self.parts["pool"] += size(args[0], args[-1], out)
@@ -202,16 +202,16 @@ def test_the_formulas_equal_the_bytes_of_a_backward_pass_in_eager_mode():
     plain = PlainResNet(SMALL).to(torch.bfloat16)
     with FakeTensorMode(allow_non_fake_inputs=True):
         z = plain(torch.randn(2, 3, 64, 64, dtype=torch.bfloat16))
-        with CountedInEagerMode() as counted:
+        with CountedInEagerMode() as counter:
             z.sum().backward()
-    formula = dict.fromkeys((*counted.parts, "norm", "dgrad", "wgrad"), 0.0)
+    formula = dict.fromkeys((*counter.parts, "norm", "dgrad", "wgrad"), 0.0)
     for work in roofline.backward_work(convs, "eager", batch=2):
         formula[work.part] += 2 * work.nbytes
-    assert counted.additions == 16 and counted.parts["gradient add"] == formula["gradient add"]
-    assert counted.parts["pool"] == formula["pool"]
+    assert counter.additions == 16 and counter.parts["gradient add"] == formula["gradient add"]
+    assert counter.parts["pool"] == formula["pool"]
     stem = 2 * 2 * 3 * 64 * 64 / 3
-    skipped = sum(2 * 2 * (conv.inputs - conv.sampled) for conv in convs)
-    assert counted.parts["conv"] == formula["dgrad"] + formula["wgrad"] - stem + skipped
+    skipped = sum(2 * 2 * (conv.inputs - conv.reads) for conv in convs)
+    assert counter.parts["conv"] == formula["dgrad"] + formula["wgrad"] - stem + skipped
 
 
 @pytest.mark.parametrize(("form", "places"), [("none", ["inner"]), ("plain", ["last"]), ("dual", ["last", "shortcut"])])
@@ -220,9 +220,9 @@ def test_our_own_batch_norm_cannot_beat_its_bound(form, places):
     shape = (8, 64, 32, 32)
     activation = 2 * 8 * 64 * 32 * 32
     for passes, backward in ((roofline.FORWARD_PASSES, False), (roofline.BACKWARD_PASSES, True)):
-        moved = batch_norm.cost(shape, 2, residual=form, backward=backward)[0] / activation
+        bytes_moved = batch_norm.cost(shape, 2, residual=form, backward=backward)[0] / activation
         bound = sum(passes["bnrelu"][place] for place in places)
-        assert bound <= moved < bound + 0.05
+        assert bound <= bytes_moved < bound + 0.05
 
 
 def test_an_unknown_level_is_refused(resnet50):

@@ -17,8 +17,8 @@ from fastmoco.runs import checkpoint
 @pytest.mark.parametrize("words", ["--help", "pretrain v2 --help", "bench --help"])
 def test_benchmark_of_the_command_line(benchmark, words):
     command = [sys.executable, "-m", "fastmoco", *words.split()]
-    done = benchmark(lambda: subprocess.run(command, capture_output=True, check=True))
-    assert b"usage" in done.stdout
+    result = benchmark(lambda: subprocess.run(command, capture_output=True, check=True))
+    assert b"usage" in result.stdout
 
 
 @pytest.fixture(scope="module")

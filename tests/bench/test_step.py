@@ -84,18 +84,18 @@ def test_a_gpu_has_the_published_step_in_every_form_and_ours_by_backend():
 
 def test_ours_on_finished_views_makes_none(monkeypatch):
     monkeypatch.setattr("fastmoco.contrast.views.photometric", lambda *_, **__: pytest.fail("a view was made"))
-    found = step.providers(SMALL, CPU)
+    sources = step.providers(SMALL, CPU)
     with pytest.raises(pytest.fail.Exception, match="a view was made"):
-        found["fastmoco bf16"].start()()
-    found["fastmoco bf16, finished views"].start()()
+        sources["fastmoco bf16"].start()()
+    sources["fastmoco bf16, finished views"].start()()
 
 
-def chosen(group: str, only: str = "", skip: str = "", device: torch.device = GPU) -> set[str]:
+def choose(group: str, only: str = "", skip: str = "", device: torch.device = GPU) -> set[str]:
     return set(step.choose(step.providers(SMALL, device), "", group, only, skip))
 
 
 def test_the_groups_share_the_baseline_alone_and_leave_nothing_out():
-    core, more, compiled = (chosen(group) for group in ("core", "more", "compiled"))
+    core, more, compiled = (choose(group) for group in ("core", "more", "compiled"))
     assert core == {
         "published fp16 autocast",
         "channels-last fp16 autocast",
@@ -105,39 +105,39 @@ def test_the_groups_share_the_baseline_alone_and_leave_nothing_out():
         "fastmoco bf16, deterministic",
     }
     assert core & more == more & compiled == core & compiled == {"published fp16 autocast"}
-    assert core | more | compiled == chosen("all") and all("compiled" in name for name in compiled - core)
-    assert chosen("core", device=CPU) == chosen("all", device=CPU)
-    assert chosen("more", device=CPU) == {"published fp32"}
+    assert core | more | compiled == choose("all") and all("compiled" in name for name in compiled - core)
+    assert choose("core", device=CPU) == choose("all", device=CPU)
+    assert choose("more", device=CPU) == {"published fp32"}
 
 
 def test_words_choose_and_leave_out():
-    assert chosen("core", "fp16 autocast, fastmoco bf16", "graph, deterministic") == {
+    assert choose("core", "fp16 autocast, fastmoco bf16", "graph, deterministic") == {
         "published fp16 autocast",
         "channels-last fp16 autocast",
         "fastmoco bf16",
     }
-    assert chosen("core", skip="autocast, no graph, deterministic") == {
+    assert choose("core", skip="autocast, no graph, deterministic") == {
         "fastmoco bf16",
         "fastmoco fp16",
     }
     with pytest.raises(ValueError, match="nothing to time is left: the providers are published tf32; "):
-        chosen("core", "nonsense")
+        choose("core", "nonsense")
 
 
 def stand_ins(monkeypatch: pytest.MonkeyPatch, **starts: Callable) -> None:
-    found = {name: step.Provider(start, "fp32") for name, start in starts.items()}
-    monkeypatch.setattr(step, "providers", lambda recipe, device: found)
+    table = {name: step.Provider(start, "fp32") for name, start in starts.items()}
+    monkeypatch.setattr(step, "providers", lambda recipe, device: table)
     monkeypatch.setattr(step, "machine_at", lambda *_: Machine("toy", 1e9, 1e9))
     monkeypatch.setattr(step, "convolution_rates", lambda *_: (1e8, 2e8))
 
 
 def test_a_provider_that_fails_costs_its_own_row_and_rows_are_kept_round_by_round(monkeypatch):
-    left, saved = iter(range(6)), []
+    countdown, saved = iter(range(6)), []
 
     def no_room() -> None:
         raise torch.OutOfMemoryError("no room")
 
-    stand_ins(monkeypatch, good=lambda: lambda: None, big=no_room, wears_out=lambda: lambda: next(left))
+    stand_ins(monkeypatch, good=lambda: lambda: None, big=no_room, wears_out=lambda: lambda: next(countdown))
     monkeypatch.setattr("fastmoco.bench.timing.SHORTEST_SAMPLE", 0.0)
     journal = Journal(lambda so_far: saved.append({row.provider: len(row.samples) for row in so_far.rows}))
     rows = step.run(SMALL, CPU, rounds=4, warmup=3, journal=journal)
@@ -162,8 +162,8 @@ def test_a_row_knows_the_bounds_of_all_levels(monkeypatch):
 
 
 def test_a_step_that_must_be_captured_is_never_timed_eagerly(monkeypatch):
-    asked = []
-    monkeypatch.setattr(step, "runner", lambda made, batch, graph, pool: asked.append(graph))
+    calls = []
+    monkeypatch.setattr(step, "runner", lambda made, batch, graph, pool: calls.append(graph))
     monkeypatch.setattr(step, "Step", lambda *_, **__: None)
     monkeypatch.setattr(step, "noise_batch", lambda *_: None)
     monkeypatch.setattr(step, "_with_finished_views", lambda batch: batch)
@@ -172,22 +172,22 @@ def test_a_step_that_must_be_captured_is_never_timed_eagerly(monkeypatch):
     for name, provider in step.providers(SMALL, GPU).items():
         if name.startswith("fastmoco"):
             provider.start()
-            assert asked.pop() == ("off" if "no graph" in name else "on"), name
+            assert calls.pop() == ("off" if "no graph" in name else "on"), name
 
 
 def test_each_step_sets_tf32_for_itself_and_leaves_the_switch_as_it_was(monkeypatch):
-    seen = []
+    records = []
     switch = lambda: (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())  # noqa: E731
 
     class Published:
         def __init__(self, *_: object) -> None: ...
 
         def __call__(self, *_: object) -> None:
-            seen.append(switch())
+            records.append(switch())
 
     monkeypatch.setattr(step, "plain_step", Published)
-    monkeypatch.setattr(step, "runner", lambda *_, **__: lambda *_: seen.append(switch()))
+    monkeypatch.setattr(step, "runner", lambda *_, **__: lambda *_: records.append(switch()))
     theirs, ours = step.published(SMALL, CPU), step.ours(SMALL, CPU, "fp32")
     before = switch()
     theirs(), ours(), theirs()
-    assert seen == [(True, "highest"), (False, "highest"), (True, "highest")] and switch() == before
+    assert records == [(True, "highest"), (False, "highest"), (True, "highest")] and switch() == before

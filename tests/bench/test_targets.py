@@ -32,14 +32,14 @@ def step(rates: dict[str, float], device: str = H100, n: int = FEWEST, **size: o
 def proof(
     again: int = 0, graph: int = 0, other: int = 9, steps: int = 20, precision: str = "bf16", deterministic: str = "on"
 ) -> Record:
-    found = {EAGER: again, GRAPH: graph, OTHER: other}
+    values = {EAGER: again, GRAPH: graph, OTHER: other}
     extra = {"largest": 0.25, "compared": 500}
     config = SIZE | {"steps": steps, "precision": precision, "deterministic": deterministic}
-    return record([Row(EQUAL, name, "tensors differ", (float(n),), config, extra=extra) for name, n in found.items()])
+    return record([Row(EQUAL, name, "tensors differ", (float(n),), config, extra=extra) for name, n in values.items()])
 
 
-def watch(found: int = 0, read: int = 6, steps: int = 100, precision: str = "bf16") -> Record:
-    rows, size = ((REPLAYED, found, steps), (READ, read, 3)), SIZE | {"precision": precision}
+def watch(waits: int = 0, read: int = 6, steps: int = 100, precision: str = "bf16") -> Record:
+    rows, size = ((REPLAYED, waits, steps), (READ, read, 3)), SIZE | {"precision": precision}
     return record([Row(WAITS, name, "calls", (float(n),), size | {"steps": taken}) for name, n, taken in rows])
 
 
@@ -74,7 +74,7 @@ def test_what_was_reached_is_met_and_what_was_not_is_missed():
         step({PUBLISHED: 500.0, OURS: 1400.0}, batch=32),
     ]
     assert verdicts(slow) == ["missed"] * 7 + [ABSENT] * 2
-    assert verdicts([proof(graph=1), watch(found=2)])[-2:] == ["missed", "missed"]
+    assert verdicts([proof(graph=1), watch(waits=2)])[-2:] == ["missed", "missed"]
 
 
 def test_without_records_nothing_is_measured():
@@ -142,9 +142,9 @@ def test_providers_of_two_records_are_not_compared():
 def test_each_gpu_has_rates_of_its_own_and_others_none():
     rates = {PUBLISHED: 2000.0, CHANNELS_LAST: 3000.0, OURS: 4500.0}
     expected = {H100: ["met", "met", "missed"], "NVIDIA H200": ["met", "missed", "missed"], "NVIDIA A100": [ABSENT] * 3}
-    for device, wanted in expected.items():
+    for device, target in expected.items():
         other = step(rates, device)
-        assert verdicts([other])[:2] == ["met", "met"] and verdicts([other])[4:7] == wanted
+        assert verdicts([other])[:2] == ["met", "met"] and verdicts([other])[4:7] == target
 
 
 def test_equality_is_asked_of_deterministic_algorithms():
@@ -173,7 +173,7 @@ def test_equality_counts_only_beside_its_controls_and_over_all_steps():
 
 def test_waits_count_only_where_a_reading_is_seen_and_over_all_steps():
     assert verdicts([watch(read=0)])[-1] == verdicts([watch(steps=25)])[-1] == ABSENT
-    assert verdicts([watch(found=1, steps=25)])[-1] == "missed"
+    assert verdicts([watch(waits=1, steps=25)])[-1] == "missed"
 
 
 def test_the_level_of_fusion_is_said_and_what_the_next_would_bring():

@@ -37,8 +37,8 @@ def test_a_kernel_belongs_to_the_part_that_launched_it_however_late_it_runs():
         span("cast", 95, 1, cat="kernel", args={"correlation": 3}, tid=7),
         span("aten::add", 2, 2),
     ]
-    found = [(row.name, row.part, row.calls) for row in kernels(events)]
-    assert found == [("_update_kernel", "update", 1), ("_enqueue_kernel", "enqueue", 1), ("cast", "other", 1)]
+    actual = [(row.name, row.part, row.calls) for row in kernels(events)]
+    assert actual == [("_update_kernel", "update", 1), ("_enqueue_kernel", "enqueue", 1), ("cast", "other", 1)]
 
 
 def test_calls_are_kept_by_step_and_marks_of_steps_are_no_parts():
@@ -64,15 +64,15 @@ def node(name: str, *children: dict, **metrics: float) -> dict:
     return {"frame": {"name": name, "type": "function"}, "children": list(children), "metrics": metrics}
 
 
-def timed(name: str, count: int, nanoseconds: int) -> dict:
+def leaf(name: str, count: int, nanoseconds: int) -> dict:
     return node(name, **{"count": count, "time (ns)": nanoseconds})
 
 
 TREE = node(
     "ROOT",
-    node("backward", timed("dgrad", 4, 3000), node("inside", timed("dgrad", 2, 500))),
-    node("enqueue", timed("_enqueue_kernel", 2, 40)),
-    timed("memset", 1, 10),
+    node("backward", leaf("dgrad", 4, 3000), node("inside", leaf("dgrad", 2, 500))),
+    node("enqueue", leaf("_enqueue_kernel", 2, 40)),
+    leaf("memset", 1, 10),
     node("update"),
     count=0,
 )

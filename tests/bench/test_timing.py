@@ -53,7 +53,7 @@ def test_the_ceilings_of_this_machine_bound_a_copy_and_a_product():
 
 
 def test_a_provider_that_fails_is_told_and_the_others_are_timed_to_the_end(work):
-    calls, told, rounds = [], [], []
+    calls, messages, rounds = [], [], []
 
     def breaks() -> None:
         calls.append(0)
@@ -64,9 +64,9 @@ def test_a_provider_that_fails_is_told_and_the_others_are_timed_to_the_end(work)
     providers = {"good": lambda: work(0.006), "breaks": breaks, "never": lambda: 1 / 0}
     how = {"rounds": 6, "warmup": 1}
     times = interleave(
-        providers, **how, failed=lambda name, error: told.append((name, str(error))), after_round=rounds.append
+        providers, **how, on_failure=lambda name, error: messages.append((name, str(error))), after_round=rounds.append
     )
-    assert told == [("never", "division by zero"), ("breaks", "worn out")]
+    assert messages == [("never", "division by zero"), ("breaks", "worn out")]
     assert {name: len(timing.samples) for name, timing in times.items()} == {"good": 6, "breaks": 2}
     assert [len(so_far["good"].samples) for so_far in rounds] == [1, 2, 3, 4, 5, 6] and rounds[-1] == times
     with pytest.raises(ZeroDivisionError):

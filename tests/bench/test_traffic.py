@@ -28,10 +28,10 @@ def test_resnet50_at_the_published_size() -> None:
 
 
 def test_sizes_are_those_of_the_encoder() -> None:
-    encoder, counted = build_encoder(V2), sizes(V2)
-    assert counted.small + counted.large == sum(value.numel() for value in encoder.parameters())
-    assert counted.small == sum(n for name, n in shapes(encoder) if "bn" in name or "downsample.1" in name)
-    assert counted.buffers == sum(value.nbytes for value in encoder.buffers())
+    encoder, counts = build_encoder(V2), sizes(V2)
+    assert counts.small + counts.large == sum(value.numel() for value in encoder.parameters())
+    assert counts.small == sum(n for name, n in shapes(encoder) if "bn" in name or "downsample.1" in name)
+    assert counts.buffers == sum(value.nbytes for value in encoder.buffers())
 
 
 def shapes(encoder: object) -> list[tuple[str, int]]:
@@ -40,8 +40,8 @@ def shapes(encoder: object) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("way", ["published", "fastmoco"])
 def test_links_share_the_bytes_out(way: str) -> None:
-    recipe, counted = replace(V2, batch_size=64 * 32), Sizes(1000, 10**6, 4000)
-    whole, one_machine = (traffic(recipe, way, 64, per, counted=counted) for per in (8, 64))
+    recipe, counts = replace(V2, batch_size=64 * 32), Sizes(1000, 10**6, 4000)
+    whole, one_machine = (traffic(recipe, way, 64, per, counts=counts) for per in (8, 64))
     for flow, inside in zip(whole, one_machine, strict=True):
         assert flow.total == pytest.approx(inside.total) and inside.network == 0
         # Of 63 others, 7 are in the same machine; a ring leaves it by one of its eight cards.

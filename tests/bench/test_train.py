@@ -23,7 +23,7 @@ IMAGES = types.SimpleNamespace(sizes=np.full((64, 2), 40, np.int32))
 
 
 @pytest.fixture
-def asked(monkeypatch) -> list[str]:
+def calls(monkeypatch) -> list[str]:
     """The graph modes that were asked for: there are no steps behind them."""
     modes: list[str] = []
 
@@ -40,7 +40,7 @@ def asked(monkeypatch) -> list[str]:
 
 
 @pytest.mark.parametrize(("device", "mode"), [(CPU, "off"), (GPU, "on")])
-def test_a_step_that_must_be_captured_is_never_timed_eagerly(device, mode, asked, monkeypatch):
+def test_a_step_that_must_be_captured_is_never_timed_eagerly(device, mode, calls, monkeypatch):
     monkeypatch.setattr(train, "machine_at", lambda *_: Machine("toy", 1e9, 1e9))
     monkeypatch.setattr(train, "_with_loader", lambda *_: ([1.0], 0.0))
     monkeypatch.setattr(train, "_images", lambda *_: contextlib.nullcontext())
@@ -49,11 +49,11 @@ def test_a_step_that_must_be_captured_is_never_timed_eagerly(device, mode, asked
     started = lambda _: contextlib.nullcontext(types.SimpleNamespace(device=device, barrier=lambda: None))  # noqa: E731
     monkeypatch.setattr(scaling, "Parallel", types.SimpleNamespace(start=started))
     scaling.work({"device": device.type, "recipe": SMALL.as_dict(), "precision": "fp32", "rounds": 1, "threads": 1})
-    assert asked == [mode, mode]
+    assert calls == [mode, mode]
 
 
 def test_the_host_keeps_pace_with_the_device_after_every_step(monkeypatch):
-    done: list[str] = []
+    events: list[str] = []
 
     class Loader:
         wait_seconds = 0.0
@@ -66,7 +66,7 @@ def test_the_host_keeps_pace_with_the_device_after_every_step(monkeypatch):
         def __exit__(self, *_: object) -> None: ...
 
         def __next__(self) -> str:
-            done.append("next")
+            events.append("next")
             return "batch"
 
     class Pace:
@@ -74,14 +74,14 @@ def test_the_host_keeps_pace_with_the_device_after_every_step(monkeypatch):
             assert device == CPU
 
         def step(self) -> None:
-            done.append("pace")
+            events.append("pace")
 
     monkeypatch.setattr("fastmoco.data.loader.Loader", Loader)
     monkeypatch.setattr(train, "Pace", Pace)
-    advance = partial(lambda batch, lr: done.append(f"train {batch}"), lr=1e-3)
+    advance = partial(lambda batch, lr: events.append(f"train {batch}"), lr=1e-3)
     rates, wait = train._with_loader(SMALL, Parallel(), IMAGES, advance, 2)
     assert len(rates) == 2 and wait == 0.0
-    assert done == ["next", "train batch", "pace"] * 3 + ["next"] * 5 + ["next", "train batch", "pace"] * 9
+    assert events == ["next", "train batch", "pace"] * 3 + ["next"] * 5 + ["next", "train batch", "pace"] * 9
 
 
 class Clock:
@@ -126,31 +126,31 @@ def test_what_was_ready_ahead_does_not_count(monkeypatch, device, batch):
     assert 15 / (fresh.now - 100) > 1.1 / 1.2
 
 
-def test_a_gpu_tries_other_shares_of_its_engine(asked, monkeypatch):
+def test_a_gpu_tries_other_shares_of_its_engine(calls, monkeypatch):
     monkeypatch.setattr(train, "machine_at", lambda *_: Machine("toy", 1e9, 1e9))
     monkeypatch.setattr(train, "_images", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(lightly_example, "HAS_LIGHTLY", False)
-    tried, kept = [], []
+    attempts, values = [], []
 
-    def with_loader(*given: object) -> tuple[list[float], float]:
-        tried.append(given[-1])
-        if given[-1] == 0.9:
+    def with_loader(*arguments: object) -> tuple[list[float], float]:
+        attempts.append(arguments[-1])
+        if arguments[-1] == 0.9:
             raise RuntimeError("no engine")
         return [1.0], 0.0
 
     monkeypatch.setattr(train, "_with_loader", with_loader)
-    journal = Journal(lambda so_far: kept.append(len(so_far.rows)))
+    journal = Journal(lambda so_far: values.append(len(so_far.rows)))
     rows = train.run(SMALL, GPU, rounds=1, precision="fp32", journal=journal)
-    assert tried == [None, 0.65, 0.9, 1.0] and kept == [1, 2, 3, 4] and len(journal.failures) == 1
+    assert attempts == [None, 0.65, 0.9, 1.0] and values == [1, 2, 3, 4] and len(journal.failures) == 1
     assert [row.provider for row in rows] == [
         train.LOADED,
         f"{train.LOADED}, engine's share 0.65",
         f"{train.LOADED}, engine's share 1",
         train.ALONE,
     ]
-    tried.clear()
+    attempts.clear()
     train.run(SMALL, CPU, rounds=1, precision="fp32")
-    assert tried == [None]
+    assert attempts == [None]
 
 
 def test_lightlys_example_and_ours_train_in_turn_and_begin_with_nothing_ready(monkeypatch):

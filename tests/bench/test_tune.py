@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastmoco.bench import tune
-from fastmoco.bench.kernels import PROVIDED, Case
+from fastmoco.bench.kernels import CASES, Case
 from fastmoco.bench.timing import Timing
 from fastmoco.bench.tune import climb, neighbours, size_of
 from fastmoco.kernels.tiles import TABLE, Tiles
@@ -49,16 +49,16 @@ def test_a_row_behind_a_valley_is_reached_by_changing_three_numbers_at_once():
 
 
 def test_no_row_is_timed_twice():
-    seen = []
-    climb(START, lambda row: seen.append(row) or toy(row), 2)
-    assert len(set(seen)) == len(seen)
+    records = []
+    climb(START, lambda row: records.append(row) or toy(row), 2)
+    assert len(set(records)) == len(records)
 
 
 def test_several_numbers_change_at_once():
     for changes in (1, 2, 3):
-        found = [numbers(row) for row in neighbours(START, changes)]
-        assert len(set(found)) == len(found) > 7
-        assert all(sum(a != b for a, b in zip(row, numbers(START), strict=True)) == changes for row in found)
+        actual = [numbers(row) for row in neighbours(START, changes)]
+        assert len(set(actual)) == len(actual) > 7
+        assert all(sum(a != b for a, b in zip(row, numbers(START), strict=True)) == changes for row in actual)
 
 
 @pytest.mark.parametrize("launches", [True, False])
@@ -66,8 +66,8 @@ def test_many_launches_are_timed_as_the_graph_that_production_replays(monkeypatc
     """On a GPU; launched one by one, every row would time alike, as long as the host takes."""
     asked, gpu = [], torch.device("cuda", 0)
     case = Case("x", {}, {tune.OURS: lambda: "eager"}, tune.OURS, 1.0, launches=launches)
-    monkeypatch.setitem(tune.PROVIDED, "toy", lambda size, device: [case, case])
-    monkeypatch.setattr(tune, "replayed", lambda call, *_: lambda: "replayed")
+    monkeypatch.setitem(tune.CASES, "toy", lambda size, device: [case, case])
+    monkeypatch.setattr(tune, "replay", lambda call, *_: lambda: "replayed")
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
@@ -76,21 +76,21 @@ def test_many_launches_are_timed_as_the_graph_that_production_replays(monkeypatc
         return {tune.OURS: Timing((0.25,))}
 
     monkeypatch.setattr(tune, "interleave", interleave)
-    assert tune.timed("toy.phase", None, gpu, 1) == 0.5
+    assert tune.measure("toy.phase", None, gpu, 1) == 0.5
     assert asked == (["replayed"] * 2 if launches else ["eager"] * 2)
     asked.clear()
-    tune.timed("toy", None, torch.device("cpu"), 1)
+    tune.measure("toy", None, torch.device("cpu"), 1)
     assert asked == ["eager"] * 2
 
 
 def test_neighbours_differ_in_one_number():
-    found = [numbers(row) for row in neighbours(START)]
-    assert len(set(found)) == len(found) == 8
-    assert all(sum(a != b for a, b in zip(row, numbers(START), strict=True)) == 1 for row in found)
+    actual = [numbers(row) for row in neighbours(START)]
+    assert len(set(actual)) == len(actual) == 8
+    assert all(sum(a != b for a, b in zip(row, numbers(START), strict=True)) == 1 for row in actual)
 
 
 def test_every_entry_of_the_table_has_a_size_to_time_it_at():
     for entry in TABLE:
-        assert entry.partition(".")[0] in PROVIDED, entry
+        assert entry.partition(".")[0] in CASES, entry
     assert (size_of("info_nce.512").recipe.dim, size_of("info_nce.512").dtype) == (512, torch.bfloat16)
     assert (size_of("photometric.blur.fp32").recipe.dim, size_of("photometric.blur.fp32").dtype) == (128, torch.float32)

@@ -65,7 +65,7 @@ def batch_of(recipe: Recipe, step: int, world: int = 1, rank: int = 0, shuffles:
         key_parameters=key_parameters,
         key_rows=torch.from_numpy(way.key_rows),
         unshuffle=torch.from_numpy(way.unshuffle),
-        shown=torch.from_numpy(mine),
+        origins=torch.from_numpy(mine),
     )
 
 

@@ -71,10 +71,10 @@ def with_one_changed_key(parallel: Parallel, make_batch: Callable, culprit: int,
 
 @pytest.mark.parametrize("what", ["nothing", "queue", "queue pointer", "query encoder", "plan"])
 def test_a_rank_with_one_changed_key_is_named_by_all(what: str, run_ranks: Callable, make_batch: Callable) -> None:
-    said = run_ranks(4, with_one_changed_key, make_batch, 2, what)
+    message = run_ranks(4, with_one_changed_key, make_batch, 2, what)
     expected = "" if what == "nothing" else f"{what}: rank 2 differs from rank 0: "
-    assert all(text.startswith(expected) for text in said)
-    assert (what == "nothing") == (set(said) == {""})
+    assert all(text.startswith(expected) for text in message)
+    assert (what == "nothing") == (set(message) == {""})
 
 
 def differing(parallel: Parallel, values: list[int]) -> str:

@@ -53,7 +53,7 @@ def test_a_block_puts_the_switches_back_whatever_was_set_in_it():
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_a_step_sets_what_it_was_asked_for(monkeypatch, deterministic):
-    asked = []
-    monkeypatch.setattr("fastmoco.contrast.build.choose_algorithms", lambda *given: asked.append(given))
+    calls = []
+    monkeypatch.setattr("fastmoco.contrast.build.choose_algorithms", lambda *given: calls.append(given))
     Step(TINY, Parallel(), deterministic=deterministic)
-    assert asked == [(CPU, deterministic)]
+    assert calls == [(CPU, deterministic)]

@@ -44,7 +44,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def drawn(step: int, count: int = 30) -> np.ndarray:
+def draw(step: int, count: int = 30) -> np.ndarray:
     words = hash_words(RECIPE.seed, BANK_STREAM, step, np.arange(count))
     return ((words >> np.uint64(1)) % np.uint64(IMAGES)).astype(np.int64)
 
@@ -53,7 +53,7 @@ def expected(
     q: np.ndarray, bank: np.ndarray, ids: np.ndarray, step: int, temperature: float
 ) -> tuple[float, list[int]]:
     """InfoNCE against the own entry and the drawn ones but the own, row by row; and the ranks."""
-    losses, ranks, choice = [], [], drawn(step)
+    losses, ranks, choice = [], [], draw(step)
     for row, own in zip(q, ids, strict=True):
         negatives = bank[choice[choice != own]] @ row
         positive = bank[own] @ row
@@ -72,7 +72,7 @@ def test_ten_steps_by_hand(make_batch: Callable) -> None:
         batch = make_batch(step.recipe, number)
         before = step.statistics.snapshot()
         q = unit(projections(step, batch).detach().numpy())
-        step.statistics.joined.copy_(before)
+        step.statistics.flat.copy_(before)
         ids = batch.sample
         loss, ranks = expected(q, bank, ids, number, step.recipe.temperature)
         metrics = step.step(batch, LR)
@@ -89,10 +89,10 @@ def test_ten_steps_by_hand(make_batch: Callable) -> None:
 def test_an_own_entry_among_the_negatives_is_left_out(make_batch: Callable) -> None:
     """The control: 30 draws of 48 images hit samples of the batch, and with them the loss would be higher."""
     step, batch = bank_step(), make_batch(RECIPE, 0)
-    assert np.isin(batch.sample, drawn(0)).any()
+    assert np.isin(batch.sample, draw(0)).any()
     bank = step.dictionary.bank.clone()
     q = F.normalize(projections(step, batch).detach(), dim=1)
-    negatives = q @ bank[torch.from_numpy(drawn(0))].T
+    negatives = q @ bank[torch.from_numpy(draw(0))].T
     positive = (q * bank[torch.from_numpy(batch.sample)]).sum(1, keepdim=True)
     logits = torch.cat([positive, negatives], 1) / RECIPE.temperature
     with_own = F.cross_entropy(logits, torch.zeros(16, dtype=torch.long))
@@ -114,10 +114,10 @@ def test_where_more_would_be_drawn_than_there_are_all_entries_are_negatives(keys
 
 def test_a_substitute_is_written_at_its_own_place_and_the_last_one_counts(make_batch: Callable) -> None:
     step, batch = bank_step(), make_batch(RECIPE, 0)
-    batch.shown = batch.shown.clone()
-    lost = [int(batch.shown[2]), int(batch.shown[5])]
-    substitute = int(batch.shown[9])
-    batch.shown[[2, 5]] = substitute
+    batch.origins = batch.origins.clone()
+    lost = [int(batch.origins[2]), int(batch.origins[5])]
+    substitute = int(batch.origins[9])
+    batch.origins[[2, 5]] = substitute
     before = step.dictionary.bank.clone()
     entries = F.normalize(torch.randn(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), dim=1)
     step.dictionary.commit(entries, batch)
@@ -137,7 +137,7 @@ def test_a_row_that_is_not_finite_leaves_no_trace(make_batch: Callable) -> None:
     step.dictionary.commit(F.normalize(entries, dim=1), batch)
     changed = (step.dictionary.bank != before).any(1)
     assert step.dictionary.bank.isfinite().all()
-    assert not changed[batch.shown[3]] and int(changed.sum()) == 15
+    assert not changed[batch.origins[3]] and int(changed.sum()) == 15
 
 
 def test_it_goes_on_bit_for_bit_and_refuses_other_images(make_batch: Callable) -> None:

@@ -25,7 +25,7 @@ def test_it_keeps_the_last_k_keys_in_the_order_of_arrival(size: int, batch: int)
         assert torch.equal(queue.keys.roll(-oldest, 0), torch.stack(list(arrived)))
         assert oldest == (step + 1) * batch % size
         assert int(queue.count) == (step + 1) * batch
-        assert float(queue.filled) == pytest.approx(min(1, (step + 1) * batch / size))
+        assert float(queue.fill_level) == pytest.approx(min(1, (step + 1) * batch / size))
 
 
 def test_it_starts_with_random_unit_vectors() -> None:

@@ -13,8 +13,8 @@ from fastmoco.data.draws import BANK_STREAM, hash_words
 def test_it_is_the_plans_hash(seed: int, step: int) -> None:
     """Word by word, in uint64 of numpy."""
     expected = (hash_words(seed, BANK_STREAM, step, np.arange(500)) >> np.uint64(1)) % np.uint64(1_281_167)
-    found = Draw(seed, 500, 1_281_167)(torch.tensor(step))
-    np.testing.assert_array_equal(found.numpy(), expected.astype(np.int64))
+    actual = Draw(seed, 500, 1_281_167)(torch.tensor(step))
+    np.testing.assert_array_equal(actual.numpy(), expected.astype(np.int64))
 
 
 def test_it_is_uniform_and_new_in_each_step() -> None:

@@ -101,14 +101,14 @@ def test_twenty_replays_equal_twenty_steps_bit_for_bit(
 def test_with_the_fastest_algorithms_replays_stray_no_further_than_steps_do(make_batch: Callable) -> None:
     """What training runs unless it is told to be deterministic: two runs may differ, a graph adds nothing to that."""
     parallel = Parallel(device=torch.device("cuda", 0))
-    found = []
+    actual = []
     for wrapped in (False, False, True):
         step = Step(RECIPE, parallel, "bf16")
         advance = GraphStep(step, noise_batch(RECIPE, parallel)).step if wrapped else step.step
         for i in range(20):
             advance(place(make_batch, RECIPE, i, parallel.device), rate(i))
-        found.append(copies(step))
-    (_, again), (_, replayed) = (differences(found[0], other) for other in found[1:])
+        actual.append(copies(step))
+    (_, again), (_, replayed) = (differences(actual[0], other) for other in actual[1:])
     assert replayed <= STRAY * again
 
 
@@ -198,9 +198,9 @@ class FakeCuda:
 
 def test_a_failed_capture_ends_with_a_line_and_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch, RuntimeError("operation not permitted"))
-    with pytest.raises(CaptureError, match="not permitted.*use --graph off") as caught:
+    with pytest.raises(CaptureError, match="not permitted.*use --graph off") as error:
         graph.captured(lambda: None, "the capture's")
-    assert cuda.current == "the stream before" and caught.value.exit_code == 2
+    assert cuda.current == "the stream before" and error.value.exit_code == 2
     cuda.error = torch.OutOfMemoryError("no room")  # which a step without a graph would meet again
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
         graph.captured(lambda: None, "the capture's")
@@ -239,11 +239,11 @@ def test_every_graph_is_freed_when_the_block_ends(make_batch: Callable) -> None:
     """However it ends: NCCL would wait for ever for a graph that lives on, here in the frame that failed."""
     captured = OneGraph()
     with pytest.raises(KeyError), closed_at_the_end():
-        held = GraphStep(Step(RECIPE, Parallel()), noise_batch(RECIPE, Parallel()))
-        held._graph = captured
+        graph = GraphStep(Step(RECIPE, Parallel()), noise_batch(RECIPE, Parallel()))
+        graph._graph = captured
         assert captured.freed == 0
         raise KeyError
-    assert captured.freed == 1 and held._metrics is None
+    assert captured.freed == 1 and graph._metrics is None
 
 
 def test_all_steps_of_a_device_capture_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:

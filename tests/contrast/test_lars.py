@@ -48,13 +48,13 @@ def make(precision: str, backend: str = "fused", recipe: Recipe = RECIPE) -> tup
 
 def give_gradients(encoder: Encoder, seed: int, scale: float = 1.0) -> dict[str, Tensor]:
     """What the parameters get, less the loss scale, in float64: between 1e-4 and 1 in size, and once all zero."""
-    generator, given = torch.Generator().manual_seed(seed), {}
+    generator, gradients = torch.Generator().manual_seed(seed), {}
     for name, parameter in encoder.named_parameters():
         size = 10 ** -(4 * float(torch.rand((), generator=generator)))
-        drawn = torch.randn(parameter.shape, generator=generator) * size * (name != NO_GRADIENT)
-        parameter.grad = torch.empty_like(parameter).copy_(drawn * scale)
-        given[name] = parameter.grad.double() / scale
-    return given
+        draws = torch.randn(parameter.shape, generator=generator) * size * (name != NO_GRADIENT)
+        parameter.grad = torch.empty_like(parameter).copy_(draws * scale)
+        gradients[name] = parameter.grad.double() / scale
+    return gradients
 
 
 class Equation:
@@ -146,8 +146,8 @@ def test_one_bad_gradient_stops_the_whole_update(poison: float, place: str, back
         assert bool(update.apply())
         return
     assert not bool(update.apply())
-    for saved, group in zip(before, groups, strict=True):
-        assert all(torch.equal(saved[name], value) for name, value in group.items())
+    for old, group in zip(before, groups, strict=True):
+        assert all(torch.equal(old[name], value) for name, value in group.items())
     give_gradients(encoder, 2)
     assert bool(update.apply())
     assert not torch.equal(before[0]["conv1.weight"], update.q["conv1.weight"])
@@ -158,12 +158,12 @@ def test_no_tensor_that_persists_moves(precision: str, make_batch: Callable) -> 
     step = Step(RECIPE, Parallel(), precision)
     if step.update.scale is not None:
         step.update.scale.value.fill_(256)  # at the first scale these gradients overflow
-    held = [*step.state().values(), *step.update._advance._grads]
-    before, start = [value.data_ptr() for value in held], step.update.q["conv1.weight"].clone()
+    tensors = [*step.state().values(), *step.update._advance._grads]
+    before, start = [value.data_ptr() for value in tensors], step.update.q["conv1.weight"].clone()
     for i in range(3):
         metrics = step.step(make_batch(RECIPE, i), LR)
-    held = [*step.state().values(), *step.update._advance._grads]
-    assert [value.data_ptr() for value in held] == before
+    tensors = [*step.state().values(), *step.update._advance._grads]
+    assert [value.data_ptr() for value in tensors] == before
     assert metrics.loss.isfinite() and not torch.equal(step.update.q["conv1.weight"], start)
 
 

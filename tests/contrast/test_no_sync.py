@@ -148,20 +148,20 @@ def outcomes() -> dict[str, dict[str, str]]:
     backend_registration._setup_privateuseone_for_python_backend("nowhere")
     # As cuDNN does: channels-last out for channels-last in.
     torch._C._conv_determine_backend_memory_format = lambda *_: torch.channels_last
-    found = {impl: {} for impl in DEVICES}
+    table = {impl: {} for impl in DEVICES}
     for impl in DEVICES:
         for name, case in (HONEST | CHANGED).items():
             with pytest.MonkeyPatch.context() as monkeypatch:
-                found[impl][name] = outcome(impl, case, monkeypatch)
-    return found
+                table[impl][name] = outcome(impl, case, monkeypatch)
+    return table
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, dict[str, str]]:
+def report() -> dict[str, dict[str, str]]:
     # In a process of its own: a device cannot be added to torch where a gradient was computed before, nor taken away.
     environment = os.environ | {"TRITON_INTERPRET": "1"}  # or kernels would want a GPU, where there is one
     # Half a minute of processor time; on a busy machine that may be many minutes of the clock.
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, __file__],
         env=environment,
         capture_output=True,
@@ -169,21 +169,21 @@ def found() -> dict[str, dict[str, str]]:
         timeout=3600,
         preexec_fn=functools.partial(resource.setrlimit, resource.RLIMIT_CPU, (300, 300)),
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
 
 
 @pytest.mark.parametrize("case", HONEST)
 @pytest.mark.parametrize("impl", DEVICES)
-def test_a_step_neither_reads_back_nor_copies_in(impl: str, case: str, found: dict[str, dict[str, str]]) -> None:
-    assert found[impl][case] == DEVICES[impl]
+def test_a_step_neither_reads_back_nor_copies_in(impl: str, case: str, report: dict[str, dict[str, str]]) -> None:
+    assert report[impl][case] == DEVICES[impl]
 
 
-def test_either_would_be_noticed(found: dict[str, dict[str, str]]) -> None:
+def test_either_would_be_noticed(report: dict[str, dict[str, str]]) -> None:
     for impl in DEVICES:
-        assert found[impl]["read_back"].startswith("DataDependentOutputException: aten._local_scalar_dense")
-    assert found["triton"]["copied_in"] == "Crossing: aten._to_copy.default"
-    assert found["triton"]["scalar_of_the_host"] == "Crossing: aten.mul.Tensor"
+        assert report[impl]["read_back"].startswith("DataDependentOutputException: aten._local_scalar_dense")
+    assert report["triton"]["copied_in"] == "Crossing: aten._to_copy.default"
+    assert report["triton"]["scalar_of_the_host"] == "Crossing: aten.mul.Tensor"
 
 
 @pytest.mark.gpu

@@ -183,12 +183,12 @@ def test_three_steps_of_lars_in_closed_form() -> None:
         velocity = 0.9 * velocity + lr * 0.001 * length
         length -= velocity
         expected.append(length)
-    for lr, wanted in zip(rates, expected, strict=True):
+    for lr, target in zip(rates, expected, strict=True):
         for key, parameter in encoder.named_parameters():
             parameter.grad = w.clone() * 7 if key == name else torch.zeros_like(parameter)
         update.lr.fill_(lr)
         assert bool(update.apply())
-        torch.testing.assert_close(update.q[name], wanted * w, rtol=1e-12, atol=0)
+        torch.testing.assert_close(update.q[name], target * w, rtol=1e-12, atol=0)
 
 
 def test_at_rate_zero_nothing_moves_and_a_bad_gradient_is_still_noticed(make_batch: Callable) -> None:
@@ -216,8 +216,8 @@ def test_without_keys_queries_move_as_with_them(precision: str, backend: str) ->
         generator = torch.Generator().manual_seed(0)
         for _ in range(2):
             for parameter in encoder.parameters():
-                drawn = torch.randn(parameter.shape, generator=generator)
-                parameter.grad = torch.empty_like(parameter).copy_(drawn)
+                draws = torch.randn(parameter.shape, generator=generator)
+                parameter.grad = torch.empty_like(parameter).copy_(draws)
             assert bool(update.apply())
     assert updates[1].k == {}
     for name in updates[0].q:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmoco.contrast.backends import BACKENDS
-from fastmoco.contrast.parts import PARTS, named
+from fastmoco.contrast.parts import PARTS, naming
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import PRECISIONS
 from fastmoco.contrast.views import Views
@@ -33,7 +33,7 @@ TINY = dict(
 LR = 0.03
 
 
-def copied(step: Step) -> dict[str, Tensor]:
+def copy_of(step: Step) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in step.state().items()}
 
 
@@ -135,16 +135,16 @@ print(before, after, left())
 
 def test_the_first_step_of_a_process_leaves_no_graph_of_autograds() -> None:
     """With the collector off; a tensor that is kept is seen. On a GPU these would be gigabytes, for good."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", LEFT], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["0", "0", "1"]
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", LEFT], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["0", "0", "1"]
 
 
 def addresses(step: Step) -> dict[str, int]:
-    held = {name: value.data_ptr() for name, value in step.state().items()}
+    tensors = {name: value.data_ptr() for name, value in step.state().items()}
     for side, encoder in (("q", step.encoder_q), ("k", step.encoder_k)):
-        held |= {f"work {side} {name}": value.data_ptr() for name, value in encoder.named_parameters()}
-    return held | {"lr": step.update.lr.data_ptr(), "nonfinite": step.update.nonfinite.data_ptr()}
+        tensors |= {f"work {side} {name}": value.data_ptr() for name, value in encoder.named_parameters()}
+    return tensors | {"lr": step.update.lr.data_ptr(), "nonfinite": step.update.nonfinite.data_ptr()}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -154,7 +154,7 @@ def test_no_tensor_that_persists_moves(precision: str, make_batch: Callable) -> 
     for i in range(3):
         step.step(make_batch(tiny(), i), LR)
     assert addresses(step) == before
-    step.load(copied(step))
+    step.load(copy_of(step))
     assert addresses(step) == before
     step.encoder_q.conv1.weight.data = step.encoder_q.conv1.weight.data.clone()
     assert addresses(step) != before
@@ -238,7 +238,7 @@ def test_an_infinite_gradient_moves_nothing_and_is_said(make_batch: Callable) ->
     step = Step(tiny(), Parallel())
     with torch.no_grad():
         step.update.q["fc.weight"][0, 0] = math.inf
-    before = copied(step)
+    before = copy_of(step)
     metrics = step.step(make_batch(tiny(), 0), LR)
     assert metrics.nonfinite.item() == 1
     for name, value in step.state().items():
@@ -250,7 +250,7 @@ def test_an_infinite_gradient_moves_nothing_and_is_said(make_batch: Callable) ->
 def test_nothing_that_is_not_finite_outlives_its_step(spoiled: str, make_batch: Callable, monkeypatch) -> None:
     """Neither in weights, nor in running statistics, nor in the queue: the next steps are finite."""
     step, views = Step(tiny(), Parallel()), Views.__call__
-    before = copied(step)
+    before = copy_of(step)
 
     def spoil(self: Step, crops: Tensor, parameters: Tensor, rows: Tensor | None = None) -> Tensor:
         return views(self, crops, parameters, rows) * (math.nan if (rows is None) == (spoiled == "query") else 1)
@@ -316,8 +316,8 @@ def test_backends_change_nothing_but_rounding(
     """In fp32, where a few steps have not yet made much of a rounding."""
     through(monkeypatch, "aot_eager")
     ours, other = Step(tiny(head="mlp"), Parallel(), "fp32"), Step(tiny(head="mlp"), Parallel(), "fp32", **options)
-    expected, found = (losses_of(step, 3, make_batch) for step in (ours, other))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    expected, actual = (losses_of(step, 3, make_batch) for step in (ours, other))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
     assert list(ours.state()) == list(other.state())
     for name, value in ours.state().items():
         torch.testing.assert_close(other.state()[name], value, rtol=1e-3, atol=1e-4, msg=name)
@@ -332,7 +332,7 @@ def test_what_needs_a_gpu_says_so(options: dict, monkeypatch: pytest.MonkeyPatch
 
 def test_parts_are_named_only_when_asked(make_batch: Callable) -> None:
     step = Step(tiny(), Parallel())
-    for context, expected in ((nullcontext(), set()), (named(), set(PARTS))):
+    for context, expected in ((nullcontext(), set()), (naming(), set(PARTS))):
         with context, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             step.step(make_batch(tiny(), 0), LR)
         assert {event.name for event in profile.events()} & set(PARTS) == expected
@@ -349,7 +349,7 @@ def test_resume_is_bit_exact(precision: str, make_batch: Callable) -> None:
         whole.step(make_batch(recipe, i), LR)
     for i in range(2):
         first.step(make_batch(recipe, i), LR)
-    second.load(copied(first))
+    second.load(copy_of(first))
     for i in range(2, 4):
         second.step(make_batch(recipe, i), LR)
     expected, ours = whole.state(), second.state()
@@ -366,7 +366,7 @@ def test_everything_in_the_state_matters(lost: str, make_batch: Callable) -> Non
     first, second, start = (Step(recipe, Parallel()) for _ in range(3))
     for i in range(3):
         first.step(make_batch(recipe, i), LR)
-    second.load(copied(first) | {lost: start.state()[lost]})
+    second.load(copy_of(first) | {lost: start.state()[lost]})
     for i in range(3, 5):
         expected, ours = (step.step(make_batch(recipe, i), LR).loss for step in (first, second))
     assert not torch.equal(expected, ours)
@@ -385,15 +385,15 @@ def test_the_state_has_the_agreed_names_in_fp32() -> None:
 def test_a_state_continues_in_another_precision(make_batch: Callable) -> None:
     low, full = Step(tiny(), Parallel(), "fp16"), Step(tiny(), Parallel(), "fp32")
     low.step(make_batch(tiny(), 0), LR)
-    full.load(copied(low))
+    full.load(copy_of(low))
     assert torch.equal(full.update.q["conv1.weight"], low.update.q["conv1.weight"])
-    low.load(copied(full))
+    low.load(copy_of(full))
 
 
 @pytest.mark.parametrize("change", ["lost", "extra", "reshaped"])
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change: str) -> None:
-    step, state = Step(tiny(), Parallel()), copied(Step(tiny(seed=1), Parallel()))
-    before = copied(step)
+    step, state = Step(tiny(), Parallel()), copy_of(Step(tiny(seed=1), Parallel()))
+    before = copy_of(step)
     if change == "lost":
         del state["velocity.fc.bias"]
     if change == "extra":

@@ -32,8 +32,8 @@ def twins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def assert_train_alike(plain: Step, other: Step, make_batch: Callable) -> None:
     for i in range(2):
-        expected, found = (step.step(make_batch(plain.recipe, i), 0.03).loss for step in (plain, other))
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+        expected, actual = (step.step(make_batch(plain.recipe, i), 0.03).loss for step in (plain, other))
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0)
     for name, value in plain.state().items():
         torch.testing.assert_close(other.state()[name], value, rtol=1e-7, atol=1e-9, msg=name)
 

@@ -35,8 +35,8 @@ def make(precision: str, backend: str = "fused") -> tuple[Encoder, Encoder, Upda
 def give_gradients(encoder: Encoder, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     for parameter in encoder.parameters():
-        drawn = torch.randn(parameter.shape, generator=generator)
-        parameter.grad = torch.empty_like(parameter).copy_(drawn)
+        draws = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = torch.empty_like(parameter).copy_(draws)
     return {name: parameter.grad.clone() for name, parameter in encoder.named_parameters()}
 
 
@@ -90,9 +90,9 @@ def test_the_loss_scale_cancels(backend: str) -> None:
     (encoder_q, _, scaled), (plain_q, _, plain) = make("fp16", backend), make("fp32")
     assert scaled.scale is not None
     for parameter, other in zip(encoder_q.parameters(), plain_q.parameters(), strict=True):
-        drawn = torch.randn(parameter.shape).mul_(1e-3).to(torch.float16).float()
-        other.grad = torch.empty_like(other).copy_(drawn)
-        parameter.grad = torch.empty_like(parameter).copy_(drawn * scaled.scale.value)
+        draws = torch.randn(parameter.shape).mul_(1e-3).to(torch.float16).float()
+        other.grad = torch.empty_like(other).copy_(draws)
+        parameter.grad = torch.empty_like(parameter).copy_(draws * scaled.scale.value)
     for update in (scaled, plain):
         update.lr.fill_(0.1)
         assert bool(update.apply())
@@ -118,12 +118,12 @@ def test_one_bad_gradient_stops_the_whole_update(poison: float, backend: str) ->
     give_gradients(encoder_q, 1)
     encoder_q.fc[2].bias.grad[3] = poison
     assert not bool(update.apply())
-    for saved, group in zip(before, groups, strict=True):
-        assert all(torch.equal(saved[name], value) for name, value in group.items())
+    for old, group in zip(before, groups, strict=True):
+        assert all(torch.equal(old[name], value) for name, value in group.items())
     give_gradients(encoder_q, 0)
     assert bool(update.apply())
-    for saved, group in zip(before, groups, strict=True):
-        assert not torch.equal(saved["conv1.weight"], group["conv1.weight"])
+    for old, group in zip(before, groups, strict=True):
+        assert not torch.equal(old["conv1.weight"], group["conv1.weight"])
 
 
 @pytest.mark.parametrize("installed", ["nothing", "the other apex"])

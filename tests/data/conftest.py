@@ -67,8 +67,8 @@ def _write_cuts(folder: Path, photos: list[np.ndarray], each: int) -> Path:
         kind = list(KINDS)[number % len(KINDS)]
         top, left = generator.integers(0, 200), generator.integers(0, 300)
         height, width = generator.integers(40, 220), generator.integers(40, 320)
-        cut = photos[number % 2][top : top + height, left : left + width]
-        (folder / f"{number:03d} {kind}.img").write_bytes(encode(kind, cut))
+        crop = photos[number % 2][top : top + height, left : left + width]
+        (folder / f"{number:03d} {kind}.img").write_bytes(encode(kind, crop))
     return folder
 
 

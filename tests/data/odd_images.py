@@ -32,10 +32,10 @@ def tiff(pixels: np.ndarray, bits: int | None = None) -> bytes:
     data_at = at + sum(sizes[kind][0] * len(v) for _, kind, v in entries if sizes[kind][0] * len(v) > 4)
     for tag, kind, values in entries:
         values = [data_at] if tag == 273 else values
-        packed = struct.pack(f"<{len(values)}{sizes[kind][1]}", *values)
-        if len(packed) > 4:
-            packed, extra = struct.pack("<I", at + len(extra)), extra + packed
-        table += struct.pack("<HHI", tag, kind, len(values)) + packed.ljust(4, b"\0")
+        data = struct.pack(f"<{len(values)}{sizes[kind][1]}", *values)
+        if len(data) > 4:
+            data, extra = struct.pack("<I", at + len(extra)), extra + data
+        table += struct.pack("<HHI", tag, kind, len(values)) + data.ljust(4, b"\0")
     body = np.ascontiguousarray(pixels).astype(pixels.dtype.newbyteorder("<")).tobytes()
     return b"II*\0" + struct.pack("<IH", 8, len(entries)) + table + bytes(4) + extra + body
 
@@ -44,11 +44,11 @@ def png(pixels: np.ndarray, *extra: tuple[bytes, bytes], bad_crc: bool = False, 
     """A PNG with chunks (kind, content) after its header, the last one with a wrong CRC where asked."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", **options)
-    data, made = buffer.getvalue(), b""
+    data, result = buffer.getvalue(), b""
     for number, (kind, content) in enumerate(extra):
         crc = zlib.crc32(kind + content) ^ (bad_crc and number == len(extra) - 1)
-        made += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
-    return data[:33] + made + data[33:]
+        result += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+    return data[:33] + result + data[33:]
 
 
 def bmp_555() -> bytes:

@@ -26,6 +26,6 @@ BENCHES = ["bench.step", "bench.kernels", "bench.memory", "bench.scaling", "benc
 )
 def test_the_step_needs_no_dali(modules: list[str], works: bool) -> None:
     names = [f"fastmoco.{name}" for name in modules]
-    done = subprocess.run([sys.executable, "-c", WITHOUT_DALI, *names], capture_output=True, text=True)
-    assert (done.returncode == 0) == works, done.stderr
-    assert works or "nvidia" in done.stderr
+    result = subprocess.run([sys.executable, "-c", WITHOUT_DALI, *names], capture_output=True, text=True)
+    assert (result.returncode == 0) == works, result.stderr
+    assert works or "nvidia" in result.stderr

@@ -21,7 +21,7 @@ from PIL import Image
 from fastmoco.data import loader as loader_module
 from fastmoco.data import pipeline as pipeline_module
 from fastmoco.data.batch import Batch
-from fastmoco.data.decoded import PIXEL, Decoded
+from fastmoco.data.decoded import PIXEL, PixelCache
 from fastmoco.data.loader import Loader, Loading
 from fastmoco.data.manifest import Manifest, scan
 from fastmoco.data.pipeline import Pipeline
@@ -53,14 +53,14 @@ def cutter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 @pytest.fixture
-def caches(monkeypatch: pytest.MonkeyPatch) -> list[Decoded]:
+def caches(monkeypatch: pytest.MonkeyPatch) -> list[PixelCache]:
     """All that loaders make from now on."""
-    made = []
-    monkeypatch.setattr(loader_module, "Decoded", lambda *options: made.append(Decoded(*options)) or made[-1])
-    return made
+    calls = []
+    monkeypatch.setattr(loader_module, "PixelCache", lambda *options: calls.append(PixelCache(*options)) or calls[-1])
+    return calls
 
 
-def drawn(manifest: Manifest, budget: int, parallel: Any = ALONE, **options: Any) -> list[Batch]:
+def draw(manifest: Manifest, budget: int, parallel: Any = ALONE, **options: Any) -> list[Batch]:
     return batches(manifest, RECIPE, STEPS, parallel, decoded_bytes=budget, **options)
 
 
@@ -73,76 +73,78 @@ def image(height: int, width: int, value: int) -> torch.Tensor:
 
 
 def test_who_comes_first_stays_and_the_budget_holds() -> None:
-    kept = Decoded(100)
+    cache = PixelCache(100)
     for sample, (height, width) in enumerate([(2, 5), (4, 5), (3, 4), (2, 1)]):  # 30, 60, 36 and 6 bytes
-        kept.put(sample, image(height, width, sample))
-    assert [sample in kept for sample in range(4)] == [True, True, False, True]
-    assert kept.used == 96 and len(kept) == 3
-    kept.put(0, image(2, 5, 99))  # another time changes nothing
-    made = kept.completed(np.array([3, 7, 0]), [PIXEL, b"any", PIXEL], [image(9, 9, 7)])
-    for expected, found in zip([image(2, 1, 3), image(9, 9, 7), image(2, 5, 0)], made, strict=True):
-        assert torch.equal(found, expected)
-    assert kept.used == 96 and 7 not in kept
+        cache.put(sample, image(height, width, sample))
+    assert [sample in cache for sample in range(4)] == [True, True, False, True]
+    assert cache.fill == 96 and len(cache) == 3
+    cache.put(0, image(2, 5, 99))  # another time changes nothing
+    result = cache.complete(np.array([3, 7, 0]), [PIXEL, b"any", PIXEL], [image(9, 9, 7)])
+    for expected, actual in zip([image(2, 1, 3), image(9, 9, 7), image(2, 5, 0)], result, strict=True):
+        assert torch.equal(actual, expected)
+    assert cache.fill == 96 and 7 not in cache
 
 
 def test_what_is_kept_is_a_copy() -> None:
-    kept, shown = Decoded(30), image(2, 5, 1)
-    kept.put(0, shown)
+    cache, shown = PixelCache(30), image(2, 5, 1)
+    cache.put(0, shown)
     shown.zero_()
-    assert torch.equal(kept.completed(np.array([0]), [PIXEL], [image(1, 1, 0)])[0], image(2, 5, 1))
+    assert torch.equal(cache.complete(np.array([0]), [PIXEL], [image(1, 1, 0)])[0], image(2, 5, 1))
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_batches_are_the_same_and_what_fits_is_read_once(
-    photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch, caches: list[Decoded], cutter: str, share: float
+    photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch, caches: list[PixelCache], cutter: str, share: float
 ) -> None:
-    expected = drawn(photo_manifest, 0)
+    expected = draw(photo_manifest, 0)
     reads: Counter[int] = Counter()
     original = Manifest.read
     monkeypatch.setattr(Manifest, "read", lambda self, i: (reads.update([i]), original(self, i))[1])
     budget = int(share * pixels(photo_manifest))
     for options in ({"threads": 1}, {"threads": 3, "prefetch": 5}):
-        assert all_equal(drawn(photo_manifest, budget, **options), expected)
+        assert all_equal(draw(photo_manifest, budget, **options), expected)
     once = sum(count == 2 for count in reads.values())  # in each of the two runs
     # An epoch leaves a rest of 24 out; and one that is used again at once is read before it is kept, as more are where
     # DALI has whole batches under way.
-    assert all(0.8 * budget < kept.used <= budget for kept in caches)
+    assert all(0.8 * budget < kept.fill <= budget for kept in caches)
     least = 0.15 if share < 1 else {"torch": 0.6, "dali": 0.3}[cutter]
     assert once > least * len(photo_manifest)
     reads.clear()
-    drawn(photo_manifest, 0)
+    draw(photo_manifest, 0)
     assert min(reads.values()) > 1  # the control
 
 
 @pytest.mark.usefixtures("cutter")
 def test_another_images_pixels_would_be_noticed(photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the test above."""
-    put = Decoded.put
-    monkeypatch.setattr(Decoded, "put", lambda self, sample, image: put(self, sample, image.flip(0)))
-    assert not all_equal(drawn(photo_manifest, pixels(photo_manifest)), drawn(photo_manifest, 0))
+    put = PixelCache.put
+    monkeypatch.setattr(PixelCache, "put", lambda self, sample, image: put(self, sample, image.flip(0)))
+    assert not all_equal(draw(photo_manifest, pixels(photo_manifest)), draw(photo_manifest, 0))
 
 
 def test_what_is_kept_is_never_decoded_again(
     photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch, cutter: str
 ) -> None:
-    given, original = [], pipeline_module._encoded
-    monkeypatch.setattr(pipeline_module, "_encoded", lambda part: given.append(original(part)[0]) or (given[-1],))
-    drawn(photo_manifest, pixels(photo_manifest))
-    assert all(given)  # DALI is given no batch without an image
-    assert sum(data is not PIXEL for batch in given for data in batch) < 2 * len(photo_manifest)
-    assert given[-1] == [PIXEL]
-    given.clear()
-    drawn(photo_manifest, 0)
+    arguments, original = [], pipeline_module._encoded
+    monkeypatch.setattr(
+        pipeline_module, "_encoded", lambda part: arguments.append(original(part)[0]) or (arguments[-1],)
+    )
+    draw(photo_manifest, pixels(photo_manifest))
+    assert all(arguments)  # DALI is given no batch without an image
+    assert sum(data is not PIXEL for batch in arguments for data in batch) < 2 * len(photo_manifest)
+    assert arguments[-1] == [PIXEL]
+    arguments.clear()
+    draw(photo_manifest, 0)
     # The control; DALI's one pipeline gets images and boxes together.
-    assert sum(map(len, given)) == (15 * RECIPE.batch_size if cutter == "torch" else 0)
+    assert sum(map(len, arguments)) == (15 * RECIPE.batch_size if cutter == "torch" else 0)
 
 
 def test_dalis_cutter_is_not_the_one_of_torch(photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the fixture `cutter`."""
-    expected = drawn(photo_manifest, 0)
+    expected = draw(photo_manifest, 0)
     monkeypatch.setattr(pipeline_module, "_cpu_crops", dali_crops)
-    made = drawn(photo_manifest, 0)
-    for a, b in zip(made, expected, strict=True):
+    result = draw(photo_manifest, 0)
+    for a, b in zip(result, expected, strict=True):
         assert 0 < (a.query_crops.int() - b.query_crops.int()).abs().float().mean() < 0.5
 
 
@@ -150,41 +152,41 @@ def test_dalis_cutter_is_not_the_one_of_torch(photo_manifest: Manifest, monkeypa
 def test_a_damaged_image_among_kept_ones_is_named(photo_manifest: Manifest) -> None:
     """And none of its batch is kept."""
     indices = np.arange(20)
-    sizes, kept = photo_manifest.sizes[indices], Decoded(pixels(photo_manifest))
+    sizes, cache = photo_manifest.sizes[indices], PixelCache(pixels(photo_manifest))
     boxes = np.stack([np.concatenate([np.zeros_like(sizes), sizes], 1)])
     first = Request([*map(str, indices)], [photo_manifest.read(i) for i in indices], sizes, boxes, 0, indices)
     good = first._replace(encoded=[PIXEL if i % 3 else data for i, data in enumerate(first.encoded)])
     bad = good._replace(encoded=[*good.encoded], samples=indices + 20)
     bad.encoded[6] = bad.encoded[6][: len(bad.encoded[6]) // 2].copy()
     for i in indices[indices % 3 > 0]:
-        kept.put(i + 20, image(*sizes[i], i))
-    options = {"batch_size": 25, "crop_size": 32, "views": 1, "device": CPU, "threads": 1, "kept": kept}
+        cache.put(i + 20, image(*sizes[i], i))
+    options = {"batch_size": 25, "crop_size": 32, "views": 1, "device": CPU, "threads": 1, "cache": cache}
     (expected,) = Pipeline(iter([first]), **options)
-    made = Pipeline(iter([good, good, bad, good]), **options)
-    assert torch.equal(next(made), expected) and torch.equal(next(made), expected)
-    with pytest.raises(DecodeError) as caught:
-        next(made)
-    assert caught.value.positions == [6] and 26 not in kept and 20 not in kept
+    pipe = Pipeline(iter([good, good, bad, good]), **options)
+    assert torch.equal(next(pipe), expected) and torch.equal(next(pipe), expected)
+    with pytest.raises(DecodeError) as error:
+        next(pipe)
+    assert error.value.positions == [6] and 26 not in cache and 20 not in cache
     with pytest.raises(StopIteration):
-        next(made)
+        next(pipe)
 
 
 @pytest.mark.usefixtures("cutter")
 def test_bad_images_are_never_kept(
-    tmp_path: Path, write_set: Callable[[Path, int], dict[str, str]], caches: list[Decoded]
+    tmp_path: Path, write_set: Callable[[Path, int], dict[str, str]], caches: list[PixelCache]
 ) -> None:
     write_set(tmp_path / "dirty", 200)
     manifest = scan(tmp_path / "dirty", cache=False)
-    found, expected = [], []
-    for budget, records in ((0, expected), (pixels(manifest), found)):
+    batches, expected = [], []
+    for budget, records in ((0, expected), (pixels(manifest), batches)):
         quarantine = Quarantine(manifest, None, 0.1)
-        records += [drawn(manifest, budget, quarantine=quarantine), list(quarantine.news)]
-    bad = {manifest.find(record.file) for record in found[1]}
-    assert len(bad) == 4 and found[1] == expected[1]
-    assert all_equal(found[0], expected[0])
+        records += [draw(manifest, budget, quarantine=quarantine), list(quarantine.news)]
+    bad = {manifest.find(record.file) for record in batches[1]}
+    assert len(bad) == 4 and batches[1] == expected[1]
+    assert all_equal(batches[0], expected[0])
     (kept,) = caches
     assert [sample in kept for sample in bad] == [False] * 4
-    substitutes = {manifest.find(record.substitute) for record in found[1]} - bad
+    substitutes = {manifest.find(record.substitute) for record in batches[1]} - bad
     assert substitutes and all(sample in kept for sample in substitutes)
 
 
@@ -193,29 +195,29 @@ def test_a_kept_image_outlives_its_file(tmp_path: Path, write_set: Callable[[Pat
     for name in write_set(tmp_path / "data", 200).values():
         (tmp_path / "data" / name).unlink()
     manifest = scan(tmp_path / "data", cache=False)
-    plan, expected = Plan(RECIPE, manifest.sizes), drawn(manifest, 0)
+    plan, expected = Plan(RECIPE, manifest.sizes), draw(manifest, 0)
     quarantine = Quarantine(manifest, None, 0.1)
     with Loader(manifest, plan, ALONE, STEPS, Loading(decoded_bytes=pixels(manifest)), quarantine) as loader:
-        made = [next(loader)]
+        result = [next(loader)]
         os.remove(manifest.path(plan.samples(0)[0]))
-        assert all_equal([*made, *loader], expected) and not quarantine.news
+        assert all_equal([*result, *loader], expected) and not quarantine.news
 
 
 def test_memory_rises_by_the_budget_at_most(photo_manifest: Manifest, growth: Callable) -> None:
-    drawn(photo_manifest, 0)
+    draw(photo_manifest, 0)
     budget = pixels(photo_manifest) // 3
-    with growth() as grown:
-        drawn(photo_manifest, 10**10)  # promised, and not taken: all images are 8 MB
-    assert grown() < pixels(photo_manifest) + 40 * MIB
-    kept = Decoded(budget)
-    with growth() as grown:
+    with growth() as growth_of:
+        draw(photo_manifest, 10**10)  # promised, and not taken: all images are 8 MB
+    assert growth_of() < pixels(photo_manifest) + 40 * MIB
+    cache = PixelCache(budget)
+    with growth() as growth_of:
         for sample in range(200):
-            kept.put(sample, image(200, 300, sample))
-    assert kept.used <= budget and grown() < budget + 2 * MIB
+            cache.put(sample, image(200, 300, sample))
+    assert cache.fill <= budget and growth_of() < budget + 2 * MIB
 
 
 @pytest.mark.usefixtures("cutter")
-def test_a_closed_loader_gives_its_memory_back(photo_manifest: Manifest, caches: list[Decoded]) -> None:
+def test_a_closed_loader_gives_its_memory_back(photo_manifest: Manifest, caches: list[PixelCache]) -> None:
     """At once: a run that goes back to a checkpoint has one loader after another, and a GPU no room for two blocks."""
     plan = Plan(RECIPE, photo_manifest.sizes)
     loader = Loader(photo_manifest, plan, ALONE, range(9), Loading(decoded_bytes=10**7))
@@ -228,7 +230,7 @@ def test_a_closed_loader_gives_its_memory_back(photo_manifest: Manifest, caches:
 
 def test_wrong_uses() -> None:
     with pytest.raises(ValueError, match="no room for 1.15292e"):
-        Decoded(1 << 60)
+        PixelCache(1 << 60)
     with pytest.raises(UsageError, match="--decoded-cache is -1"):
         Options(decoded_cache=-1)
 
@@ -251,10 +253,10 @@ def test_a_run_is_bit_equal_to_one_without(photo_folder: Path, tmp_path: Path) -
 def test_on_a_gpu_batches_are_the_same(photo_manifest: Manifest, share: float) -> None:
     gpu = SimpleNamespace(rank=0, world=1, device=torch.device("cuda", 0))
     # One decoder for all: which images the decoding engine gets depends on the batch.
-    expected = drawn(photo_manifest, 0, gpu, hw_decoder_load=0.0)
+    expected = draw(photo_manifest, 0, gpu, hw_decoder_load=0.0)
     for options in ({"threads": 1}, {"threads": 3, "prefetch": 5}):
-        made = drawn(photo_manifest, int(share * pixels(photo_manifest)), gpu, hw_decoder_load=0.0, **options)
-        assert all_equal(made, expected)
+        result = draw(photo_manifest, int(share * pixels(photo_manifest)), gpu, hw_decoder_load=0.0, **options)
+        assert all_equal(result, expected)
 
 
 @pytest.mark.parametrize("cache", [0, 10**8], ids=["without", "with"])
@@ -264,8 +266,8 @@ def test_benchmark_an_epoch_of_500x375(
     """Four epochs, when all 128 images are kept; also in ms of processor time for two crops of 224 pixels."""
     for number in range(128):
         top, left = number // 20 * 8, number % 20 * 7
-        cut = photos[number % 2][top : top + 375, left : left + 500]
-        Image.fromarray(cut).save(tmp_path / f"{number}.jpg", quality=90)
+        crop = photos[number % 2][top : top + 375, left : left + 500]
+        Image.fromarray(crop).save(tmp_path / f"{number}.jpg", quality=90)
     manifest, recipe = scan(tmp_path, cache=False), dataclasses.replace(RECIPE, batch_size=64, crop_size=224)
     plan, spent = Plan(recipe, manifest.sizes), []
 

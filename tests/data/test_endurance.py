@@ -46,18 +46,18 @@ def resident() -> int:
 def test_3000_batches_grow_nothing(tmp_path: Path, write_set: Callable[[Path, int], dict[str, str]]) -> None:
     for name in write_set(tmp_path / "data", 200).values():
         (tmp_path / "data" / name).unlink()
-    found = scan(tmp_path / "data", cache=False)
+    images = scan(tmp_path / "data", cache=False)
     place = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
-    seen = []
+    records = []
     # It goes on behind the last figure: a loader that has made its last batch ends its threads.
-    with Loader(found, Plan(RECIPE, found.sizes), place, range(4000), Loading(threads=1)) as loader:
+    with Loader(images, Plan(RECIPE, images.sizes), place, range(4000), Loading(threads=1)) as loader:
         for batch in itertools.islice(loader, 3000):
             if batch.step % 100 == 99:
-                seen.append((resident(), descriptors(tmp_path), threading.active_count()))
-    memory, opened, threads = (np.array(column) for column in zip(*seen, strict=True))
+                records.append((resident(), descriptors(tmp_path), threading.active_count()))
+    memory, files, threads = (np.array(column) for column in zip(*records, strict=True))
     print(f"memory {memory[4] / MIB:.1f} to {memory[-1] / MIB:.1f} MiB")
     # One more may be open at the moment of looking, so the fewest of many looks are compared.
-    assert len(seen) == 30 and opened[-10:].min() <= opened[4:14].min() and len(set(threads[4:])) == 1
+    assert len(records) == 30 and files[-10:].min() <= files[4:14].min() and len(set(threads[4:])) == 1
     assert memory[5:].max() <= 1.02 * memory[4]
 
 
@@ -78,8 +78,8 @@ def command(data: Path, out: Path) -> list[str]:
         "bn-group": 8,
         "queue-size": 64,
     }
-    given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "fastmoco", "pretrain", "demo", "--no-knn", *given]
+    words = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "fastmoco", "pretrain", "demo", "--no-knn", *words]
 
 
 def start(data: Path, out: Path) -> subprocess.Popen:
@@ -129,31 +129,31 @@ def test_ctrl_c_at_ten_random_moments_of_the_command_leaves_nothing(
         try:
             time.sleep(life * (number + share) / 10)
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does; one that has ended waits to be collected
-            _, said = process.communicate(timeout=60)
+            _, output = process.communicate(timeout=60)
         finally:
             process.kill()
         codes.append(process.returncode)
         # While it reads its own first modules, before any of ours, Python itself ends with a stack.
-        spilled = "Traceback" in said
-        assert not spilled or "fastmoco/" not in said, (number, said)
+        spilled = "Traceback" in output
+        assert not spilled or "fastmoco/" not in output, (number, output)
         if not spilled:
-            assert said.rstrip().split("\n")[-1].startswith(ENDS[process.returncode]), (number, said)
+            assert output.rstrip().split("\n")[-1].startswith(ENDS[process.returncode]), (number, output)
         assert left_behind(process, tmp_path / "scratch") == []
         assert not list((tmp_path / f"run{number}").rglob("*.writing"))
     assert {143, -signal.SIGINT} <= set(codes), codes
 
 
 def listing(count: int) -> files.Files:
-    found = files.Files("/data/train")
+    table = files.Files("/data/train")
     classes = [f"n{number:08d}" for number in range(1000)]
     for number in range(count):
         label = classes[number % 1000]
-        found.paths.append(f"{label}/{label}_{number:08d}.JPEG")
-        found.labels.append(label)
-        found.bytes.append(110_000 + number % 5000)
-        found.times.append(1_600_000_000_000_000_000 + number)
-    found.sort()
-    return found
+        table.paths.append(f"{label}/{label}_{number:08d}.JPEG")
+        table.labels.append(label)
+        table.bytes.append(110_000 + number % 5000)
+        table.times.append(1_600_000_000_000_000_000 + number)
+    table.sort()
+    return table
 
 
 @pytest.mark.slow
@@ -166,19 +166,19 @@ def test_benchmark_as_many_images_as_imagenet(
     monkeypatch.setattr(manifest, "find_sources", lambda *_: (listing(IMAGENET), []))
     monkeypatch.setattr(manifest, "with_members", lambda found, *_: found)
     monkeypatch.setattr(manifest, "probe", lambda *_: Header(375, 500))
-    with growth() as grown:
-        found = scan(tmp_path)  # headers and all, the cache still empty
-    assert len(found) == IMAGENET and grown() < 1000 * MIB
-    found.save(tmp_path / "images.npz")
+    with growth() as growth_of:
+        images = scan(tmp_path)  # headers and all, the cache still empty
+    assert len(images) == IMAGENET and growth_of() < 1000 * MIB
+    images.save(tmp_path / "images.npz")
     work = {
         "build": lambda: scan(tmp_path),
         "restart": lambda: Manifest.load(tmp_path / "images.npz", tmp_path),
-        "plan": lambda: Plan(RECIPE, found.sizes).samples(0),
+        "plan": lambda: Plan(RECIPE, images.sizes).samples(0),
     }[part]
-    with growth() as grown:
+    with growth() as growth_of:
         work()
-    assert grown() < 1000 * MIB
-    benchmark.extra_info["megabytes"] = grown() / MIB
+    assert growth_of() < 1000 * MIB
+    benchmark.extra_info["megabytes"] = growth_of() / MIB
     benchmark.pedantic(work, rounds=3)
     seconds = benchmark.stats.stats.min if benchmark.stats else 0.0
     assert seconds < 30

@@ -81,10 +81,10 @@ EPOCH = (
 @pytest.mark.parametrize("command", ["data scan", "data scan --full", EPOCH], ids=["scan", "full scan", "one epoch"])
 def test_no_file_ends_a_command(command: str, folder: Path, tmp_path: Path) -> None:
     where = (str(folder),) if command.startswith("data") else ("--data", str(folder), "--out", str(tmp_path / "run"))
-    done = run(tmp_path, "-m", "fastmoco", *command.split(), *where)
-    assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
-    assert "Traceback" not in done.stderr and "Fatal" not in done.stderr
-    assert "crashed" not in done.stdout  # not even in the child of a full scan
+    result = run(tmp_path, "-m", "fastmoco", *command.split(), *where)
+    assert result.returncode == 0, (result.returncode, result.stderr[-3000:])
+    assert "Traceback" not in result.stderr and "Fatal" not in result.stderr
+    assert "crashed" not in result.stdout  # not even in the child of a full scan
 
 
 UNGUARDED = """
@@ -110,8 +110,8 @@ list(pipeline.undecodable(manifest(names)))
 @pytest.mark.slow
 def test_without_the_guard_these_files_end_the_process(folder: Path, tmp_path: Path) -> None:
     """The control: the same files, but nobody asks the header's parser before DALI decodes."""
-    done = run(tmp_path, "-c", UNGUARDED, str(folder), *sorted(path.name for path in folder.iterdir()))
-    assert done.returncode != 0, "ended as if nothing were wrong"
+    result = run(tmp_path, "-c", UNGUARDED, str(folder), *sorted(path.name for path in folder.iterdir()))
+    assert result.returncode != 0, "ended as if nothing were wrong"
 
 
 @pytest.mark.slow

@@ -72,10 +72,10 @@ def cut(manifest: Manifest, sample: int, box: np.ndarray, size: int) -> np.ndarr
 
 @pytest.mark.parametrize("options", [{"threads": 3}, {"prefetch": 1}, {"prefetch": 7, "threads": 2}])
 def test_threads_and_prefetch_change_nothing(photo_manifest: Manifest, options: dict) -> None:
-    made = zip(
+    result = zip(
         batches(photo_manifest, RECIPE, range(5)), batches(photo_manifest, RECIPE, range(5), **options), strict=True
     )
-    assert all(equal(a, b) for a, b in made)
+    assert all(equal(a, b) for a, b in result)
 
 
 @pytest.mark.parametrize("start", [1, 3, 4])
@@ -109,20 +109,20 @@ def test_an_epochs_order_is_computed_once(photo_manifest: Manifest, monkeypatch:
 def test_more_files_are_read_at_once_for_a_gpu_where_they_come_slowly(
     photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch, kind: str, seconds: float, least: int, most: int
 ) -> None:
-    reading, seen = [], []
+    reading, records = [], []
 
     def read(*_: object) -> np.ndarray:
         reading.append(1)
-        seen.append(len(reading))
+        records.append(len(reading))
         time.sleep(seconds)
         return np.zeros(reading.pop(), np.uint8)
 
     monkeypatch.setattr(Manifest, "read", read)
     source = loader_module._Source(photo_manifest, None, lambda *_: np.empty(0), torch.device(kind))
     with ThreadPoolExecutor(source.readers.most) as readers:
-        wanted = [(step, np.arange(100)) for step in range(4)]
-        assert [len(asked.encoded) for asked in source.requests(readers, wanted)] == [100] * 4
-    assert least <= max(seen) <= most
+        work = [(step, np.arange(100)) for step in range(4)]
+        assert [len(batch_requests.encoded) for batch_requests in source.requests(readers, work)] == [100] * 4
+    assert least <= max(records) <= most
 
 
 def test_so_many_readers_as_the_time_of_a_file_asks_for() -> None:
@@ -144,18 +144,18 @@ def test_small_batches_are_decoded_several_at_a_time_on_a_gpu(per_rank: int, exp
 
 def test_the_files_of_the_next_call_are_read_while_one_is_decoded(photo_manifest: Manifest) -> None:
     source = loader_module._Source(photo_manifest, None, lambda *_: np.empty(0), CPU)
-    for joined in (1, 4):
-        drawn = []
+    for merged_sum in (1, 4):
+        log = []
 
         def wanted() -> Iterator[tuple[int, np.ndarray]]:
             for step in range(20):
-                drawn.append(step)
+                log.append(step)
                 yield step, np.arange(2)
 
         with ThreadPoolExecutor(2) as readers:
-            asked = source.requests(readers, wanted(), joined)
-            assert [next(asked).step for _ in range(joined)] == list(range(joined))
-            assert len(drawn) == 2 * joined
+            asked = source.requests(readers, wanted(), merged_sum)
+            assert [next(asked).step for _ in range(merged_sum)] == list(range(merged_sum))
+            assert len(log) == 2 * merged_sum
 
 
 class FakeRanks:
@@ -168,10 +168,10 @@ class FakeRanks:
         def exchange(rows: torch.Tensor, send_counts: list[int], receive_counts: list[int]) -> torch.Tensor:
             self.table[rank] = list(rows.split(send_counts))
             self.barrier.wait(60)
-            arrived = [self.table[source][rank] for source in range(self.world)]
+            incoming = [self.table[source][rank] for source in range(self.world)]
             self.barrier.wait(60)
-            assert [len(rows) for rows in arrived] == receive_counts
-            return torch.cat(arrived)
+            assert [len(rows) for rows in incoming] == receive_counts
+            return torch.cat(incoming)
 
         return SimpleNamespace(rank=rank, world=self.world, device=CPU, exchange=exchange)
 
@@ -226,12 +226,12 @@ def test_what_is_sent_is_not_reused_before_the_exchange_has_read_it(
 ) -> None:
     """Recorded on the stream that reads it, once it is sent; the control: what arrives and a CPU's crops are not."""
     plan = Plan(RECIPE, photo_manifest.sizes, 2, 0)
-    entered, sent, original = [], [], loader_module._on
+    entered, outgoing, original = [], [], loader_module._on
     monkeypatch.setattr(loader_module, "_on", lambda stream, *after: entered.append(stream) or original(None))
 
     def exchange(rows: torch.Tensor, _: list[int], receive_counts: list[int]) -> torch.Tensor:
         assert entered[-1] == "exchange" and not RECORDED
-        sent.append(rows.data_ptr())
+        outgoing.append(rows.data_ptr())
         return rows.as_subclass(torch.Tensor).new_zeros(sum(receive_counts), *rows.shape[1:]).as_subclass(kind)
 
     place = SimpleNamespace(rank=0, world=2, device=CPU, exchange=exchange)
@@ -242,8 +242,8 @@ def test_what_is_sent_is_not_reused_before_the_exchange_has_read_it(
     stand_in = SimpleNamespace(
         _background=iter([(batch, *rest)]), _parallel=place, _exchange_stream="exchange", _views=None
     )
-    assert Loader.__next__(stand_in).key_crops.data_ptr() not in sent
-    assert RECORDED == ([(sent[0], "exchange")] if kind is OnGpu else [])
+    assert Loader.__next__(stand_in).key_crops.data_ptr() not in outgoing
+    assert RECORDED == ([(outgoing[0], "exchange")] if kind is OnGpu else [])
 
 
 def loader(manifest: Manifest, stop: int = 1000, **options: int) -> Loader:
@@ -258,10 +258,10 @@ def left_over() -> tuple[int, int]:
 def test_closing_at_any_moment_leaves_no_thread_or_file(photo_manifest: Manifest) -> None:
     batches(photo_manifest, RECIPE, range(5))
     before = left_over()
-    for taken in (0, 1, 2, 5):
+    for count in (0, 1, 2, 5):
         for delay in (0, 0.02):
             ours = loader(photo_manifest)
-            for _ in range(taken):
+            for _ in range(count):
                 next(ours)
             time.sleep(delay)
             ours.close()
@@ -288,8 +288,8 @@ alone = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
 running = Loader(manifest, Plan(recipe, manifest.sizes), alone, range(1000))
 next(running)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0 and "Traceback" not in done.stderr and "executor" not in done.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0 and "Traceback" not in result.stderr and "executor" not in result.stderr
 
 
 def test_the_wait_is_measured(photo_manifest: Manifest) -> None:
@@ -320,9 +320,9 @@ def test_a_file_harmed_after_the_scan_is_named_in_its_step(copy: Manifest, harm:
         Image.new("RGB", (7, 9)).save(victim, "JPEG")
     with loader(copy, stop=5) as ours:
         assert [next(ours).step, next(ours).step] == [0, 1]
-        with pytest.raises(DecodeError) as caught:
+        with pytest.raises(DecodeError) as error:
             next(ours)
-        assert caught.value.positions == [position] and caught.value.names == [str(victim)]
+        assert error.value.positions == [position] and error.value.names == [str(victim)]
         assert next(ours, None) is None
 
 
@@ -341,16 +341,16 @@ def test_evaluation_sees_every_centre_once_in_order(photo_manifest: Manifest, cr
     recipe = dataclasses.replace(RECIPE, crop_size=crop_size)
     with EvaluationLoader(photo_manifest, recipe, CPU, batch_size=40) as ours:
         assert len(ours) == 3
-        made = list(ours)
-    assert [len(index) for _, index in made] == [40, 40, 24]
-    np.testing.assert_array_equal(np.concatenate([index for _, index in made]), np.arange(104))
+        result = list(ours)
+    assert [len(index) for _, index in result] == [40, 40, 24]
+    np.testing.assert_array_equal(np.concatenate([index for _, index in result]), np.arange(104))
     boxes = centre_boxes(photo_manifest.sizes, crop_size)
-    for sample, crop in enumerate(torch.cat([crops for crops, _ in made]).numpy()):
+    for sample, crop in enumerate(torch.cat([crops for crops, _ in result]).numpy()):
         assert np.abs(crop - cut(photo_manifest, sample, boxes[sample], crop_size)).max() <= 1
-    chosen = np.array([50, 3, 3])
-    ((crops, index),) = EvaluationLoader(photo_manifest, recipe, CPU, indices=chosen)
-    np.testing.assert_array_equal(index, chosen)
-    assert torch.equal(crops[1], crops[2]) and torch.equal(crops[1], made[0][0][3])
+    order = np.array([50, 3, 3])
+    ((crops, index),) = EvaluationLoader(photo_manifest, recipe, CPU, indices=order)
+    np.testing.assert_array_equal(index, order)
+    assert torch.equal(crops[1], crops[2]) and torch.equal(crops[1], result[0][0][3])
     assert list(EvaluationLoader(photo_manifest, recipe, CPU, indices=np.array([], int))) == []
 
 
@@ -382,8 +382,8 @@ def benchmark_manifest(photos: list[np.ndarray], tmp_path_factory: pytest.TempPa
     folder, generator = tmp_path_factory.mktemp("benchmark"), np.random.default_rng(0)
     for i in range(256):
         top, left = generator.integers(0, 50), generator.integers(0, 140)
-        cut = Image.fromarray(photos[i % 2][top : top + 375, left : left + 500])
-        cut.save(folder / f"{i}.jpg", quality=int(generator.integers(80, 97)))
+        crop = Image.fromarray(photos[i % 2][top : top + 375, left : left + 500])
+        crop.save(folder / f"{i}.jpg", quality=int(generator.integers(80, 97)))
     return scan(folder, cache=False)
 
 

@@ -47,12 +47,14 @@ def test_class_folders_nested_with_spaces_and_unicode(tmp_path: Path) -> None:
     write(tmp_path / "README.txt", b"hello")
     write(tmp_path / ".hidden/x.jpg", JPEG)
     write(tmp_path / "zebra/.DS_Store", b"\0\0")
-    found = scan(tmp_path)
-    assert found.paths == ["great dane/a b.jpg", "great dane/deep/er/c.jpg", "zebra/#e%20.jpg", "œuf 卵/d.jpg"]
-    assert found.classes == ["great dane", "zebra", "œuf 卵"] and found.labels.tolist() == [0, 0, 1, 2]
-    assert found.rejected == [("README.txt", "not an image")]
-    assert found.sizes.tolist() == [[48, 64]] * 4 and found.sizes.dtype == np.int32 and found.labels.dtype == np.int64
-    assert bytes(found.read(0)) == JPEG and found.path(0) == str(tmp_path / "great dane/a b.jpg")
+    images = scan(tmp_path)
+    assert images.paths == ["great dane/a b.jpg", "great dane/deep/er/c.jpg", "zebra/#e%20.jpg", "œuf 卵/d.jpg"]
+    assert images.classes == ["great dane", "zebra", "œuf 卵"] and images.labels.tolist() == [0, 0, 1, 2]
+    assert images.rejected == [("README.txt", "not an image")]
+    assert (
+        images.sizes.tolist() == [[48, 64]] * 4 and images.sizes.dtype == np.int32 and images.labels.dtype == np.int64
+    )
+    assert bytes(images.read(0)) == JPEG and images.path(0) == str(tmp_path / "great dane/a b.jpg")
 
 
 def test_flat_and_mixed_folders_and_a_single_class_have_no_labels(tmp_path: Path) -> None:
@@ -69,21 +71,21 @@ def test_flat_and_mixed_folders_and_a_single_class_have_no_labels(tmp_path: Path
 def test_a_stray_picture_beside_class_folders_is_named_and_passed_over(tmp_path: Path) -> None:
     for name in ("cat/a.jpg", "cat/b.jpg", "dog/c.jpg", "montage.jpg"):
         write(tmp_path / name, JPEG)
-    found = scan(tmp_path)
-    assert found.classes == ["cat", "dog"] and len(found) == 3
-    assert found.rejected == [("montage.jpg", "in no class, where the others are")]
-    listed = tmp_path / "list.txt"  # who lists it wants it
-    listed.write_text("cat/a.jpg\tcat\ndog/c.jpg\tdog\nmontage.jpg\n")
-    assert len(scan(listed)) == 3 and scan(listed).labels is None
+    images = scan(tmp_path)
+    assert images.classes == ["cat", "dog"] and len(images) == 3
+    assert images.rejected == [("montage.jpg", "in no class, where the others are")]
+    listing = tmp_path / "list.txt"  # who lists it wants it
+    listing.write_text("cat/a.jpg\tcat\ndog/c.jpg\tdog\nmontage.jpg\n")
+    assert len(scan(listing)) == 3 and scan(listing).labels is None
 
 
 @pytest.mark.parametrize("litter", ["@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN"])
 def test_folders_that_systems_leave_are_no_classes(tmp_path: Path, litter: str) -> None:
     for name in ("cat/a.jpg", "dog/b.jpg", f"{litter}/thumb.jpg", f"cat/{litter}/thumb.jpg"):
         write(tmp_path / name, JPEG)
-    found = scan(tmp_path)
-    assert found.classes == ["cat", "dog"] and found.paths == ["cat/a.jpg", "dog/b.jpg"]
-    assert sorted(path for path, _ in found.rejected) == [litter, f"cat/{litter}"] or len(found.rejected) == 2
+    images = scan(tmp_path)
+    assert images.classes == ["cat", "dog"] and images.paths == ["cat/a.jpg", "dog/b.jpg"]
+    assert sorted(path for path, _ in images.rejected) == [litter, f"cat/{litter}"] or len(images.rejected) == 2
 
 
 def test_what_is_no_file_in_a_list_is_named_and_never_opened(tmp_path: Path) -> None:
@@ -91,15 +93,15 @@ def test_what_is_no_file_in_a_list_is_named_and_never_opened(tmp_path: Path) -> 
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder").mkdir()
     (tmp_path / "list.txt").write_text("a.jpg\npipe.jpg\nfolder\n/dev/zero\ngone.jpg\n")
-    found = scan(tmp_path / "list.txt")
-    assert found.paths == ["a.jpg"]
-    reasons = dict(found.rejected)
+    images = scan(tmp_path / "list.txt")
+    assert images.paths == ["a.jpg"]
+    reasons = dict(images.rejected)
     assert {reasons[name] for name in ("pipe.jpg", "folder", "/dev/zero")} == {"not a regular file"}
     assert "No such file" in reasons["gone.jpg"]
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "message"),
     [
         ("a.jpg\tcat\na.jpg\tdog\n", "line 2, a.jpg: another class than before \\(cat\\)"),
         ("a.jpg\tcat\nb.jpg\t\n", "line 2, b.jpg: no class after its tab"),
@@ -107,11 +109,11 @@ def test_what_is_no_file_in_a_list_is_named_and_never_opened(tmp_path: Path) -> 
         ("a.jpg,0\nb.jpg,1\n", "behind a tab, not behind ','"),
     ],
 )
-def test_lists_with_classes_that_do_not_fit(tmp_path: Path, lines: str, said: str) -> None:
+def test_lists_with_classes_that_do_not_fit(tmp_path: Path, lines: str, message: str) -> None:
     for name in ("a.jpg", "b.jpg"):
         write(tmp_path / name, JPEG)
     (tmp_path / "list.txt").write_text(lines)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         scan(tmp_path / "list.txt")
 
 
@@ -126,13 +128,13 @@ def test_list_of_paths(tmp_path: Path) -> None:
     write(tmp_path / "a.jpg", JPEG)
     lines = f"\ufeffb c/é #.jpg\r\n\n{tmp_path / 'a.jpg'}\nmissing.jpg\n"
     listing = write(tmp_path / "list.txt", lines.encode())
-    found = scan(listing)
-    assert found.paths == [str(tmp_path / "a.jpg"), "b c/é #.jpg"] and found.labels is None
-    assert found.rejected == [("missing.jpg", "unreadable: No such file or directory")]
-    assert all(len(found.read(i)) for i in range(2))
+    images = scan(listing)
+    assert images.paths == [str(tmp_path / "a.jpg"), "b c/é #.jpg"] and images.labels is None
+    assert images.rejected == [("missing.jpg", "unreadable: No such file or directory")]
+    assert all(len(images.read(i)) for i in range(2))
     listing.write_text("a.jpg\tdog\nb c/é #.jpg\tcat\n")
-    found = scan(listing)
-    assert found.classes == ["cat", "dog"] and found.labels.tolist() == [1, 0]
+    images = scan(listing)
+    assert images.classes == ["cat", "dog"] and images.labels.tolist() == [1, 0]
     listing.write_text("a.jpg\tdog\nb c/é #.jpg\n")
     assert scan(listing).labels is None
 
@@ -167,9 +169,9 @@ def test_links_that_loop_or_lead_nowhere(tmp_path: Path) -> None:
     (tmp_path / "data/gone.jpg").symlink_to(tmp_path / "nothing")
     (tmp_path / "data/good.jpg").symlink_to(tmp_path / "data/a/1.jpg")
     os.mkfifo(tmp_path / "data/pipe.jpg")
-    found = scan(tmp_path / "data")
-    assert found.paths == ["a/1.jpg", "a/sideways/2.jpg", "good.jpg"]  # each folder once, by the first way in
-    assert dict(found.rejected) == {
+    images = scan(tmp_path / "data")
+    assert images.paths == ["a/1.jpg", "a/sideways/2.jpg", "good.jpg"]  # each folder once, by the first way in
+    assert dict(images.rejected) == {
         "a/sideways/up": "folder already entered by another path",
         "b": "folder already entered by another path",
         "gone.jpg": "broken link",
@@ -187,10 +189,10 @@ def test_nothing_usable_is_one_clear_line(tmp_path: Path, make: str) -> None:
         (path / "a.txt").write_text("hello")
     if make in ("an image", "an archive"):
         path.write_bytes(JPEG if make == "an image" else bytes(512))
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError) as error:
         scan(path)
-    message = str(caught.value)
-    assert caught.value.exit_code == 2 and str(path) in message and "\n" not in message
+    message = str(error.value)
+    assert error.value.exit_code == 2 and str(path) in message and "\n" not in message
     assert ("a.txt: not an image" in message) == (make == "only text")
 
 
@@ -278,9 +280,9 @@ def test_damaged_or_unwritable_cache_is_ignored(
 def test_progress_reaches_the_end(tmp_path: Path) -> None:
     for i in range(600):
         write(tmp_path / f"{i}.jpg", JPEG)
-    told: list[tuple[str, int, int]] = []
-    scan(tmp_path, progress=lambda *now: told.append(now))
-    assert told == [("headers", done, 600) for done in (256, 512, 600)]
+    messages: list[tuple[str, int, int]] = []
+    scan(tmp_path, progress=lambda *now: messages.append(now))
+    assert messages == [("headers", count, 600) for count in (256, 512, 600)]
 
 
 @pytest.mark.parametrize("state", ["new", "cached"])

@@ -28,10 +28,10 @@ def crops(photos: list[np.ndarray]) -> torch.Tensor:
     """Forty pieces of photographs, and pixels at the corners and on the grey line of the colour cube."""
     generator = np.random.default_rng(0)
     corners = zip(generator.integers(0, 380, 40), generator.integers(0, 590, 40), strict=True)
-    made = np.stack([photos[i % 2][top : top + 32, left : left + 32] for i, (top, left) in enumerate(corners)])
-    made[0, :4] = np.array([[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 255, 255]], np.uint8)[:, None]
-    made[0, 4:8] = np.array([[255, 255, 0], [0, 0, 255], [128, 128, 128], [1, 0, 1]], np.uint8)[:, None]
-    return torch.from_numpy(made)
+    pixels = np.stack([photos[i % 2][top : top + 32, left : left + 32] for i, (top, left) in enumerate(corners)])
+    pixels[0, :4] = np.array([[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 255, 255]], np.uint8)[:, None]
+    pixels[0, 4:8] = np.array([[255, 255, 0], [0, 0, 255], [128, 128, 128], [1, 0, 1]], np.uint8)[:, None]
+    return torch.from_numpy(pixels)
 
 
 def neutral(count: int) -> torch.Tensor:
@@ -45,11 +45,11 @@ def compare(crops: torch.Tensor, parameters: torch.Tensor) -> float:
     """Largest difference in levels of 255."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     chain = DaliPhotometric(MEAN, STD, batch_size=len(crops), device=device, threads=1)
-    made = chain(crops.to(device), parameters.to(device)).cpu()
-    assert made.is_contiguous(memory_format=torch.channels_last) and made.dtype == torch.float32
+    result = chain(crops.to(device), parameters.to(device)).cpu()
+    assert result.is_contiguous(memory_format=torch.channels_last) and result.dtype == torch.float32
     exact = reference.photometric(crops, parameters, MEAN, STD, dtype=torch.float64)
     scale = torch.tensor(STD).view(3, 1, 1) * 255
-    return float(((made - exact) * scale).abs().max())
+    return float(((result - exact) * scale).abs().max())
 
 
 STEPS = {
@@ -98,8 +98,8 @@ def test_a_loader_hands_over_what_the_step_would_have_made(photo_manifest: Manif
         for side, rows in (("query", None), ("key", raw.key_rows)):
             crops, parameters = getattr(raw, f"{side}_crops"), getattr(raw, f"{side}_parameters")
             exact = reference.photometric(crops, parameters, MEAN, STD, rows=rows)
-            made = getattr(finished, f"{side}_crops")
-            assert ((made - exact) * scale).abs().max() < 0.01
+            result = getattr(finished, f"{side}_crops")
+            assert ((result - exact) * scale).abs().max() < 0.01
         wrong = reference.photometric(raw.key_crops, raw.key_parameters, MEAN, STD)  # the control: without the rows
         assert ((finished.key_crops - wrong) * scale).abs().max() > 10
 

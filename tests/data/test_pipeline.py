@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from fastmoco.data import pipeline as pipeline_module
-from fastmoco.data.decoded import PIXEL, Decoded
+from fastmoco.data.decoded import PIXEL, PixelCache
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.pipeline import Decoding, Pipeline, cut
 from fastmoco.data.request import CPU_BATCH, DecodeError, Part, Request, fault
@@ -45,29 +45,29 @@ def crops(*requests: Request, **options: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("crop_size", [32, 96, 224])
 def test_crops_are_those_of_pillow_for_every_kind_of_file(photo_manifest: Manifest, crop_size: int) -> None:
-    asked = request(photo_manifest, np.arange(len(photo_manifest)))
-    (made,) = crops(asked, crop_size=crop_size)
-    assert made.shape == (2, len(photo_manifest), crop_size, crop_size, 3) and made.dtype == torch.uint8
-    for i, data in enumerate(asked.encoded):
+    batch_request = request(photo_manifest, np.arange(len(photo_manifest)))
+    (result,) = crops(batch_request, crop_size=crop_size)
+    assert result.shape == (2, len(photo_manifest), crop_size, crop_size, 3) and result.dtype == torch.uint8
+    for i, data in enumerate(batch_request.encoded):
         image = Image.open(io.BytesIO(data)).convert("RGB")
-        assert (image.height, image.width) == tuple(asked.sizes[i])
+        assert (image.height, image.width) == tuple(batch_request.sizes[i])
         for view in range(2):
-            top, left, height, width = asked.boxes[view, i].tolist()
+            top, left, height, width = batch_request.boxes[view, i].tolist()
             box = (left, top, left + width, top + height)
             exact = np.asarray(image.crop(box).resize((crop_size, crop_size), Image.BILINEAR), np.int16)
-            difference = np.abs(made[view, i].numpy() - exact)
+            difference = np.abs(result[view, i].numpy() - exact)
             assert difference.max() <= 1 and difference.mean() < 0.3, photo_manifest.paths[i]
 
 
 def test_comparison_with_pillow_sees_a_box_that_is_off_by_one(photo_manifest: Manifest) -> None:
     """Negative control of the test above."""
     plain = np.array([i for i, path in enumerate(photo_manifest.paths) if path.endswith(" jpeg.img")])
-    asked = request(photo_manifest, plain)
-    asked.boxes[..., 2:] = np.maximum(asked.boxes[..., 2:] - 1, 2)
-    moved = asked.boxes.copy()
+    batch_request = request(photo_manifest, plain)
+    batch_request.boxes[..., 2:] = np.maximum(batch_request.boxes[..., 2:] - 1, 2)
+    moved = batch_request.boxes.copy()
     moved[..., 1] += 1
-    made, shifted = crops(asked, asked._replace(boxes=moved))
-    assert (made.int() - shifted.int()).abs().float().mean((2, 3, 4)).min() > 0.3
+    result, shifted = crops(batch_request, batch_request._replace(boxes=moved))
+    assert (result.int() - shifted.int()).abs().float().mean((2, 3, 4)).min() > 0.3
 
 
 def test_exif_orientation_is_ignored(photo_manifest: Manifest) -> None:
@@ -75,39 +75,39 @@ def test_exif_orientation_is_ignored(photo_manifest: Manifest) -> None:
     shown = ImageOps.exif_transpose(Image.open(photo_manifest.path(index)))
     assert (shown.width, shown.height) == tuple(photo_manifest.sizes[index])  # the file does ask for it
     boxes = np.array([[[0, 0, *photo_manifest.sizes[index]]]], np.int32)
-    asked = request(photo_manifest, np.array([index]), views=1)._replace(boxes=boxes)
+    batch_request = request(photo_manifest, np.array([index]), views=1)._replace(boxes=boxes)
     stored = np.asarray(Image.open(photo_manifest.path(index)).resize((64, 64), Image.BILINEAR), np.int16)
-    assert np.abs(crops(asked, views=1)[0][0, 0].numpy() - stored).max() <= 1
+    assert np.abs(crops(batch_request, views=1)[0][0, 0].numpy() - stored).max() <= 1
 
 
 def test_every_size_of_batch_in_order_and_threads_change_nothing(photo_manifest: Manifest) -> None:
     counts = [1, CPU_BATCH - 1, CPU_BATCH, CPU_BATCH + 1, 100, 2]
     starts = np.cumsum([0, *counts[:-1]])
-    asked = [
+    batch_requests = [
         request(photo_manifest, np.arange(start, start + n) % len(photo_manifest), seed=n)
         for start, n in zip(starts, counts, strict=True)
     ]
-    made = crops(*asked)
-    assert [batch.shape[1] for batch in made] == counts
-    alone = [crops(one)[0] for one in asked]
-    threaded = crops(*asked, threads=3)
-    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(made, alone, threaded, strict=True))
+    result = crops(*batch_requests)
+    assert [batch.shape[1] for batch in result] == counts
+    alone = [crops(one)[0] for one in batch_requests]
+    threaded = crops(*batch_requests, threads=3)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(result, alone, threaded, strict=True))
 
 
 def test_crops_stay_intact_while_later_ones_are_made(photo_manifest: Manifest) -> None:
-    asked = [request(photo_manifest, np.arange(40), seed=seed) for seed in range(6)]
-    held, copies = [], []
-    for batch in pipeline(asked):
-        held.append(batch)
+    batch_request = [request(photo_manifest, np.arange(40), seed=seed) for seed in range(6)]
+    refs, copies = [], []
+    for batch in pipeline(batch_request):
+        refs.append(batch)
         copies.append(batch.clone())
-    assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(refs, copies, strict=True))
 
 
 def test_one_pixel_and_one_view(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(one_pixel())
     manifest = Manifest(str(tmp_path), ["a.png"], np.array([[1, 1]], np.int32))
-    (made,) = crops(request(manifest, np.array([0]), views=1), views=1, crop_size=8)
-    assert made.shape == (1, 1, 8, 8, 3) and (made == torch.tensor([10, 20, 30])).all()
+    (result,) = crops(request(manifest, np.array([0]), views=1), views=1, crop_size=8)
+    assert result.shape == (1, 1, 8, 8, 3) and (result == torch.tensor([10, 20, 30])).all()
 
 
 def one_pixel() -> bytes:
@@ -132,19 +132,19 @@ def test_undecodable_images_are_named_and_nothing_else(
     bad = good[2]._replace(encoded=list(good[2].encoded))
     for position in positions:
         bad.encoded[position] = BROKEN[damage](bad.encoded[position])
-    made = pipeline([good[0], good[1], bad, good[0]])
-    assert torch.equal(next(made), crops(good[0])[0]) and next(made).shape[1] == 80
-    with pytest.raises(DecodeError) as caught:
-        next(made)
+    pipe = pipeline([good[0], good[1], bad, good[0]])
+    assert torch.equal(next(pipe), crops(good[0])[0]) and next(pipe).shape[1] == 80
+    with pytest.raises(DecodeError) as error:
+        next(pipe)
     # Of headers all that are bad, before any content is seen; of contents the first.
-    found = [p for p in positions if fault(bad.encoded[p], bad.sizes[p].tolist())] or positions[:1]
-    assert caught.value.positions == found and len(caught.value.reasons) == len(found)
-    assert caught.value.names == [bad.names[position] for position in found]
-    assert str(caught.value).startswith(f"{bad.names[positions[0]]}: ")
-    assert any(why in str(caught.value) for why in ("be decoded", "truncated", "empty file", "not an image"))
-    assert "\n" not in str(caught.value) and caught.value.exit_code == 3
+    at_fault = [p for p in positions if fault(bad.encoded[p], bad.sizes[p].tolist())] or positions[:1]
+    assert error.value.positions == at_fault and len(error.value.reasons) == len(at_fault)
+    assert error.value.names == [bad.names[position] for position in at_fault]
+    assert str(error.value).startswith(f"{bad.names[positions[0]]}: ")
+    assert any(why in str(error.value) for why in ("be decoded", "truncated", "empty file", "not an image"))
+    assert "\n" not in str(error.value) and error.value.exit_code == 3
     with pytest.raises(StopIteration):
-        next(made)
+        next(pipe)
 
 
 VICTIMS: dict[bytes, int] = {}
@@ -166,23 +166,23 @@ class Gpu:
         self._shutdown = pipe._shutdown
 
     def share_outputs(self, stream: object = None) -> object:
-        given = self.feed.inputs(self.feed.pending[0])[0] if self.feed.pending else []
-        for number, data in enumerate(given):
-            if VICTIMS.get(data.tobytes(), 1 << 30) <= len(given):
+        inputs = self.feed.inputs(self.feed.pending[0])[0] if self.feed.pending else []
+        for number, data in enumerate(inputs):
+            if VICTIMS.get(data.tobytes(), 1 << 30) <= len(inputs):
                 # What it says of an image that is alone is another message where a test wants it.
-                raise RuntimeError((MESSAGE if len(given) > 1 else self.message).format(number))
+                raise RuntimeError((MESSAGE if len(inputs) > 1 else self.message).format(number))
         return self.pipe.share_outputs(stream)
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Decode as on a GPU; the sizes of the batches that were decoded to look for damage on a CPU."""
-    searched, original = [], pipeline_module._dali
+    searches, original = [], pipeline_module._dali
 
     def build(batch_size: int, *options: object) -> object:
         graph, feed = options[-2:]
         if graph is pipeline_module._decode_graph:
-            searched.append(batch_size)
+            searches.append(batch_size)
             return original(batch_size, *options)
         return Gpu(original(batch_size, *options), feed)
 
@@ -193,15 +193,17 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(pipeline_module, "_cpu_crops", as_on_gpu)
     JOINED[0] = 1
     VICTIMS.clear()
-    return searched
+    return searches
 
 
-def kept_at(manifest: Manifest, asked: Request, positions: list[int]) -> tuple[Request, Decoded]:
-    """`asked` with some of its images already decoded."""
-    kept = Decoded(10**8)
+def kept_at(manifest: Manifest, batch_request: Request, positions: list[int]) -> tuple[Request, PixelCache]:
+    """`batch_request` with some of its images already decoded."""
+    cache = PixelCache(10**8)
     for i in positions:
-        kept.put(i, torch.from_numpy(np.array(Image.open(manifest.path(i)).convert("RGB"))))
-    return asked._replace(encoded=[PIXEL if i in positions else data for i, data in enumerate(asked.encoded)]), kept
+        cache.put(i, torch.from_numpy(np.array(Image.open(manifest.path(i)).convert("RGB"))))
+    return batch_request._replace(
+        encoded=[PIXEL if i in positions else data for i, data in enumerate(batch_request.encoded)]
+    ), cache
 
 
 def shortened_webp(data: np.ndarray) -> np.ndarray:
@@ -216,44 +218,44 @@ def shortened_webp(data: np.ndarray) -> np.ndarray:
 def test_what_only_a_gpu_cannot_decode_is_named_or_repaired(
     photo_manifest: Manifest, gpu: list[int], cached: bool, damaged: bool
 ) -> None:
-    asked = request(photo_manifest, np.arange(40))._replace(samples=np.arange(40))
-    data, kept = [*asked.encoded], None
+    batch_request = request(photo_manifest, np.arange(40))._replace(samples=np.arange(40))
+    data, kept = [*batch_request.encoded], None
     data[36] = shortened_webp(data[36]) if damaged else data[36]
-    bad = asked._replace(encoded=data)
+    bad = batch_request._replace(encoded=data)
     VICTIMS[data[36].tobytes()] = 1
     if cached:
         bad, kept = kept_at(photo_manifest, bad, [0, 7, 8, 30])
-    options = {"batch_size": 40, "crop_size": 32, "views": 2, "device": CPU, "threads": 1, "kept": kept}
+    options = {"batch_size": 40, "crop_size": 32, "views": 2, "device": CPU, "threads": 1, "cache": kept}
     reason = "damaged: cannot be decoded" if damaged else "cannot be decoded on the GPU"
-    with pytest.raises(DecodeError) as caught:
+    with pytest.raises(DecodeError) as error:
         list(Pipeline([bad], **options))
-    assert caught.value.names == [asked.names[36]] and caught.value.positions == [36]
-    assert caught.value.reasons == [reason]
-    told = []
+    assert error.value.names == [batch_request.names[36]] and error.value.positions == [36]
+    assert error.value.reasons == [reason]
+    messages = []
 
     def repair(request: Request, faults: dict[int, str]) -> Request:
-        told.append(faults)
-        other = np.append(asked.encoded[36], np.uint8(0))  # the same picture: its boxes must fit it
+        messages.append(faults)
+        other = np.append(batch_request.encoded[36], np.uint8(0))  # the same picture: its boxes must fit it
         return request._replace(encoded=[d if i != 36 else other for i, d in enumerate(request.encoded)])
 
-    (made,) = Pipeline([bad], repair=repair, **options)
-    assert made.shape[1] == 40 and told == [{36: reason}]
+    (result,) = Pipeline([bad], repair=repair, **options)
+    assert result.shape[1] == 40 and messages == [{36: reason}]
     assert gpu == [1, 1]  # no other image was decoded to look for the damage
 
 
 @pytest.mark.usefixtures("gpu")
 def test_where_the_gpu_is_to_blame_no_image_is(photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     """An image that is decoded alone, an error that names none, and a GPU that has failed for good."""
-    asked = request(photo_manifest, np.arange(40))
+    batch_request = request(photo_manifest, np.arange(40))
     options = {"batch_size": 40, "crop_size": 32, "views": 2, "device": CPU, "threads": 1, "repair": pytest.fail}
-    VICTIMS[asked.encoded[26].tobytes()] = 2
+    VICTIMS[batch_request.encoded[26].tobytes()] = 2
     with pytest.raises(RuntimeError, match=r"026 jpeg.img: decoded alone, but not in its batch.*memory"):
-        list(Pipeline([asked], **options))
-    VICTIMS[asked.encoded[26].tobytes()] = 1
+        list(Pipeline([batch_request], **options))
+    VICTIMS[batch_request.encoded[26].tobytes()] = 1
     monkeypatch.setattr(Gpu, "message", "CUDA allocation failed")
     with pytest.raises(RuntimeError, match="CUDA allocation failed"):
-        list(Pipeline([asked], **options))
-    part = Part(asked, 0, 40)
+        list(Pipeline([batch_request], **options))
+    part = Part(batch_request, 0, 40)
     feed = pipeline_module._Feed(iter(()), pipeline_module._with_corners)
     feed.pending.append(part)
     for message in ("CUDA allocation failed", "CUDA runtime API error cudaErrorIllegalAddress (700)"):
@@ -274,7 +276,7 @@ def test_several_requests_in_one_call_make_the_crops_of_each_alone(photo_manifes
     """With a last call that is short, and sizes that differ; decoded images come from a cache or not."""
     counts = [4, 7, 1, 7, 3, 6, 2]
     starts = np.cumsum([0, *counts[:-1]])
-    asked = [
+    batch_requests = [
         request(photo_manifest, np.arange(start, start + n), seed=n)._replace(samples=np.arange(start, start + n))
         for start, n in zip(starts, counts, strict=True)
     ]
@@ -285,11 +287,11 @@ def test_several_requests_in_one_call_make_the_crops_of_each_alone(photo_manifes
         kept = None
         if cached:
             _, kept = kept_at(photo_manifest, request(photo_manifest, np.arange(30)), [0, 5, 6, 12, 29])
-        given = [
+        arguments = [
             one._replace(encoded=[PIXEL if kept and i in kept else data for i, data in zip(one.samples, one.encoded)])
-            for one in asked
+            for one in batch_requests
         ]
-        return list(Pipeline(given, kept=kept, **options))
+        return list(Pipeline(arguments, cache=kept, **options))
 
     alone = made(1)
     assert [each.shape[1] for each in alone] == counts
@@ -302,28 +304,28 @@ def test_several_requests_in_one_call_make_the_crops_of_each_alone(photo_manifes
 @pytest.mark.parametrize("bad", [0, 1, 3])
 def test_a_bad_image_among_several_requests_is_the_one_of_its_request(photo_manifest: Manifest, bad: int) -> None:
     """Without a repair the requests before it come first, those of the same call too; with one they all come."""
-    asked = [request(photo_manifest, np.arange(10 * i, 10 * i + 10))._replace(step=i) for i in range(4)]
-    victim = asked[bad].encoded[6]
+    batch_request = [request(photo_manifest, np.arange(10 * i, 10 * i + 10))._replace(step=i) for i in range(4)]
+    victim = batch_request[bad].encoded[6]
     VICTIMS[victim.tobytes()] = 1
     JOINED[0] = 3
     options = {"batch_size": 10, "crop_size": 32, "views": 2, "device": CPU, "threads": 1}
-    pipe = Pipeline(asked, **options)
+    pipe = Pipeline(batch_request, **options)
     good = [next(pipe) for _ in range(bad)]
     assert all(each.shape[1] == 10 for each in good)
-    with pytest.raises(DecodeError) as caught:
+    with pytest.raises(DecodeError) as error:
         next(pipe)
-    assert caught.value.positions == [6] and caught.value.names == [asked[bad].names[6]]
-    told = []
+    assert error.value.positions == [6] and error.value.names == [batch_request[bad].names[6]]
+    messages = []
 
     def repair(request: Request, faults: dict[int, str]) -> Request:
-        told.append((request.step, list(faults)))
+        messages.append((request.step, list(faults)))
         # The same picture in other bytes: the boxes must fit what takes its place.
         data = [np.append(each, np.uint8(0)) if each is victim else each for each in request.encoded]
         return request._replace(encoded=data)
 
-    mended = list(Pipeline(asked, repair=repair, **options))
-    assert told == [(bad, [6])] and [each.shape[1] for each in mended] == [10] * 4
-    assert all(torch.equal(a, b) for a, b in zip(good, mended, strict=False))
+    repaired_crops = list(Pipeline(batch_request, repair=repair, **options))
+    assert messages == [(bad, [6])] and [each.shape[1] for each in repaired_crops] == [10] * 4
+    assert all(torch.equal(a, b) for a, b in zip(good, repaired_crops, strict=False))
 
 
 @pytest.mark.usefixtures("gpu")
@@ -334,10 +336,10 @@ def test_an_error_of_the_requests_waits_for_those_of_its_call(photo_manifest: Ma
         raise OSError("the disk is gone")
 
     JOINED[0] = 4
-    made = pipeline(requests())
-    assert [next(made).shape[1], next(made).shape[1]] == [3, 4]
+    pipe = pipeline(requests())
+    assert [next(pipe).shape[1], next(pipe).shape[1]] == [3, 4]
     with pytest.raises(OSError, match="the disk is gone"):
-        next(made)
+        next(pipe)
 
 
 def test_bytes_are_kept_until_the_gpu_has_passed_what_reads_them() -> None:
@@ -356,21 +358,21 @@ def test_bytes_are_kept_until_the_gpu_has_passed_what_reads_them() -> None:
         record_event = staticmethod(Event)
 
     def inputs(_: object) -> tuple:
-        given.append(np.zeros(3))
-        return (given[-1],)
+        arguments.append(np.zeros(3))
+        return (arguments[-1],)
 
-    given: list[np.ndarray] = []
+    arguments: list[np.ndarray] = []
     feed = pipeline_module._Feed(iter([None] * 4), inputs)
     alive = []
     for _ in range(3):
         alive.append(weakref.ref(feed()[0]))
-        given.clear()
+        arguments.clear()
         feed.pending.popleft()
-        feed.taken(Stream())
+        feed.hand_over(Stream())
     assert all(each() is not None for each in alive)
     passed[0] = passed[1] = True
     feed()
-    feed.taken(Stream())
+    feed.hand_over(Stream())
     assert [each() is None for each in alive] == [True, True, False]
 
 
@@ -379,24 +381,24 @@ def test_bytes_are_kept_until_the_gpu_has_passed_what_reads_them() -> None:
 def test_a_gpu_resizes_so_many_images_at_once(
     photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch, batch_size: int, expected: int
 ) -> None:
-    asked, original = [], pipeline_module.fn.resize
+    calls, original = [], pipeline_module.fn.resize
 
     def resize(*images: object, **options: object) -> object:
-        asked.append(options["minibatch_size"])
+        calls.append(options["minibatch_size"])
         return original(*images, **options)
 
     monkeypatch.setattr(pipeline_module.fn, "resize", resize)
     options = {"batch_size": batch_size, "crop_size": 32, "views": 2, "device": CPU, "threads": 1}
     list(Pipeline([request(photo_manifest, np.arange(5))], **options))
-    assert asked == [expected] * 2
+    assert calls == [expected] * 2
 
 
 def test_an_image_that_changed_its_size_is_named(photo_manifest: Manifest) -> None:
-    asked = request(photo_manifest, np.arange(50))
-    asked.sizes[40] += 1
-    with pytest.raises(DecodeError, match="pixels, but was .* when it was scanned") as caught:
-        crops(asked)
-    assert caught.value.positions == [40]
+    batch_request = request(photo_manifest, np.arange(50))
+    batch_request.sizes[40] += 1
+    with pytest.raises(DecodeError, match="pixels, but was .* when it was scanned") as error:
+        crops(batch_request)
+    assert error.value.positions == [40]
 
 
 def test_an_error_of_the_requests_waits_for_its_turn(photo_manifest: Manifest) -> None:
@@ -405,33 +407,33 @@ def test_an_error_of_the_requests_waits_for_its_turn(photo_manifest: Manifest) -
         yield request(photo_manifest, np.arange(4))
         raise OSError("the disk is gone")
 
-    made = pipeline(requests())
-    assert [next(made).shape[1], next(made).shape[1]] == [3, 4]
+    pipe = pipeline(requests())
+    assert [next(pipe).shape[1], next(pipe).shape[1]] == [3, 4]
     with pytest.raises(OSError, match="the disk is gone"):
-        next(made)
+        next(pipe)
 
 
 def test_closing_early_and_twice(photo_manifest: Manifest) -> None:
-    made = pipeline(request(photo_manifest, np.arange(40)) for _ in range(1000))
-    next(made)
-    made.close()
-    made.close()
+    pipe = pipeline(request(photo_manifest, np.arange(40)) for _ in range(1000))
+    next(pipe)
+    pipe.close()
+    pipe.close()
     pipeline([]).close()
     assert crops() == []
 
 
 def test_ranks_share_the_cores_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(pipeline_module, "_cpu_crops", lambda *options: asked.append(options[5]))
+    calls = []
+    monkeypatch.setattr(pipeline_module, "_cpu_crops", lambda *options: calls.append(options[5]))
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(16))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     for ranks, expected in ((None, 16), (1, 16), (3, 5), (8, 2), (32, 1)):
         if ranks:
             monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
         pipeline([], threads=None)
-        assert share_of_cores() == asked[-1] == expected
+        assert share_of_cores() == calls[-1] == expected
     pipeline([], threads=7)
-    assert asked[-1] == 7
+    assert calls[-1] == 7
 
 
 def test_the_decoding_engine_takes_more_where_threads_are_few() -> None:
@@ -457,12 +459,12 @@ def test_dali_knows_the_options_of_the_gpu() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_with_fancy_upsampling_makes_the_crops_of_a_cpu(photo_manifest: Manifest) -> None:
     jpegs = np.array([i for i, path in enumerate(photo_manifest.paths) if " jpeg" in path])
-    asked = request(photo_manifest, jpegs)
-    (exact,) = crops(asked)
+    batch_request = request(photo_manifest, jpegs)
+    (exact,) = crops(batch_request)
     options = {"batch_size": 200, "crop_size": 64, "views": 2, "device": torch.device("cuda", 0), "threads": 4}
     choices = [Decoding(0.65, fancy) for fancy in (True, False)]
-    fancy, plain = (next(Pipeline([asked], decoding=choice, **options)).cpu() for choice in choices)
-    error, control = ((made.int() - exact.int()).abs().float().mean() for made in (fancy, plain))
+    fancy, plain = (next(Pipeline([batch_request], decoding=choice, **options)).cpu() for choice in choices)
+    error, control = ((result.int() - exact.int()).abs().float().mean() for result in (fancy, plain))
     assert error < 2 and error < control
 
 
@@ -478,8 +480,8 @@ def test_the_engine_and_the_multiprocessors_decode_one_image_alike(
     one, other = (request(photo_manifest, np.array([i]), views=1) for i in images)
     options = {"batch_size": 1, "crop_size": 64, "views": 1, "device": torch.device("cuda", 0), "threads": 4}
 
-    def made(asked: Request, load: float) -> torch.Tensor:
-        (crops,) = Pipeline([asked], decoding=Decoding(load), **options)
+    def made(batch_request: Request, load: float) -> torch.Tensor:
+        (crops,) = Pipeline([batch_request], decoding=Decoding(load), **options)
         return crops.cpu().int()
 
     for load in (0.0, 1.0):

@@ -51,11 +51,11 @@ def test_draws_depend_on_nothing_but_seed_epoch_sample_and_view(batch_size: int,
     size = np.random.default_rng(0).integers(20, 900, (500, 2)).astype(np.int32)
     first = Plan(SMALL, size)
     other = Plan(dataclasses.replace(SMALL, batch_size=batch_size), size, world, rank)
-    asked = np.array([3, 499, 77, 0])
+    samples = np.array([3, 499, 77, 0])
     for epoch, view in ((0, 0), (0, 1), (7, 0)):
         together = first.boxes(epoch, np.arange(500), view), first.photometric(epoch, np.arange(500), view)
-        np.testing.assert_array_equal(other.boxes(epoch, asked, view), together[0][asked])
-        np.testing.assert_array_equal(other.photometric(epoch, asked, view), together[1][asked])
+        np.testing.assert_array_equal(other.boxes(epoch, samples, view), together[0][samples])
+        np.testing.assert_array_equal(other.photometric(epoch, samples, view), together[1][samples])
     np.testing.assert_array_equal(other.order(5), first.order(5))
 
 
@@ -102,19 +102,19 @@ def test_hash_is_uniform_and_uncorrelated_along_every_word(axis: str) -> None:
     count = 200_000
     words: list = [3, 1, 5, 0, 42, 2]
     words[{"seed": 0, "epoch": 2, "sample": 4, "draw": 5}[axis]] = np.arange(count)
-    drawn = uniform(*words)
-    assert drawn.min() >= 0 and drawn.max() < 1
-    assert stats.kstest(drawn, "uniform").pvalue > LEVEL
+    draws = uniform(*words)
+    assert draws.min() >= 0 and draws.max() < 1
+    assert stats.kstest(draws, "uniform").pvalue > LEVEL
     for lag in (1, 2, 3, 8, 64):
-        assert abs(np.corrcoef(drawn[:-lag], drawn[lag:])[0, 1]) < 4 / math.sqrt(count)
+        assert abs(np.corrcoef(draws[:-lag], draws[lag:])[0, 1]) < 4 / math.sqrt(count)
     low_bits = (hash_words(*words) & np.uint64(255)).astype(int)
     assert stats.chisquare(np.bincount(low_bits, minlength=256)).pvalue > LEVEL
 
 
 def test_uniformity_test_finds_a_poor_generator() -> None:
     """Negative control of the test above: a multiplicative counter without mixing."""
-    drawn = (np.arange(200_000) * 0.6180339887) % 1
-    assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) > 4 / math.sqrt(len(drawn))
+    draws = (np.arange(200_000) * 0.6180339887) % 1
+    assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) > 4 / math.sqrt(len(draws))
 
 
 def torchvision_boxes(n: int, height: int, width: int, scale: tuple, ratio: tuple, seed: int) -> np.ndarray:
@@ -184,8 +184,8 @@ def test_fallback_is_the_largest_centred_box() -> None:
 def test_photometric_draws_follow_the_recipe(preset: str) -> None:
     recipe, count = PRESETS[preset][1], 40_000
     a = recipe.augmentation
-    drawn = Plan(recipe, sizes(count)).photometric(0, np.arange(count), 1)
-    flip, gray, order, *factors, hue, sigma = drawn.T.astype(np.float64)
+    draws = Plan(recipe, sizes(count)).photometric(0, np.arange(count), 1)
+    flip, gray, order, *factors, hue, sigma = draws.T.astype(np.float64)
     jittered = order != plan_module.NO_JITTER
     when = plan_module.GRAY_BEFORE_JITTER if a.gray_first else plan_module.GRAY_AFTER_JITTER
     assert set(np.unique(gray)) <= {plan_module.GRAY_NEVER, when}
@@ -213,9 +213,9 @@ def test_order_codes_hold_each_operation_once() -> None:
 
 def test_shuffle_is_a_fresh_permutation_for_each_step_and_view() -> None:
     plan = Plan(V2, sizes(1000))
-    drawn = [plan.shuffle(step, view) for step in range(3) for view in range(2)]
-    assert all(sorted(p.tolist()) == list(range(256)) for p in drawn)
-    assert len({tuple(p.tolist()) for p in drawn}) == 6
+    draws = [plan.shuffle(step, view) for step in range(3) for view in range(2)]
+    assert all(sorted(p.tolist()) == list(range(256)) for p in draws)
+    assert len({tuple(p.tolist()) for p in draws}) == 6
     off = Plan(dataclasses.replace(V2, shuffle_bn=False), sizes(1000))
     np.testing.assert_array_equal(off.shuffle(5, 1), np.arange(256))
 
@@ -234,11 +234,11 @@ def test_route_brings_every_crop_to_its_place_and_every_key_back(world: int, vie
         outgoing.append([sent[end - count : end] for end, count in zip(ends, r.send_counts, strict=True)])
     gathered = []
     for rank, r in enumerate(routes):
-        arrived = [crop for source in range(world) for crop in outgoing[source][rank]]
+        incoming = [crop for source in range(world) for crop in outgoing[source][rank]]
         assert [len(outgoing[source][rank]) for source in range(world)] == r.receive_counts
-        assert arrived == list(zip(r.views.tolist(), r.slots.tolist(), strict=True))
+        assert incoming == list(zip(r.views.tolist(), r.slots.tolist(), strict=True))
         key_batch: list = [None] * (views * n)
-        for row, crop in zip(r.key_rows, arrived, strict=True):
+        for row, crop in zip(r.key_rows, incoming, strict=True):
             key_batch[row] = crop
         assert key_batch == [(v, shuffles[v][p]) for v in range(views) for p in range(rank * n, (rank + 1) * n)]
         gathered += key_batch

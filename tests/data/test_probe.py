@@ -59,8 +59,8 @@ BAD = {
 @pytest.mark.parametrize("reason", BAD)
 def test_bad_files_are_left_out_with_the_reason(tmp_path: Path, reason: str) -> None:
     path = write(tmp_path / "x.jpg", BAD[reason])
-    height, width, said = probe(str(path))
-    assert (height, width) == (0, 0) and said == reason.rstrip()
+    height, width, message = probe(str(path))
+    assert (height, width) == (0, 0) and message == reason.rstrip()
 
 
 EXIF = Image.Exif()

@@ -57,27 +57,31 @@ def test_exactly_the_broken_ones_are_replaced_and_the_records_make_the_run_again
     path = tmp_path / "quarantine.jsonl"
     two_epochs = range(10)  # so that each sample is seen
     first = batches(dirty, RECIPE, two_epochs, quarantine=Quarantine(dirty, path, 0.1))
-    found = files(path)
-    assert {record.file.split(" ", 1)[1].removesuffix(".jpg") for record in found} == INSIDE
-    given = Quarantine(dirty, path, 0.1)
-    assert len(given) == 4 and all_equal(first, batches(dirty, RECIPE, range(10), quarantine=given)) and not given.news
+    records = files(path)
+    assert {record.file.split(" ", 1)[1].removesuffix(".jpg") for record in records} == INSIDE
+    arguments = Quarantine(dirty, path, 0.1)
+    assert (
+        len(arguments) == 4
+        and all_equal(first, batches(dirty, RECIPE, range(10), quarantine=arguments))
+        and not arguments.news
+    )
     for options in ({"threads": 3}, {"prefetch": 7}):
         assert all_equal(first, batches(dirty, RECIPE, range(10), quarantine=Quarantine(dirty, None, 0.1), **options))
     assert all_equal(first[3:], batches(dirty, RECIPE, range(3, 10), quarantine=Quarantine(dirty, path, 0.1)))
-    assert files(path) == found  # nothing was found anew
+    assert files(path) == records  # nothing was found anew
     plan = Plan(RECIPE, dirty.sizes)
-    for record in found:  # the substitute shows its own pixels and boxes, with the parameters of the slot's sample
+    for record in records:  # the substitute shows its own pixels and boxes, with the parameters of the slot's sample
         bad = dirty.find(record.file)
-        (other,) = given.replaced(record.step, np.array([bad]))  # the next good one: a substitute may be bad itself
+        (other,) = arguments.replace(record.step, np.array([bad]))  # the next good one: a substitute may be bad itself
         epoch = record.step // plan.steps_per_epoch
         if bad not in plan.samples(record.step):  # it was found as a substitute
             continue
         slot = plan.samples(record.step).tolist().index(bad)
-        shown = first[record.step]
+        origins = first[record.step]
         alone = _crops_of(dirty, plan, other, epoch)
-        assert torch.equal(shown.query_crops[slot], alone[0]) and torch.equal(shown.key_crops[slot], alone[1])
-        asked = plan.photometric(epoch, np.array([bad]), 0)[0]
-        np.testing.assert_array_equal(shown.query_parameters[slot], asked)
+        assert torch.equal(origins.query_crops[slot], alone[0]) and torch.equal(origins.key_crops[slot], alone[1])
+        samples = plan.photometric(epoch, np.array([bad]), 0)[0]
+        np.testing.assert_array_equal(origins.query_parameters[slot], samples)
     with pytest.raises(DecodeError):  # the control: without a quarantine the run dies
         batches(dirty, RECIPE, range(10), quarantine=None)
 
@@ -97,7 +101,7 @@ def test_a_batch_says_which_samples_it_shows(dirty: Manifest) -> None:
     plan, quarantine = Plan(RECIPE, dirty.sizes), Quarantine(dirty, None, 0.1)
     bad, replaced = set(_inside(dirty)), {}
     for batch in batches(dirty, RECIPE, range(plan.steps_per_epoch), quarantine=quarantine):
-        shown = batch.shown.numpy()
+        shown = batch.origins.numpy()
         assert shown.dtype == np.int64 and set(batch.sample[shown != batch.sample]) == bad & set(batch.sample)
         for slot in (shown != batch.sample).nonzero()[0]:
             crops = _crops_of(dirty, plan, int(shown[slot]), 0)
@@ -113,7 +117,7 @@ def test_a_bank_is_written_where_images_were_shown(dirty: Manifest) -> None:
     start, shown = step.dictionary.bank.clone(), set()
     for batch in batches(dirty, recipe, range(plan.steps_per_epoch), quarantine=Quarantine(dirty, None, 0.1)):
         step.step(batch, 0.03)
-        shown |= set(batch.shown.tolist())
+        shown |= set(batch.origins.tolist())
     moved = set((step.dictionary.bank != start).any(1).nonzero().flatten().tolist())
     assert moved == shown and not shown & set(_inside(dirty)) and len(shown) > 100
 
@@ -131,10 +135,10 @@ def test_a_truncated_jpeg_on_a_gpu_harms_no_other_image(photo_folder: Path, tmp_
     path = Path(manifest.path(victim))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     quarantine = Quarantine(manifest, None, 0.1)
-    made = batches(manifest, RECIPE, steps, quarantine=quarantine, **options)
-    blamed = {record.file for record in quarantine.news}
-    assert blamed == {manifest.paths[victim]}
-    for before, after in zip(clean, made, strict=True):
+    result = batches(manifest, RECIPE, steps, quarantine=quarantine, **options)
+    culprits = {record.file for record in quarantine.news}
+    assert culprits == {manifest.paths[victim]}
+    for before, after in zip(clean, result, strict=True):
         for name in ("query_crops", "key_crops"):  # both in the order of the slots
             same = (getattr(before, name) == getattr(after, name)).flatten(1).all(1).cpu().numpy()
             assert same[before.sample != victim].all()
@@ -173,18 +177,18 @@ def test_files_harmed_while_a_run_reads_them(tmp_path: Path, write_set: WriteSet
     manifest = scan(tmp_path / "clean", cache=False)
     plan, path = Plan(RECIPE, manifest.sizes), tmp_path / "quarantine.jsonl"
     with Loader(manifest, plan, ALONE, range(12), quarantine=Quarantine(manifest, path, 0.1)) as loader:
-        made = [next(loader)]
+        result = [next(loader)]
         victims = [int(sample) for sample in plan.samples(8)[:3]]
         for victim in victims:
             _harm(Path(manifest.path(victim)), harm)
-        made += list(loader)
+        result += list(loader)
     records = files(path)
     assert sorted(record.file for record in records) == sorted(manifest.paths[victim] for victim in victims)
     assert all(record.step > 0 and record.reason for record in records)
     # The run is the same from any checkpoint on; before the record's step the file was still what it had been.
     first = min(record.step for record in records)
     again = batches(manifest, RECIPE, range(first, 12), quarantine=Quarantine(manifest, path, 0.1))
-    assert all_equal(again, made[first:]) and path.read_text().count("\n") == 3
+    assert all_equal(again, result[first:]) and path.read_text().count("\n") == 3
 
 
 def test_a_huge_image_takes_no_memory(tmp_path: Path, write_set: WriteSet, growth: Callable) -> None:
@@ -194,20 +198,20 @@ def test_a_huge_image_takes_no_memory(tmp_path: Path, write_set: WriteSet, growt
     Image.new("L", (8000, 8000)).save(tmp_path / "huge", "JPEG")  # 192 MB once decoded
     shutil.copy(tmp_path / "huge", data / "huge.jpg")
     for full in (False, True):
-        with growth() as grown:
+        with growth() as growth_of:
             manifest = scan(data, max_pixels=limit, decode=undecodable if full else None, cache=False)
         assert manifest.rejected == [("huge.jpg", "8000 x 8000 pixels, over the limit of 10000000")]
-        assert grown() < 100e6
+        assert growth_of() < 100e6
     plan, quarantine = Plan(RECIPE, manifest.sizes), Quarantine(manifest, None, 0.1)
-    with Loader(manifest, plan, ALONE, range(12), quarantine=quarantine) as loader, growth() as grown:
+    with Loader(manifest, plan, ALONE, range(12), quarantine=quarantine) as loader, growth() as growth_of:
         next(loader)
         shutil.copy(tmp_path / "huge", manifest.path(plan.samples(10)[0]))
         assert len(list(loader)) == 11
     (record,) = quarantine.news
-    assert record.reason.startswith("is 8000 x 8000 pixels, but was") and grown() < 100e6
-    with growth() as grown:  # the control
+    assert record.reason.startswith("is 8000 x 8000 pixels, but was") and growth_of() < 100e6
+    with growth() as growth_of:  # the control
         assert len(scan(data, decode=undecodable, cache=False).rejected) == 0
-    assert grown() > 180e6
+    assert growth_of() > 180e6
 
 
 def test_a_run_leaves_out_what_is_over_its_limit_of_pixels(tmp_path: Path, write_set: WriteSet) -> None:
@@ -243,10 +247,10 @@ def test_a_record_counts_from_its_step_on_and_chains_are_followed() -> None:
     manifest = Manifest("", [f"{i}" for i in range(5)], np.ones((5, 2), np.int32))
     quarantine = Quarantine(manifest, None, 1.0)
     assert quarantine.add(7, 3, "torn") == 4 and quarantine.add(9, 4, "torn") == 0
-    asked = np.array([2, 3, 4])
+    samples = np.array([2, 3, 4])
     for step, expected in ((6, [2, 3, 4]), (7, [2, 4, 4]), (8, [2, 4, 4]), (9, [2, 0, 0])):
-        np.testing.assert_array_equal(quarantine.replaced(step, asked), expected)
-    assert quarantine.add(5, 3, "torn") == 4 and quarantine.replaced(5, asked).tolist() == [2, 4, 4]
+        np.testing.assert_array_equal(quarantine.replace(step, samples), expected)
+    assert quarantine.add(5, 3, "torn") == 4 and quarantine.replace(5, samples).tolist() == [2, 4, 4]
     with pytest.raises(DataError, match="all 5 images are bad"):
         for sample in (0, 1, 2):
             quarantine.add(9, sample, "torn")
@@ -282,9 +286,9 @@ def test_evaluation_warns_and_goes_on(dirty: Manifest) -> None:
         with pytest.warns(UserWarning, match="harmed png.jpg: damaged: cannot be decoded; evaluating"):
             crops, index = next(loader)
     assert len(crops) == len(index) == len(one)
-    asked = np.array(one)
+    samples = np.array(one)
     (bad,) = [at for at, i in enumerate(one) if "harmed png" in dirty.paths[i]]
-    assert np.flatnonzero(index != asked).tolist() == [bad], "a substitute comes with its own index"
+    assert np.flatnonzero(index != samples).tolist() == [bad], "a substitute comes with its own index"
 
 
 SMALL = dataclasses.replace(
@@ -311,9 +315,9 @@ def test_a_whole_run_over_a_dirty_folder(
     data, out = tmp_path / "data", tmp_path / "run"
     write_set(data, 200)
     pretrain(SMALL, options(data, out))
-    said, records = capsys.readouterr().err, files(out / "quarantine.jsonl")
+    output, records = capsys.readouterr().err, files(out / "quarantine.jsonl")
     assert len({record.file for record in records}) == 4
-    assert all(f"quarantine: {record.file}: " in said for record in records)
+    assert all(f"quarantine: {record.file}: " in output for record in records)
     again = tmp_path / "given"
     again.mkdir()
     shutil.copy(out / "quarantine.jsonl", again)
@@ -371,11 +375,11 @@ def test_files_harmed_while_a_whole_run_reads_them(
     monkeypatch.setattr(crash_points, "reach", reach)
     pretrain(recipe, options(data, out, log_every=1))
     monkeypatch.undo()
-    said, records = capsys.readouterr().err, files(out / "quarantine.jsonl")
+    output, records = capsys.readouterr().err, files(out / "quarantine.jsonl")
     assert [line["step"] for line in figures(out)] == list(range(1, 13))
     assert {record.file for record in records} == set(harmed.values()) and min(records).step > 1
     for harm, why in zip(harms, ("No such file", "truncated", "is 7 x 9 pixels"), strict=True):
-        lines = [line for line in said.splitlines() if line.startswith(f"quarantine: {harmed[harm]}: ")]
+        lines = [line for line in output.splitlines() if line.startswith(f"quarantine: {harmed[harm]}: ")]
         assert lines and all(why in line and "takes its place" in line for line in lines)
     # The files put back, and the records given from the start: the same run.
     for name, content in original.items():
@@ -393,7 +397,7 @@ def test_2000_files_of_which_ten_are_broken(
     tmp_path: Path, write_set: WriteSet, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    data, out, given = (tmp_path / name for name in ("data", "run", "given"))
+    data, out, again = (tmp_path / name for name in ("data", "run", "given"))
     names = write_set(data, 2000)
     broken = {names[kind] for kind in BROKEN}
     assert len(broken) == 10 and len(names) == 18
@@ -401,18 +405,18 @@ def test_2000_files_of_which_ten_are_broken(
     assert {path for path, _ in full.rejected} == broken and len(full) == 1990
     recipe = dataclasses.replace(SMALL, max_bad_share=0.01)
     pretrain(recipe, options(data, out, log_every=1))
-    said, records = capsys.readouterr().err, files(out / "quarantine.jsonl")
+    output, records = capsys.readouterr().err, files(out / "quarantine.jsonl")
     left_out = {path for path, _ in scan(data).rejected}
-    assert len(left_out) == 6 and "6 files were left out" in said
+    assert len(left_out) == 6 and "6 files were left out" in output
     assert left_out | {record.file for record in records} == broken
     assert len(figures(out)) == 2 * (1994 // recipe.batch_size)
     # The substitutes from the first step on, instead of from the step that found the bad one.
-    given.mkdir()
+    again.mkdir()
     lines = [json.dumps({**record._asdict(), "step": 0}) for record in records]
-    (given / "quarantine.jsonl").write_text("\n".join([*lines, ""]))
-    pretrain(recipe, options(data, given, log_every=1, resume=True))
-    assert figures(given) == figures(out) and same_state(out, given)
-    assert len(files(given / "quarantine.jsonl")) == len(records)  # nothing was found anew
+    (again / "quarantine.jsonl").write_text("\n".join([*lines, ""]))
+    pretrain(recipe, options(data, again, log_every=1, resume=True))
+    assert figures(again) == figures(out) and same_state(out, again)
+    assert len(files(again / "quarantine.jsonl")) == len(records)  # nothing was found anew
     with pytest.raises(DecodeError):  # the control
         pretrain(recipe, options(data, tmp_path / "strict", quarantine=False))
     with pytest.raises(DataError, match="2 of 1994 images are bad, and max_bad_share 0.001 allows 1"):

@@ -20,11 +20,11 @@ from PIL import Image
 from fastmoco.cli import main
 from fastmoco.data import full_scan, pipeline
 from fastmoco.data import request as requests
-from fastmoco.data.full_scan import decoded_apart
+from fastmoco.data.full_scan import decode_apart
 from fastmoco.data.loader import EvaluationLoader
 from fastmoco.data.manifest import Manifest, scan
 from fastmoco.data.probe import Bytes, examine
-from fastmoco.data.rewrite import Damaged, Reading, compose, rewritten
+from fastmoco.data.rewrite import DamagedImage, Reading, compose, rewritten
 from fastmoco.recipe import Recipe, RecipeError
 
 GREY = np.repeat((RAMP * 255).round()[..., None], 3, 2)
@@ -65,10 +65,10 @@ def test_unnamed_pixel_types_are_left_out_at_the_scan_and_never_decoded(tmp_path
     for name, data in REFUSED.items():
         (tmp_path / f"{name}.img").write_bytes(data)
     (tmp_path / "good.img").write_bytes(odd.encoded(COLOURS, "JPEG"))
-    quick, full = scan(tmp_path, cache=False), scan(tmp_path, cache=False, decode=decoded_apart)
-    for found in (quick, full):
-        assert found.paths == ["good.img"]
-        assert [path for path, _ in found.rejected] == sorted(f"{name}.img" for name in REFUSED)
+    quick, full = scan(tmp_path, cache=False), scan(tmp_path, cache=False, decode=decode_apart)
+    for results in (quick, full):
+        assert results.paths == ["good.img"]
+        assert [path for path, _ in results.rejected] == sorted(f"{name}.img" for name in REFUSED)
     reasons = dict(quick.rejected)
     assert reasons["int32.img"] == "pixels of type int32, which DALI cannot decode"
     assert reasons["no bits.img"] == "broken header"
@@ -187,7 +187,7 @@ def test_numbers_that_do_not_span_their_type(kind: str, tmp_path: Path) -> None:
 def test_a_ppm_of_colours_with_another_largest_number() -> None:
     for kind, most in ((6, 4095), (3, 200)):
         assert np.abs(decoded(odd.pnm(kind, most)) - COLOURS).max() <= 255 / most / 2 + 0.51
-    assert isinstance(rewritten(array(odd.pnm(6, 4095)[:-10]), Reading()), Damaged)
+    assert isinstance(rewritten(array(odd.pnm(6, 4095)[:-10]), Reading()), DamagedImage)
 
 
 def with_garbage(compression: int, content: bytes) -> bytes:
@@ -319,7 +319,7 @@ def test_damage_in_what_is_rewritten_is_named() -> None:
     at = cut.index(b"IDAT") + 30
     for data in (cut[:at] + bytes(40) + cut[at + 40 :], GOOD["jpeg 2000"][:-400]):
         broken = rewritten(array(data), Reading())
-        assert isinstance(broken, Damaged) and requests.fault(broken, (HEIGHT, WIDTH)) == str(broken)
+        assert isinstance(broken, DamagedImage) and requests.fault(broken, (HEIGHT, WIDTH)) == str(broken)
 
 
 def test_a_loader_shows_what_the_recipe_says(tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def test_a_scan_says_what_it_saw(tmp_path: Path, capsys: pytest.CaptureFixture) 
     (tmp_path / "d.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
     (tmp_path / "e.svg").write_bytes(b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>')
     assert main(["data", "scan", str(tmp_path), "--full"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for text in (
         "1 with transparency",
         "1 nearly one colour, as b.tif",
@@ -360,7 +360,7 @@ def test_a_scan_says_what_it_saw(tmp_path: Path, capsys: pytest.CaptureFixture) 
         "HEIC, which DALI cannot decode",
         "SVG, which DALI cannot decode",
     ):
-        assert text in said, said
+        assert text in output, output
     assert main(["data", "scan", str(tmp_path), "--full", "--value-range", "0", "4095"]) == 0
     assert "levels, as c.tif" not in capsys.readouterr().out
 
@@ -373,7 +373,7 @@ def undecodable(images, *rest):
     for i, path in enumerate(images.paths):
         if "crash" in path: os.kill(os.getpid(), signal.SIGSEGV)
         if "hang" in path: signal.pause()
-        yield pipeline.Checked("", 7)
+        yield pipeline.CheckResult("", 7)
 """
 
 
@@ -386,20 +386,22 @@ def test_a_decoder_that_crashes_or_hangs_costs_one_line(tmp_path: Path, monkeypa
     )
     monkeypatch.setattr(full_scan, "CHILD", [sys.executable, str(tmp_path / "child.py")])
     monkeypatch.setattr(full_scan, "PATIENCE", 8.0)
-    found = list(decoded_apart(images))
-    assert len(found) == 20
-    assert [c.reason for c in found if c.reason] == ["the decoder crashed (SIGSEGV)"] * 2 + [
+    results = list(decode_apart(images))
+    assert len(results) == 20
+    assert [c.reason for c in results if c.reason] == ["the decoder crashed (SIGSEGV)"] * 2 + [
         "the decoder does not end within 8 s"
     ]
-    assert [i for i, c in enumerate(found) if c.reason] == [3, 4, 9]
+    assert [i for i, c in enumerate(results) if c.reason] == [3, 4, 9]
     # The control: a bug of ours is no crash of a decoder.
     monkeypatch.setattr(full_scan, "CHILD", [sys.executable, "-c", "raise RuntimeError('a bug')"])
     with pytest.raises(RuntimeError, match="a bug"):
-        list(decoded_apart(images))
+        list(decode_apart(images))
 
 
 def test_scans_need_no_dali_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "x.jpg").write_bytes(odd.encoded(COLOURS, "JPEG"))
     code = "import sys; from fastmoco.cli import main; main(['data', 'scan', sys.argv[1]]); print(sorted(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert "nvidia.nvimgcodec" in done.stdout and "nvidia.dali" not in done.stdout and "'torch'" not in done.stdout
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert (
+        "nvidia.nvimgcodec" in result.stdout and "nvidia.dali" not in result.stdout and "'torch'" not in result.stdout
+    )

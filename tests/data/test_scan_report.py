@@ -52,18 +52,18 @@ def test_a_second_full_scan_decodes_only_what_is_new(
     tmp_path: Path, write_set: Callable[[Path, int], dict[str, str]]
 ) -> None:
     write_set(tmp_path / "data", 200)
-    first, asked = scan(tmp_path / "data", decode=undecodable), []
+    first, calls = scan(tmp_path / "data", decode=undecodable), []
 
     def counted(manifest: Manifest, threads: int | None) -> Iterable[str]:
-        asked.append(list(manifest.paths))
+        calls.append(list(manifest.paths))
         return undecodable(manifest, threads)
 
     again = scan(tmp_path / "data", decode=counted)
-    assert again.rejected == first.rejected and again.paths == first.paths and asked == []
+    assert again.rejected == first.rejected and again.paths == first.paths and calls == []
     assert scan(tmp_path / "data").rejected == first.rejected  # a quick scan knows what a full one found
     (tmp_path / "data" / "new.jpg").write_bytes((tmp_path / "data" / first.paths[0]).read_bytes())
-    assert len(scan(tmp_path / "data")) == len(first) + 1 and asked == []
-    assert len(scan(tmp_path / "data", decode=counted)) == len(first) + 1 and asked == [["new.jpg"]]
+    assert len(scan(tmp_path / "data")) == len(first) + 1 and calls == []
+    assert len(scan(tmp_path / "data", decode=counted)) == len(first) + 1 and calls == [["new.jpg"]]
 
 
 def test_the_command_prints_and_writes_what_it_found(
@@ -73,14 +73,14 @@ def test_the_command_prints_and_writes_what_it_found(
     write_set(tmp_path / "data" / "train" / "b", 200)
     write_set(tmp_path / "data" / "val" / "b", 200)
     assert main(["data", "scan", str(tmp_path / "data"), "--full", "--json", str(tmp_path / "facts.json")]) == 0
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts["training"]["images"] == 380 and facts["training"]["classes"] == {"a": 190, "b": 190}
     assert {entry["file"] for entry in facts["validation"]["left_out"]} == {f"b/{names[k]}" for k in broken(names)}
     stored = sum(path.stat().st_size for path in (tmp_path / "data" / "val").rglob("*.jpg"))
     assert 0.5 * stored < facts["validation"]["bytes"] < stored
     for line in ("classes   2, of 190 to 190 images", "left out  20", f"a/{names['gif']}", "not an image: 2"):
-        assert line in shown, line
+        assert line in output, line
     assert "\r" not in capsys.readouterr().err  # no bar where there is no terminal
     assert main(["data", "scan", str(tmp_path / "data"), "--max-pixels", "3600"]) == 0
     assert "pixels, over the limit of 3600: " in capsys.readouterr().out

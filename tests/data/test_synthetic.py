@@ -41,9 +41,9 @@ def test_two_makes_are_equal_byte_for_byte(few: None, tmp_path: Path) -> None:
 
 
 def test_another_seed_gives_other_bytes(few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = synthetic.make(tmp_path / "a")
+    result = synthetic.make(tmp_path / "a")
     monkeypatch.setattr(synthetic, "SEED", synthetic.SEED + 1)
-    assert _digest(made) != _digest(synthetic.make(tmp_path / "b"))
+    assert _digest(result) != _digest(synthetic.make(tmp_path / "b"))
 
 
 def test_an_image_depends_on_nothing_but_its_name(whole: Path, few: None, tmp_path: Path) -> None:
@@ -53,8 +53,8 @@ def test_an_image_depends_on_nothing_but_its_name(whole: Path, few: None, tmp_pa
 
 def test_classes_are_balanced_and_named_alike_in_both_splits(whole: Path) -> None:
     counts = Counter((path.parts[-3], path.parts[-2]) for path in _files(whole))
-    wanted = {(split, family): n for split, n in synthetic.IMAGES.items() for family in synthetic.FAMILIES}
-    assert counts == wanted
+    target = {(split, family): n for split, n in synthetic.IMAGES.items() for family in synthetic.FAMILIES}
+    assert counts == target
 
 
 def test_no_image_comes_twice(whole: Path) -> None:

@@ -12,7 +12,7 @@ from fastmoco.encoder.norm_over_ranks import batch_norm_over_ranks
 from fastmoco.parallel import Parallel
 
 
-def drawn(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def draw(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
     x = x * torch.linspace(0.5, 2, shape[0]).view(-1, *[1] * (len(shape) - 1)) + torch.arange(shape[0]).view(
@@ -24,7 +24,7 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Te
 
 def on_a_rank(parallel: Parallel, shape: tuple[int, ...], local: bool = False) -> list[Tensor]:
     """Results of this rank's rows; `local`: each rank takes statistics of its own, as a control."""
-    x, weight, bias, grad = drawn(shape)
+    x, weight, bias, grad = draw(shape)
     n = shape[0] // parallel.world
     mine = slice(parallel.rank * n, (parallel.rank + 1) * n)
     leaves = [x[mine].clone().requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
@@ -37,14 +37,14 @@ def on_a_rank(parallel: Parallel, shape: tuple[int, ...], local: bool = False) -
 
 def whole(shape: tuple[int, ...]) -> list[Tensor]:
     """torch's batch norm of the whole batch."""
-    x, weight, bias, grad = drawn(shape)
+    x, weight, bias, grad = draw(shape)
     leaves = [x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
     running = (torch.zeros(shape[1], dtype=torch.float64), torch.ones(shape[1], dtype=torch.float64))
     y = F.batch_norm(x, *running, weight, bias, True, 0.1, 1e-5)
     return [y.detach(), *torch.autograd.grad(y, leaves, grad), *running]
 
 
-def joined(ranks: list[list[Tensor]]) -> list[Tensor]:
+def join(ranks: list[list[Tensor]]) -> list[Tensor]:
     y, grad_x, grad_weight, grad_bias, *running = zip(*ranks, strict=True)
     return [torch.cat(y), torch.cat(grad_x), sum(grad_weight), sum(grad_bias), *(each[0] for each in running)]
 
@@ -53,32 +53,32 @@ def joined(ranks: list[list[Tensor]]) -> list[Tensor]:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ranks_are_one_batch(world: int, shape: tuple[int, ...], run_ranks: Callable) -> None:
     ranks = run_ranks(world, on_a_rank, shape) if world > 1 else [on_a_rank(Parallel(), shape)]
-    for found, expected in zip(joined(ranks), whole(shape), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+    for actual, expected in zip(join(ranks), whole(shape), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
     for result in ranks[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result[4:], ranks[0][4:], strict=True))
 
 
 def test_statistics_of_each_rank_are_another_norm(run_ranks: Callable) -> None:
     """Control: all of it is wrong but the gradient of the shift."""
-    found, expected = joined(run_ranks(2, on_a_rank, (8, 5), True)), whole((8, 5))
-    wrong = [not torch.allclose(a, b, rtol=1e-3) for a, b in zip(found, expected, strict=True)]
+    actual, expected = join(run_ranks(2, on_a_rank, (8, 5), True)), whole((8, 5))
+    wrong = [not torch.allclose(a, b, rtol=1e-3) for a, b in zip(actual, expected, strict=True)]
     assert wrong == [True, True, True, False, True, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_errs_by_its_rounding(dtype: torch.dtype) -> None:
-    x, weight, bias, grad = drawn((16, 3, 4, 4), dtype)
+    x, weight, bias, grad = draw((16, 3, 4, 4), dtype)
     norms = [BatchNormAct(3, relu=True) for _ in range(2)]
     results = []
     for norm in norms:
         norm.weight.data, norm.bias.data = weight.float(), bias.float()
         norm.running_mean.zero_(), norm.running_var.fill_(1)
-        given = x.clone(memory_format=torch.channels_last).requires_grad_()
+        leaf = x.clone(memory_format=torch.channels_last).requires_grad_()
         norm.gather = (lambda rows: rows) if norm is norms[1] else None
-        y = norm(given, given * 0.5)
+        y = norm(leaf, leaf * 0.5)
         assert y.dtype == dtype
-        results.append([y.detach(), *torch.autograd.grad(y, (given, norm.weight, norm.bias), grad)])
+        results.append([y.detach(), *torch.autograd.grad(y, (leaf, norm.weight, norm.bias), grad)])
     for one, other in zip(*results, strict=True):
         scale = one.double().abs().max().item()
         assert (one.double() - other.double()).abs().max().item() <= 8 * torch.finfo(dtype).eps * scale

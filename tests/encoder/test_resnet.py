@@ -229,14 +229,14 @@ def test_a_fourth_channel_changes_nothing(stem: str) -> None:
     x = torch.randn(8, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x = x.contiguous(memory_format=torch.channels_last)
 
-    def results(given: torch.Tensor) -> list[torch.Tensor]:
+    def results(arguments: torch.Tensor) -> list[torch.Tensor]:
         encoder.zero_grad()
-        z = encoder(given)
+        z = encoder(arguments)
         z.square().sum().backward()
         return [z.detach(), *(p.grad.clone() for p in encoder.parameters())]
 
-    def close(given: torch.Tensor) -> list[bool]:
-        pairs = zip(results(x), results(given), strict=True)
+    def close(arguments: torch.Tensor) -> list[bool]:
+        pairs = zip(results(x), results(arguments), strict=True)
         return [torch.allclose(a, b, rtol=1e-9, atol=1e-9 * float(a.abs().max())) for a, b in pairs]
 
     assert all(close(torch.cat([x, torch.zeros_like(x[:, :1])], 1)))

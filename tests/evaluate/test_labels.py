@@ -33,20 +33,20 @@ def table(folder, text: str):
 
 def test_a_table_names_classes_by_path_or_by_name(flat, tmp_path):
     text = '\ufefffile,class\n./a.png,cat\nb.png," dog "\nf.png,cat\n"c.png",dog,ignored\n\n'
-    found = label(manifest.scan(flat), table(tmp_path, text))
-    assert dict(zip(found.paths, (found.classes[i] for i in found.labels))) == {
+    images = label(manifest.scan(flat), table(tmp_path, text))
+    assert dict(zip(images.paths, (images.classes[i] for i in images.labels))) == {
         "a.png": "cat",
         "b.png": "dog",
         "c.png": "dog",
         "deep/f.png": "cat",
     }
-    assert found.sizes.tolist() == [[8, 9]] * 4 and len(found) == 4
+    assert images.sizes.tolist() == [[8, 9]] * 4 and len(images) == 4
 
 
 def test_the_training_part_numbers_the_classes(flat, tmp_path):
     images = manifest.scan(flat)
-    found = label(images, table(tmp_path, "a.png,dog\n"), ["cat", "dog"])
-    assert found.labels.tolist() == [1] and found.classes == ["cat", "dog"]
+    actual = label(images, table(tmp_path, "a.png,dog\n"), ["cat", "dog"])
+    assert actual.labels.tolist() == [1] and actual.classes == ["cat", "dog"]
     with pytest.raises(DataError, match="'wolf' is not among the 2 classes"):
         label(images, table(tmp_path, "a.png,wolf\n"), ["cat", "dog"])
 
@@ -62,9 +62,9 @@ def test_mistakes_in_a_table(flat, tmp_path):
 
 
 def test_a_subset_keeps_paths_sizes_and_labels_together(flat, tmp_path):
-    found = label(manifest.scan(flat), table(tmp_path, "a.png,x\nb.png,y\nc.png,x\n"))
-    some = found.take([2, 0])
-    assert some.paths == ["c.png", "a.png"] and some.labels.tolist() == [0, 0] and len(found) == 3
+    images = label(manifest.scan(flat), table(tmp_path, "a.png,x\nb.png,y\nc.png,x\n"))
+    some = images.take([2, 0])
+    assert some.paths == ["c.png", "a.png"] and some.labels.tolist() == [0, 0] and len(images) == 3
 
 
 def test_a_subset_of_an_archive_reads_its_own_images(tmp_path):
@@ -72,9 +72,9 @@ def test_a_subset_of_an_archive_reads_its_own_images(tmp_path):
         for shade in (10, 60, 110, 160):
             Image.fromarray(np.full((8, 9, 3), shade, np.uint8)).save(tmp_path / f"{shade:03d}.png")
             archive.add(tmp_path / f"{shade:03d}.png", f"{shade:03d}.png")
-    found = label(manifest.scan(tmp_path / "images.tar"), table(tmp_path, "060.png,x\n160.png,y\n"))
-    shades = [int(np.asarray(Image.open(io.BytesIO(found.read(index).tobytes())))[0, 0, 0]) for index in (0, 1)]
-    assert found.paths == ["060.png", "160.png"] and shades == [60, 160]
+    images = label(manifest.scan(tmp_path / "images.tar"), table(tmp_path, "060.png,x\n160.png,y\n"))
+    shades = [int(np.asarray(Image.open(io.BytesIO(images.read(index).tobytes())))[0, 0, 0]) for index in (0, 1)]
+    assert images.paths == ["060.png", "160.png"] and shades == [60, 160]
 
 
 def test_images_that_stand_on_both_sides_are_told(flat, tmp_path, capsys):
@@ -114,7 +114,7 @@ def nested(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("file,class\n0001.png,dog\n0000.png,cat\n", "line 3, 0000.png: may be a/0000.png and b/0000.png"),
         ("a/0000.png,cat\n0000,cat\n", "line 2, 0000: may be"),
@@ -126,16 +126,16 @@ def nested(tmp_path):
         ("a/0000.png,cat\n,dog\n", "line 2, 'dog': an empty cell"),
     ],
 )
-def test_a_table_that_is_ambiguous_is_refused_with_the_row(nested, tmp_path, text, said):
-    with pytest.raises(DataError, match=re.escape(said)):
+def test_a_table_that_is_ambiguous_is_refused_with_the_row(nested, tmp_path, text, message):
+    with pytest.raises(DataError, match=re.escape(message)):
         label(manifest.scan(nested), table(tmp_path, text))
 
 
 @pytest.mark.parametrize("form", ["{}", "{root}/{}", "nested/{}", "./{}"])
 def test_rows_may_name_an_image_in_several_ways(nested, tmp_path, form):
     rows = [form.format(name, root=nested) for name in ("a/0000.png", "b/0000.png")]
-    found = label(manifest.scan(nested), table(tmp_path, f"id,label\n{rows[0]},cat\n{rows[1]},dog\n"))
-    assert found.paths == ["a/0000.png", "b/0000.png"] and found.labels.tolist() == [0, 1]
+    images = label(manifest.scan(nested), table(tmp_path, f"id,label\n{rows[0]},cat\n{rows[1]},dog\n"))
+    assert images.paths == ["a/0000.png", "b/0000.png"] and images.labels.tolist() == [0, 1]
     windows = label(manifest.scan(nested), table(tmp_path, "a\\0001.png,cat\n"))
     assert windows.paths == ["a/0001.png"]
     assert label(manifest.scan(nested), table(tmp_path, "0001,cat\n0001.png,cat\n")).paths == ["a/0001.png"]

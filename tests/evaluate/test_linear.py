@@ -20,7 +20,7 @@ from fastmoco.data.request import DecodeError
 from fastmoco.encoder import build_encoder
 from fastmoco.evaluate import classifier, linear
 from fastmoco.evaluate.classifier import Protocol, fit_cached, new_classifier
-from fastmoco.evaluate.linear import Evaluation, changed, snapshot, training_recipe
+from fastmoco.evaluate.linear import Evaluation, changes, snapshot, training_recipe
 from fastmoco.interop import card
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS
@@ -152,15 +152,15 @@ def evaluation(sides, **protocol) -> Evaluation:
         for name, buffer in encoder.named_buffers():
             if "running" in name:
                 buffer.uniform_(0.8, 1.2, generator=generator).sub_(1.0 if name.endswith("mean") else 0.0)
-    chosen = Protocol(**{"epochs": 3, "batch_size": 16, **protocol})
-    return Evaluation(encoder, RECIPE, *sides, chosen, Parallel(), threads=1)
+    protocol_ = Protocol(**{"epochs": 3, "batch_size": 16, **protocol})
+    return Evaluation(encoder, RECIPE, *sides, protocol_, Parallel(), threads=1)
 
 
 def test_the_backbone_is_bit_equal_after_the_probe(sides):
     probe_of = evaluation(sides)
     before = snapshot(probe_of.encoder)
     probe = probe_of.exact(lambda line: None)
-    assert changed(before, probe_of.encoder) == [] and len(probe.curve) == 3
+    assert changes(before, probe_of.encoder) == [] and len(probe.curve) == 3
     start = new_classifier(probe_of.encoder.feature_dim, 2, 0, torch.device("cpu"))
     assert not torch.equal(probe.classifier.weight, start.weight), "nothing was trained"
 
@@ -230,7 +230,7 @@ def test_good_files_make_no_warning(sides):
 
 
 @pytest.fixture(scope="module")
-def trained(stripes, tmp_path_factory):
+def pretrained_run(stripes, tmp_path_factory):
     """A run at step 0: the commands need no more."""
     from fastmoco.contrast.step import Step
 
@@ -241,36 +241,48 @@ def trained(stripes, tmp_path_factory):
     return out
 
 
-def test_the_commands_write_figures_pictures_and_weights(trained, capsys):
-    argv = ["evaluate", "linear", str(trained), "--epochs", "4", "--lr", "3", "--threads", "1", "--device", "cpu"]
+def test_the_commands_write_figures_pictures_and_weights(pretrained_run, capsys):
+    argv = [
+        "evaluate",
+        "linear",
+        str(pretrained_run),
+        "--epochs",
+        "4",
+        "--lr",
+        "3",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+    ]
     assert main(argv) == 0
     assert main([*argv, "--fast"]) == 0
     assert "fast and exact agree on" in capsys.readouterr().out
-    assert main(["evaluate", "knn", str(trained), "--k", "3", "--threads", "1", "--device", "cpu"]) == 0
-    figures = json.loads((trained / "linear.json").read_text())
+    assert main(["evaluate", "knn", str(pretrained_run), "--k", "3", "--threads", "1", "--device", "cpu"]) == 0
+    figures = json.loads((pretrained_run / "linear.json").read_text())
     assert figures["backbone"] == "bit-equal after the probe" and len(figures["curve"]) == 4
     assert set(figures["per_class"]) == {"across", "down"} and figures["protocol"]["batch_size"] == 40
     assert np.sum(figures["confusion"]) == 12 and figures["top1"] == figures["curve"][-1]["top1"]
     for name in ("linear", "linear-fast", "knn", "neighbours"):
-        assert (trained / f"{name}.png").stat().st_size > 2000, name
+        assert (pretrained_run / f"{name}.png").stat().st_size > 2000, name
     from safetensors.torch import load_file
 
-    weights = load_file(trained / "linear.safetensors")
-    encoder, _, _ = run_folder.load_encoder(trained, Parallel())
-    val = manifest.scan(json.loads((trained / "recipe.json").read_text())["options"]["data"] + "/val")
+    weights = load_file(pretrained_run / "linear.safetensors")
+    encoder, _, _ = run_folder.load_encoder(pretrained_run, Parallel())
+    val = manifest.scan(json.loads((pretrained_run / "recipe.json").read_text())["options"]["data"] + "/val")
     features, labels = linear.extract(encoder, val, RECIPE, Parallel(), loading=Loading(threads=1), normalise=False)
     top1 = (F.linear(features, weights["fc.weight"], weights["fc.bias"]).argmax(1) == labels).double().mean() * 100
     assert figures["top1"] == pytest.approx(top1.item())
 
 
-def test_untrained_weights_stand_beside_the_others(trained, capsys):
+def test_untrained_weights_stand_beside_the_others(pretrained_run, capsys):
     """At step 0 both are the same weights; after training they are not, and no checkpoint is asked for."""
-    fast = ["evaluate", "linear", str(trained), "--fast", "--epochs", "2", "--threads", "1", "--device", "cpu"]
+    fast = ["evaluate", "linear", str(pretrained_run), "--fast", "--epochs", "2", "--threads", "1", "--device", "cpu"]
     assert main(fast) == 0 and main([*fast, "--untrained"]) == 0
-    one, other = (json.loads((trained / f"linear-fast{end}.json").read_text()) for end in ("", "-untrained"))
+    one, other = (json.loads((pretrained_run / f"linear-fast{end}.json").read_text()) for end in ("", "-untrained"))
     assert one["curve"] == other["curve"] and other["step"] == 0
-    moved = shutil.copytree(trained, trained.parent / "moved", symlinks=True)
-    state = checkpoint.load(checkpoint.latest(trained)).state
+    moved = shutil.copytree(pretrained_run, pretrained_run.parent / "moved", symlinks=True)
+    state = checkpoint.load(checkpoint.latest(pretrained_run)).state
     for name, value in state.items():
         if name.startswith("encoder_q.layer4") and name.endswith("conv2.weight"):
             value.neg_()
@@ -293,8 +305,8 @@ def test_untrained_weights_stand_beside_the_others(trained, capsys):
     assert not any("untrained" in str(file) for file in card.FIGURES), "a model card tells of trained weights"
 
 
-def test_the_rate_is_chosen_and_an_earlier_probe_is_kept(trained, capsys):
-    run = shutil.copytree(trained, trained.parent / "twice", symlinks=True)
+def test_the_rate_is_chosen_and_an_earlier_probe_is_kept(pretrained_run, capsys):
+    run = shutil.copytree(pretrained_run, pretrained_run.parent / "twice", symlinks=True)
     for old in run.glob("linear*"):
         old.unlink()
     argv = ["evaluate", "linear", str(run), "--epochs", "2", "--threads", "1", "--device", "cpu"]
@@ -316,17 +328,25 @@ def test_the_rate_is_chosen_and_an_earlier_probe_is_kept(trained, capsys):
     assert json.loads((run / "knn.1.json").read_text())["k"] == 3 and (run / "neighbours.1.png").is_file()
 
 
-def test_classes_of_one_image_leave_the_published_rate(trained, stripes, tmp_path, capsys):
+def test_classes_of_one_image_leave_the_published_rate(pretrained_run, stripes, tmp_path, capsys):
     """Nothing can be held out; the probe works all the same."""
     for side, number in (("train", 0), ("val", 1)):
         for name in ("across", "down"):
             (tmp_path / side / name).mkdir(parents=True)
             shutil.copy(stripes / "train" / name / f"{number}.jpg", tmp_path / side / name)
-    argv = ["evaluate", "linear", str(trained), "--data", str(tmp_path / "train"), "--val", str(tmp_path / "val")]
+    argv = [
+        "evaluate",
+        "linear",
+        str(pretrained_run),
+        "--data",
+        str(tmp_path / "train"),
+        "--val",
+        str(tmp_path / "val"),
+    ]
     assert main([*argv, "--epochs", "1", "--fast", "--threads", "1", "--device", "cpu"]) == 0
     assert "lr 30, as published: no class has two images" in capsys.readouterr().out
 
 
-def test_mistakes_are_one_line(trained, capsys):
-    assert main(["evaluate", "linear", str(trained), "--epochs", "0"]) == 2
+def test_mistakes_are_one_line(pretrained_run, capsys):
+    assert main(["evaluate", "linear", str(pretrained_run), "--epochs", "0"]) == 2
     assert "use a number of at least 1" in capsys.readouterr().err

@@ -20,11 +20,11 @@ def outcome():
 
 def test_equals_scikit_learn(outcome):
     logits, labels = outcome
-    found, best = score(logits, labels), logits.argmax(1)
-    assert found.top1 == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=1))
-    assert found.top5 == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=5))
-    assert found.confusion.tolist() == confusion_matrix(labels, best).tolist()
-    assert found.per_class == pytest.approx((100 * recall_score(labels, best, average=None)).tolist())
+    actual, best = score(logits, labels), logits.argmax(1)
+    assert actual.top1 == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=1))
+    assert actual.top5 == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=5))
+    assert actual.confusion.tolist() == confusion_matrix(labels, best).tolist()
+    assert actual.per_class == pytest.approx((100 * recall_score(labels, best, average=None)).tolist())
 
 
 def test_perfect_and_hopeless(outcome):
@@ -37,6 +37,6 @@ def test_perfect_and_hopeless(outcome):
 
 def test_classes_without_images_and_without_votes():
     votes = torch.tensor([[3.0, -torch.inf, 1.0], [2.0, -torch.inf, 1.0]])
-    found = score(votes, torch.tensor([0, 1]))
-    assert (found.top1, found.top5) == (50, 50) and found.per_class == [100, 0, None]
-    assert found.as_dict("abc")["per_class"] == {"a": 100, "b": 0, "c": None}
+    actual = score(votes, torch.tensor([0, 1]))
+    assert (actual.top1, actual.top5) == (50, 50) and actual.per_class == [100, 0, None]
+    assert actual.as_dict("abc")["per_class"] == {"a": 100, "b": 0, "c": None}

@@ -17,7 +17,7 @@ from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 from fastmoco.runs import run_folder
-from fastmoco.runs.run_folder import Saved
+from fastmoco.runs.run_folder import SavedRun
 
 
 @pytest.fixture
@@ -136,4 +136,4 @@ def test_upstreams_file_of_a_lars_run_says_what_it_cannot_hold(make_run, make_re
 def test_what_has_no_key_encoder_is_no_moco_checkpoint(dictionary):
     recipe = Recipe(dictionary=dictionary)
     with pytest.raises(UsageError, match=f"this run has a {dictionary} in their place: use torchvision"):
-        WRITERS["moco"](Path("run"), Saved(1, {}, recipe, "fp32", {}))
+        WRITERS["moco"](Path("run"), SavedRun(1, {}, recipe, "fp32", {}))

@@ -33,7 +33,7 @@ def differing(one: dict, other: dict) -> list[str]:
     return [name for name in one if one[name].dtype != other[name].dtype or not torch.equal(one[name], other[name])]
 
 
-def bring_in(content: dict, folder: Path, **options) -> load.Imported:
+def bring_in(content: dict, folder: Path, **options) -> load.ImportedRun:
     torch.save(content, folder / "a.pth.tar")
     return load.convert(load.foreign.read(folder / "a.pth.tar"), Import(folder / "a.pth.tar", folder / "b", **options))
 
@@ -55,16 +55,16 @@ def test_without_our_flag_the_owed_update_is_applied(make_run, make_recipe, tmp_
     state = make_run(tmp_path / "a", recipe)
     content = torch.load(export(tmp_path / "a", "moco", tmp_path / "x.pth.tar"), weights_only=True)
     del content["fastmoco"]
-    found = bring_in(content, tmp_path, batch_size=32)
-    assert found.step == 7 and found.preset == "v2" and found.notes == []
-    for name, value in found.state.items():
+    run = bring_in(content, tmp_path, batch_size=32)
+    assert run.step == 7 and run.preset == "v2" and run.notes == []
+    for name, value in run.state.items():
         if name.startswith("encoder_k.") and "running" not in name and "num_batches" not in name:
             k, q = state[name].double(), state[name.replace("encoder_k", "encoder_q")].double()
             torch.testing.assert_close(value.double(), 0.999 * k + (1 - 0.999) * q, rtol=0, atol=2e-7)
             assert not torch.equal(value, state[name])
         elif name != "queue_count":
             assert torch.equal(value, state[name]), name
-    assert found.recipe.queue_size == 20 and found.recipe.head == "mlp" and found.recipe.dim == 16
+    assert run.recipe.queue_size == 20 and run.recipe.head == "mlp" and run.recipe.dim == 16
 
 
 def test_a_published_checkpoint_goes_on_as_the_published_code(make_recipe, tmp_path):
@@ -79,8 +79,8 @@ def test_a_published_checkpoint_goes_on_as_the_published_code(make_recipe, tmp_p
 
     for _ in range(3):
         theirs.step(*views())
-    found = bring_in(checkpoint_of(theirs, recipe), tmp_path, batch_size=32)
-    ours = ours_from(found, recipe)
+    run = bring_in(checkpoint_of(theirs, recipe), tmp_path, batch_size=32)
+    ours = ours_from(run, recipe)
     reload_in_fp32(theirs)
     for step in range(3):
         pair, shuffle = views()
@@ -142,9 +142,9 @@ def reload_in_fp32(theirs) -> None:
             value.copy_(value.float().double())
 
 
-def ours_from(found: load.Imported, recipe) -> Step:
+def ours_from(run: load.ImportedRun, recipe) -> Step:
     ours = Step(recipe, Parallel(), "fp64")
-    ours.load(found.state)
+    ours.load(run.state)
     return ours
 
 
@@ -194,13 +194,13 @@ def make_images(folder: Path, count: int) -> Path:
 def test_plain_weights_start_both_encoders(make_recipe, tmp_path):
     encoder = build_encoder(make_recipe(seed=9))
     weights = {f"module.{name}": value for name, value in encoder.state_dict().items()}
-    found = bring_in({"state_dict": weights, "arch": "resnet18"}, tmp_path)
-    assert found.step == 0 and "fresh projection head" in found.notes[0]
+    run = bring_in({"state_dict": weights, "arch": "resnet18"}, tmp_path)
+    assert run.step == 0 and "fresh projection head" in run.notes[0]
     for name, value in encoder.state_dict().items():
         if not name.startswith("fc."):
-            assert torch.equal(found.state[f"encoder_q.{name}"], value)
-            assert torch.equal(found.state[f"encoder_k.{name}"], value)
-    assert found.recipe.queue_size == 65536 and found.state["queue_count"] == 0
+            assert torch.equal(run.state[f"encoder_q.{name}"], value)
+            assert torch.equal(run.state[f"encoder_k.{name}"], value)
+    assert run.recipe.queue_size == 65536 and run.state["queue_count"] == 0
     del weights["module.layer2.0.bn1.weight"]
     with pytest.raises(ForeignFileError, match="lacks layer2.0.bn1.weight"):
         bring_in({"state_dict": weights}, tmp_path)
@@ -258,11 +258,11 @@ def test_what_a_file_lacks_is_said(make_run, make_recipe, tmp_path, lost):
     content.pop(lost, None)
     weights = content["state_dict"].items()
     content["state_dict"] = {name: value for name, value in weights if not name.startswith(f"module.{lost}")}
-    found = bring_in(content, tmp_path, batch_size=32)
+    run = bring_in(content, tmp_path, batch_size=32)
     says = {"optimizer": "no optimiser", "encoder_k": "no key encoder", "queue": "no queue"}[lost]
-    assert len(found.notes) == 1 and says in found.notes[0]
-    ours = Step(found.recipe, Parallel(), "fp32")
-    ours.load(found.state)
+    assert len(run.notes) == 1 and says in run.notes[0]
+    ours = Step(run.recipe, Parallel(), "fp32")
+    ours.load(run.state)
 
 
 def spoil(content: dict, how: str) -> dict:
@@ -299,8 +299,8 @@ def test_foreign_files_are_one_line_and_exit_3(make_run, make_recipe, tmp_path, 
     del content["fastmoco"]
     torch.save(spoil(content, how), tmp_path / "bad.pth.tar")
     assert main(["import", str(tmp_path / "bad.pth.tar"), "--out", str(tmp_path / "b"), "--batch-size", "32"]) == 3
-    said = capsys.readouterr().err
-    assert says in said and said.count("\n") == 1 and not (tmp_path / "b").exists()
+    output = capsys.readouterr().err
+    assert says in output and output.count("\n") == 1 and not (tmp_path / "b").exists()
 
 
 class Malicious:
@@ -313,7 +313,7 @@ class Malicious:
         return Path.mkdir, (self.trace,)
 
 
-def harmed(data: bytes, how: str) -> bytes:
+def do_harm(data: bytes, how: str) -> bytes:
     if how == "flipped":
         data = bytearray(data)
         data[len(data) // 2] ^= 4
@@ -330,10 +330,10 @@ def test_damaged_and_malicious_files_are_one_line_and_exit_3(make_run, make_reci
         content = torch.load(path, weights_only=True)
         torch.save(content | {"epoch": Malicious(trace)}, path)
     else:
-        path.write_bytes(harmed(path.read_bytes(), how))
+        path.write_bytes(do_harm(path.read_bytes(), how))
     assert main(argv) == 3
-    said = capsys.readouterr().err
-    assert said.startswith("fastmoco: error: ") and str(path) in said and said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith("fastmoco: error: ") and str(path) in output and output.count("\n") == 1
     assert not (tmp_path / "b").exists() and not trace.exists()
 
 

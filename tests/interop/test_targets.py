@@ -15,7 +15,7 @@ from torch import nn
 from fastmoco.encoder import Encoder, build_encoder
 from fastmoco.interop.export import export
 from fastmoco.runs import run_folder
-from fastmoco.runs.run_folder import Saved
+from fastmoco.runs.run_folder import SavedRun
 
 Shapes = dict[str, tuple[int, ...]]
 BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}
@@ -75,7 +75,7 @@ def encoder(request, make_recipe, monkeypatch) -> Encoder:
     }
     state |= {f"velocity.{name}": value.detach() for name, value in encoder.named_parameters()}
     state |= {"queue": torch.zeros(20, 16), "queue_pointer": torch.zeros(1, dtype=torch.int64)}
-    monkeypatch.setattr(run_folder, "load", lambda _: Saved(7, state, recipe, "fp32", {"steps": 20}))
+    monkeypatch.setattr(run_folder, "load", lambda _: SavedRun(7, state, recipe, "fp32", {"steps": 20}))
     return encoder
 
 
@@ -100,24 +100,24 @@ def difference(encoder: Encoder, theirs: nn.Module) -> float:
 
 def test_torchvision_finds_every_name_with_its_shape(encoder, tmp_path):
     weights = torch.load(export(Path("run"), "torchvision", tmp_path / "a.pth"), weights_only=True)
-    wanted = torchvision_shapes(arch_of(encoder))
-    assert {name: tuple(value.shape) for name, value in weights.items()} == wanted
-    assert len(wanted) == {"resnet18": 120, "resnet50": 318}[arch_of(encoder)]  # 122 and 320 with fc
+    target = torchvision_shapes(arch_of(encoder))
+    assert {name: tuple(value.shape) for name, value in weights.items()} == target
+    assert len(target) == {"resnet18": 120, "resnet50": 318}[arch_of(encoder)]  # 122 and 320 with fc
 
 
 def found_by_detectron2(model: Shapes, file: dict[str, np.ndarray]) -> dict[str, str]:
     """Its matching heuristics: a name of the model takes the longest name of the file that it is, or ends with after
     a dot; another shape is left out; one name of the file for two of the model is an error."""
-    found: dict[str, str] = {}
+    matches: dict[str, str] = {}
     for name, shape in model.items():
         near = [key for key in file if name == key or name.endswith(f".{key}")]
         best = max(near, key=len, default=None)
         if best is None or file[best].shape != shape:
             continue
-        if best in found.values():
+        if best in matches.values():
             raise ValueError(f"{best} is ambiguous")
-        found[name] = best
-    return found
+        matches[name] = best
+    return matches
 
 
 def detector(arch: str, kind: str) -> tuple[Shapes, set[str]]:
@@ -155,10 +155,10 @@ def test_detectron2_finds_the_whole_backbone_and_nothing_else(encoder, tmp_path,
     # What its checkpointer takes without renaming: a "model" of arrays, an author other than Caffe2, heuristics on.
     assert content["matching_heuristics"] is True and content["__author__"] != "Caffe2"
     assert all(isinstance(value, np.ndarray) for value in file.values())
-    found = found_by_detectron2(model, file)
-    assert set(found) == backbone and set(found.values()) == set(file)
+    actual = found_by_detectron2(model, file)
+    assert set(actual) == backbone and set(actual.values()) == set(file)
     first = next(name for name in backbone if name.endswith("stem.conv1.weight"))
-    assert (file[found[first]] == encoder.conv1.weight.detach().numpy()).all()
+    assert (file[actual[first]] == encoder.conv1.weight.detach().numpy()).all()
 
 
 class Normed(nn.Conv2d):
@@ -202,8 +202,8 @@ class DetectronResnet(nn.Module):
                 {n: shape for s, b, n, shape in convolutions(arch) if (s, b) == (stage, block)}
                 for block in range(blocks)
             ]
-            made = [NormedBlock(each, 2 if stage > 1 and at == 0 else 1) for at, each in enumerate(shapes)]
-            self.add_module(f"res{stage + 1}", nn.Sequential(*made))
+            result = [NormedBlock(each, 2 if stage > 1 and at == 0 else 1) for at, each in enumerate(shapes)]
+            self.add_module(f"res{stage + 1}", nn.Sequential(*result))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = nn.functional.max_pool2d(torch.relu(self.stem.conv1(x)), 3, stride=2, padding=1)
@@ -228,7 +228,7 @@ def test_a_network_of_detectron2s_names_computes_the_same(encoder, tmp_path):
 def test_the_published_converter_makes_the_same_of_the_moco_export(encoder, tmp_path):
     """Its rule: of the query encoder's names, those outside the stages get `stem.` before them, the rest as ours."""
     content = torch.load(export(Path("run"), "moco", tmp_path / "a.pth.tar"), weights_only=True)["state_dict"]
-    made = {}
+    result = {}
     for name, value in content.items():
         if not name.startswith("module.encoder_q."):
             continue
@@ -237,10 +237,10 @@ def test_the_published_converter_makes_the_same_of_the_moco_export(encoder, tmp_
         pairs = [(f"layer{n}", f"res{n + 1}") for n in (1, 2, 3, 4)] + [(f"bn{n}", f"conv{n}.norm") for n in (1, 2, 3)]
         for old, new in [*pairs, ("downsample.0", "shortcut"), ("downsample.1", "shortcut.norm")]:
             name = name.replace(old, new)
-        made[name] = value.numpy()
+        result[name] = value.numpy()
     ours = pickle.loads(export(Path("run"), "detectron2", tmp_path / "a.pkl").read_bytes())["model"]
-    assert set(made) - set(ours) == {"stem.fc.weight", "stem.fc.bias"}, "which detectron2 leaves aside"
-    assert all(np.array_equal(made[name], value) for name, value in ours.items())
+    assert set(result) - set(ours) == {"stem.fc.weight", "stem.fc.bias"}, "which detectron2 leaves aside"
+    assert all(np.array_equal(result[name], value) for name, value in ours.items())
 
 
 def test_detectron2_is_lost_with_torchvisions_names(encoder):
@@ -252,8 +252,8 @@ def test_detectron2_is_lost_with_torchvisions_names(encoder):
         found_by_detectron2({name: weights["conv1.weight"].shape for name in model}, weights)
     assert set(found_by_detectron2(model, weights)) < backbone
     other = detectron2_shapes("resnet18" if arch == "resnet50" else "resnet50")
-    found = found_by_detectron2(model, {name: np.empty(shape) for name, shape in other.items()})
-    assert set(found) < backbone
+    actual = found_by_detectron2(model, {name: np.empty(shape) for name, shape in other.items()})
+    assert set(actual) < backbone
 
 
 def test_timm_loads_strictly_and_computes_the_same(encoder, tmp_path):

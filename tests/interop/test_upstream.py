@@ -32,8 +32,8 @@ class Wrapped(nn.Module):
 def packed(make_run, make_recipe, tmp_path):
     recipe = make_recipe("mlp")
     state = make_run(tmp_path / "run", recipe)
-    saved = load(tmp_path / "run")
-    return upstream.pack(saved.state, recipe, saved.step, 1, 0.03, "fp32"), state, recipe
+    content = load(tmp_path / "run")
+    return upstream.pack(content.state, recipe, content.step, 1, 0.03, "fp32"), state, recipe
 
 
 def test_upstreams_resume_takes_model_and_optimiser(packed):

@@ -76,10 +76,10 @@ def results(function: Callable, case: Case, groups: int, **options: object) -> d
     running = tuple(r.clone() for r in case.running)
     first, second = function(*leaves.values(), running, groups, **options)
     assert torch.equal(first.nan_to_num(), second.nan_to_num())
-    found = dict(
+    grads_by_name = dict(
         zip((f"d_{name}" for name in leaves), torch.autograd.grad([first, second], leaves.values(), case.grads))
     )
-    return found | {"y": second.detach(), "mean": running[0], "var": running[1]}
+    return grads_by_name | {"y": second.detach(), "mean": running[0], "var": running[1]}
 
 
 def distinct(case: Case) -> Case:
@@ -215,18 +215,18 @@ def test_operators_are_well_registered(by: str, device: torch.device) -> None:
     moments = batch_norm.OPERATORS[by].statistics(case.x, None, None, 2, 0.1, EPS)
     for keep in (True, False):
         torch.library.opcheck(batch_norm_pool.OPERATORS[by].pool, (case.x, case.weight, case.bias, moments, keep))
-    _, picked, places = batch_norm_pool.OPERATORS[by].pool(case.x, case.weight, case.bias, moments, True)
+    _, peaks, places = batch_norm_pool.OPERATORS[by].pool(case.x, case.weight, case.bias, moments, True)
     for second in (None, case.grads[1]):
-        given = (case.grads[0], second, case.x, picked, places, case.weight, case.bias, moments, True)
-        torch.library.opcheck(batch_norm_pool.OPERATORS[by].gradients, given)
+        arguments = (case.grads[0], second, case.x, peaks, places, case.weight, case.bias, moments, True)
+        torch.library.opcheck(batch_norm_pool.OPERATORS[by].gradients, arguments)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_compiles_whole_and_fakes(impl: str, device: torch.device) -> None:
     case, call = make_case((4, 6, 5, 4), torch.float32, device), batch_norm_pool.batch_norm_pool
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    expected, found = (results(f, case, 2, impl=impl) for f in (call, compiled))
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, actual = (results(f, case, 2, impl=impl) for f in (call, compiled))
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
         y, _ = call(mode.from_tensor(case.x), *map(mode.from_tensor, case[1:3]), None, 2, impl=impl)
     assert y.shape == expected["y"].shape and y.stride() == expected["y"].stride()

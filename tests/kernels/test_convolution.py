@@ -56,8 +56,8 @@ def by(monkeypatch):
     """by(forward, input, weight): every layer takes these ways from now on."""
 
     def take(*ways: str) -> None:
-        chosen = dict(zip(("forward", "input", "weight"), ways, strict=True))
-        monkeypatch.setattr(convolution, "choose", lambda layer, product, *_: chosen[product])
+        choice = dict(zip(("forward", "input", "weight"), ways, strict=True))
+        monkeypatch.setattr(convolution, "choose", lambda layer, product, *_: choice[product])
         convolution._ways.cache_clear()
 
     yield take
@@ -210,7 +210,7 @@ def test_the_layers_that_were_measured_in_fp32() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "kind"),
+    ("actual", "kind"),
     [
         ({}, "none"),
         ({"avx512_bf16": False, "cpu_name": "Intel Xeon"}, "none"),
@@ -219,6 +219,6 @@ def test_the_layers_that_were_measured_in_fp32() -> None:
         ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, "amx"),
     ],
 )
-def test_processors(found: dict, kind: str, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+def test_processors(actual: dict, kind: str, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: actual)
     assert convolution.instructions.__wrapped__() == kind

@@ -51,9 +51,9 @@ def _plain_torch(z, k, queue, temperature):
     return loss.detach(), gradient
 
 
-def _within_budget(z, k, queue, temperature, given=None):
+def _within_budget(z, k, queue, temperature, arguments=None):
     loss, rank, gradient = _truth(z, k, queue, float(temperature))
-    our_loss, our_rank, our_gradient = _ours(z, k, queue, temperature if given is None else given)
+    our_loss, our_rank, our_gradient = _ours(z, k, queue, temperature if arguments is None else arguments)
     torch_loss, torch_gradient = _plain_torch(z, k, queue, float(temperature))
     epsilon = EPSILON[queue.dtype]
     scale = 1 / float(temperature)
@@ -81,8 +81,8 @@ def test_within_error_budget(device, n, size, dim, dtype):
 @pytest.mark.parametrize("temperature", [0.01, 0.02, 0.025, 0.2, 1.0])
 @pytest.mark.parametrize("on_device", [False, True])
 def test_temperatures(device, temperature, on_device, dtype):
-    given = torch.tensor(temperature, device=device) if on_device else temperature
-    _within_budget(*_inputs(5, 150, 32, dtype, device), temperature, given)
+    scalar = torch.tensor(temperature, device=device) if on_device else temperature
+    _within_budget(*_inputs(5, 150, 32, dtype, device), temperature, scalar)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
@@ -290,7 +290,7 @@ def test_extra_memory_stays_under_ten_megabytes(monkeypatch):
 @pytest.mark.parametrize("temperature", [0.01, 0.07])
 def test_extra_memory_formula_counts_what_is_allocated(device, temperature, monkeypatch):
     z, k, queue = _inputs(20, 500, 48, torch.bfloat16, device)
-    seen = []
+    records = []
     launch = kernels.sweep_kernel, kernels.combine_kernel
 
     class Spy:
@@ -299,7 +299,7 @@ def test_extra_memory_formula_counts_what_is_allocated(device, temperature, monk
 
         def __getitem__(self, grid):
             def call(*arguments, **constants):
-                seen.extend(a for a in arguments if isinstance(a, torch.Tensor))
+                records.extend(a for a in arguments if isinstance(a, torch.Tensor))
                 return self.kernel[grid](*arguments, **constants)
 
             return call
@@ -309,7 +309,7 @@ def test_extra_memory_formula_counts_what_is_allocated(device, temperature, monk
     z = z.bfloat16()  # as the queue: of another dtype it would be copied
     loss, rank, _ = _operator(z, k, queue, temperature, None)
     given = {t.data_ptr() for t in (z, k, queue, loss, rank)}
-    allocated = {t.data_ptr(): t.nbytes for t in seen if t.data_ptr() not in given}
+    allocated = {t.data_ptr(): t.nbytes for t in records if t.data_ptr() not in given}
     assert sum(allocated.values()) == scratch_bytes(20, 500, 48, queue.dtype, z.device, temperature < 0.025)
 
 
@@ -317,8 +317,8 @@ def test_cost_counts_the_bytes_of_the_tensors(device):
     z, k, queue = _inputs(6, 90, 48, torch.bfloat16, device)
     k = k.float()
     loss, rank, gradient = _operator(z, k, queue, 0.07, None)
-    moved, flops = cost(6, 90, 48, torch.float32, torch.bfloat16)
-    assert moved == sum(t.nbytes for t in (z, k, queue, loss, rank, gradient))
+    bytes_moved, flops = cost(6, 90, 48, torch.float32, torch.bfloat16)
+    assert bytes_moved == sum(t.nbytes for t in (z, k, queue, loss, rank, gradient))
     # Scores and gradient are a product each, of N rows with the queue and the positive.
     assert flops == 2 * (2 * 6 * 91 * 48)
 
@@ -330,9 +330,9 @@ def test_keys_of_a_rows_own_id_are_left_out(device, temperature, dtype):
     z, k, queue = _inputs(9, 130, 32, dtype, device)
     key_ids = torch.randint(0, 20, (130,), generator=torch.Generator().manual_seed(0)).to(device)
     row_ids = torch.arange(9, device=device) * 3
-    given = z.detach().requires_grad_()
-    loss, rank = info_nce(given, k, queue, temperature, row_ids=row_ids, key_ids=key_ids, impl="triton")
-    (gradient,) = torch.autograd.grad(loss.sum(), given)
+    leaf = z.detach().requires_grad_()
+    loss, rank = info_nce(leaf, k, queue, temperature, row_ids=row_ids, key_ids=key_ids, impl="triton")
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     for row in range(9):
         kept = queue[key_ids != row_ids[row]]
         one = z[row : row + 1].double().requires_grad_()
@@ -352,10 +352,10 @@ def test_keys_of_a_rows_own_id_are_left_out(device, temperature, dtype):
 def test_ids_go_together(device):
     z, k, queue = _inputs(3, 20, 16, torch.float32, device)
     ids = torch.arange(3, device=device)
-    for given, what in (
+    for arguments, what in (
         ({"row_ids": ids}, "go together"),
         ({"key_ids": ids}, "go together"),
         ({"row_ids": ids, "key_ids": ids}, r"key_ids must be int64 \[20\]"),
     ):
         with pytest.raises(ValueError, match=what):
-            info_nce(z, k, queue, 0.1, **given)
+            info_nce(z, k, queue, 0.1, **arguments)

@@ -88,11 +88,11 @@ class Watch:
         launching = KernelInterface.__getitem__
 
         def watched(kernel: KernelInterface, grid: object) -> Callable[..., None]:
-            def launch(*given: object, **options: object) -> None:
-                tensors = [t for t in (*given, *options.values()) if isinstance(t, Tensor)]
+            def launch(*arguments: object, **options: object) -> None:
+                tensors = [t for t in (*arguments, *options.values()) if isinstance(t, Tensor)]
                 inside = bool(self.entered) and {t.device for t in tensors} == {self.entered[-1].device}
                 self.launches.append((kernel, inside))
-                launching(kernel, grid)(*given, **options)
+                launching(kernel, grid)(*arguments, **options)
 
             return launch
 
@@ -157,15 +157,15 @@ def test_an_undefined_lane_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def watch_loads(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The masks of loads that leave lanes undefined, as they come."""
-    found, load = [], interpreter.InterpreterBuilder.create_masked_load
+    lanes, load = [], interpreter.InterpreterBuilder.create_masked_load
 
     def watched(builder: object, pointers: object, mask: object, other: object, *rest: object) -> object:
         if other is None and not mask.data.all():
-            found.append(mask.data)
+            lanes.append(mask.data)
         return load(builder, pointers, mask, other, *rest)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", watched)
-    return found
+    return lanes
 
 
 def falling_loops(source: str) -> list[str]:
@@ -183,7 +183,7 @@ def falling_loops(source: str) -> list[str]:
 
 def test_no_loop_falls_by_a_step_that_the_compiler_does_not_know() -> None:
     folder = Path(reference.__file__).parent
-    assert {path.name: found for path in folder.glob("*.py") if (found := falling_loops(path.read_text()))} == {}
+    assert {path.name: actual for path in folder.glob("*.py") if (actual := falling_loops(path.read_text()))} == {}
     control = "@triton.jit\ndef kernel(n, B):\n    for i in range(n, -1, -n * B):\n        pass\n"
     assert falling_loops(control) == ["-n * B"]
     assert falling_loops(control.replace("-n * B", "-1")) == falling_loops(control.replace("-n * B", "B")) == []

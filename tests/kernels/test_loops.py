@@ -92,9 +92,9 @@ def test_bits_would_show_another_order_of_sums(monkeypatch) -> None:
     """Control: cut into other pieces, as a cut by the number of threads would be, sums round otherwise."""
     alone = CASES["none float32"]()
     monkeypatch.setattr(cpu_batch_norm, "MOST_PIECES", 3)
-    cpu_batch_norm._cut.cache_clear()
+    cpu_batch_norm._split.cache_clear()
     other = CASES["none float32"]()
-    cpu_batch_norm._cut.cache_clear()
+    cpu_batch_norm._split.cache_clear()
     assert not same(alone, other)
 
 
@@ -138,9 +138,11 @@ print(LOOPS[torch.float32]._compiled.cache_hits)
 def in_a_new_process(cache: str | Path) -> int:
     """Loops that a new process found compiled in the folder `cache`: one or none."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache)}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode == 0, result.stderr
+    return int(result.stdout)
 
 
 def test_a_second_process_compiles_nothing() -> None:

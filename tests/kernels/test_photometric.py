@@ -459,9 +459,9 @@ def test_misuse_is_refused(change, message):
 
 def test_operator_passes_opcheck_and_fake_tensors():
     operator = torch.ops.fastmoco.photometric.default
-    given = (photos(2, 6), draws(2, "v2"), list(MEAN), list(STD))
+    arguments = (photos(2, 6), draws(2, "v2"), list(MEAN), list(STD))
     for by in ("reference", "loops"):
-        torch.library.opcheck(operator, (*given, torch.bfloat16, 4, torch.tensor([1, 0]), 2.0, by))
+        torch.library.opcheck(operator, (*arguments, torch.bfloat16, 4, torch.tensor([1, 0]), 2.0, by))
     with FakeTensorMode() as mode:
         crops, rows = (mode.from_tensor(tensor) for tensor in (photos(2, 6), identity(2)))
         fake = views(crops, rows, torch.float16, channels=4)
@@ -494,8 +494,8 @@ def test_cost_counts_the_bytes_of_the_tensors(dtype, channels, rows):
     crops, parameters = photos(3, 10), identity(3)
     out = views(crops, parameters, dtype, channels=channels, rows=rows)
     tensors = [crops, parameters, out] + ([] if rows is None else [rows])
-    moved, flops = cost(3, 10, dtype=dtype, channels=channels, permuted=rows is not None)
-    assert moved == sum(tensor.nbytes for tensor in tensors)
+    bytes_moved, flops = cost(3, 10, dtype=dtype, channels=channels, permuted=rows is not None)
+    assert bytes_moved == sum(tensor.nbytes for tensor in tensors)
     assert flops < cost(3, 10, dtype=dtype, channels=channels, blurred=0.5)[1]
 
 
@@ -524,5 +524,7 @@ def test_crops_that_begin_between_two_words_are_read_as_well(device: torch.devic
     parameters = torch.zeros(2, 8, device=device)
     parameters[:, ORDER] = NO_JITTER
     assert crops.data_ptr() % 4
-    given = (parameters, MEAN, STD)
-    assert torch.equal(photometric(crops, *given, impl="triton"), photometric(crops.clone(), *given, impl="triton"))
+    arguments = (parameters, MEAN, STD)
+    assert torch.equal(
+        photometric(crops, *arguments, impl="triton"), photometric(crops.clone(), *arguments, impl="triton")
+    )

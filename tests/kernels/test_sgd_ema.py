@@ -26,8 +26,8 @@ GROUPS = (*MASTERS, "q_work", "k_work")
 
 def randoms(shapes: Sequence[tuple[int, ...]], seed: int, device: torch.device) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
-    return [x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in drawn]
+    draws = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    return [x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in draws]
 
 
 def gradients(dtype: torch.dtype, seed: int, device: torch.device, shapes: Sequence = SHAPES) -> list[Tensor]:
@@ -279,27 +279,27 @@ def test_gradients_may_move_and_need_no_alignment(device: torch.device) -> None:
     for seed in range(3):
         grads = gradients(torch.bfloat16, seed, device)
         step(still, grads, impl="triton")
-        step(moving, [shifted(x, seed) for x in grads], impl="triton")
+        step(moving, [shift(x, seed) for x in grads], impl="triton")
     assert same(snapshot(still), snapshot(moving))
 
 
-def shifted(tensor: Tensor, by: int) -> Tensor:
+def shift(tensor: Tensor, by: int) -> Tensor:
     memory = torch.full((tensor.numel() + by,), torch.nan, dtype=tensor.dtype, device=tensor.device)
     return memory.as_strided(tensor.shape, tensor.stride(), by).copy_(tensor)
 
 
 def test_records_are_sent_only_when_something_moved(device: torch.device) -> None:
     table = make_table(torch.bfloat16, device)
-    found, grads = table.on_device(), gradients(torch.bfloat16, 0, device)
+    entries, grads = table.on_device(), gradients(torch.bfloat16, 0, device)
     addresses = [x.data_ptr() for group in table.tensors for x in group]
-    sent = found.records(table.tensors, grads)
+    outgoing = entries.records(table.tensors, grads)
     step(table, grads, impl="triton")
     ema(table, M, impl="triton")
-    assert found.records(table.tensors, grads) is sent
+    assert entries.records(table.tensors, grads) is outgoing
     assert [x.data_ptr() for group in table.tensors for x in group] == addresses
-    assert found.records(table.tensors, [x.clone() for x in grads]) is not sent
-    as_fp32 = found.records(table.tensors, [x.float() for x in grads])
-    assert (as_fp32[:, 7] & 3).tolist() == [0] * len(grads) and (sent[:, 7] & 3).tolist() == [1] * len(grads)
+    assert entries.records(table.tensors, [x.clone() for x in grads]) is not outgoing
+    as_fp32 = entries.records(table.tensors, [x.float() for x in grads])
+    assert (as_fp32[:, 7] & 3).tolist() == [0] * len(grads) and (outgoing[:, 7] & 3).tolist() == [1] * len(grads)
 
 
 @pytest.mark.gpu

@@ -27,21 +27,21 @@ def test_a_second_capture_pins_no_memory(eager_call_between: bool, monkeypatch: 
     """An eager call between two captures restores what the first one took, though no gradient has moved since."""
     tensors = [[torch.zeros(5)] for _ in range(5)]
     table, grads = TensorTable(*tensors), [torch.zeros(5)]
-    found = table.on_device()
-    found.device = torch.device("cuda")
-    monkeypatch.setattr(found, "_pinned", Pinned)
+    entries = table.on_device()
+    entries.device = torch.device("cuda")
+    monkeypatch.setattr(entries, "_pin", Pinned)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: Pinned.capturing)
 
     def capture() -> None:
         moved = [torch.zeros(5)]
         with monkeypatch.context() as now:
             now.setattr(Pinned, "capturing", True)
-            assert found.records(table.tensors, moved)[0, 5] == moved[0].data_ptr()
+            assert entries.records(table.tensors, moved)[0, 5] == moved[0].data_ptr()
 
-    found.records(table.tensors, grads)
+    entries.records(table.tensors, grads)
     capture()
     if eager_call_between:
-        found.records(table.tensors, grads)
+        entries.records(table.tensors, grads)
         capture()
     else:
         with pytest.raises(AssertionError, match="while capturing"):

@@ -89,7 +89,7 @@ def test_a_point_without_the_variable_does_nothing(monkeypatch):
 
 
 def test_a_point_counts_its_visits(monkeypatch):
-    monkeypatch.setattr(crash_points, "_reached", crash_points.Counter())
+    monkeypatch.setattr(crash_points, "_counts", crash_points.Counter())
     monkeypatch.setenv(crash_points.VARIABLE, "renamed:3")
     assert [crash_points.about_to_crash("renamed") for _ in range(4)] == [False, False, True, False]
     assert not crash_points.about_to_crash("pruning")

@@ -12,7 +12,7 @@ import pytest
 HEAD = "import signal, sys, os\nfrom fastmoco.process import interrupt\n"
 KILL = "os.kill(os.getpid(), signal.SIGINT)\nprint('still here')\n"
 SILENT = "interrupt.end_silently()\n"
-CAUGHT = "try:\n    with interrupt.raised():\n        os.kill(os.getpid(), signal.SIGINT)\n"
+CAUGHT = "try:\n    with interrupt.as_exceptions():\n        os.kill(os.getpid(), signal.SIGINT)\n"
 CAUGHT += "except KeyboardInterrupt:\n    print('raised')\n"
 
 
@@ -38,9 +38,9 @@ def end(code: str, first: signal.Handlers = signal.SIG_DFL) -> tuple[int, str, b
     ],
 )
 def test_when_it_ends_the_process_and_how(code: str, expected: tuple[int, str, bool]) -> None:
-    code, said, spilled = end(code)
+    code, output, spilled = end(code)
     # What was printed before is lost with the buffer where the signal ends the process.
-    assert (code, spilled) == (expected[0], expected[2]) and (said == expected[1] or not spilled)
+    assert (code, spilled) == (expected[0], expected[2]) and (output == expected[1] or not spilled)
 
 
 def test_ignored_it_stays_ignored() -> None:
@@ -51,11 +51,11 @@ def test_another_thread_changes_no_handler() -> None:
     from fastmoco.process import interrupt
 
     def work() -> None:
-        with interrupt.raised():
-            seen.append(signal.getsignal(signal.SIGINT))
+        with interrupt.as_exceptions():
+            records.append(signal.getsignal(signal.SIGINT))
 
-    before, seen = signal.getsignal(signal.SIGINT), []
+    before, records = signal.getsignal(signal.SIGINT), []
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == [before]
+    assert records == [before]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fastmoco.process import interrupt
-from fastmoco.process.stop import STOPPED, heeded, note_saved, unsaved_code
+from fastmoco.process.stop import STOPPED, not_ignored, note_saved, unsaved_code
 from fastmoco.process.supervise import _after_signal, first, summary
 from fastmoco.runs import checkpoint
 from fastmoco.runs.lines import read_lines
@@ -92,9 +92,9 @@ def test_what_nohup_ignores_stays_ignored():
         for number in interrupt.SIGNALS:  # whatever these tests were started under
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        assert signal.SIGHUP not in heeded(interrupt.SIGNALS) and signal.SIGTERM in heeded(interrupt.SIGNALS)
+        assert signal.SIGHUP not in not_ignored(interrupt.SIGNALS) and signal.SIGTERM in not_ignored(interrupt.SIGNALS)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        assert heeded(interrupt.SIGNALS) == list(interrupt.SIGNALS)
+        assert not_ignored(interrupt.SIGNALS) == list(interrupt.SIGNALS)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -123,8 +123,8 @@ def test_a_rank_that_nccl_ended_is_no_culprit():
 
     aborted = ProcessFailure(1, 12, -signal.SIGABRT, "")
     for code in (124, 3):
-        found = {0: ProcessFailure(0, 11, code, ""), 1: aborted}
-        assert first(found) == 0 and summary(found).startswith("rank 0 (process 11")
+        failures = {0: ProcessFailure(0, 11, code, ""), 1: aborted}
+        assert first(failures) == 0 and summary(failures).startswith("rank 0 (process 11")
     assert "gave up waiting" in summary({1: aborted})
     segfault = {0: ProcessFailure(0, 11, 124, ""), 1: ProcessFailure(1, 12, -signal.SIGSEGV, "")}
     assert first(segfault) == 1  # the control
@@ -144,6 +144,6 @@ def test_a_stop_request_is_noticed_inside_a_long_operation():
         "    hashlib.pbkdf2_hmac('sha256', b'x', b'y', 100_000_000)\n"
     )
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 124 and "no progress" in done.stderr, done.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 124 and "no progress" in result.stderr, result.stderr
     assert time.monotonic() - began < 30  # the operation takes a minute

@@ -64,7 +64,7 @@ SITUATIONS = {  # where the signal comes, at which visit, and the step after whi
 QUICK = {"in the first step", "while the thread writes"}
 
 
-def ended(process: subprocess.Popen, told: Path) -> tuple[int, float, float]:
+def wait_for(process: subprocess.Popen, told: Path) -> tuple[int, float, float]:
     """Exit code of a program that asks itself, and the seconds from the signal to its end: wall clock, processor."""
     _, status, used = os.wait4(process.pid, 0)
     end = time.monotonic()
@@ -110,7 +110,7 @@ def test_a_signal_is_honoured_within_a_step_wherever_it_comes(situation, flags, 
     ]
     asking = [sys.executable, "-c", ASKING, tmp_path / "told", place, name, str(visit), str(int(number)), *command]
     process = subprocess.Popen(asking, start_new_session=True)
-    code, wall, processor = ended(process, tmp_path / "told")
+    code, wall, processor = wait_for(process, tmp_path / "told")
     print(f"{signal.Signals(number).name} {situation}: {wall:.2f} s wall clock, {processor:.2f} s of processor time")
     assert code == (stop.unsaved_code(number) if visit == "twice" else 143)
     assert processor < 3 and wall < (3 if quiet else 15) and left_of(process.pid) == []
@@ -170,10 +170,10 @@ def test_a_second_signal_ends_the_process_and_an_echo_does_not(pause, code, in_f
 def test_each_signal_is_a_request_and_the_handlers_are_put_back(number):
     started_under = signal.signal(number, signal.SIG_DFL)  # nohup and a shell's background ignore some
     try:
-        with stop_on_signal() as asked:
-            assert not asked
+        with stop_on_signal() as stop_request:
+            assert not stop_request
             signal.raise_signal(number)
-            assert asked and asked.signal == number
+            assert stop_request and stop_request.signal == number
         assert signal.getsignal(number) is signal.SIG_DFL
     finally:
         signal.signal(number, started_under)
@@ -189,10 +189,10 @@ def vote(parallel: Parallel, every: int, wished_at: int, calls: int) -> tuple[li
 
     Parallel.mean = mean
     ballot = Vote(parallel, every)
-    found = [ballot.cast(parallel.rank == 1 and call == wished_at, False) for call in range(calls)]
+    answers = [ballot.cast(parallel.rank == 1 and call == wished_at, False) for call in range(calls)]
     Parallel.mean = plain
-    assert not any(second for _, second in found)
-    return [call for call, (first, _) in enumerate(found) if first], len(asked)
+    assert not any(second for _, second in answers)
+    return [call for call, (first, _) in enumerate(answers) if first], len(asked)
 
 
 def test_one_ranks_wish_counts_for_all_at_one_step(run_ranks):
@@ -213,10 +213,10 @@ def test_how_often_ranks_vote_follows_from_the_device():
 def test_an_echo_is_measured_from_the_first(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(stop.time, "monotonic", lambda: now[0])
-    ended = []
-    monkeypatch.setattr(stop.os, "_exit", ended.append)
-    asked = StopRequest()
+    exits = []
+    monkeypatch.setattr(stop.os, "_exit", exits.append)
+    stop_request = StopRequest()
     for moment, expected in ((100.0, []), (100.4, []), (100.6, [1])):
         now[0] = moment
-        asked.receive(signal.SIGTERM, None)
-        assert ended == expected  # 143 would say that it has saved
+        stop_request.receive(signal.SIGTERM, None)
+        assert exits == expected  # 143 would say that it has saved

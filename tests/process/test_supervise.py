@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from fastmoco.options import restarted
+from fastmoco.options import is_restart
 from fastmoco.process import supervise
 from fastmoco.process.watchdog import STUCK
 
@@ -20,16 +20,16 @@ def failure(code: int, message: str = "", timestamp: int = 0) -> ProcessFailure:
         path = Path(folder, "error.json")
         if message:
             path.write_text(json.dumps({"message": {"message": message, "extraInfo": {"timestamp": timestamp}}}))
-        found = ProcessFailure(local_rank=0, pid=7, exitcode=code, error_file=str(path))
-    found.timestamp = timestamp
-    return found
+        process_failure = ProcessFailure(local_rank=0, pid=7, exitcode=code, error_file=str(path))
+    process_failure.timestamp = timestamp
+    return process_failure
 
 
 LOST = failure(1, "RuntimeError: Connection closed by peer\nand more", 5)
 
 
 @pytest.mark.parametrize(
-    ("other", "blamed", "code", "said"),
+    ("other", "culprits", "code", "message"),
     [
         (failure(-signal.SIGKILL, timestamp=9), 1, 1, "was killed by SIGKILL: perhaps the machine ran out of memory"),
         (failure(-signal.SIGSEGV, timestamp=9), 1, 1, "was killed by SIGSEGV"),
@@ -42,13 +42,13 @@ LOST = failure(1, "RuntimeError: Connection closed by peer\nand more", 5)
     ],
 )
 def test_the_cause_is_told_from_its_consequences(
-    other: ProcessFailure, blamed: int, code: int, said: str, capsys: pytest.CaptureFixture
+    other: ProcessFailure, culprits: int, code: int, message: str, capsys: pytest.CaptureFixture
 ) -> None:
     both = {0: LOST, 1: other}
-    assert supervise.first(both) == blamed and supervise.report(both) == code
+    assert supervise.first(both) == culprits and supervise.report(both) == code
     line = capsys.readouterr().err
-    assert line.startswith(f"fastmoco: error: rank {blamed} (process 7 on ") and line.count("\n") == 1
-    assert said in line and line.endswith(f"; then rank {1 - blamed} failed too\n")
+    assert line.startswith(f"fastmoco: error: rank {culprits} (process 7 on ") and line.count("\n") == 1
+    assert message in line and line.endswith(f"; then rank {1 - culprits} failed too\n")
 
 
 def test_one_rank_alone() -> None:
@@ -56,16 +56,16 @@ def test_one_rank_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stopped", "code", "said"),
+    ("stopped", "code", "message"),
     [
         ({}, 1, "the launchers of the other machines have ended or cannot be reached (The store has failed): read"),
         ({77: 5}, STUCK, f"rank 5 (process 77 on {socket.gethostname()}) was stopped (SIGSTOP)"),
     ],
 )
-def test_a_machine_that_is_left_alone(stopped: dict, code: int, said: str, capsys: pytest.CaptureFixture) -> None:
-    assert supervise.parted(RuntimeError("The store has failed. See inner exception."), stopped) == code
+def test_a_machine_that_is_left_alone(stopped: dict, code: int, message: str, capsys: pytest.CaptureFixture) -> None:
+    assert supervise.report_parting(RuntimeError("The store has failed. See inner exception."), stopped) == code
     line = capsys.readouterr().err
-    assert line.startswith(f"fastmoco: error: {said}") and line.count("\n") == 1
+    assert line.startswith(f"fastmoco: error: {message}") and line.count("\n") == 1
 
 
 def test_a_process_in_the_place_of_another_knows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,10 +74,10 @@ def test_a_process_in_the_place_of_another_knows_it(tmp_path: Path, monkeypatch:
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
     for rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", rank)
-        assert not restarted() and not restarted()
+        assert not is_restart() and not is_restart()
     monkeypatch.setattr("os.getpid", lambda: -1)
-    assert restarted() and restarted()
+    assert is_restart() and is_restart()
     monkeypatch.setenv("LOCAL_RANK", "2")
-    assert not restarted()
+    assert not is_restart()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert restarted()
+    assert is_restart()

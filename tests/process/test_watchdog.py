@@ -30,9 +30,9 @@ def hold_the_lock() -> None:
 def test_a_stuck_process_ends_with_a_code_of_its_own_and_its_stacks(in_fork, tmp_path):
     began = time.monotonic()
     assert in_fork(sleep_in_a_step) == STUCK == 124
-    said = (tmp_path / "said").read_text()
-    assert time.monotonic() - began < 5 and "no progress" in said
-    assert "sleep_in_a_step" in said and "Current thread" in said and said.count("Thread 0x") >= 1
+    output = (tmp_path / "said").read_text()
+    assert time.monotonic() - began < 5 and "no progress" in output
+    assert "sleep_in_a_step" in output and "Current thread" in output and output.count("Thread 0x") >= 1
 
 
 def test_so_does_one_that_holds_the_interpreters_lock(in_fork, tmp_path):
@@ -41,17 +41,17 @@ def test_so_does_one_that_holds_the_interpreters_lock(in_fork, tmp_path):
 
 
 def test_who_moves_is_left_alone_and_so_is_the_slow_first_step():
-    ended = []
-    with Watchdog(0.2, StopRequest(), ended.append) as dog:
+    exits = []
+    with Watchdog(0.2, StopRequest(), exits.append) as dog:
         time.sleep(0.4)  # compiling
         for _ in range(6):
             dog.beat()
             time.sleep(0.1)
-    assert not ended
-    with Watchdog(0.2, StopRequest(), ended.append) as dog:
+    assert not exits
+    with Watchdog(0.2, StopRequest(), exits.append) as dog:
         dog.beat()
         time.sleep(0.5)
-    assert ended == [STUCK]
+    assert exits == [STUCK]
 
 
 @pytest.mark.parametrize(
@@ -61,15 +61,15 @@ def test_who_moves_is_left_alone_and_so_is_the_slow_first_step():
 def test_a_stop_request_shortens_the_wait(monkeypatch, environment, saving, expected):
     """For a step; the last state may take its time, unless torchrun is about to kill."""
     monkeypatch.setattr(watchdog, "STOP_SECONDS", 0.3)
-    ended, asked = [], StopRequest()
+    exits, calls = [], StopRequest()
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with Watchdog(2.0, asked, ended.append) as dog:
+    with Watchdog(2.0, calls, exits.append) as dog:
         dog.beat()
         dog.saving = saving
-        asked.receive(signal.SIGTERM, None)
+        calls.receive(signal.SIGTERM, None)
         time.sleep(0.8)
-    assert ended == expected
+    assert exits == expected
 
 
 def test_who_waits_for_others_is_more_patient(monkeypatch, tmp_path):
@@ -77,14 +77,14 @@ def test_who_waits_for_others_is_more_patient(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     folder = tmp_path / "torch" / "distributed"
     folder.mkdir(parents=True)
-    ended, source = [], "import time\ndef wait():\n    time.sleep(0.6)\n"
+    exits, source = [], "import time\ndef wait():\n    time.sleep(0.6)\n"
     for path, expected in ((folder / "waits.py", []), (tmp_path / "works.py", [STUCK])):
         space = {}
         exec(compile(source, str(path), "exec"), space)
-        with Watchdog(0.2, StopRequest(), ended.append) as dog:
+        with Watchdog(0.2, StopRequest(), exits.append) as dog:
             dog.beat()
             space["wait"]()
-        assert ended == expected
+        assert exits == expected
 
 
 def test_no_watchdog():
@@ -94,10 +94,10 @@ def test_no_watchdog():
 
 
 def test_an_end_that_is_caught_leaves_no_timer_that_ends_the_process_later(monkeypatch):
-    armed, ended = [], []
+    armed, exits = [], []
     monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *_, **__: armed.append(True))
     monkeypatch.setattr(watchdog.faulthandler, "cancel_dump_traceback_later", armed.clear)
     monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda *_, **__: None)
-    with Watchdog(0.05, StopRequest(), ended.append):
+    with Watchdog(0.05, StopRequest(), exits.append):
         time.sleep(1)
-    assert ended == [watchdog.STUCK] and not armed
+    assert exits == [watchdog.STUCK] and not armed

@@ -32,18 +32,18 @@ def state(step: int) -> dict[str, torch.Tensor]:
     }
 
 
-def assert_same(found: dict, expected: dict) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+        assert actual[name].dtype == value.dtype and torch.equal(actual[name], value), name
 
 
 def test_what_is_saved_comes_back(tmp_path):
     path = checkpoint.save(tmp_path, 7, state(7), META)
     assert path.name == "step_00000007" and checkpoint.latest(tmp_path) == path
-    loaded = checkpoint.load(path)
-    assert loaded.step == 7 and loaded.meta["recipe"] == META["recipe"]
-    assert_same(loaded.state, state(7))
+    content = checkpoint.load(path)
+    assert content.step == 7 and content.meta["recipe"] == META["recipe"]
+    assert_same(content.state, state(7))
     assert (tmp_path / "checkpoints/latest/model.safetensors").stat().st_size > 0
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["step"] == 7 and manifest["versions"]["torch"] == torch.__version__
@@ -122,9 +122,9 @@ def test_the_one_before_is_used_and_the_damaged_one_set_aside(tmp_path, name, ho
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[: 0 if how == "emptied" else -1])
-    said = []
-    assert checkpoint.latest(tmp_path, said.append) == good
-    assert len(said) == 1 and name in said[0] and "step_00000004.damaged" in said[0]
+    messages = []
+    assert checkpoint.latest(tmp_path, messages.append) == good
+    assert len(messages) == 1 and name in messages[0] and "step_00000004.damaged" in messages[0]
     assert not bad.exists() and bad.with_name("step_00000004.damaged").exists()
     assert checkpoint.save(tmp_path, 4, state(4), META) == checkpoint.latest(tmp_path)
 
@@ -132,9 +132,9 @@ def test_the_one_before_is_used_and_the_damaged_one_set_aside(tmp_path, name, ho
 def test_no_good_checkpoint_is_an_error_with_every_reason(tmp_path):
     for step in (3, 4):
         flip(checkpoint.save(tmp_path, step, state(step), META) / "state.pt", 100)
-    with pytest.raises(CheckpointError, match=r"step_00000004 \(state.pt.*step_00000003 \(state.pt") as caught:
+    with pytest.raises(CheckpointError, match=r"step_00000004 \(state.pt.*step_00000003 \(state.pt") as error:
         checkpoint.latest(tmp_path)
-    assert caught.value.exit_code == 3
+    assert error.value.exit_code == 3
     with pytest.raises(CheckpointError, match="damaged"):  # and it stays one: a run must not start over silently
         checkpoint.latest(tmp_path)
 
@@ -189,17 +189,17 @@ def test_250_of_250_damages_are_noticed_and_the_one_before_is_used(tmp_path):
     """The control: of the flips in the tensors, torch.load and safetensors notice none."""
     good = checkpoint.save(tmp_path, 3, state(3), META)
     bad = checkpoint.save(tmp_path, 4, state(4), META)
-    noticed = 0
+    hits = 0
     for file, data in flips_and_cuts(bad, 200, 50):
         whole = file.read_bytes()
         file.write_bytes(data)
-        said = []
-        noticed += checkpoint.latest(tmp_path, said.append) == good and file.name in said[0]
+        messages = []
+        hits += checkpoint.latest(tmp_path, messages.append) == good and file.name in messages[0]
         aside = bad.with_name(bad.name + ".damaged")
         aside.rename(bad)
         file.write_bytes(whole)
-    print(f"{noticed} of 250 noticed")
-    assert noticed == 250 and checkpoint.latest(tmp_path) == bad
+    print(f"{hits} of 250 noticed")
+    assert hits == 250 and checkpoint.latest(tmp_path) == bad
 
 
 def test_torch_and_safetensors_notice_no_flip_in_the_tensors(tmp_path):

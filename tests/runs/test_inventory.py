@@ -30,8 +30,10 @@ def test_verify_reads_every_byte_and_changes_nothing(run, capsys):
     assert "step_00000004  damaged: state.pt has" in capsys.readouterr().out
     spoil(run, 3)
     assert main(["checkpoint", "verify", str(run)]) == 3
-    said = capsys.readouterr().out
-    assert "step_00000003  damaged" in said and "step_00000004  damaged" in said and sorted(run.rglob("*")) == before
+    output = capsys.readouterr().out
+    assert (
+        "step_00000003  damaged" in output and "step_00000004  damaged" in output and sorted(run.rglob("*")) == before
+    )
 
 
 def test_list_shows_what_is_there_and_what_was_set_aside(run, capsys):
@@ -47,5 +49,5 @@ def test_list_shows_what_is_there_and_what_was_set_aside(run, capsys):
 def test_a_run_without_checkpoints_is_wrong_use(command, tmp_path, capsys):
     assert main(["checkpoint", command, str(tmp_path)]) == 2
     assert main(["checkpoint", command, str(tmp_path / "none")]) == 2
-    said = capsys.readouterr().err
-    assert "no checkpoint yet" in said and "does not exist" in said
+    output = capsys.readouterr().err
+    assert "no checkpoint yet" in output and "does not exist" in output

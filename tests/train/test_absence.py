@@ -116,10 +116,10 @@ def unreadable(count: int, total: int):
 
 @pytest.mark.parametrize("loss", ["the folder", "every file", "every read"])
 def test_images_that_go_while_a_run_reads_stop_it_without_a_record(loss, recipe, copy, tmp_path, monkeypatch):
-    found = scan(copy / "train", cache=False)
-    kept = Quarantine(found, tmp_path / quarantine.NAME, max_share=1.0)
-    plan = Plan(recipe, found.sizes)
-    with Loader(found, plan, Parallel(), range(100), quarantine=kept) as batches:
+    images = scan(copy / "train", cache=False)
+    quarantine_ = Quarantine(images, tmp_path / quarantine.NAME, max_share=1.0)
+    plan = Plan(recipe, images.sizes)
+    with Loader(images, plan, Parallel(), range(100), quarantine=quarantine_) as batches:
         next(batches)
         if loss == "the folder":
             copy.rename(tmp_path / "unmounted")
@@ -127,21 +127,21 @@ def test_images_that_go_while_a_run_reads_stop_it_without_a_record(loss, recipe,
             for path in copy.rglob("*.jpg"):
                 path.unlink()
         else:
-            monkeypatch.setattr(type(found), "read", unreadable(1, 1))
-        with pytest.raises(DataError, match="none was noted as bad") as caught:
+            monkeypatch.setattr(type(images), "read", unreadable(1, 1))
+        with pytest.raises(DataError, match="none was noted as bad") as error:
             for _ in batches:
                 pass
-    assert caught.value.exit_code == 3 and not (tmp_path / quarantine.NAME).exists()
+    assert error.value.exit_code == 3 and not (tmp_path / quarantine.NAME).exists()
 
 
 def test_a_file_that_goes_is_still_quarantined(recipe, copy, tmp_path):
     """The control: one image of forty is missing, and the others are there."""
-    found = scan(copy / "train", cache=False)
-    (copy / "train" / found.paths[7]).unlink()
-    kept = Quarantine(found, tmp_path / quarantine.NAME, max_share=0.1)
-    with Loader(found, Plan(recipe, found.sizes), Parallel(), range(5), quarantine=kept) as batches:
+    images = scan(copy / "train", cache=False)
+    (copy / "train" / images.paths[7]).unlink()
+    quarantine_ = Quarantine(images, tmp_path / quarantine.NAME, max_share=0.1)
+    with Loader(images, Plan(recipe, images.sizes), Parallel(), range(5), quarantine=quarantine_) as batches:
         assert len(list(batches)) == 5
-    assert [record.file for record in kept.records()] == [found.paths[7]]
+    assert [record.file for record in quarantine_.records()] == [images.paths[7]]
 
 
 def spoil_val(data: Path, how: str) -> None:
@@ -227,11 +227,11 @@ def test_a_start_that_fails_leaves_no_folder_behind(recipe, images, tmp_path, mo
 
 def test_two_jobs_on_one_run_are_refused(recipe, images, tmp_path, capsys):
     pretrain_here(recipe, tmp_path / "run", images, stop_after=1, knn=False)
-    held = hold(tmp_path / "run")
+    lock = hold(tmp_path / "run")
     resume = ["pretrain", "demo", "--resume", f"--out={tmp_path / 'run'}", "--no-knn", "--stop-after=2", "--device=cpu"]
     assert main(resume) == 2
     assert "another process is training in" in capsys.readouterr().err
-    held.close()
+    lock.close()
     assert main(resume) == 0
 
 

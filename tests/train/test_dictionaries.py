@@ -37,17 +37,17 @@ RECIPES = {
 }
 
 
-def trained(data: Path, out: Path, name: str, **options: object) -> dict[str, torch.Tensor]:
-    given = {"data": data, "out": out, "knn": False, "threads": 1, "log_every": 1, **options}
-    pretrain(RECIPES[name], Options(**given), name)
+def train(data: Path, out: Path, name: str, **options: object) -> dict[str, torch.Tensor]:
+    settings = {"data": data, "out": out, "knn": False, "threads": 1, "log_every": 1, **options}
+    pretrain(RECIPES[name], Options(**settings), name)
     return checkpoint.load(checkpoint.latest(out)).state
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_run_that_is_cut_and_resumed_ends_with_the_same_bits(name: str, images: Path, tmp_path: Path) -> None:
-    whole = trained(images, tmp_path / "whole", name, stop_after=4)
-    trained(images, tmp_path / "cut", name, stop_after=2)
-    resumed = trained(images, tmp_path / "cut", name, stop_after=4, resume=True)
+    whole = train(images, tmp_path / "whole", name, stop_after=4)
+    train(images, tmp_path / "cut", name, stop_after=2)
+    resumed = train(images, tmp_path / "cut", name, stop_after=4, resume=True)
     assert whole.keys() == resumed.keys()
     assert [key for key, value in whole.items() if not torch.equal(value, resumed[key])] == []
     assert any(key == "bank" for key in whole) == (name == "bank")
@@ -63,7 +63,7 @@ def queries(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_evaluation_features_and_exports(name: str, images: Path, tmp_path: Path, capsys) -> None:
     """Of "simclr" also with batch norm in the head, of which the projection is made."""
     run = tmp_path / "run"
-    state = trained(images, run, name, stop_after=3)
+    state = train(images, run, name, stop_after=3)
     common = ["--device", "cpu", "--threads", "1"]
     assert main(["evaluate", "knn", str(run), "--k", "3", *common]) == 0
     for way in (["--fast"], [], ["--finetune"]):
@@ -100,7 +100,7 @@ def test_going_back_from_a_step_that_is_not_finite(name: str, images: Path, tmp_
     monkeypatch.setattr(Step, "step", spoiled)
     monkeypatch.setitem(RECIPES, name, replace(RECIPES[name], epochs=4))
     options = {"save_every": 2, "save_minutes": 0, "on_nonfinite": "rollback", "stop_after": 5}
-    state = trained(images, tmp_path / "run", name, **options)
+    state = train(images, tmp_path / "run", name, **options)
     assert json.loads((tmp_path / "run/summary.json").read_text())["rollbacks"] == 1
     assert all(value.isfinite().all() for value in state.values() if value.is_floating_point())
     if name == "bank":

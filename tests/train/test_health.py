@@ -45,15 +45,15 @@ def test_collapsed_keys_are_warned_of_once():
 def test_accuracy_at_chance_is_warned_of_once_there_are_enough_queries(share, expected):
     health = Health(RECIPE)
     assert health.warnings(line(top5=share), 10) == []  # 1000 queries: 5 hits by chance, too few to judge
-    found = [warning for _ in range(20) for warning in health.warnings(line(top5=share), 10)]
-    assert len(found) == expected and all("at chance" in warning for warning in found)
+    warnings_seen = [warning for _ in range(20) for warning in health.warnings(line(top5=share), 10)]
+    assert len(warnings_seen) == expected and all("at chance" in warning for warning in warnings_seen)
 
 
 def test_a_batch_is_judged_after_its_first_epoch_and_the_warm_up():
     recipe = replace(PRESETS["simclr-cifar"][1], warmup_epochs=3.0)
     for epoch, expected in ((0.9, 0), (2.0, 0), (3.1, 1)):
-        found = [text for _ in range(20) for text in Health(recipe).warnings(line(epoch=epoch, top5=0.0), 100)]
-        assert len(found) == 20 * expected and all("in batches of this size" in text for text in found)
+        warnings_seen = [text for _ in range(20) for text in Health(recipe).warnings(line(epoch=epoch, top5=0.0), 100)]
+        assert len(warnings_seen) == 20 * expected and all("in batches of this size" in text for text in warnings_seen)
 
 
 def test_skipping_gives_up_only_where_nothing_is_finite_for_long():
@@ -109,10 +109,10 @@ def train(parallel: Parallel, recipe, images, out, what: str, on_rank: int, poli
         stop_after=STEPS,
         on_nonfinite=policy,
     )
-    with spoiled(what, on_rank, parallel.rank), stop_on_signal() as asked:
+    with spoiled(what, on_rank, parallel.rank), stop_on_signal() as stop_request:
         run = Run(recipe, options, "custom", parallel)
         try:
-            return run.train(asked)
+            return run.train(stop_request)
         except NonFiniteError as error:
             return str(error)
 
@@ -157,12 +157,12 @@ def test_an_update_that_does_not_look_spoils_the_checkpoint(recipe, images, tmp_
 def test_a_step_that_is_not_finite_can_be_left_behind(policy, recipe, images, tmp_path, capsys):
     out = tmp_path / "run"
     summary = train(Parallel(), recipe, images, out, "input", 0, policy)
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert summary["steps"] == STEPS and summary["skipped_steps"] == (policy == "skip")
     assert summary["rollbacks"] == (policy == "rollback")
     assert checkpoint.latest(out).name == f"step_{STEPS:08d}" and finite(checkpoint.latest(out))
-    assert f"loss of rank 0 became infinite or NaN in step {BAD}" in said
-    assert ("its update was left out" if policy == "skip" else f"state after step 4, on with step {BAD + 1}") in said
+    assert f"loss of rank 0 became infinite or NaN in step {BAD}" in output
+    assert ("its update was left out" if policy == "skip" else f"state after step 4, on with step {BAD + 1}") in output
     log = read_lines(out / "log.jsonl")
     assert [line["step"] for line in log] == [7, 9] and all(math.isfinite(line["loss"]) for line in log)
 

@@ -14,7 +14,7 @@ from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS
 from fastmoco.runs.lines import Lines, read_lines, truncate
 from fastmoco.train.curves import draw_curves
-from fastmoco.train.expectation import chance_level, expectation, filled
+from fastmoco.train.expectation import chance_level, expectation, fill_level
 from fastmoco.train.metrics import BadStep, Meter, Pace, Stopwatch
 from fastmoco.train.monitor import Monitor
 
@@ -74,8 +74,8 @@ def read_two_steps(parallel: Parallel, bad: int):
 
 
 def test_lines_that_a_full_disk_refused_are_written_later(tmp_path, monkeypatch):
-    said = []
-    lines = Lines(tmp_path / "log.jsonl", said.append)
+    messages = []
+    lines = Lines(tmp_path / "log.jsonl", messages.append)
     lines.append({"step": 1})
     file = lines._file
 
@@ -90,7 +90,7 @@ def test_lines_that_a_full_disk_refused_are_written_later(tmp_path, monkeypatch)
     lines.append({"step": 4})
     lines.close()
     assert [each["step"] for each in read_lines(tmp_path / "log.jsonl")] == [1, 2, 3, 4]
-    assert len(said) == 1 and "No space left" in said[0]
+    assert len(messages) == 1 and "No space left" in messages[0]
 
 
 @pytest.mark.gpu
@@ -116,7 +116,7 @@ def test_the_share_of_data_wait(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     watch = Stopwatch()
-    watch.waited(1.0)
+    watch.add_wait(1.0)
     now[0] = 104.0
     assert watch.lap(pairs=200) == {"pairs_per_s": 50.0, "data_wait": 0.25}
     now[0] = 110.0
@@ -126,25 +126,25 @@ def test_the_share_of_data_wait(monkeypatch):
 
 
 def test_the_host_is_at_most_two_steps_ahead_of_a_gpu(monkeypatch):
-    waited, made = [], []
+    waits, calls = [], []
 
     class Event:
         def __init__(self, blocking: bool) -> None:
             assert blocking  # a waiting host spins otherwise, on a core that decodes images
-            made.append(self)
+            calls.append(self)
 
         def record(self) -> None: ...
 
         def synchronize(self) -> None:
-            waited.append(made.index(self) + 1)
+            waits.append(calls.index(self) + 1)
 
     monkeypatch.setattr("torch.cuda.Event", Event)
     pace, on_cpu = Pace(torch.device("cuda", 0)), Pace(torch.device("cpu"))
     for step in range(1, 6):
         pace.step()
         on_cpu.step()
-        assert waited == list(range(1, step - Pace.AHEAD + 1))
-    assert len(made) == 5
+        assert waits == list(range(1, step - Pace.AHEAD + 1))
+    assert len(calls) == 5
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path):
@@ -154,9 +154,9 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
     monitor.interval(line(10))
     monitor.knn({"step": 10, "top1": 51.25, "top5": 90.0, "classes": 10})
     monitor.close()
-    shown = stream.getvalue()
-    assert "\r" not in shown and len(shown.splitlines()) == 2
-    assert "step 10/20" in shown and "loss 5.000" in shown and "data wait 25%" in shown and "top-1 51.25%" in shown
+    output = stream.getvalue()
+    assert "\r" not in output and len(output.splitlines()) == 2
+    assert "step 10/20" in output and "loss 5.000" in output and "data wait 25%" in output and "top-1 51.25%" in output
     [logged] = read_lines(tmp_path / "log.jsonl")
     assert logged.pop("seconds") >= 0 and logged == line(10)
 
@@ -239,18 +239,18 @@ def test_each_dictionary_has_its_own_chance_and_expectation(preset, level, words
 
 
 def test_what_is_random_at_first_is_full_after_a_turn_an_epoch_or_at_once():
-    assert [filled(PRESETS["v1"][1], 100, step) for step in (0, 128, 256, 300)] == [0, 0.5, 1, 1]
-    assert [filled(PRESETS["bank"][1], 100, step) for step in (0, 50, 100, 300)] == [0, 0.5, 1, 1]
-    assert filled(PRESETS["simclr"][1], 100, 0) == 1
+    assert [fill_level(PRESETS["v1"][1], 100, step) for step in (0, 128, 256, 300)] == [0, 0.5, 1, 1]
+    assert [fill_level(PRESETS["bank"][1], 100, step) for step in (0, 50, 100, 300)] == [0, 0.5, 1, 1]
+    assert fill_level(PRESETS["simclr"][1], 100, 0) == 1
 
 
 def test_the_line_names_the_dictionary_that_fills(tmp_path):
-    for dictionary, said in (("queue", "queue 100%"), ("bank", "bank 100%"), ("batch", "data wait")):
+    for dictionary, message in (("queue", "queue 100%"), ("bank", "bank 100%"), ("batch", "data wait")):
         stream = io.StringIO()
         monitor = Monitor(tmp_path, total=40, dictionary=dictionary, stream=stream)
         monitor.interval(line(10))
         monitor.close()
-        assert said in stream.getvalue() and ("100%" in stream.getvalue()) == (dictionary != "batch")
+        assert message in stream.getvalue() and ("100%" in stream.getvalue()) == (dictionary != "batch")
 
 
 def test_tensorboard_gets_every_figure(tmp_path):

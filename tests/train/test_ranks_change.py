@@ -26,16 +26,16 @@ def go_on(parallel: Parallel, recipe: Recipe, data: Path, out: Path, stop: int) 
         data=data, out=out, resume=out.exists(), knn=False, stop_after=stop, log_every=1, threads=1, save_minutes=0
     )
     parallel.barrier()  # before any rank makes `out`
-    run, seen = Run(recipe, options, "custom", parallel), []
+    run, records = Run(recipe, options, "custom", parallel), []
     advance = run.advance
 
     def remember(batch: object, rate: float) -> object:
-        seen.append(batch.sample.tolist())
+        records.append(batch.sample.tolist())
         return advance(batch, rate)
 
     run.advance = remember
     run.train(StopRequest())
-    return seen
+    return records
 
 
 def legs(run_ranks: Callable, worlds: tuple[int, ...], recipe: Recipe, data: Path, out: Path) -> list[list[int]]:

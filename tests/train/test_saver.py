@@ -23,13 +23,13 @@ def state(step: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def said() -> list[str]:
+def messages() -> list[str]:
     return []
 
 
 @pytest.fixture
-def saver(tmp_path, said):
-    saver = Saver(tmp_path, 2, 0, said.append)
+def saver(tmp_path, messages):
+    saver = Saver(tmp_path, 2, 0, messages.append)
     yield saver
     saver.close()
 
@@ -46,9 +46,9 @@ def test_what_is_written_is_the_state_at_the_call(saver, tmp_path, monkeypatch):
     assert time.perf_counter() - began < 1 and checkpoint.latest(tmp_path) is None
     begin.set()
     saver.finish()
-    written = checkpoint.load(checkpoint.latest(tmp_path)).state
-    assert saver.good == 3 and all(torch.equal(written[name], value) for name, value in state(3).items())
-    assert not any(torch.equal(written[name], value) for name, value in live.items())
+    content = checkpoint.load(checkpoint.latest(tmp_path)).state
+    assert saver.good == 3 and all(torch.equal(content[name], value) for name, value in state(3).items())
+    assert not any(torch.equal(content[name], value) for name, value in live.items())
 
 
 def test_the_next_save_waits_for_the_one_before_and_memory_is_reused(saver, tmp_path):
@@ -61,12 +61,12 @@ def test_the_next_save_waits_for_the_one_before_and_memory_is_reused(saver, tmp_
     saver.finish()
     assert [path.name for path in checkpoint.steps(tmp_path)] == ["step_00000004", "step_00000005"]
     for step in (4, 5):
-        loaded = checkpoint.load(tmp_path / f"checkpoints/step_{step:08d}").state
-        assert all(torch.equal(loaded[name], value) for name, value in state(step).items())
+        content = checkpoint.load(tmp_path / f"checkpoints/step_{step:08d}").state
+        assert all(torch.equal(content[name], value) for name, value in state(step).items())
 
 
-def test_multiples_of_keep_every_stay(tmp_path, said):
-    saver = Saver(tmp_path, 2, 3, said.append)
+def test_multiples_of_keep_every_stay(tmp_path, messages):
+    saver = Saver(tmp_path, 2, 3, messages.append)
     for step in range(1, 9):
         saver.start(step, state(step), META)
     saver.finish()
@@ -111,10 +111,10 @@ def vanished(tmp_path: Path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("fault", [limited, no_rename, read_only, vanished])
-def test_a_disk_that_refuses_costs_a_warning_and_the_next_try_succeeds(fault, tmp_path, said):
+def test_a_disk_that_refuses_costs_a_warning_and_the_next_try_succeeds(fault, tmp_path, messages):
     run = tmp_path / "run"
     run.mkdir()
-    saver = Saver(run, 2, 0, said.append)
+    saver = Saver(run, 2, 0, messages.append)
     saver.start(1, state(1), META)
     saver.wait()
     with pytest.MonkeyPatch.context() as patch:
@@ -124,23 +124,23 @@ def test_a_disk_that_refuses_costs_a_warning_and_the_next_try_succeeds(fault, tm
             time.sleep(0.01)
         saver.check()
     getattr(patch, "callback", lambda: None)()
-    [warning] = said
+    [warning] = messages
     assert "step 2 could not be written" in warning and "last good checkpoint is of step 1" in warning
     newest = checkpoint.latest(run)
     assert newest.name == "step_00000001" and not list(newest.parent.glob("*.writing"))
     saver.start(3, state(3), META)
     saver.finish()
     saver.close()
-    assert checkpoint.latest(run).name == "step_00000003" and saver.good == 3 and len(said) == 1
+    assert checkpoint.latest(run).name == "step_00000003" and saver.good == 3 and len(messages) == 1
 
 
-def test_the_last_state_is_tried_again_and_then_the_run_ends_with_an_error(saver, tmp_path, said):
+def test_the_last_state_is_tried_again_and_then_the_run_ends_with_an_error(saver, tmp_path, messages):
     with pytest.MonkeyPatch.context() as patch:
         no_rename(tmp_path, patch)
         saver.start(7, state(7), META)
         with pytest.raises(SaveError, match="after step 7 could not be written.*No space.*no checkpoint.*--resume"):
             saver.finish()
-        assert len(said) == 2 and SaveError.exit_code == 1
+        assert len(messages) == 2 and SaveError.exit_code == 1
     saver.finish()  # the disk has room again: the copy is still there
     assert checkpoint.latest(tmp_path).name == "step_00000007"
 
@@ -171,14 +171,14 @@ def test_the_copy_of_a_gpu_state_waits_for_nothing(saver, tmp_path):
         torch.cuda.set_sync_debug_mode("default")
     assert not saver._writing.done()
     saver.finish()
-    written = checkpoint.load(checkpoint.latest(tmp_path)).state
-    assert all(torch.equal(written[name], value) for name, value in state(3).items())
+    content = checkpoint.load(checkpoint.latest(tmp_path)).state
+    assert all(torch.equal(content[name], value) for name, value in state(3).items())
 
 
-def test_a_run_that_is_gone_is_not_made_anew(saver, tmp_path, said):
+def test_a_run_that_is_gone_is_not_made_anew(saver, tmp_path, messages):
     """A folder in its place could lie on another disk, under a mount point."""
     shutil.rmtree(tmp_path)
     saver.start(1, state(1), META)
     saver.wait()
-    assert not tmp_path.exists() and "No such file" in said[0]
+    assert not tmp_path.exists() and "No such file" in messages[0]
     tmp_path.mkdir()

@@ -65,25 +65,25 @@ def forget(path: Path) -> None:
 def test_a_resnet50_run_resumes_in_five_seconds(cache, step, tmp_path):
     """Find the newest, hash every byte, read it, take it over: all that stands between a new process and its run."""
     expected = {name: value.clone() for name, value in step.state().items()}
-    written = checkpoint.save(tmp_path, 1, expected, META)
+    folder = checkpoint.save(tmp_path, 1, expected, META)
     parts: dict[str, list[float]] = {"verify": [], "read": [], "take over": [], "resume": []}
     for _ in range(ROUNDS):
         for value in step.state().values():
             value.zero_()
         if cache == "cold":
-            forget(written)
+            forget(folder)
         clocks = [time.perf_counter()]
         path = checkpoint.latest(tmp_path)
         clocks.append(time.perf_counter())
-        saved = checkpoint.load(path, verified=True)
+        content = checkpoint.load(path, verified=True)
         clocks.append(time.perf_counter())
-        step.load(saved.state)
+        step.load(content.state)
         clocks.append(time.perf_counter())
         for part, begin, end in zip(parts, (*clocks[:3], clocks[0]), (*clocks[1:], clocks[3]), strict=True):
             parts[part].append(end - begin)
         assert all(torch.equal(value, expected[name]) for name, value in step.state().items())
     print(
-        f"{cache} cache, {megabytes(written):.0f} MB: "
+        f"{cache} cache, {megabytes(folder):.0f} MB: "
         + ", ".join(f"{part} {spread(seconds)}" for part, seconds in parts.items())
     )
     assert statistics.median(parts["resume"]) < 5

@@ -45,10 +45,10 @@ def test_a_tracker_gets_every_figure_once(service, tmp_path):
     monitor.interval(LINE)
     monitor.knn({"step": 10, "top1": 55.0, "top5": 90.0})
     monitor.close()
-    (_, opened), figures, neighbours, (last,) = service.calls
-    assert (opened["project"], opened["name"], opened["resume"]) == ("fastmoco", "flowers", "allow")
-    assert opened["config"]["recipe"]["temperature"] == 0.2
-    assert opened.get("id") == ("flowers" if service.__name__ == "wandb" else None)
+    (_, files), figures, neighbours, (last,) = service.calls
+    assert (files["project"], files["name"], files["resume"]) == ("fastmoco", "flowers", "allow")
+    assert files["config"]["recipe"]["temperature"] == 0.2
+    assert files.get("id") == ("flowers" if service.__name__ == "wandb" else None)
     assert figures[1] == 10 and figures[2].items() >= {k: v for k, v in LINE.items() if k != "step"}.items()
     assert neighbours == ("log", 10, {"knn_top1": 55.0, "knn_top5": 90.0}) and last == "finish"
 
