@@ -28,8 +28,8 @@ from typing import BinaryIO, NamedTuple
 import torch
 
 from fastmoco.bench import gpu_plan, record_files, targets
-from fastmoco.bench.gpu_plan import GATE, ROOT, Part, Planned
-from fastmoco.bench.kernels import OURS, PROVIDED, Size
+from fastmoco.bench.gpu_plan import GATE, ROOT, Part, PlannedPart
+from fastmoco.bench.kernels import CASES, OURS, Size
 from fastmoco.bench.options import BenchGpuCheck
 from fastmoco.bench.record_files import Record
 from fastmoco.options import UsageError
@@ -67,18 +67,18 @@ def run(options: BenchGpuCheck) -> int:
     seconds, folder = 60 * options.minutes - TO_REPORT, options.records.resolve()
     stem = f"{date.today().isoformat()}-{_slug(needs_gpu)}"
     with tempfile.TemporaryDirectory() as scratch:
-        found = gpu_plan.select(
+        parts = gpu_plan.select(
             gpu_plan.parts(folder, stem, Path(scratch), options.rehearse), options.parts, options.skip
         )
-        missing = [part for part in found if not part.there]
-        there = [part for part in found if part.there]
-        planned, left = gpu_plan.fit(there, seconds)
-        print(gpu_plan.table(planned, left, missing, seconds), flush=True)
+        missing = [part for part in parts if not part.there]
+        there = [part for part in parts if part.there]
+        plan, rest = gpu_plan.fit(there, seconds)
+        print(gpu_plan.table(plan, rest, missing, seconds), flush=True)
         if options.dry_run:
             return 0
         # Asked to stop, it must still end the part that runs: that is in a session of its own.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        outcomes = carried_out(there, time.perf_counter() + seconds, Path(scratch))
+        outcomes = run_parts(there, time.perf_counter() + seconds, Path(scratch))
         outcomes += [Outcome(part, NOT_INSTALLED, 0.0, []) for part in missing]
         text = summary(outcomes)
         print(text, flush=True)
@@ -87,7 +87,7 @@ def run(options: BenchGpuCheck) -> int:
     return int(any(not harmless(item) for item in outcomes))
 
 
-def carried_out(parts: Sequence[Part], end: float, logs: Path) -> list[Outcome]:
+def run_parts(parts: Sequence[Part], end: float, logs: Path) -> list[Outcome]:
     """Run `parts`, each within its limit, until `end` of time.perf_counter; at last those that there is no room for.
 
     Before each one the plan is made anew, so that what one did not need of its limit gives the next ones longer forms.
@@ -99,25 +99,25 @@ def carried_out(parts: Sequence[Part], end: float, logs: Path) -> list[Outcome]:
         gate = next((item for item in outcomes if item.part.name == GATE), None)
         if gate is not None and gate.verdict != PASSED:
             return outcomes + [Outcome(part, NO_GATE, 0.0, []) for part in waiting]
-        left = end - time.perf_counter()
-        planned, _ = gpu_plan.fit(waiting, left)
-        if not planned and left < WORTH_STARTING:
+        rest = end - time.perf_counter()
+        plan, _ = gpu_plan.fit(waiting, rest)
+        if not plan and rest < WORTH_STARTING:
             return outcomes + [Outcome(part, NO_TIME, 0.0, []) for part in waiting]
-        one = planned[0] if planned else Planned(waiting[0], waiting[0].forms[0])
+        one = plan[0] if plan else PlannedPart(waiting[0], waiting[0].forms[0])
         waiting.pop(next(number for number, part in enumerate(waiting) if part is one.part))
-        outcomes.append(done(one, end, logs))
+        outcomes.append(run_part(one, end, logs))
     return outcomes
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
     """The tables of all records, of the targets as far as the gate lets them count, and of how each part ended."""
-    found = [record for item in outcomes for record in item.records]
+    records = [record for item in outcomes for record in item.records]
     verdicts = [f"| {item.part.name} | {item.verdict} | {item.seconds:.0f} |" for item in outcomes]
-    ended = ["| part | verdict | seconds |", "|---|---|---:|", *verdicts]
+    lines = ["| part | verdict | seconds |", "|---|---|---:|", *verdicts]
     late = [item.part.name for item in outcomes if unfinished(item)]
-    ended += ["", f"No time was left for: {', '.join(late)}."] if late else []
+    lines += ["", f"No time was left for: {', '.join(late)}."] if late else []
     gate = next((item.verdict for item in outcomes if item.part.name == GATE), "not run")
-    return "\n\n".join([record_files.table(found), targets.table(found, gate), "\n".join(ended)])
+    return "\n\n".join([record_files.table(records), targets.table(records, gate), "\n".join(lines)])
 
 
 def unfinished(outcome: Outcome) -> bool:
@@ -138,34 +138,34 @@ def in_short(outcomes: Sequence[Outcome]) -> str:
     return "VERDICTS: " + "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in parts_of.items())
 
 
-def done(planned: Planned, end: float, logs: Path) -> Outcome:
+def run_part(part_and_form: PlannedPart, end: float, logs: Path) -> Outcome:
     """Run a part until it ends, or its limit or the moment `end` of time.perf_counter has come; then nothing of it is
     left running. What it says is shown, and kept in `logs`."""
-    (part, form), started = planned, time.perf_counter()
+    (part, form), start = part_and_form, time.perf_counter()
     print(f"== {part.name}, at most {form.limit} s: {' '.join(form.command)}", flush=True)
-    limit = min(form.limit, end - started)
+    limit = min(form.limit, end - start)
     if limit <= 0:
         return Outcome(part, NO_TIME, 0.0, [])
     files = [] if part.record is None else [part.record, record_files.partial(part.record)]
-    before = {file: _written(file) for file in files}
-    verdict = _ended(form.command, limit, logs / f"{part.name}.log")
+    before = {file: _mtime(file) for file in files}
+    verdict = _run_command(form.command, limit, logs / f"{part.name}.log")
     if verdict is None:
         verdict = f"more than {limit:.0f} s" if limit == form.limit else f"{NO_TIME} after {limit:.0f} s"
     elif part.tests and verdict == PASSED and not tests_passed((logs / f"{part.name}.log").read_text(errors="replace")):
         verdict = NO_TEST
-    print(f"== {part.name}: {verdict}, {time.perf_counter() - started:.0f} s", flush=True)
+    print(f"== {part.name}: {verdict}, {time.perf_counter() - start:.0f} s", flush=True)
     if part.picture is not None and verdict == PASSED:
         part.picture[1].parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(*part.picture)
     # A file that was there before tells of another run.
-    written = [file for file in files if file.exists() and _written(file) != before[file]]
-    found = record_files.load(written[0]) if written else []
-    return Outcome(part, verdict, time.perf_counter() - started, found)
+    fresh = [file for file in files if file.exists() and _mtime(file) != before[file]]
+    records = record_files.load(fresh[0]) if fresh else []
+    return Outcome(part, verdict, time.perf_counter() - start, records)
 
 
-def tests_passed(said: str) -> int:
-    """How many tests passed, by the last line of pytest in what it `said`."""
-    counts = re.findall(r"\b(\d+) passed\b", said)
+def tests_passed(output: str) -> int:
+    """How many tests passed, by the last line of pytest in what it `output`."""
+    counts = re.findall(r"\b(\d+) passed\b", output)
     return int(counts[-1]) if counts else 0
 
 
@@ -182,9 +182,9 @@ def pack(archive: Path, outcomes: Sequence[Outcome], text: str, logs: Path) -> N
         if part.picture is not None and verdict == PASSED:
             files.append(part.picture[1])
     archive.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(archive, "w:gz") as packed:
+    with tarfile.open(archive, "w:gz") as tar:
         for file in files:
-            packed.add(file, file.name)
+            tar.add(file, file.name)
     print(f"{archive}: {len(files)} files", flush=True)
 
 
@@ -193,19 +193,19 @@ def exercise(device: torch.device) -> None:
     small = {"arch": "resnet18", "batch_size": 32, "crop_size": 40, "queue_size": 1000}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         size = Size(dataclasses.replace(PRESETS["v2"][1], **small), dtype)
-        for cases in PROVIDED.values():
+        for cases in CASES.values():
             for case in cases(size, device):
                 case.providers[OURS]()
 
 
-def _ended(command: Sequence[str], limit: float, log: Path) -> str | None:
+def _run_command(command: Sequence[str], limit: float, log: Path) -> str | None:
     """The verdict on `command`, or None where it took longer than `limit` seconds."""
     # A session of its own is a process group of its own, so that what the part has started can be ended with it.
     how = {"cwd": ROOT, "start_new_session": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with log.open("wb") as kept:
+    with log.open("wb") as file:
         process = subprocess.Popen(command, **how)
-        shown = threading.Thread(target=_shown, args=(process.stdout, kept), daemon=True)
-        shown.start()
+        copier = threading.Thread(target=_copy_output, args=(process.stdout, file), daemon=True)
+        copier.start()
         try:
             code = process.wait(timeout=limit)
             return PASSED if code == 0 else f"exit code {code}"
@@ -215,14 +215,14 @@ def _ended(command: Sequence[str], limit: float, log: Path) -> str | None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            shown.join(1)
+            copier.join(1)
 
 
-def _shown(said: BinaryIO, kept: BinaryIO) -> None:
+def _copy_output(output: BinaryIO, file: BinaryIO) -> None:
     with contextlib.suppress(ValueError):  # of a log that was closed: a process that left its group says more
-        for line in said:
-            kept.write(line)
-            kept.flush()
+        for line in output:
+            file.write(line)
+            file.flush()
             sys.stdout.write(line.decode(errors="replace"))
             sys.stdout.flush()
 
@@ -232,7 +232,7 @@ def _slug(on_gpu: bool) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _written(path: Path) -> int:
+def _mtime(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 

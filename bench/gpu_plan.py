@@ -72,43 +72,43 @@ class Part:
         return not self.needs or shutil.which(self.needs) is not None or _importable(self.needs)
 
 
-class Planned(NamedTuple):
+class PlannedPart(NamedTuple):
     """A part and the form of it that is to be run."""
 
     part: Part
     form: Form
 
 
-def fit(parts: Sequence[Part], seconds: float) -> tuple[list[Planned], list[Part]]:
+def fit(parts: Sequence[Part], seconds: float) -> tuple[list[PlannedPart], list[Part]]:
     """What is run within `seconds`, in order, and the parts for which there is no room."""
-    chosen: dict[str, int] = {}
+    choice: dict[str, int] = {}
     for part in parts:
         if part.forms[0].limit <= seconds:
-            chosen[part.name] = 0
+            choice[part.name] = 0
             seconds -= part.forms[0].limit
     for part in parts:
-        for number in range(1, len(part.forms) if part.name in chosen else 0):
-            more = part.forms[number].limit - part.forms[chosen[part.name]].limit
+        for number in range(1, len(part.forms) if part.name in choice else 0):
+            more = part.forms[number].limit - part.forms[choice[part.name]].limit
             if more <= seconds:
-                chosen[part.name] = number
+                choice[part.name] = number
                 seconds -= more
-    planned = [Planned(part, part.forms[chosen[part.name]]) for part in parts if part.name in chosen]
-    return planned, [part for part in parts if part.name not in chosen]
+    plan = [PlannedPart(part, part.forms[choice[part.name]]) for part in parts if part.name in choice]
+    return plan, [part for part in parts if part.name not in choice]
 
 
-def table(planned: Sequence[Planned], left: Sequence[Part], missing: Sequence[Part], seconds: float) -> str:
+def table(plan: Sequence[PlannedPart], rest: Sequence[Part], missing: Sequence[Part], seconds: float) -> str:
     """The plan as a Markdown table, with what there is no room for and what is not installed."""
     lines = ["| part | limit s | an H100 should need s | ends by s | command |", "|---|---:|---:|---:|---|"]
     end = 0
-    for part, form in planned:
+    for part, form in plan:
         end += form.limit
         words = " ".join("python" if word == sys.executable else word for word in form.command)
-        shown = words if len(words) <= 160 else words[:157] + "..."
-        lines.append(f"| {part.name} | {form.limit} | {form.expected} | {end} | `{shown}` |")
-    expected = sum(form.expected for _, form in planned)
+        text = words if len(words) <= 160 else words[:157] + "..."
+        lines.append(f"| {part.name} | {form.limit} | {form.expected} | {end} | `{text}` |")
+    expected = sum(form.expected for _, form in plan)
     lines += ["", f"The limits add up to {end} of {seconds:.0f} s, what an H100 should need to {expected} s."]
-    if left:
-        lines.append(f"Only if time is left: {', '.join(part.name for part in left)}.")
+    if rest:
+        lines.append(f"Only if time is left: {', '.join(part.name for part in rest)}.")
     if missing:
         lines.append(f"Not installed: {', '.join(f'{part.name} (needs {part.needs})' for part in missing)}.")
     return "\n".join(lines)
@@ -120,13 +120,13 @@ def select(parts: Sequence[Part], only: str, skip: str) -> list[Part]:
     UsageError, with the names that there are, where a word names none or nothing is left.
     """
     names = {part.name for part in parts}
-    wanted, unwanted = (tuple(word.strip() for word in words.split(",") if word.strip()) for words in (only, skip))
-    strange = [word for word in (*wanted, *unwanted) if word not in names]
-    found = [part for part in parts if (not wanted or part.name in wanted) and part.name not in unwanted]
-    if strange or not found:
+    keep, drop = (tuple(word.strip() for word in words.split(",") if word.strip()) for words in (only, skip))
+    strange = [word for word in (*keep, *drop) if word not in names]
+    selection = [part for part in parts if (not keep or part.name in keep) and part.name not in drop]
+    if strange or not selection:
         what = f"there is no part {strange[0]}" if strange else "no part is left"
         raise UsageError(f"{what}: the parts are {', '.join(part.name for part in parts)}")
-    return found
+    return selection
 
 
 def parts(records: Path, stem: str, scratch: Path, rehearse: bool = False) -> list[Part]:

@@ -269,7 +269,7 @@ def _practical(rows: Sequence[Row]) -> list[str]:
         f"{row.provider} {_number(row.bound or 0)} and {_between(row.extra['practical'])}" for row in practical
     )
     assumed = " That rate is assumed: nothing is published of this GPU." * any(
-        row.extra.get("assumed") for row in known
+        row.extra.get("assumed") for row in practical
     )
     what = "physical, and practical with convolutions at the rate that they reach"
     return ["", f"Bounds in pairs/s: {what}: {bounds}.{assumed}"]

@@ -15,7 +15,7 @@ from fastmoco.recipe import PUBLISHED_IMAGES, Recipe
 ON_A_CPU: dict[str, Any] = {"arch": "resnet18", "batch_size": 32, "crop_size": 112, "queue_size": 4096}
 
 
-def sized(recipe: Recipe, options: Bench | Profile, device: torch.device) -> Recipe:
+def at_size(recipe: Recipe, options: Bench | Profile, device: torch.device) -> Recipe:
     """`recipe` at the size that `options` ask for: left out, its own, and on a CPU no larger than ON_A_CPU.
 
     Recipes of small views are trained on CPUs as they are, so that they are measured so.
@@ -28,9 +28,9 @@ def sized(recipe: Recipe, options: Bench | Profile, device: torch.device) -> Rec
         small["batch_size"] = max(1, ON_A_CPU["batch_size"] // group) * group
         if recipe.dictionary == "batch":  # which has no queue
             small.pop("queue_size", None)
-    return dataclasses.replace(recipe, **small | given(options)).for_images(PUBLISHED_IMAGES)
+    return dataclasses.replace(recipe, **small | overrides(options)).for_images(PUBLISHED_IMAGES)
 
 
-def given(options: Bench | Profile) -> dict[str, Any]:
+def overrides(options: Bench | Profile) -> dict[str, Any]:
     """The sizes that `options` name."""
     return {name: getattr(options, name) for name in ON_A_CPU if getattr(options, name) is not None}

@@ -17,7 +17,7 @@ import torch
 
 from fastmoco.bench.baseline import plain_step
 from fastmoco.bench.journal import Journal
-from fastmoco.bench.record_files import Row, named
+from fastmoco.bench.record_files import Row, matches
 from fastmoco.bench.roofline import (
     ASSUMED_CONVOLUTION_RATES,
     CONVOLUTION_RATES,
@@ -72,19 +72,19 @@ def run(
     The journal has the rows after every round. A provider that fails is noted there and costs its own row.
     """
     journal = journal or Journal()
-    chosen = choose(providers(recipe, device), precision, group, only, skip)
+    selection = choose(providers(recipe, device), precision, group, only, skip)
     # First, while the memory is free and the process can still go without it.
-    machines = {p.precision: machine_at(device, p.precision) for p in chosen.values()}
-    speeds = {p.precision: convolution_rates(device, p.precision) for p in chosen.values()}
+    machines = {p.precision: machine_at(device, p.precision) for p in selection.values()}
+    speeds = {p.precision: convolution_rates(device, p.precision) for p in selection.values()}
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    row = functools.partial(_row, recipe, chosen, machines, speeds)
+    row = functools.partial(_row, recipe, selection, machines, speeds)
     calls: dict[str, Callable[[], object]] = {}
-    for name, provider in chosen.items():
+    for name, provider in selection.items():
         with journal.attempt(name):
             calls[name] = provider.start()
 
-    def failed(name: str, error: Exception) -> None:
+    def on_failure(name: str, error: Exception) -> None:
         calls.pop(name)  # and with it the memory
         journal.fail(name, error)
 
@@ -93,36 +93,38 @@ def run(
 
     if not calls:
         return []
-    times = interleave(calls, rounds=rounds, warmup=warmup, device=device, after_round=after_round, failed=failed)
+    times = interleave(
+        calls, rounds=rounds, warmup=warmup, device=device, after_round=after_round, on_failure=on_failure
+    )
     return [row(name, timing) for name, timing in times.items()]
 
 
-def choose(found: dict[str, Provider], precision: str, group: str, only: str, skip: str) -> dict[str, Provider]:
+def choose(available: dict[str, Provider], precision: str, group: str, only: str, skip: str) -> dict[str, Provider]:
     """The providers of `group` (the baseline is in each) and `precision`, with a word of `only` and none of `skip`.
 
     ValueError, with the names that there are, where nothing is left.
     """
-    baseline = _baseline(found)
-    chosen = {
+    baseline = _baseline(available)
+    selection = {
         name: provider
-        for name, provider in found.items()
+        for name, provider in available.items()
         if (group in ("all", provider.group) or name == baseline)
         and precision in ("", provider.precision)
-        and named(name, only)
-        and not (skip and named(name, skip))
+        and matches(name, only)
+        and not (skip and matches(name, skip))
     }
-    if not chosen:
-        raise ValueError(f"nothing to time is left: the providers are {'; '.join(found)}")
-    return chosen
+    if not selection:
+        raise ValueError(f"nothing to time is left: the providers are {'; '.join(available)}")
+    return selection
 
 
 def machine_at(device: torch.device, precision: str) -> Machine:
     """The ceilings of `device` for a precision of the step."""
-    found = measure_machine(device, WORK[precision], tf32=precision == "tf32")
+    machine = measure_machine(device, WORK[precision], tf32=precision == "tf32")
     if device.type == "cpu" and precision == "bf16":
         # Where fp32 is multiplied faster, `kernels.convolution` widens bf16 numbers to it.
-        found = dataclasses.replace(found, flops=max(found.flops, measure_machine(device, torch.float32).flops))
-    return found
+        machine = dataclasses.replace(machine, flops=max(machine.flops, measure_machine(device, torch.float32).flops))
+    return machine
 
 
 def pairs_bound(recipe: Recipe, machine: Machine, element_bytes: int, level: str = LEVEL) -> float:
@@ -142,9 +144,9 @@ def convolution_rates(device: torch.device, precision: str) -> tuple[float, ...]
     """Operations a second that convolutions reach on `device`: what roofline.py knows of the GPU, else measured."""
     if device.type == "cuda" and precision in ("bf16", "fp16"):
         gpu, rated = torch.cuda.get_device_name(device), CONVOLUTION_RATES | ASSUMED_CONVOLUTION_RATES
-        known = next((rates for name, rates in rated.items() if name in gpu), None)
-        if known is not None:
-            return known
+        row = next((rates for name, rates in rated.items() if name in gpu), None)
+        if row is not None:
+            return row
     dtypes = {WORK[precision]} | ({torch.float32} if device.type == "cpu" else set())  # as in `machine_at`
     with tf32(convolutions=precision == "tf32", products=False):
         return (max(measure_convolutions(device, dtype) for dtype in dtypes),)
@@ -168,7 +170,7 @@ def providers(recipe: Recipe, device: torch.device) -> dict[str, Provider]:
     )
     plain = "tf32" if on_gpu else "fp32"  # torch's own default for convolutions in fp32 is TF32, where there is any
     group = "more" if on_gpu else "core"
-    found = {
+    table = {
         f"published {plain}": Provider(published_step, plain, group=group),
         **_autocast(published_step, torch.bfloat16, "bf16", group),
         "fastmoco fp32": Provider(functools.partial(ours_step, "fp32"), "fp32", group=group),
@@ -180,7 +182,7 @@ def providers(recipe: Recipe, device: torch.device) -> dict[str, Provider]:
             for precision in ("fp32", "bf16")
         },
     }
-    return found | (_gpu_providers(published_step, ours_step) if on_gpu else {})
+    return table | (_gpu_providers(published_step, ours_step) if on_gpu else {})
 
 
 def _gpu_providers(published_step: Callable, ours_step: Callable) -> dict[str, Provider]:
@@ -295,13 +297,13 @@ def tf32(*, convolutions: bool, products: bool) -> Iterator[None]:
 
 def _row(
     recipe: Recipe,
-    chosen: dict[str, Provider],
+    selection: dict[str, Provider],
     machines: dict[str, Machine],
     speeds: dict[str, tuple[float, ...]],
     name: str,
     timing: Timing,
 ) -> Row:
-    _, precision, level, _ = chosen[name]
+    _, precision, level, _ = selection[name]
     bound = functools.partial(pairs_bound, recipe, machines[precision], WORK[precision].itemsize)
     config = config_of(recipe)
     rates = tuple(recipe.batch_size / sample for sample in timing.samples)
@@ -312,7 +314,7 @@ def _row(
         "practical": practical_bounds(recipe, machines[precision], speeds[precision], WORK[precision].itemsize),
         "assumed": speeds[precision] in ASSUMED_CONVOLUTION_RATES.values(),
     }
-    return Row("step", name, "pairs/s", rates, config, _baseline(chosen), bound(level), extra)
+    return Row("step", name, "pairs/s", rates, config, _baseline(selection), bound(level), extra)
 
 
 def config_of(recipe: Recipe) -> dict[str, object]:
@@ -323,8 +325,8 @@ def config_of(recipe: Recipe) -> dict[str, object]:
     return config | {recipe.dictionary: recipe.queue_size}
 
 
-def _baseline(chosen: dict[str, Provider]) -> str:
-    return next((name for name in BASELINES if name in chosen), next(iter(chosen)))
+def _baseline(selection: dict[str, Provider]) -> str:
+    return next((name for name in BASELINES if name in selection), next(iter(selection)))
 
 
 @functools.lru_cache

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastmoco import __version__, environment, recipe_file, usage
-from fastmoco.options import Pretrain, PretrainFlags, UsageError, check_places, restarted
+from fastmoco.options import Pretrain, PretrainFlags, UsageError, check_places, is_restart
 from fastmoco.process import interrupt
 from fastmoco.recipe import HARMLESS_ON_RESUME, PRESETS, UNUSED, Recipe, RecipeError
 
@@ -168,9 +168,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _stdout_is_gone() -> bool:
     # Whoever read, as in `| head`, has read enough.
-    watched = select.poll()
-    watched.register(sys.stdout.fileno(), 0)
-    if not any(events & select.POLLERR for _, events in watched.poll(0)):
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(events & select.POLLERR for _, events in poll.poll(0)):
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it leaves
     return True
@@ -181,7 +181,7 @@ def _main(argv: Sequence[str]) -> int:
     try:
         command, options = parse(argv)
         work = load(command.run)
-        with interrupt.raised():
+        with interrupt.as_exceptions():
             return work(options) or 0
     except SystemExit as stop:  # tyro's way out of --help and of a wrong flag
         return stop.code if isinstance(stop.code, int) else 2
@@ -210,7 +210,7 @@ def parse(argv: Sequence[str]) -> tuple[Command, Any]:
         raise SystemExit(0)
     chosen = pretrain_settings(preset, rest)
     # The first rank may have made RUN while the others are still here, or before it was restarted.
-    first = os.environ.get("RANK", "0") == "0" and not restarted()
+    first = os.environ.get("RANK", "0") == "0" and not is_restart()
     check_places(preset, chosen.options, is_main=first)
     return command, chosen
 
@@ -221,10 +221,10 @@ def pretrain_settings(preset: str, argv: Sequence[str]) -> Pretrain:
     if file is not None:
         argv = [*_of_file(file, preset), *argv]  # of a flag that is there twice the last one counts
     begun = PretrainFlags(recipe=_begun(PRESETS[preset][1], argv))
-    chosen = _flags(PretrainFlags, name, argv, begun)
-    if chosen.options.resume or _goes_on(chosen.options):
-        chosen = _resumed(preset, argv, chosen)
-    return Pretrain(preset, chosen.recipe, chosen.options)
+    settings = _flags(PretrainFlags, name, argv, begun)
+    if settings.options.resume or _goes_on(settings.options):
+        settings = _resume(preset, argv, settings)
+    return Pretrain(preset, settings.recipe, settings.options)
 
 
 def _begun(recipe: Recipe, argv: Sequence[str]) -> Recipe:
@@ -245,16 +245,16 @@ def _flags(kind: type, name: str, argv: Sequence[str], default: Any = None) -> A
     import tyro  # here, so that the launcher may import this module before anything is installed
 
     kwargs = {} if default is None else {"default": default}
-    said = io.StringIO()
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), _wide_enough():
+        with contextlib.redirect_stderr(errors), _wide_enough():
             return tyro.cli(kind, prog=f"{PROG} {name}", args=list(argv), config=style(), **kwargs)
     except SystemExit as stop:
         # tyro frames whatever a field's check says; one plain line is better, and its box stays for typing mistakes.
         ours = _cause(stop)
         if ours is not None:
             raise ours from None
-        sys.stderr.write(said.getvalue())
+        sys.stderr.write(errors.getvalue())
         raise
 
 
@@ -284,36 +284,36 @@ def _cause(error: BaseException | None) -> Exception | None:
     return error
 
 
-def _resumed(preset: str, argv: Sequence[str], chosen: PretrainFlags) -> PretrainFlags:
-    run = chosen.options.out
+def _resume(preset: str, argv: Sequence[str], settings: PretrainFlags) -> PretrainFlags:
+    run = settings.options.out
     assert run is not None, "--resume without --out is refused"
-    saved = _saved(run)
-    if saved["preset"] in PRESETS and saved["preset"] != preset:
-        raise UsageError(f"{run} was started with preset {saved['preset']}, not {preset}: give that one")
-    before = Recipe.from_dict(saved["recipe"])
+    facts = _facts(run)
+    if facts["preset"] in PRESETS and facts["preset"] != preset:
+        raise UsageError(f"{run} was started with preset {facts['preset']}, not {preset}: give that one")
+    before = Recipe.from_dict(facts["recipe"])
     # The run's own recipe takes the preset's place, so that the flags it was started with need not be repeated.
-    chosen = _flags(PretrainFlags, f"pretrain {preset}", argv, PretrainFlags(recipe=before))
-    if saved.get("images"):  # an imported run may know of none
-        chosen = dataclasses.replace(chosen, recipe=chosen.recipe.for_images(saved["images"]))
-    for name, (old, new) in before.differences(chosen.recipe).items():
+    settings = _flags(PretrainFlags, f"pretrain {preset}", argv, PretrainFlags(recipe=before))
+    if facts.get("images"):  # an imported run may know of none
+        settings = dataclasses.replace(settings, recipe=settings.recipe.for_images(facts["images"]))
+    for name, (old, new) in before.differences(settings.recipe).items():
         if name not in HARMLESS_ON_RESUME:
             raise UsageError(
                 f"{run} was started with {name} {old}, not {new}: leave the flag out, or start another run"
             )
     places: dict[str, Any] = {
-        key: Path(value) for key, value in saved["options"].items() if key in ("data", "val", "start_from") and value
+        key: Path(value) for key, value in facts["options"].items() if key in ("data", "val", "start_from") and value
     }
-    places |= {key: getattr(chosen.options, key) for key in ("data", "val") if getattr(chosen.options, key)}
-    if saved["options"].get("deterministic") == "on":  # or what was promised of the run would end here
+    places |= {key: getattr(settings.options, key) for key in ("data", "val") if getattr(settings.options, key)}
+    if facts["options"].get("deterministic") == "on":  # or what was promised of the run would end here
         places["deterministic"] = "on"
-    return PretrainFlags(dataclasses.replace(chosen.options, resume=True, **places), chosen.recipe)
+    return PretrainFlags(dataclasses.replace(settings.options, resume=True, **places), settings.recipe)
 
 
 def _goes_on(options: Any) -> bool:
-    return restarted() and options.out is not None and (options.out / "recipe.json").is_file()
+    return is_restart() and options.out is not None and (options.out / "recipe.json").is_file()
 
 
-def _saved(run: Path) -> dict[str, Any]:
+def _facts(run: Path) -> dict[str, Any]:
     path = run / "recipe.json"
     if not path.is_file():
         raise UsageError(f"{run} is no run to resume (it has no recipe.json): check --out, or leave --resume out")
@@ -358,7 +358,7 @@ def _overview(group: str = "") -> str:
 
 
 def _unknown(words: Sequence[str]) -> str:
-    given = " ".join(words)
+    command = " ".join(words)
     if not words:
         return f"no command was given: {PROG} --help lists them"
     groups = {name.split()[0] for name in COMMANDS}
@@ -367,13 +367,13 @@ def _unknown(words: Sequence[str]) -> str:
         if len(words) == 1:
             return f"{words[0]} needs one of {', '.join(seconds)} after it: {PROG} {words[0]} {seconds[0]}"
         near = difflib.get_close_matches(words[1], seconds, 1, 0.4)
-        return _nearest(given, [f"{words[0]} {near[0]}"] if near else [], f"{words[0]} takes {', '.join(seconds)}")
-    near = difflib.get_close_matches(given, COMMANDS, 1) or difflib.get_close_matches(words[0], sorted(groups), 1)
-    return _nearest(given, near, f"{PROG} --help lists the commands")
+        return _nearest(command, [f"{words[0]} {near[0]}"] if near else [], f"{words[0]} takes {', '.join(seconds)}")
+    near = difflib.get_close_matches(command, COMMANDS, 1) or difflib.get_close_matches(words[0], sorted(groups), 1)
+    return _nearest(command, near, f"{PROG} --help lists the commands")
 
 
-def _nearest(given: str, near: Sequence[str], otherwise: str) -> str:
-    return f"there is no command '{given}': " + (f"perhaps you meant '{near[0]}'" if near else otherwise)
+def _nearest(command: str, near: Sequence[str], otherwise: str) -> str:
+    return f"there is no command '{command}': " + (f"perhaps you meant '{near[0]}'" if near else otherwise)
 
 
 def load(name: str) -> Any:

@@ -140,8 +140,8 @@ def _launch_gradients(
     groups, channels, dual = moments.shape[1], x.shape[1], residual is not None
     first, second = plan(_sums_tiles(dual), x, groups), plan("batch_norm.gradient", x, groups)
     partial = x.new_empty((3 if dual else 2, groups, first.splits, channels), dtype=torch.float32)
-    grad_x, grad_residual, joined = _gradients_like(second_grad, x, y, residual)
-    masked = joined if joined.numel() else None
+    grad_x, grad_residual, masked_sum = _gradients_like(second_grad, x, y, residual)
+    masked = masked_sum if masked_sum.numel() else None
     vectors = (weight, bias, moments, residual, residual_weight, residual_bias, residual_moments)
     gradients, stages = (grad, second_grad), first.options["num_stages"]
     with torch.cuda.device_of(x):
@@ -163,16 +163,16 @@ def _launch_gradients(
             TRAINING=training,
             **second.options,
         )
-    return grad_x, grad_residual, joined, totals
+    return grad_x, grad_residual, masked_sum, totals
 
 
 def _gradients_like(
     second_grad: Tensor | None, x: Tensor, y: Tensor | None, residual: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Of x, of the dual form's residual, and the masked sum of the incoming gradients; empty where there is none.
-    wanted = (True, residual is not None, second_grad is not None or y is not None)
-    grad_x, grad_residual, joined = (torch.empty_like(x) if each else x.new_empty(0) for each in wanted)
-    return grad_x, grad_residual, joined
+    needs = (True, residual is not None, second_grad is not None or y is not None)
+    grad_x, grad_residual, masked_sum = (torch.empty_like(x) if each else x.new_empty(0) for each in needs)
+    return grad_x, grad_residual, masked_sum
 
 
 # Operators, for tracers. `moments` is fp32 [2, groups, C]: mean and 1 / sqrt(variance + eps).
@@ -228,10 +228,10 @@ def known_moments(
     if not training:
         return torch.stack([running[0], torch.rsqrt(running[1] + eps)])[:, None]
     with torch.no_grad():
-        given = (*(running or (None, None)), groups, momentum, eps)
+        arguments = (*(running or (None, None)), groups, momentum, eps)
         if is_traced(x):
-            return OPERATORS[by].statistics(x.detach(), *given)
-        moments = LAUNCHES[by].statistics(x, *given)
+            return OPERATORS[by].statistics(x.detach(), *arguments)
+        moments = LAUNCHES[by].statistics(x, *arguments)
         if running is not None:
             torch.autograd.graph.increment_version(running)
         return moments
@@ -239,12 +239,12 @@ def known_moments(
 
 def joined_gradients(grad: Tensor | None, second: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Two incoming gradients, the second of which may be missing, dense in the layout that the kernels take."""
-    given = [
+    grads = [
         g.contiguous(memory_format=torch.channels_last if g.dim() == 4 else torch.contiguous_format)
         for g in (grad, second)
         if g is not None
     ]
-    return (*given, None, None)[:2]
+    return (*grads, None, None)[:2]
 
 
 class _Apply(torch.autograd.Function):
@@ -270,9 +270,9 @@ class _Apply(torch.autograd.Function):
         if grad is None:
             return (None,) * 12
         call = _passes(ctx.by, grad).gradients
-        grad_x, grad_residual, joined, totals = call(grad, second, *ctx.saved_tensors, ctx.relu, ctx.training)
+        grad_x, grad_residual, masked_sum, totals = call(grad, second, *ctx.saved_tensors, ctx.relu, ctx.training)
         bias, weight, *residual_weight = totals.unbind()
-        side = (joined if joined.numel() else grad, None, None) if ctx.plain else (None, None, None)
+        side = (masked_sum if masked_sum.numel() else grad, None, None) if ctx.plain else (None, None, None)
         if residual_weight:  # a bias gradient of its own: both may be changed in place
             side = (grad_residual, residual_weight[0], bias.clone())
         return grad_x, weight, bias, None, *side, None, None, None, None, None
@@ -360,8 +360,8 @@ def _batch_norm_act(
     moments = known_moments(x, norm.running, groups, momentum, eps, training, by)
     side = (residual, None, None, None)
     if residual_norm is not None:
-        given = known_moments(residual, residual_norm.running, groups, momentum, eps, training, by)
-        side = (residual, residual_norm.weight, residual_norm.bias, given)
+        side_moments = known_moments(residual, residual_norm.running, groups, momentum, eps, training, by)
+        side = (residual, residual_norm.weight, residual_norm.bias, side_moments)
     y = _Apply.apply(x, norm.weight, norm.bias, moments, *side, relu, training, twice, by)
     return y if twice else (y,)
 
@@ -391,13 +391,13 @@ def cost(
         small = norms * (2 * groups + 4 + 2 * groups + 2)
         return element_size * elements * passes + 4 * channels * small, elements * (6 * norms + 2)
     by_output = plain and relu  # then the mask is read from y
-    joined = by_output or twice  # then the second pass reads the masked sum, which the first has written
-    first = 1 + twice + norms + by_output + joined
+    via_sum = by_output or twice  # then the second pass reads the masked sum, which the first has written
+    first = 1 + twice + norms + by_output + via_sum
     second = 1 + norms + norms
     # Both passes read the moments, the second weights and sums too. A recomputed mask takes weight and bias in the
     # first pass, and bias in the second where that recomputes it.
     recomputed = relu and not by_output
-    small = norms * (4 * groups + 1 + 2 * recomputed + (recomputed and not joined)) + (norms + 1) * (2 * groups + 1)
+    small = norms * (4 * groups + 1 + 2 * recomputed + (recomputed and not via_sum)) + (norms + 1) * (2 * groups + 1)
     return element_size * elements * (first + second) + 4 * channels * small, elements * (10 * norms + 2 + twice)
 
 

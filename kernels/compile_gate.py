@@ -194,14 +194,16 @@ def _serialized(ptx: str) -> bool:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
         source.write(ptx)
         source.flush()
-        done = subprocess.run([*command, source.name], capture_output=True, text=True, check=True)
-    return "wgmma.mma_async instructions are serialized" in done.stderr
+        result = subprocess.run([*command, source.name], capture_output=True, text=True, check=True)
+    return "wgmma.mma_async instructions are serialized" in result.stderr
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:
     search = {**os.environ, "PATH": f"{TOOLS}{os.pathsep}{os.environ.get('PATH', '')}"}
-    done = subprocess.run([TOOLS / "cuobjdump", option, cubin], capture_output=True, text=True, env=search, check=True)
-    return done.stdout
+    result = subprocess.run(
+        [TOOLS / "cuobjdump", option, cubin], capture_output=True, text=True, env=search, check=True
+    )
+    return result.stdout
 
 
 def faults(report: Report) -> list[str]:
@@ -209,21 +211,21 @@ def faults(report: Report) -> list[str]:
 
     At odd sizes, which no preset has at any encoder (tested), it may be slower, but must run.
     """
-    found = []
+    messages = []
     if (report.spill or report.stack) and not report.odd:
-        found.append(f"spills {report.spill} bytes (stack {report.stack})")
+        messages.append(f"spills {report.spill} bytes (stack {report.stack})")
     if not report.blocks:
-        found.append(f"does not fit a multiprocessor ({report.shared} bytes of shared memory)")
+        messages.append(f"does not fit a multiprocessor ({report.shared} bytes of shared memory)")
     if report.streaming and report.blocks == 1 and not report.odd:
-        found.append("streams with a single resident block per multiprocessor")
+        messages.append("streams with a single resident block per multiprocessor")
     instruction = NATIVE_MMA[report.arch]
     if report.native_mma and not report.mma[instruction]:
-        found.append(f"has no {instruction} instruction")
+        messages.append(f"has no {instruction} instruction")
     if report.waits_late:
-        found.append("touches memory before it waits for the kernel ahead of it")
+        messages.append("touches memory before it waits for the kernel ahead of it")
     if report.serialized:
-        found.append("has its wgmma instructions serialized")
-    return [f"sm_{report.arch} {report.name}: {fault}" for fault in found]
+        messages.append("has its wgmma instructions serialized")
+    return [f"sm_{report.arch} {report.name}: {fault}" for fault in messages]
 
 
 def kernel_modules() -> list[ModuleType]:
@@ -311,15 +313,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     architectures = ARCHITECTURES if options.arch == "all" else (int(options.arch),)
     reports = examine_all(architectures, only=options.only)
-    found = [fault for report in reports for fault in faults(report)]
+    messages = [fault for report in reports for fault in faults(report)]
     print(table(reports))
-    print(f"\n{len(reports)} variants, {len(found)} faults (triton {triton.__version__})", *found, sep="\n")
+    print(f"\n{len(reports)} variants, {len(messages)} faults (triton {triton.__version__})", *messages, sep="\n")
     if options.against:
         print("", changes(json.loads(options.against.read_text())["kernels"], reports), sep="\n")
     if options.json:
-        content = {"triton": triton.__version__, "kernels": [asdict(report) for report in reports], "faults": found}
+        content = {"triton": triton.__version__, "kernels": [asdict(report) for report in reports], "faults": messages}
         options.json.write_text(json.dumps(content, indent=1) + "\n")
-    return 1 if found else 0
+    return 1 if messages else 0
 
 
 if __name__ == "__main__":

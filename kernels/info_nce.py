@@ -54,9 +54,11 @@ class _Plan(NamedTuple):
     tiles_per_piece: int
 
 
-def _plan(n: int, size: int, dim: int, queue_dtype: torch.dtype, device: torch.device, left_out: bool = False) -> _Plan:
+def _plan(
+    n: int, size: int, dim: int, queue_dtype: torch.dtype, device: torch.device, exclusions: bool = False
+) -> _Plan:
     capability, processors = machine(device)
-    sweep = _sweep_tiles(dim, queue_dtype, capability, left_out)
+    sweep = _sweep_tiles(dim, queue_dtype, capability, exclusions)
     block_n, block_k, resident, chunk = sweep.block
     row_tiles, key_tiles, chunks = triton.cdiv(n, block_n), triton.cdiv(size, block_k), triton.cdiv(dim, chunk)
     tiles_per_piece = triton.cdiv(key_tiles, max(1, processors * resident // (row_tiles * chunks)))
@@ -65,11 +67,11 @@ def _plan(n: int, size: int, dim: int, queue_dtype: torch.dtype, device: torch.d
 
 
 def _sweep_tiles(
-    dim: int, queue_dtype: torch.dtype, capability: tuple[int, int] | int | None, left_out: bool = False
+    dim: int, queue_dtype: torch.dtype, capability: tuple[int, int] | int | None, exclusions: bool = False
 ) -> Tiles:
     entry = f"info_nce.{'fp32' if queue_dtype is torch.float32 else max(64, _padded(dim))}"
-    special = f"{entry}.left_out"
-    return tiles(special if left_out and special in TABLE else entry, capability)
+    special = f"{entry}.exclusions"
+    return tiles(special if exclusions and special in TABLE else entry, capability)
 
 
 def _padded(dim: int) -> int:
@@ -109,10 +111,10 @@ def _launch(
     queue: Tensor,
     temperature: float,
     device_temperature: Tensor | None,
-    left_out: Tensor | None = None,
+    exclusions: Tensor | None = None,
     key_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return launch(z_q, k, queue, temperature, device_temperature, left_out, key_ids)
+    return launch(z_q, k, queue, temperature, device_temperature, exclusions, key_ids)
 
 
 def launch(
@@ -121,7 +123,7 @@ def launch(
     queue: Tensor,
     temperature: float,
     device_temperature: Tensor | None = None,
-    left_out: Tensor | None = None,
+    exclusions: Tensor | None = None,
     key_ids: Tensor | None = None,
     normaliser: Tensor | None = None,
     key_scale: Tensor | None = None,
@@ -129,14 +131,14 @@ def launch(
     """Sweep and combine: loss [N], rank [N] and gradient [N, D].
 
     `normaliser` fp32 [N, 2] takes log2 of each row's sum and the share that the negatives have of it.
-    `left_out` int32 [2, N]: two keys that count for nothing in each row, by number, or by `key_ids` int32 [K].
+    `exclusions` int32 [2, N]: two keys that count for nothing in each row, by number, or by `key_ids` int32 [K].
     `key_scale` fp32 [K]: one over the keys' lengths, where they and `k` are no unit vectors; then the first of the two
     numbers that a row leaves out is its positive's.
     """
     (n, dim), size = z_q.shape, queue.shape[0]
-    plan = _plan(n, size, dim, queue.dtype, z_q.device, left_out is not None)
+    plan = _plan(n, size, dim, queue.dtype, z_q.device, exclusions is not None)
     on_device = device_temperature is not None
-    given = device_temperature if on_device else temperature
+    scalar = device_temperature if on_device else temperature
     running = _running_shift(queue.dtype, temperature, on_device)
     z_part = z_q.new_empty(plan.pieces, n, dtype=torch.float32)
     a_part = z_q.new_empty(plan.pieces, n, dim, dtype=torch.float32)
@@ -147,9 +149,9 @@ def launch(
     whole = size % plan.sweep.block[1] == 0
     constants = _sweep_constants(plan.sweep, dim, queue.dtype, whole=whole, on_device=on_device, running=running)
     partials = (z_part, a_part, rank_part, shift_part, positive)
-    keys = (queue, left_out, key_ids, None, key_scale)
-    sweep = (_operand(z_q, queue.dtype), k, *keys, given, *partials, n, size, plan.tiles_per_piece)
-    combine = (z_q, k, given, *partials, loss, rank, normaliser, gradient, n, plan.pieces)
+    keys = (queue, exclusions, key_ids, None, key_scale)
+    sweep = (_operand(z_q, queue.dtype), k, *keys, scalar, *partials, n, size, plan.tiles_per_piece)
+    combine = (z_q, k, scalar, *partials, loss, rank, normaliser, gradient, n, plan.pieces)
     with torch.cuda.device_of(z_q):
         kernels.sweep_kernel[(plan.row_tiles, plan.pieces, plan.chunks)](
             *sweep, **constants, **launch_options(plan.sweep)
@@ -165,22 +167,22 @@ def launch_columns(
     keys: Tensor,
     key_scale: Tensor,
     temperature: float,
-    left_out: Tensor,
+    exclusions: Tensor,
     key_log_z: Tensor,
     share: Tensor,
 ) -> Tensor:
     """Gradient fp32 [N, D] of the losses of `keys`, whose sums' log2 are `key_log_z` fp32 [K], with respect to z.
 
-    `left_out` names the positive, too, whose row's negatives have the `share` fp32 [N]; `key_scale` as in `launch`.
+    `exclusions` names the positive, too, whose row's negatives have the `share` fp32 [N]; `key_scale` as in `launch`.
     """
     (n, dim), size = z.shape, keys.shape[0]
-    plan = _plan(n, size, dim, keys.dtype, z.device, left_out=True)
+    plan = _plan(n, size, dim, keys.dtype, z.device, exclusions=True)
     a_part = z.new_empty(plan.pieces, n, dim, dtype=torch.float32)
     gradient = z.new_empty(z.shape, dtype=torch.float32)
     whole = size % plan.sweep.block[1] == 0
     constants = _sweep_constants(plan.sweep, dim, keys.dtype, whole=whole, on_device=False, running=False)
     unused = (None, a_part, None, None, None)
-    sweep = (_operand(z, keys.dtype), None, keys, left_out, None, key_log_z, key_scale, temperature, *unused)
+    sweep = (_operand(z, keys.dtype), None, keys, exclusions, None, key_log_z, key_scale, temperature, *unused)
     combine = _combine_constants(plan.combine, dim, constants)
     del combine["RUNNING"], combine["RAW_KEYS"]
     with torch.cuda.device_of(z):
@@ -209,7 +211,7 @@ _operator = torch.library.custom_op("fastmoco::info_nce", _launch, mutates_args=
 
 
 @_operator.register_fake
-def _(z_q, k, queue, temperature, device_temperature, left_out=None, key_ids=None):
+def _(z_q, k, queue, temperature, device_temperature, exclusions=None, key_ids=None):
     return _outputs(z_q)
 
 
@@ -217,9 +219,9 @@ class _InfoNCE(torch.autograd.Function):
     """The gradient comes with the loss; backward scales it."""
 
     @staticmethod
-    def forward(ctx, z_q, k, queue, *given):
+    def forward(ctx, z_q, k, queue, *rest):
         call = _operator if is_traced(z_q) else _launch
-        loss, rank, gradient = call(z_q.contiguous(), k.contiguous(), queue, *given)
+        loss, rank, gradient = call(z_q.contiguous(), k.contiguous(), queue, *rest)
         ctx.save_for_backward(gradient)
         ctx.dtype = z_q.dtype
         ctx.mark_non_differentiable(rank)
@@ -292,12 +294,12 @@ def info_nce(
     if not takes_kernel(impl, z_q.device, z_q.dtype, k.dtype, queue.dtype):
         return reference.info_nce(z_q, k, queue, temperature, row_ids, key_ids)
     device_temperature = temperature.detach().float() if isinstance(temperature, Tensor) else None
-    known = float(temperature) if device_temperature is None else 0.0
-    left_out = ids = None
+    host_temperature = float(temperature) if device_temperature is None else 0.0
+    exclusions = ids = None
     if row_ids is not None and key_ids is not None:
-        left_out = torch.stack([row_ids, torch.full_like(row_ids, -1)]).to(torch.int32)
+        exclusions = torch.stack([row_ids, torch.full_like(row_ids, -1)]).to(torch.int32)
         ids = key_ids.to(torch.int32)
-    return _InfoNCE.apply(z_q, k.detach(), queue.detach(), known, device_temperature, left_out, ids)
+    return _InfoNCE.apply(z_q, k.detach(), queue.detach(), host_temperature, device_temperature, exclusions, ids)
 
 
 def scratch_bytes(n: int, size: int, dim: int, queue_dtype: torch.dtype, device: torch.device, running: bool) -> int:
@@ -350,7 +352,7 @@ def _sweep_variant(
 ) -> Variant:
     row = _sweep_tiles(dim, dtype, arch)
     constants = _sweep_constants(row, dim, dtype, whole=whole, on_device=on_device, running=running)
-    constants |= dict.fromkeys(("left_out", "key_ids", "key_log_z", "key_scale"))
+    constants |= dict.fromkeys(("exclusions", "key_ids", "key_log_z", "key_scale"))
     types = dict.fromkeys(("z_q", "queue"), f"*{NAMES[dtype]}") | {
         "k": f"*{NAMES[k or dtype]}",
         "positive_out": "*fp32",
@@ -372,13 +374,13 @@ def sweep_variant_of_a_batch(
     k: torch.dtype | None = None,
 ) -> Variant:
     """The sweep that leaves keys out, by number or by `key_ids`; `columns`: with the keys' normalisers given."""
-    row, running = _sweep_tiles(dim, dtype, arch, left_out=True), dtype is torch.float16 and not columns
+    row, running = _sweep_tiles(dim, dtype, arch, exclusions=True), dtype is torch.float16 and not columns
     constants = _sweep_constants(row, dim, dtype, whole=False, on_device=False, running=running)
     constants |= {"key_scale": None} if key_ids else {"key_ids": None}
     unused = ("k", "z_part", "rank_part", "shift_part", "positive_out") if columns else ("key_log_z",)
     constants |= dict.fromkeys(unused)
     types = dict.fromkeys(("z_q", "queue"), f"*{NAMES[dtype]}") | {"k": f"*{NAMES[k or dtype]}", "temperature": "fp32"}
-    types |= _PARTIAL_TYPES | {"positive_out": "*fp32", "left_out": "*i32", "key_ids": "*i32"}
+    types |= _PARTIAL_TYPES | {"positive_out": "*fp32", "exclusions": "*i32", "key_ids": "*i32"}
     types |= dict.fromkeys(("key_log_z", "key_scale"), "*fp32")
     types |= dict.fromkeys(("n", "size", "tiles_per_piece"), "i32")
     label = f"{'nt_xent.columns' if columns else 'info_nce.sweep ids' if key_ids else 'nt_xent.rows'}"

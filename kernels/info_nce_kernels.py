@@ -7,7 +7,7 @@ shift (not RUNNING), and a queue of whole tiles (WHOLE). Projections are operand
 - RUNNING: where the fixed shift would leave the range of the dtype, a running maximum takes its place.
 - D > CHUNK: accumulators of all columns do not fit the registers, so further programs have the other columns, and
   each computes the scores anew.
-- `left_out`: of each row two keys count for nothing, by their numbers in the queue, or with `key_ids` all of one id.
+- `exclusions`: of each row two keys count for nothing, by their numbers in the queue, or with `key_ids` all of one id.
 - `key_log_z`: the weight of a key is of the softmax of that key, whose normaliser is given, and not of the row's. Then
   neither a maximum nor a sum is needed, and a weight is at most 1.
 - `key_scale`: keys are raw as well, and key j counts as key_j * key_scale[j]: in fp32, so that a score has no rounding
@@ -100,7 +100,7 @@ def sweep_kernel(
     z_q,
     k,
     queue,
-    left_out,
+    exclusions,
     key_ids,
     key_log_z,
     key_scale,
@@ -130,10 +130,10 @@ def sweep_kernel(
     scale = _inverse_norms(z_q, start, n, BLOCK_N, DIM, CHUNK) * log2_scale  # a score s is the logit s * scale
 
     rows = start + tl.arange(0, BLOCK_N)
-    if left_out is not None:
-        first_out = tl.load(left_out + rows, mask=rows < n, other=-1)
+    if exclusions is not None:
+        first_out = tl.load(exclusions + rows, mask=rows < n, other=-1)
         if key_ids is None:
-            second_out = tl.load(left_out + n + rows, mask=rows < n, other=-1)
+            second_out = tl.load(exclusions + n + rows, mask=rows < n, other=-1)
     if key_log_z is None:
         # The positive goes through the same instruction as the negatives, so that equal keys score equally.
         own = cast(_load_rows(k, start, n, column, BLOCK_N, DIM, CHUNK, False).to(tl.float32), operand)
@@ -155,7 +155,7 @@ def sweep_kernel(
             s *= length
         if not WHOLE:
             s = tl.where((tile * BLOCK_K + tl.arange(0, BLOCK_K) < size)[None, :], s, float("-inf"))
-        if left_out is not None:
+        if exclusions is not None:
             number = tile * BLOCK_K + tl.arange(0, BLOCK_K)
             if key_ids is not None:
                 number = tl.load(key_ids + number, mask=number < size, other=-2)
@@ -186,12 +186,12 @@ def sweep_kernel(
     slot = piece.to(tl.int64) * n + rows
     tl.store(a_part + slot[:, None] * DIM + columns[None, :], a, mask=(rows < n)[:, None] & (columns < DIM)[None, :])
     if key_log_z is None:
-        held = (rows < n) & (column == 0)
-        tl.store(z_part + slot, z, mask=held)
-        tl.store(rank_part + slot, rank.to(tl.int32), mask=held)
+        valid = (rows < n) & (column == 0)
+        tl.store(z_part + slot, z, mask=valid)
+        tl.store(rank_part + slot, rank.to(tl.int32), mask=valid)
         if RUNNING:
-            tl.store(shift_part + slot, shift, mask=held)
-        tl.store(positive_out + rows, positive * scale, mask=held & (piece == 0))
+            tl.store(shift_part + slot, shift, mask=valid)
+        tl.store(positive_out + rows, positive * scale, mask=valid & (piece == 0))
 
 
 @triton.jit(do_not_specialize=["n", "pieces"])
@@ -237,17 +237,17 @@ def combine_kernel(
     for start in range(0, pieces, BLOCK_PIECES):
         piece = start + lanes
         slot = piece.to(tl.int64) * n + row
-        held = piece < pieces
-        mask = held[:, None] & (columns < DIM)[None, :]
-        z_piece = tl.load(z_part + slot, mask=held, other=0.0)
+        valid = piece < pieces
+        mask = valid[:, None] & (columns < DIM)[None, :]
+        z_piece = tl.load(z_part + slot, mask=valid, other=0.0)
         a_piece = tl.load(a_part + slot[:, None] * DIM + columns[None, :], mask=mask, other=0.0)
         if RUNNING:
-            weight = tl.exp2(tl.load(shift_part + slot, mask=held, other=float("-inf")) - shift)
+            weight = tl.exp2(tl.load(shift_part + slot, mask=valid, other=float("-inf")) - shift)
             z_piece *= weight
             a_piece *= weight[:, None]
         z += z_piece
         a += a_piece
-        rank += tl.load(rank_part + slot, mask=held, other=0)
+        rank += tl.load(rank_part + slot, mask=valid, other=0)
 
     negatives = tl.sum(z, 0)
     total = negatives + tl.exp2(positive - shift + HEADROOM)

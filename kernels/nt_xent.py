@@ -44,10 +44,10 @@ FORMS: tuple[Form, ...] = ("all", "across", "one-sided")
 
 
 def _rows(
-    z: Tensor, k: Tensor, keys: Tensor, scale: Tensor, left_out: Tensor, temperature: float
+    z: Tensor, k: Tensor, keys: Tensor, scale: Tensor, exclusions: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     normaliser = z.new_empty(len(z), 2, dtype=torch.float32)
-    given = {"left_out": left_out, "normaliser": normaliser, "key_scale": scale}
+    given = {"exclusions": exclusions, "normaliser": normaliser, "key_scale": scale}
     loss, rank, gradient = launch(z, k, keys, temperature, **given)
     return loss, rank, normaliser, gradient
 
@@ -57,12 +57,12 @@ def _columns(
     k: Tensor,
     keys: Tensor,
     scale: Tensor,
-    left_out: Tensor,
+    exclusions: Tensor,
     log_z: Tensor,
     share: Tensor,
     temperature: float,
 ) -> Tensor:
-    return launch_columns(z, k, keys, scale, temperature, left_out, log_z, share)
+    return launch_columns(z, k, keys, scale, temperature, exclusions, log_z, share)
 
 
 _rows_operator = torch.library.custom_op("fastmoco::nt_xent_rows", _rows, mutates_args=())
@@ -70,7 +70,7 @@ _columns_operator = torch.library.custom_op("fastmoco::nt_xent_columns", _column
 
 
 @_rows_operator.register_fake
-def _(z, k, keys, scale, left_out, temperature):
+def _(z, k, keys, scale, exclusions, temperature):
     loss = z.new_empty(z.shape[0], dtype=torch.float32)
     return (
         loss,
@@ -81,7 +81,7 @@ def _(z, k, keys, scale, left_out, temperature):
 
 
 @_columns_operator.register_fake
-def _(z, k, keys, scale, left_out, log_z, share, temperature):
+def _(z, k, keys, scale, exclusions, log_z, share, temperature):
     return torch.empty_like(z, dtype=torch.float32)
 
 
@@ -89,7 +89,7 @@ def _rows_by_kernel(
     z: Tensor, keys: Tensor, scale: Tensor, own: Tensor | None, positive: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = _rows_operator if is_traced(z) else _rows
-    return call(z, keys[positive], keys, scale, _left_out(positive, own), temperature)
+    return call(z, keys[positive], keys, scale, _exclusions(positive, own), temperature)
 
 
 def _columns_by_kernel(
@@ -97,14 +97,14 @@ def _columns_by_kernel(
 ) -> Tensor:
     call = _columns_operator if is_traced(z) else _columns
     log_z, share = normaliser[:, 0].contiguous(), normaliser[positive, 1]
-    return call(z, keys[positive], keys, scale, _left_out(positive, own), log_z, share, temperature)
+    return call(z, keys[positive], keys, scale, _exclusions(positive, own), log_z, share, temperature)
 
 
-def _left_out(first: Tensor, own: Tensor | None) -> Tensor:
+def _exclusions(first: Tensor, own: Tensor | None) -> Tensor:
     return torch.stack([first, torch.full_like(first, -1) if own is None else own]).to(torch.int32)
 
 
-class _Known(torch.autograd.Function):
+class _WithGradient(torch.autograd.Function):
     """A loss [] whose gradient with respect to z [N, D] is known already."""
 
     @staticmethod
@@ -236,7 +236,7 @@ def nt_xent(
         if takes_kernel(impl, z.device, z.dtype):
             sweeps = (_rows_by_kernel, _columns_by_kernel)
         loss, rank, gradient = _loss_and_gradient(*sweeps, z.detach(), temperature, form, gather or _alone, rows)
-    return _Known.apply(loss, z, gradient), rank
+    return _WithGradient.apply(loss, z, gradient), rank
 
 
 def cost(n: int, batch: int, dim: int, dtype: torch.dtype, form: Form = "all") -> tuple[int, int]:

@@ -103,8 +103,8 @@ def test_an_auto_order_is_settled_by_the_images_and_one_that_was_given_stays() -
 
 
 def test_a_number_of_keys_stays_and_auto_must_meet_data_first() -> None:
-    given = dataclasses.replace(V2, queue_size=100)
-    assert given.for_images(7) == dataclasses.replace(given, order="table") and given.check_queue() == 100
+    recipe_ = dataclasses.replace(V2, queue_size=100)
+    assert recipe_.for_images(7) == dataclasses.replace(recipe_, order="table") and recipe_.check_queue() == 100
     auto = dataclasses.replace(V2, queue_size="auto")
     assert Recipe.from_dict(json.loads(json.dumps(auto.as_dict()))) == auto
     with pytest.raises(RecipeError, match="queue_size is 'auto': .* recipe.for_images"):

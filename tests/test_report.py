@@ -25,7 +25,7 @@ RECIPE = replace(
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def pretrained_run(tmp_path_factory) -> Path:
     """A run of two epochs with kNN, on images that are all of one shade."""
     root = tmp_path_factory.mktemp("report")
     for split, count in (("train", 12), ("val", 4)):
@@ -57,8 +57,8 @@ class Requests(HTMLParser):
             self.open.pop()
 
 
-def test_nothing_is_fetched_and_every_tag_is_closed(trained):
-    text = report.render(trained)
+def test_nothing_is_fetched_and_every_tag_is_closed(pretrained_run):
+    text = report.render(pretrained_run)
     parsed = Requests(text)
     assert parsed.open == [] and all(value.startswith("data:") for value in parsed.found)
     assert (
@@ -70,18 +70,18 @@ def test_nothing_is_fetched_and_every_tag_is_closed(trained):
     assert Requests('<img src="https://example.org/x.png">').found == ["https://example.org/x.png"]
 
 
-def test_figures_are_those_of_the_files(trained):
-    text = report.render(trained, views=False)
-    lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
-    knn = [json.loads(line) for line in (trained / "knn.jsonl").read_text().splitlines()]
+def test_figures_are_those_of_the_files(pretrained_run):
+    text = report.render(pretrained_run, views=False)
+    lines = [json.loads(line) for line in (pretrained_run / "log.jsonl").read_text().splitlines()]
+    knn = [json.loads(line) for line in (pretrained_run / "knn.jsonl").read_text().splitlines()]
     assert f"<b>{lines[-1]['loss']:.3f}</b>" in text and "chance 3.045" in text
     assert f"<b>{knn[-1]['top1']:.1f}%</b>" in text and f"before training {knn[0]['top1']:.1f}%" in text
     assert "changed from preset demo: width" in text and "step_00000006" in text and "every byte as written" in text
-    assert "finished" in text and str(json.loads((trained / "recipe.json").read_text())["commit"]) in text
+    assert "finished" in text and str(json.loads((pretrained_run / "recipe.json").read_text())["commit"]) in text
 
 
-def test_views_are_those_of_the_first_step(trained):
-    facts = json.loads((trained / "recipe.json").read_text())
+def test_views_are_those_of_the_first_step(pretrained_run):
+    facts = json.loads((pretrained_run / "recipe.json").read_text())
     pairs = report.first_views(facts, Recipe.from_dict(facts["recipe"]), count=6)
     assert len(pairs) == 6
     for name, data in pairs:
@@ -92,8 +92,8 @@ def test_views_are_those_of_the_first_step(trained):
     assert [name for name, _ in changed] != [name for name, _ in pairs], "another seed shows other images"
 
 
-def test_a_damaged_checkpoint_is_shown_as_such(trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "run", symlinks=True)
+def test_a_damaged_checkpoint_is_shown_as_such(pretrained_run, tmp_path):
+    shutil.copytree(pretrained_run, tmp_path / "run", symlinks=True)
     state = next((tmp_path / "run/checkpoints").glob("step_*")) / "state.pt"
     data = bytearray(state.read_bytes())
     data[100] ^= 1
@@ -102,16 +102,16 @@ def test_a_damaged_checkpoint_is_shown_as_such(trained, tmp_path):
     assert "state.pt does not have the SHA-256" in text and "every byte" not in text
 
 
-def test_a_run_that_has_barely_begun_and_one_without_its_images(trained, tmp_path):
-    facts = json.loads((trained / "recipe.json").read_text())
+def test_a_run_that_has_barely_begun_and_one_without_its_images(pretrained_run, tmp_path):
+    facts = json.loads((pretrained_run / "recipe.json").read_text())
     facts["options"]["data"] = str(tmp_path / "gone <b>")
     (tmp_path / "recipe.json").write_text(json.dumps(facts))
     text = report.render(tmp_path)
     assert "nothing was logged" in text and "cannot be shown" in text and "gone &lt;b&gt;" in text
 
 
-def test_evaluations_appear_with_their_circumstances(trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "run", symlinks=True)
+def test_evaluations_appear_with_their_circumstances(pretrained_run, tmp_path):
+    shutil.copytree(pretrained_run, tmp_path / "run", symlinks=True)
     figures = {
         "step": 6,
         "top1": 87.5,
@@ -128,9 +128,9 @@ def test_evaluations_appear_with_their_circumstances(trained, tmp_path):
     assert 'alt="Linear probe"' in text
 
 
-def test_a_narrow_screen_gets_each_figure_with_its_name(trained):
+def test_a_narrow_screen_gets_each_figure_with_its_name(pretrained_run):
     """Below 600 px the tables with a head are lists: their columns found no room, and were cut."""
-    text = report.render(trained, views=False)
+    text = report.render(pretrained_run, views=False)
     rows = re.findall(r"<tr>(.*?)</tr>", text.split("<h2>Evaluation</h2>")[1].split("</table>")[0])
     names = re.findall(r"<th>(.*?)</th>", rows[0])
     assert names[1:] == ["top-1", "top-5", "step", "images", "how"]
@@ -139,8 +139,8 @@ def test_a_narrow_screen_gets_each_figure_with_its_name(trained):
     assert re.search(r"@media \(max-width: 600px\) \{ \.figures.*display: block", text)
 
 
-def test_detectors_appear_beside_their_control(trained, tmp_path):
-    run = shutil.copytree(trained, tmp_path / "run", symlinks=True)
+def test_detectors_appear_beside_their_control(pretrained_run, tmp_path):
+    run = shutil.copytree(pretrained_run, tmp_path / "run", symlinks=True)
     assert "<h2>Detection" not in report.render(run, views=False)
     figures = {"AP": 12.5, "AP50": 31.25, "AP75": 8.0, "iterations": 500, "batch_size": 8, "lr": 0.01, "size": 480}
     for name, ap50 in (("detection", 31.25), ("detection-untrained", 9.75)):
@@ -152,16 +152,16 @@ def test_detectors_appear_beside_their_control(trained, tmp_path):
     assert "31.25" in text and "9.75" in text and "500 steps of 8" in text and text.count("Detections, ") == 2
 
 
-def test_the_map_is_drawn_where_it_is_asked_for(trained, tmp_path, capsys):
-    run = shutil.copytree(trained, tmp_path / "run", symlinks=True)
+def test_the_map_is_drawn_where_it_is_asked_for(pretrained_run, tmp_path, capsys):
+    run = shutil.copytree(pretrained_run, tmp_path / "run", symlinks=True)
     assert "map.png" not in os.listdir(run) and main(["report", str(run), "--map", "--no-views"]) == 0
     assert "stand together" in (run / "report.html").read_text()
     assert re.search(r"map.png: \d+ images by (PCA|UMAP)", capsys.readouterr().out)
 
 
-def test_the_command(trained, tmp_path, capsys):
-    assert main(["report", str(trained), "--no-views"]) == 0
-    assert (trained / "report.html").read_text().startswith("<!DOCTYPE html>")
-    assert main(["report", str(trained), "--out", str(tmp_path / "a.html"), "--no-views"]) == 0
+def test_the_command(pretrained_run, tmp_path, capsys):
+    assert main(["report", str(pretrained_run), "--no-views"]) == 0
+    assert (pretrained_run / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert main(["report", str(pretrained_run), "--out", str(tmp_path / "a.html"), "--no-views"]) == 0
     assert (tmp_path / "a.html").is_file()
     assert main(["report", str(tmp_path)]) == 2 and "is no run" in capsys.readouterr().err

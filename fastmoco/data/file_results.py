@@ -13,7 +13,7 @@ from fastmoco.data.files import Files
 from fastmoco.data.probe import VERSION, Header
 
 
-class Checked(NamedTuple):
+class CheckResult(NamedTuple):
     """What decoding an image came to."""
 
     reason: str
@@ -37,7 +37,7 @@ class Results:
         self.alpha = np.zeros(len(files), bool)
         self.spans = np.zeros(len(files), np.uint8)
         self.reasons = [""]
-        self._names = kept.packed(files.paths)
+        self._names = kept.pack(files.paths)
         self._states = np.stack([files.bytes, files.times, _offsets(files)], 1)
         data = kept.load(self.path) if cache else None
         if data is not None:
@@ -48,7 +48,7 @@ class Results:
         self.sizes[index], self.alpha[index] = header[:2], header.alpha
         self._judge(index, header.reason)
 
-    def note_decoded(self, index: int, checked: Checked) -> None:
+    def note_decoded(self, index: int, checked: CheckResult) -> None:
         """Take over what decoding a file came to."""
         self.decoded[index], self.spans[index] = True, checked.span
         self.sizes[index] = (0, 0) if checked.reason else self.sizes[index]
@@ -67,21 +67,21 @@ class Results:
                 self.path,
                 names=self._names,
                 states=self._states,
-                reasons=kept.packed(self.reasons),
+                reasons=kept.pack(self.reasons),
                 **{name: getattr(self, name) for name in self.COLUMNS},
             )
 
     def _look_up(self, data: dict[str, np.ndarray]) -> None:
         rows = np.arange(len(self.files))
         if not np.array_equal(data["names"], self._names):
-            row = {name: i for i, name in enumerate(kept.unpacked(data["names"]))}
+            row = {name: i for i, name in enumerate(kept.unpack(data["names"]))}
             rows = np.array([row.get(name, -1) for name in self.files.paths], np.int64)
             self.changed = True
         fresh = rows >= 0
         fresh[fresh] = (data["states"][rows[fresh]] == self._states[fresh]).all(1)
         for name in self.COLUMNS:
             getattr(self, name)[fresh] = data[name][rows[fresh]]
-        self.reasons = kept.unpacked(data["reasons"])
+        self.reasons = kept.unpack(data["reasons"])
 
 
 def _offsets(files: Files) -> np.ndarray:

@@ -54,7 +54,7 @@ class Files:
     def add_archive(self, path: str, rejected: Rejected) -> None:
         """Append what an archive holds, and to `rejected` what is left out; raises DataError if it is no sound tar."""
         members = tars.index(path)
-        rejected += members.left_out
+        rejected += members.rejected
         self.passed += members.passed
         # Plain files before and after have no archive.
         self.places.extend([-1] * (2 * len(self.paths) - len(self.places)))
@@ -90,21 +90,21 @@ class Files:
             raise DataError(f"{self.paths[twice]} is there twice, in {where[0]} and in {where[1]}: remove one of them")
 
 
-def find_files(source: str, shown: str, rejected: Rejected) -> Files:
-    """The files of `source`, an absolute path that messages call `shown`; what is no file goes to `rejected`."""
-    return with_members(*find_sources(source, shown, rejected), rejected)
+def find_files(source: str, label: str, rejected: Rejected) -> Files:
+    """The files of `source`, an absolute path that messages call `label`; what is no file goes to `rejected`."""
+    return with_members(*find_sources(source, label, rejected), rejected)
 
 
-def find_sources(source: str, shown: str, rejected: Rejected) -> tuple[Files, list[str]]:
+def find_sources(source: str, label: str, rejected: Rejected) -> tuple[Files, list[str]]:
     """Files of their own in `source`, and the paths of its archives, sorted, which are not looked into."""
     if os.path.isdir(source):
         files, archives = _walk(source, rejected)
     elif source.endswith(tars.ENDING) and os.path.isfile(source):
         files, archives = Files(os.path.dirname(source)), [source]
     elif os.path.isfile(source):
-        files, archives = _listed(source, rejected)
+        files, archives = _from_list(source, rejected)
     else:
-        raise DataError(f"{shown}: no such folder, list of files or tar", exit_code=2)
+        raise DataError(f"{label}: no such folder, list of files or tar", exit_code=2)
     return files, sorted(archives)
 
 
@@ -118,7 +118,7 @@ def with_members(files: Files, archives: list[str], rejected: Rejected) -> Files
 
 def _walk(root: str, rejected: Rejected) -> tuple[Files, list[str]]:
     files, archives = Files(root), []
-    entered: set[tuple[int, int]] = set()
+    visits: set[tuple[int, int]] = set()
     pending = [""]
     while pending:
         folder = pending.pop()
@@ -131,18 +131,18 @@ def _walk(root: str, rejected: Rejected) -> tuple[Files, list[str]]:
                 raise DataError(f"{root}: cannot read the folder: {error.strerror}", exit_code=2) from None
             rejected.append((folder, f"unreadable folder: {error.strerror}"))
             continue
-        if (status.st_dev, status.st_ino) in entered:
+        if (status.st_dev, status.st_ino) in visits:
             rejected.append((folder, "folder already entered by another path"))
             continue
-        entered.add((status.st_dev, status.st_ino))
+        visits.add((status.st_dev, status.st_ino))
         below = [f"{folder}/{entry.name}" if folder else entry.name for entry in entries]
         rejected += [
             (name, tars.BY_A_SYSTEM) for entry, name in zip(entries, below, strict=True) if entry.name in tars.LITTER
         ]
         hidden = {entry.name for entry in entries if entry.name[0] == "."}
         files.passed[tars.HIDDEN] += len(hidden)
-        passed = tars.LITTER | hidden
-        visible = [(entry, name) for entry, name in zip(entries, below, strict=True) if entry.name not in passed]
+        skip = tars.LITTER | hidden
+        visible = [(entry, name) for entry, name in zip(entries, below, strict=True) if entry.name not in skip]
         pending += [name for entry, name in reversed(visible) if _is_folder(entry)]
         for entry, name in visible:
             if not _is_folder(entry):
@@ -171,7 +171,7 @@ def _add_entry(files: Files, archives: list[str], entry: os.DirEntry, name: str,
         files.add(name, status, sys.intern(name.split("/", 1)[0]) if "/" in name else None)
 
 
-def _listed(source: str, rejected: Rejected) -> tuple[Files, list[str]]:
+def _from_list(source: str, rejected: Rejected) -> tuple[Files, list[str]]:
     try:
         text = Path(source).read_bytes()
     except OSError as error:
@@ -180,7 +180,7 @@ def _listed(source: str, rejected: Rejected) -> tuple[Files, list[str]]:
         how = "is compressed: unpack it to a plain tar" if source.endswith(COMPRESSED) else NO_SOURCE
         raise DataError(f"{source}: {how}", exit_code=2)
     lines = os.fsdecode(text.removeprefix(b"\xef\xbb\xbf")).split("\n")
-    files, archives, lost = Files(os.path.dirname(source)), [], []
+    files, archives, missing = Files(os.path.dirname(source)), [], []
     classes: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         name, tab, label = line.rstrip("\r").partition("\t")
@@ -194,7 +194,7 @@ def _listed(source: str, rejected: Rejected) -> tuple[Files, list[str]]:
         try:
             status = os.stat(full)
         except OSError as error:
-            lost.append((name, f"unreadable: {error.strerror}"))
+            missing.append((name, f"unreadable: {error.strerror}"))
             continue
         if not stat.S_ISREG(status.st_mode):  # a pipe would block whoever opens it
             rejected.append((name, "not a regular file"))
@@ -202,16 +202,16 @@ def _listed(source: str, rejected: Rejected) -> tuple[Files, list[str]]:
             archives.append(full)
         else:
             files.add(name, status, sys.intern(label) if tab else None)
-    if lost and not files.paths and not archives and (told := _in_another_form(lost[0][0], files.root)):
-        raise DataError(f"{source}: {told}")
-    rejected += lost
+    if missing and not files.paths and not archives and (hint := _in_another_form(missing[0][0], files.root)):
+        raise DataError(f"{source}: {hint}")
+    rejected += missing
     return files, archives
 
 
 def _in_another_form(line: str, root: str) -> str:
     """What to do with a list whose lines are "path class" or "path,class"; or ""."""
     for separator in (",", ";", " "):
-        name, found, _ = line.rpartition(separator)
-        if found and os.path.isfile(os.path.join(root, name)):
+        name, split, _ = line.rpartition(separator)
+        if split and os.path.isfile(os.path.join(root, name)):
             return f"a class stands behind a tab, not behind {separator!r}: {name}<tab>CLASS"
     return ""

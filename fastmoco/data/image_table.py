@@ -105,7 +105,7 @@ class LeftOut(Sequence[tuple[str, str]]):
         data = cache.load(self._path)
         if data is None:
             raise DataError(f"{self._path} is missing or damaged: remove its folder, and it is made again")
-        return list(zip(cache.unpacked(data["names"]), cache.unpacked(data["reasons"]), strict=True))
+        return list(zip(cache.unpack(data["names"]), cache.unpack(data["reasons"]), strict=True))
 
     def __len__(self) -> int:
         return self._count
@@ -127,7 +127,7 @@ class ImageTable:
         if data is None or int(data["version"]) != VERSION:
             raise DataError(f"{folder} is no table of images of this version: remove it, and it is made again")
         self.digest = data["digest"].tobytes().hex()
-        self.shards, self.met = cache.unpacked(data["shards"]), cache.unpacked(data["classes"])
+        self.shards, self.met = cache.unpack(data["shards"]), cache.unpack(data["classes"])
         self.starts, self.shard_bytes, self.piece_digests = data["starts"], data["shard_bytes"], data["piece_digests"]
         self.bytes, self.transparent, left_out, names, unlabelled = data["totals"].tolist()
         # A single class tells nothing and counts as none, as in any other source.
@@ -185,7 +185,7 @@ class ImageTable:
 
     def between(self, begin: int, end: int) -> list[str]:
         """Names that stand there."""
-        found = cache.unpacked(np.asarray(self._names[begin:end]))
+        found = cache.unpack(np.asarray(self._names[begin:end]))
         self._give_back(1 + (end - begin) // mmap.PAGESIZE)
         return found
 
@@ -267,15 +267,15 @@ class _Written:
             folder / "shards.npz",
             version=np.array(VERSION),
             digest=np.frombuffer(self._digest(), np.uint8),
-            shards=cache.packed(self.shards),
-            classes=cache.packed(self.codes),
+            shards=cache.pack(self.shards),
+            classes=cache.pack(self.codes),
             starts=np.concatenate([[0], np.cumsum(self.counts)]),
             shard_bytes=np.array(self.shard_bytes, np.int64),
             piece_digests=digests,
             totals=np.array([self.bytes, self.transparent, len(self.left_out), self.names, self.unlabelled], np.int64),
         )
         columns = [[row[i] for row in self.left_out] for i in (0, 1)]
-        cache.write(folder / "left_out.npz", names=cache.packed(columns[0]), reasons=cache.packed(columns[1]))
+        cache.write(folder / "left_out.npz", names=cache.pack(columns[0]), reasons=cache.pack(columns[1]))
 
     def _digest(self) -> bytes:
         whole = hashlib.sha256(str(VERSION).encode())

@@ -27,14 +27,14 @@ import torch
 from torch import Tensor
 
 from fastmoco.data.batch import Batch, assemble
-from fastmoco.data.decoded import PIXEL, Decoded
+from fastmoco.data.decoded import PIXEL, PixelCache
 from fastmoco.data.manifest import DataError, Manifest
 from fastmoco.data.pipeline import Decoding, Pipeline
 from fastmoco.data.plan import Plan, centre_boxes
 from fastmoco.data.quarantine import Quarantine
 from fastmoco.data.remote import RemoteShards
 from fastmoco.data.request import UNREADABLE, Repair, Request, fault, read
-from fastmoco.data.rewrite import Damaged, Reading
+from fastmoco.data.rewrite import DamagedImage, Reading
 from fastmoco.environment import share_of_cores
 from fastmoco.recipe import Recipe
 
@@ -93,8 +93,8 @@ class Loader:
         self._parallel = parallel
         self._views = _dali_views(plan, parallel, loading.threads) if loading.photometric == "dali" else None
         self._exchange_stream = _side_stream(parallel.device) if parallel.world > 1 else None
-        kept = Decoded(loading.decoded_bytes, parallel.device) if loading.decoded_bytes else None
-        source = _Source(images, quarantine, partial(_boxes, plan), parallel.device, Reading.of(plan.recipe), kept)
+        cache = PixelCache(loading.decoded_bytes, parallel.device) if loading.decoded_bytes else None
+        source = _Source(images, quarantine, partial(_boxes, plan), parallel.device, Reading.of(plan.recipe), cache)
         self._background = Background(partial(_training, source, plan, steps, loading), loading.prefetch)
 
     @property
@@ -106,20 +106,20 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        batch, routed, event = next(self._background)
-        if self._parallel.world > 1 and len(routed.slots):
+        batch, exchange, event = next(self._background)
+        if self._parallel.world > 1 and len(exchange.slots):
             # Here and not in the background thread: ranks that stop at the same step have exchanged as often.
             with _on(self._exchange_stream, event):
-                sent = batch.key_crops
-                batch.key_crops = self._parallel.exchange(sent, routed.send_counts, routed.receive_counts)
-                if sent.is_cuda:
+                outgoing = batch.key_crops
+                batch.key_crops = self._parallel.exchange(outgoing, exchange.send_counts, exchange.receive_counts)
+                if outgoing.is_cuda:
                     # Its memory is the background thread's stream's, and no one else holds it: a collective that waits
                     # neither keeps nor records what it reads, so the next batch could be written where this is read.
-                    sent.record_stream(self._exchange_stream)
+                    outgoing.record_stream(self._exchange_stream)
                 event = _event(self._parallel.device)
         tensors = [value for value in vars(batch).values() if isinstance(value, Tensor)]
         batch = _hand_over(batch, tensors, event)
-        return batch if self._views is None else _finished(batch, self._views)
+        return batch if self._views is None else _make_views(batch, self._views)
 
     def close(self) -> None:
         """Stop the thread and free DALI; harmless at any moment and when done twice."""
@@ -153,7 +153,7 @@ class EvaluationLoader:
     ) -> None:
         order = np.arange(len(images)) if indices is None else np.asarray(indices, np.int64)
         batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-        self._length, self._given = len(batches), 0
+        self._length, self._position = len(batches), 0
         self._quarantine = Quarantine(images, max_share=recipe.max_bad_share)
         boxes = partial(_centre, images, recipe.crop_size)
         source = _Source(images, self._quarantine, boxes, device, Reading.of(recipe))
@@ -170,9 +170,9 @@ class EvaluationLoader:
         while self._quarantine.news:
             bad = self._quarantine.news.popleft()
             warnings.warn(f"{bad.file}: {bad.reason}; evaluating {bad.substitute} in its place", stacklevel=2)
-        shown = self._quarantine.replaced(self._given, index)
-        self._given += 1
-        return _hand_over((crops, shown), [crops], event)
+        origins = self._quarantine.replace(self._position, index)
+        self._position += 1
+        return _hand_over((crops, origins), [crops], event)
 
     def close(self) -> None:
         """Stop the thread and free DALI; harmless at any moment and when done twice."""
@@ -262,10 +262,10 @@ def _finish(thread: threading.Thread, slots: threading.Semaphore, closed: thread
 
 def _training(source: _Source, plan: Plan, steps: range, loading: Loading) -> Generator:
     mine = slice(plan.rank * plan.per_rank, (plan.rank + 1) * plan.per_rank)
-    wanted = ((step, plan.samples(step)[mine]) for step in announced(source.manifest, plan, steps))
-    with _crops(source, wanted, len(plan.views), plan.per_rank, plan.recipe, loading) as crops_of_steps:
+    samples_of_steps = ((step, plan.samples(step)[mine]) for step in announced(source.manifest, plan, steps))
+    with _crops(source, samples_of_steps, len(plan.views), plan.per_rank, plan.recipe, loading) as crops_of_steps:
         for step, crops in zip(steps, crops_of_steps, strict=True):
-            yield *assemble(plan, step, crops, source.shown(step, plan.samples(step)[mine])), _event(source.device)
+            yield *assemble(plan, step, crops, source.origins(step, plan.samples(step)[mine])), _event(source.device)
 
 
 def announced(images: Manifest, plan: Plan, steps: range) -> Iterator[int]:
@@ -297,12 +297,17 @@ def _evaluation(source: _Source, recipe: Recipe, batches: list[np.ndarray], load
 
 @contextmanager
 def _crops(
-    source: _Source, wanted: Iterable[tuple[int, np.ndarray]], views: int, batch: int, recipe: Recipe, loading: Loading
+    source: _Source,
+    samples_of_steps: Iterable[tuple[int, np.ndarray]],
+    views: int,
+    batch: int,
+    recipe: Recipe,
+    loading: Loading,
 ) -> Iterator[Pipeline]:
-    joined = in_one_call(batch, source.device)
+    per_call = in_one_call(batch, source.device)
     with _on(_side_stream(source.device)), ThreadPoolExecutor(source.readers.most) as readers:
         pipeline = Pipeline(
-            source.requests(readers, wanted, joined),
+            source.requests(readers, samples_of_steps, per_call),
             views=views,
             batch_size=batch,
             crop_size=recipe.crop_size,
@@ -310,8 +315,8 @@ def _crops(
             threads=loading.threads,
             repair=source.repair,
             decoding=Decoding(loading.hw_decoder_load, recipe.fancy_upsampling),
-            kept=source.kept,
-            joined=joined,
+            cache=source.cache,
+            per_call=per_call,
         )
         with closing(pipeline):
             yield pipeline
@@ -330,7 +335,7 @@ def _dali_views(plan: Plan, parallel: Parallel, threads: int | None) -> Views:
     return DaliPhotometric(colours.mean, colours.std, batch_size=rows, device=parallel.device, threads=threads)
 
 
-def _finished(batch: Batch, views: Views) -> Batch:
+def _make_views(batch: Batch, views: Views) -> Batch:
     batch.query_crops = views(batch.query_crops, batch.query_parameters)
     if len(batch.key_rows):
         source = torch.argsort(batch.key_rows)
@@ -377,31 +382,31 @@ class _Source:
         boxes: Callable[[int, np.ndarray], np.ndarray],
         device: torch.device,
         reading: Reading = Reading(),
-        kept: Decoded | None = None,
+        cache: PixelCache | None = None,
     ) -> None:
         self.reading = reading
         self._row, self._row_step = 0, -1  # unreadable images at the end of the step that had some last
-        self.manifest, self.quarantine, self.boxes, self.device, self.kept = manifest, quarantine, boxes, device, kept
+        self.manifest, self.quarantine, self.boxes, self.device, self.cache = manifest, quarantine, boxes, device, cache
         self.readers = Readers(*(GPU_READERS if device.type == "cuda" else (READERS, READERS)))
 
     @property
     def repair(self) -> Repair | None:
         return self._repair if self.quarantine is not None else None
 
-    def shown(self, step: int, samples: np.ndarray) -> np.ndarray:
+    def origins(self, step: int, samples: np.ndarray) -> np.ndarray:
         """Samples whose crops stand in the places of `samples`, once those of `step` have been decoded."""
-        return samples if self.quarantine is None else self.quarantine.replaced(step, samples)
+        return samples if self.quarantine is None else self.quarantine.replace(step, samples)
 
     def requests(
-        self, readers: ThreadPoolExecutor, wanted: Iterable[tuple[int, np.ndarray]], joined: int = 1
+        self, readers: ThreadPoolExecutor, samples_of_steps: Iterable[tuple[int, np.ndarray]], per_call: int = 1
     ) -> Iterator[Request]:
         reading: deque = deque()
-        for step, samples in wanted:
-            used = self.shown(step, samples)
+        for step, samples in samples_of_steps:
+            origins = self.origins(step, samples)
             # The readers are shared by the batches of one call.
-            chunks = np.array_split(used, min(-(-self.readers.count // joined), len(used)))
-            reading.append((step, used, readers.map(self._read, chunks)))
-            if len(reading) > READ_AHEAD * joined:
+            chunks = np.array_split(origins, min(-(-self.readers.count // per_call), len(origins)))
+            reading.append((step, origins, readers.map(self._read, chunks)))
+            if len(reading) > READ_AHEAD * per_call:
                 yield self._request(*reading.popleft())
         while reading:
             yield self._request(*reading.popleft())
@@ -411,13 +416,13 @@ class _Source:
         names = [self.manifest.path(index) for index in samples.tolist()]
         return Request(names, encoded, self.manifest.sizes[samples], self.boxes(step, samples), step, samples)
 
-    def _read(self, indices: np.ndarray) -> list[np.ndarray | OSError | Damaged]:
-        known = () if self.kept is None else self.kept
-        wanted = [None if index in known else index for index in indices.tolist()]
-        started = time.perf_counter()
-        found = [PIXEL if index is None else read(self.manifest, index, self.reading) for index in wanted]
-        self.readers.took(time.perf_counter() - started, len(wanted) - wanted.count(None))
-        return found
+    def _read(self, indices: np.ndarray) -> list[np.ndarray | OSError | DamagedImage]:
+        cache = () if self.cache is None else self.cache
+        misses = [None if index in cache else index for index in indices.tolist()]
+        start = time.perf_counter()
+        contents = [PIXEL if index is None else read(self.manifest, index, self.reading) for index in misses]
+        self.readers.took(time.perf_counter() - start, len(misses) - misses.count(None))
+        return contents
 
     def _refuse_absence(self, request: Request, faults: dict[int, str]) -> None:
         # A folder that has gone is no fault of the images in it, and records are for good.
@@ -426,15 +431,15 @@ class _Source:
             return
         self._row = self._row if request.step == self._row_step + 1 else 0
         self._row_step, longest = request.step, 0
-        for failed in unread:
-            self._row = self._row + 1 if failed else 0
+        for error in unread:
+            self._row = self._row + 1 if error else 0
             longest = max(longest, self._row)
-        gone = self.manifest.gone()
-        if longest >= IN_A_ROW and not gone:
+        reason = self.manifest.absence()
+        if longest >= IN_A_ROW and not reason:
             position = unread.index(True)
-            gone = f"{request.names[position]}: {faults[position]}, nor can {longest - 1} others after it be read"
-        if gone:
-            raise DataError(f"{gone}: none was noted as bad; bring the images back, and go on with --resume")
+            reason = f"{request.names[position]}: {faults[position]}, nor can {longest - 1} others after it be read"
+        if reason:
+            raise DataError(f"{reason}: none was noted as bad; bring the images back, and go on with --resume")
 
     def _repair(self, request: Request, faults: dict[int, str]) -> Request:
         self._refuse_absence(request, faults)

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmoco.data import cache as kept
+from fastmoco.data import cache as array_cache
 from fastmoco.data import shard_set
 from fastmoco.data.errors import DataError
-from fastmoco.data.file_results import Checked, Results
+from fastmoco.data.file_results import CheckResult, Results
 from fastmoco.data.files import Files, find_sources, with_members
 from fastmoco.data.image_table import ImageTable, Names, natural
 from fastmoco.data.order import ShardRows
@@ -44,7 +44,7 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many files are done and how many there are."""
 
 
-Decode = Callable[["Manifest", "int | None"], Iterable[Checked]]
+Decode = Callable[["Manifest", "int | None"], Iterable[CheckResult]]
 """Given images and a number of threads; says of each image in turn what decoding it came to."""
 
 
@@ -72,7 +72,7 @@ class Manifest:
     """Tar archives that hold images, relative to the root or absolute."""
     transparent: int = 0
     """How many of the images have transparency, where a scan looked."""
-    printed: tuple[np.ndarray, np.ndarray] = (np.empty(0, np.int64), np.empty((0, 32), np.uint8))
+    fingerprints: tuple[np.ndarray, np.ndarray] = (np.empty(0, np.int64), np.empty((0, 32), np.uint8))
     """Indices of a few images and the SHA-256 of each, as they were when a loaded manifest was saved."""
     root_before: str = ""
     """The root of a loaded manifest when it was saved, where that is known."""
@@ -119,15 +119,15 @@ class Manifest:
         counts = np.bincount(self.places[:, 0], minlength=len(self.archives))
         return ShardRows(np.concatenate([[0], np.cumsum(counts)]), np.lexsort((self.places[:, 1], self.places[:, 0])))
 
-    def gone(self) -> str:
+    def absence(self) -> str:
         """Why the images cannot be there at all: no folder, no archive, or none of a few can be read; or ""."""
         if as_url(self.root):
             return ""  # a read that fails says what is wrong
         if not os.path.isdir(self.root):
             return f"{self.root}: no such folder"
-        lost = next((name for name in self.archives if not os.path.isfile(os.path.join(self.root, name))), None)
-        if lost is not None:
-            return f"{os.path.join(self.root, lost)}: no such archive"
+        archive = next((name for name in self.archives if not os.path.isfile(os.path.join(self.root, name))), None)
+        if archive is not None:
+            return f"{os.path.join(self.root, archive)}: no such archive"
         few = self._few()
         if any(map(self._is_readable, few)):
             return ""
@@ -135,7 +135,7 @@ class Manifest:
 
     def others(self) -> str:
         """Name of an image that is another than when the manifest was saved, among a few looked at; or ""."""
-        for index, print_ in zip(self.printed[0].tolist(), self.printed[1], strict=True):
+        for index, print_ in zip(self.fingerprints[0].tolist(), self.fingerprints[1], strict=True):
             if self._is_readable(index) and not np.array_equal(_print_of(self, index), print_):
                 return self.path(index)
         return ""
@@ -144,10 +144,10 @@ class Manifest:
         return np.unique(np.linspace(0, len(self) - 1, min(FEW, len(self))).astype(int)).tolist()
 
     def _is_readable(self, index: int) -> bool:
-        archived = self.places is not None and self.places[index, 0] >= 0
+        in_archive = self.places is not None and self.places[index, 0] >= 0
         try:
             # A pipe would block whoever opens it.
-            return (archived or stat.S_ISREG(os.stat(self.path(index)).st_mode)) and self.read(index) is not None
+            return (in_archive or stat.S_ISREG(os.stat(self.path(index)).st_mode)) and self.read(index) is not None
         except OSError:
             return False
 
@@ -157,12 +157,12 @@ class Manifest:
         few = [index for index in self._few() if self._is_readable(index)]
         optional["printed"] = np.array(few, np.int64)
         optional["prints"] = np.array([_print_of(self, index) for index in few], np.uint8).reshape(-1, 32)
-        kept.write(
+        array_cache.write(
             Path(path),
-            paths=kept.packed(self.paths),
-            classes=kept.packed(self.classes),
-            archives=kept.packed(self.archives),
-            root=kept.packed([self.root]),
+            paths=array_cache.pack(self.paths),
+            classes=array_cache.pack(self.classes),
+            archives=array_cache.pack(self.archives),
+            root=array_cache.pack([self.root]),
             sizes=self.sizes,
             **_rows_of(self.source),
             **{name: value for name, value in optional.items() if value is not None},
@@ -176,7 +176,7 @@ class Manifest:
     @classmethod
     def load(cls, path: str | os.PathLike, source: str | os.PathLike, fetching: Fetching = Fetching()) -> Manifest:
         """A saved manifest of `source`, which may have been moved; DataError where the file is damaged."""
-        data = kept.load(Path(path))
+        data = array_cache.load(Path(path))
         if data is None:
             raise DataError(f"{path} is missing or damaged: restore it, or start another run")
         url = as_url(source)
@@ -188,15 +188,18 @@ class Manifest:
             root = reader.root
             reader.know(_shards_from(data))
         if "table" in data:
-            reader = reader or LocalShards(root, kept.unpacked(data["shards"]))
-            loaded: Manifest = ShardManifest.opened(reader, data)
+            reader = reader or LocalShards(root, array_cache.unpack(data["shards"]))
+            manifest: Manifest = ShardManifest.opened(reader, data)
         else:
-            names = {name: kept.unpacked(data[name]) for name in ("paths", "classes", "archives")}
+            names = {name: array_cache.unpack(data[name]) for name in ("paths", "classes", "archives")}
             optional = {name: data.get(name) for name in ("labels", "places")}
-            loaded = cls(root=root, sizes=data["sizes"], source=reader, **optional, **names)
+            manifest = cls(root=root, sizes=data["sizes"], source=reader, **optional, **names)
         if "prints" in data:  # runs of older versions have none
-            loaded.printed, loaded.root_before = (data["printed"], data["prints"]), kept.unpacked(data["root"])[0]
-        return loaded
+            manifest.fingerprints, manifest.root_before = (
+                (data["printed"], data["prints"]),
+                array_cache.unpack(data["root"])[0],
+            )
+        return manifest
 
     def take(self, indices: Iterable[int]) -> Manifest:
         """The images with these indices, in their order; `find` needs one that ascends."""
@@ -239,7 +242,7 @@ class ShardManifest(Manifest):
         """From what `save` wrote; DataError where the shards hold other images now."""
         shards, max_pixels = _shards_from(data), int(data["max_pixels"])
         table = shard_set.table_of(reader, shards, max_pixels)
-        if table.digest != kept.unpacked(data["table"])[0]:
+        if table.digest != array_cache.unpack(data["table"])[0]:
             raise DataError(f"{reader.root}: its shards hold other images than when the run was started")
         return cls.of(reader, table, shards, max_pixels)
 
@@ -266,7 +269,7 @@ class ShardManifest(Manifest):
         """Full path of an image, for messages."""
         return os.path.join(self.root, self.name(index))
 
-    def gone(self) -> str:
+    def absence(self) -> str:
         """Why the images cannot be there at all: no folder, or none of a few shards is there; or ""."""
         if as_url(self.root) or any(map(self._is_readable, self._few())):
             return ""
@@ -275,11 +278,11 @@ class ShardManifest(Manifest):
     def save(self, path: str | os.PathLike) -> None:
         """Write what `load` needs: the shards, the digest of their images, and prints of a few."""
         few = [index for index in self._few() if self._is_readable(index)]
-        kept.write(
+        array_cache.write(
             Path(path),
-            table=kept.packed([self.table.digest]),
+            table=array_cache.pack([self.table.digest]),
             max_pixels=np.array(self.max_pixels),
-            root=kept.packed([self.root]),
+            root=array_cache.pack([self.root]),
             printed=np.array(few, np.int64),
             prints=np.array([_print_of(self, index) for index in few], np.uint8).reshape(-1, 32),
             **_columns(self.rows),
@@ -292,10 +295,10 @@ class ShardManifest(Manifest):
 
 def _columns(shards: Sequence[Shard]) -> dict[str, np.ndarray]:
     return {
-        "shards": kept.packed(shard.name for shard in shards),
+        "shards": array_cache.pack(shard.name for shard in shards),
         "shard_bytes": np.array([shard.bytes for shard in shards], np.int64),
-        "shard_stamps": kept.packed(shard.stamp for shard in shards),
-        "shard_digests": kept.packed(shard.digest for shard in shards),
+        "shard_stamps": array_cache.pack(shard.stamp for shard in shards),
+        "shard_digests": array_cache.pack(shard.digest for shard in shards),
     }
 
 
@@ -304,7 +307,7 @@ def _rows_of(reader: Source | None) -> dict[str, np.ndarray]:
 
 
 def _shards_from(data: dict[str, np.ndarray]) -> list[Shard]:
-    texts = (kept.unpacked(data[name]) for name in ("shards", "shard_stamps", "shard_digests"))
+    texts = (array_cache.unpack(data[name]) for name in ("shards", "shard_stamps", "shard_digests"))
     names, stamps, digests = texts
     return [Shard(*row) for row in zip(names, data["shard_bytes"].tolist(), stamps, digests, strict=True)]
 
@@ -345,7 +348,7 @@ def scan(
     class tells nothing and counts as none. A line of a list is a path, relative to the list, or path, tab, class. A
     tar stands for what it holds (`tars.py`). Hidden files and folders are passed over. `classes` fixes the numbering,
     so that a validation part agrees with its training part. Headers are read. `decode`
-    (`full_scan.decoded_apart`) is given the images whose headers are good, and says of each in turn what decoding it
+    (`full_scan.decode_apart`) is given the images whose headers are good, and says of each in turn what decoding it
     came to. Files that the cache knows are not opened. A URL names shards that `fetching` tells how to fetch; many
     shards are looked at one by one, and then share a table (`shard_set.py`).
     """
@@ -361,14 +364,14 @@ def scan(
     if decode is None and (listed or archives and not found.paths and shard_set.is_large(archives)):
         return _in_shards(LocalShards.of(found.root, archives), classes, max_pixels, cache, progress)
     files = with_members(found, archives, rejected)
-    known = Results(files, source, max_pixels, cache)
-    _read_headers(files, known, max_pixels, threads, progress)
+    results = Results(files, source, max_pixels, cache)
+    _read_headers(files, results, max_pixels, threads, progress)
     if decode is not None:
-        _decode(decode, files, known, threads, progress)
-    known.store()
-    bad = np.flatnonzero(known.codes)
-    rejected += [(files.paths[i], known.reasons[known.codes[i]]) for i in bad.tolist()]
-    good = np.flatnonzero(known.codes == 0)
+        _decode(decode, files, results, threads, progress)
+    results.store()
+    bad = np.flatnonzero(results.codes)
+    rejected += [(files.paths[i], results.reasons[results.codes[i]]) for i in bad.tolist()]
+    good = np.flatnonzero(results.codes == 0)
     if os.path.isdir(source) or source.endswith(ENDING):
         good = _without_strays(files, good, rejected)
     if not len(good):
@@ -376,12 +379,12 @@ def scan(
         raise DataError(f"{path}: no images in it ({len(rejected)} files left out{because})", exit_code=2)
     labels = [files.labels[i] for i in good.tolist()]
     names, numbers = _number(labels, classes, str(path))
-    chosen = [files.paths[i] for i in good.tolist()] if len(good) < len(files) else files.paths
-    manifest = Manifest(files.root, chosen, known.sizes[good], numbers, names, sorted(rejected))
+    paths = [files.paths[i] for i in good.tolist()] if len(good) < len(files) else files.paths
+    manifest = Manifest(files.root, paths, results.sizes[good], numbers, names, sorted(rejected))
     manifest.passed = dict(+files.passed)
     manifest.bytes = int(files.bytes[good].sum())
-    manifest.transparent = int(known.alpha[good].sum())
-    manifest.spans = known.spans[good] if known.decoded[good].all() else None
+    manifest.transparent = int(results.alpha[good].sum())
+    manifest.spans = results.spans[good] if results.decoded[good].all() else None
     if files.archives:
         manifest.places = np.concatenate([files.places[good], files.bytes[good, None]], 1)
         manifest.archives = [os.path.relpath(archive, files.root) for archive in files.archives]
@@ -417,15 +420,15 @@ def _sorted_by_path(reader: Source, table: ImageTable, classes: Sequence[str] | 
 
 
 def _read_headers(
-    files: Files, known: Results, max_pixels: int, threads: int | None, progress: Progress | None
+    files: Files, results: Results, max_pixels: int, threads: int | None, progress: Progress | None
 ) -> None:
-    missing = np.flatnonzero(known.codes < 0).tolist()
+    missing = np.flatnonzero(results.codes < 0).tolist()
 
     def read_chunk(chunk: list[int]) -> list[Header]:
         return [probe(*_where(files, i), max_pixels) for i in chunk]
 
     for i, header in _in_threads(read_chunk, missing, threads, "headers", progress):
-        known.note_header(i, header)
+        results.note_header(i, header)
 
 
 def _where(files: Files, index: int) -> tuple[str, int, int | None]:
@@ -439,27 +442,27 @@ def _in_threads(
     work: Callable[[list[int]], list], indices: list[int], threads: int | None, what: str, progress: Progress | None
 ) -> Iterator[tuple[int, Header]]:
     chunks = [indices[at : at + CHUNK_FILES] for at in range(0, len(indices), CHUNK_FILES)]
-    done = 0
+    count = 0
     # More threads than cores, because a cold or remote disk answers many requests at once.
     with ThreadPoolExecutor(threads or 2 * share_of_cores()) as pool:
         for chunk, results in zip(chunks, pool.map(work, chunks), strict=True):
             yield from zip(chunk, results, strict=True)
-            done += len(chunk)
+            count += len(chunk)
             if progress:
-                progress(what, done, len(indices))
+                progress(what, count, len(indices))
 
 
-def _decode(decode: Decode, files: Files, known: Results, threads: int | None, progress: Progress | None) -> None:
-    missing = np.flatnonzero((known.codes == 0) & ~known.decoded)
+def _decode(decode: Decode, files: Files, results: Results, threads: int | None, progress: Progress | None) -> None:
+    missing = np.flatnonzero((results.codes == 0) & ~results.decoded)
     if not len(missing):
         return
     places = np.concatenate([files.places, files.bytes[:, None]], 1)[missing] if files.archives else None
     names = [files.paths[i] for i in missing.tolist()]
-    part = Manifest(files.root, names, known.sizes[missing], archives=files.archives, places=places)
-    for done, checked in enumerate(decode(part, threads), 1):
-        known.note_decoded(int(missing[done - 1]), checked)
-        if progress and (done % CHUNK_FILES == 0 or done == len(missing)):
-            progress("decode", done, len(missing))
+    part = Manifest(files.root, names, results.sizes[missing], archives=files.archives, places=places)
+    for count, result in enumerate(decode(part, threads), 1):
+        results.note_decoded(int(missing[count - 1]), result)
+        if progress and (count % CHUNK_FILES == 0 or count == len(missing)):
+            progress("decode", count, len(missing))
 
 
 def _without_strays(files: Files, good: np.ndarray, rejected: list[tuple[str, str]]) -> np.ndarray:

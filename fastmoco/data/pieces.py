@@ -39,7 +39,7 @@ def read(path: str, shown: str, max_pixels: int) -> Piece:
     labels = [members.labels[i] for i in good]
     counts = Counter({f"{PASSED}{kind}": count for kind, count in members.passed.items()})
     counts["transparent"] = sum(headers[i].alpha for i in good)
-    return made(records, names, labels, [*members.left_out, *left_out], counts)
+    return made(records, names, labels, [*members.rejected, *left_out], counts)
 
 
 def made(
@@ -50,7 +50,7 @@ def made(
     facts: Mapping[str, int] | None = None,
 ) -> Piece:
     """The piece of `records`, whose names and classes are still to be put in."""
-    packed = cache.packed(names)
+    packed = cache.pack(names)
     records["name_end"] = np.flatnonzero(packed == 0) + 1
     classes = sorted({label for label in labels if label is not None})
     number = {label: code for code, label in enumerate(classes)}
@@ -66,10 +66,10 @@ def save(path: Path, piece: Piece, stamp: str, max_pixels: int) -> None:
         path,
         records=piece.records,
         names=piece.names,
-        classes=cache.packed(piece.classes),
-        left_names=cache.packed(columns[0]),
-        left_reasons=cache.packed(columns[1]),
-        facts=cache.packed(piece.facts),
+        classes=cache.pack(piece.classes),
+        left_names=cache.pack(columns[0]),
+        left_reasons=cache.pack(columns[1]),
+        facts=cache.pack(piece.facts),
         counts=np.array([*piece.facts.values()], np.int64),
         state=_state(stamp, max_pixels),
     )
@@ -80,11 +80,11 @@ def load(path: Path | BinaryIO, stamp: str, max_pixels: int) -> Piece | None:
     data = cache.load(path)
     if data is None or "state" not in data or not np.array_equal(data["state"], _state(stamp, max_pixels)):
         return None
-    left_out = zip(cache.unpacked(data["left_names"]), cache.unpacked(data["left_reasons"]), strict=True)
+    left_out = zip(cache.unpack(data["left_names"]), cache.unpack(data["left_reasons"]), strict=True)
     records = data["records"].view(RECORD)
-    facts = dict(zip(cache.unpacked(data["facts"]), data["counts"].tolist(), strict=True))
-    return Piece(records, data["names"], cache.unpacked(data["classes"]), list(left_out), facts)
+    facts = dict(zip(cache.unpack(data["facts"]), data["counts"].tolist(), strict=True))
+    return Piece(records, data["names"], cache.unpack(data["classes"]), list(left_out), facts)
 
 
 def _state(stamp: str, max_pixels: int) -> np.ndarray:
-    return cache.packed([str(VERSION), str(tars.VERSION), str(max_pixels), stamp])
+    return cache.pack([str(VERSION), str(tars.VERSION), str(max_pixels), stamp])

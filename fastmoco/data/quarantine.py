@@ -66,7 +66,7 @@ class Quarantine:
         except (ValueError, TypeError) as error:
             raise DataError(f"{self.path} is damaged ({error}): repair or remove it") from None
 
-    def replaced(self, step: int, samples: np.ndarray) -> np.ndarray:
+    def replace(self, step: int, samples: np.ndarray) -> np.ndarray:
         """`samples` int64 [m] with every sample that is bad by `step` replaced by its substitute."""
         if not self._first_step:
             return samples
@@ -81,11 +81,11 @@ class Quarantine:
 
         One that is known from a later step on gets a second record: headers are read ahead of what is decoded.
         """
-        known = self._is_bad(sample, step)
+        is_known = self._is_bad(sample, step)
         self._note(sample, step)
         substitute = self._substitute(sample, step)
         record = Record(step, self.manifest.name(sample), reason, self.manifest.name(substitute))
-        if not known and not self._is_written(record):
+        if not is_known and not self._is_written(record):
             self._append(record)
             self.news.append(record)
             self._check_share(record)
@@ -127,10 +127,10 @@ class Quarantine:
     def _check_share(self, last: Record) -> None:
         count = len({record.file for record in self.records()} if self.path else self._first_step)
         if count > self.limit:
-            listed = f"; all are listed in {self.path}" if self.path else ""
+            where = f"; all are listed in {self.path}" if self.path else ""
             raise DataError(
                 f"{count} of {len(self.manifest)} images are bad, and max_bad_share {self.max_share:g} allows "
-                f"{self.limit}; the last one is {last.file}: {last.reason}{listed}: check the disk and the files "
+                f"{self.limit}; the last one is {last.file}: {last.reason}{where}: check the disk and the files "
                 f"(fastmoco data scan --full finds all of them, and they are then left out), or let pretrain allow "
                 f"more with --max-bad-share"
             )

@@ -117,9 +117,9 @@ def _check_tiff(data: np.ndarray) -> None:
                 image.load()
     except (UnidentifiedImageError, SyntaxError, KeyError):  # pixels of a kind that Pillow does not know
         if compression not in STREAMS:
-            raise Damaged(f"TIFF of compression {compression}, which DALI cannot decode") from None
+            raise DamagedImage(f"TIFF of compression {compression}, which DALI cannot decode") from None
     except Exception as error:
-        raise Damaged("damaged: cannot be decoded") from error
+        raise DamagedImage("damaged: cannot be decoded") from error
 
 
 def _by_pillow(data: np.ndarray, codec: str) -> tuple[np.ndarray | None, np.ndarray | None]:

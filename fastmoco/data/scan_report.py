@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fastmoco import atomic
 from fastmoco.data import manifest, shard_scan
-from fastmoco.data.full_scan import decoded_apart
+from fastmoco.data.full_scan import decode_apart
 from fastmoco.data.manifest import ONE_COLOUR, SMALL_RANGE, Manifest
 from fastmoco.data.rewrite import Reading
 from fastmoco.options import DataScan, require_file
@@ -30,7 +30,7 @@ def run(options: DataScan) -> None:
     parts, classes, decode = {}, None, None
     if options.full:
         reading = Reading(value_range=options.value_range)
-        decode = partial(decoded_apart, reading=reading)
+        decode = partial(decode_apart, reading=reading)
     for name, path in (("training", train), ("validation", val)):
         if path is None:
             continue
@@ -39,7 +39,7 @@ def run(options: DataScan) -> None:
             if shard_scan.concerns(options, path):
                 part = shard_scan.facts(options, path, bar.show)
             else:
-                found = manifest.scan(
+                images = manifest.scan(
                     path,
                     classes=classes,
                     max_pixels=options.max_pixels,
@@ -47,42 +47,42 @@ def run(options: DataScan) -> None:
                     cache=remember,
                     progress=bar.show,
                 )
-                classes = found.classes or None
-                part = facts(found, options.full)
+                classes = images.classes or None
+                part = facts(images, options.full)
         parts[name] = part | {"seconds": time.perf_counter() - began}
         print("\n".join(_lines(name if val else "images", parts[name])))
     if options.json is not None:
         atomic.write_json(options.json, parts)
 
 
-def facts(found: Manifest, full: bool) -> dict[str, Any]:
+def facts(images: Manifest, full: bool) -> dict[str, Any]:
     """What a scan found, as JSON-ready data."""
-    low, median, high = np.percentile(found.sizes, (0, 50, 100), axis=0).astype(int).tolist()
-    per_class = [] if found.labels is None else np.bincount(found.labels, minlength=len(found.classes)).tolist()
+    low, median, high = np.percentile(images.sizes, (0, 50, 100), axis=0).astype(int).tolist()
+    per_class = [] if images.labels is None else np.bincount(images.labels, minlength=len(images.classes)).tolist()
     return {
-        "root": found.root,
-        "archives": len(found.archives),
-        "images": len(found),
-        "bytes": found.bytes,
-        "first": found.paths[:3],
-        "classes": dict(zip(found.classes, per_class, strict=True)) if per_class else {},
+        "root": images.root,
+        "archives": len(images.archives),
+        "images": len(images),
+        "bytes": images.bytes,
+        "first": images.paths[:3],
+        "classes": dict(zip(images.classes, per_class, strict=True)) if per_class else {},
         "height": {"least": low[0], "median": median[0], "most": high[0]},
         "width": {"least": low[1], "median": median[1], "most": high[1]},
-        "transparent": found.transparent,
-        "one_colour": _narrow(found, -1, ONE_COLOUR),
-        "small_range": _narrow(found, ONE_COLOUR, SMALL_RANGE),
+        "transparent": images.transparent,
+        "one_colour": _narrow(images, -1, ONE_COLOUR),
+        "small_range": _narrow(images, ONE_COLOUR, SMALL_RANGE),
         "decoded": full,
-        "passed_over": found.passed,
-        "left_out": [{"file": path, "reason": reason} for path, reason in found.rejected],
+        "passed_over": images.passed,
+        "left_out": [{"file": path, "reason": reason} for path, reason in images.rejected],
     }
 
 
-def _narrow(found: Manifest, above: int, most: int) -> dict[str, Any]:
+def _narrow(images: Manifest, above: int, most: int) -> dict[str, Any]:
     # How many images span so many levels, and the first of them; None where they were not decoded.
-    if found.spans is None:
+    if images.spans is None:
         return {"images": None, "first": None}
-    rows = np.flatnonzero((found.spans.astype(int) > above) & (found.spans <= most))
-    return {"images": len(rows), "first": found.paths[rows[0]] if len(rows) else None}
+    rows = np.flatnonzero((images.spans.astype(int) > above) & (images.spans <= most))
+    return {"images": len(rows), "first": images.paths[rows[0]] if len(rows) else None}
 
 
 class Bar:
@@ -98,14 +98,14 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self._close()
 
-    def show(self, what: str, done: int, total: int) -> None:
+    def show(self, what: str, count: int, total: int) -> None:
         """The scan's `progress`."""
         if what != self._what:
             self._close()
             self._what = what
             self._bar = tqdm(total=total, desc=what, unit=" files", leave=False, disable=not sys.stderr.isatty())
         assert self._bar is not None
-        self._bar.update(done - self._bar.n)
+        self._bar.update(count - self._bar.n)
 
     def _close(self) -> None:
         if self._bar is not None:
@@ -130,7 +130,7 @@ def _lines(title: str, part: dict[str, Any]) -> list[str]:
         *_remarks(part),
         *_passed(part["passed_over"]),
         f"  left out  {len(part['left_out'])}",
-        *_rejected(part["left_out"]),
+        *_rejections(part["left_out"]),
     ]
 
 
@@ -153,7 +153,7 @@ def _passed(counts: dict[str, int]) -> list[str]:
     return [f"  passed    {told}: neither images nor classes"] if told else []
 
 
-def _rejected(left_out: list[dict[str, str]]) -> list[str]:
+def _rejections(left_out: list[dict[str, str]]) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for entry in left_out:
         by_reason.setdefault(entry["reason"], []).append(entry["file"])

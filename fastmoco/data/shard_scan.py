@@ -16,7 +16,7 @@ import numpy as np
 
 from fastmoco.data import cache, pieces, shard_set
 from fastmoco.data.errors import DataError
-from fastmoco.data.full_scan import decoded_apart
+from fastmoco.data.full_scan import decode_apart
 from fastmoco.data.image_table import Piece, natural
 from fastmoco.data.manifest import ONE_COLOUR, SMALL_RANGE, Manifest
 from fastmoco.data.rewrite import Reading
@@ -88,10 +88,10 @@ def _decode(source: Source, shards: list[Shard], parts: list[Piece], reading: Re
         records = np.concatenate([part.records for part in parts])
         number = np.repeat(np.arange(len(parts)), [len(part.records) for part in parts])
         places = np.stack([number, records["offset"], records["bytes"].astype(np.int64)], 1)
-        names = [name for part in parts for name in cache.unpacked(part.names)]
+        names = [name for part in parts for name in cache.unpack(part.names)]
         sizes = np.ascontiguousarray(records["size"])
         images = Manifest("/", names, sizes, archives=archives, places=places)
-        checked = list(decoded_apart(images, reading=reading)) if names else []
+        checked = list(decode_apart(images, reading=reading)) if names else []
     spans = np.array([each.span for each in checked], np.int64)
     reasons = [each.reason for each in checked]
     bounds = np.cumsum([0, *(len(part.records) for part in parts)])
@@ -101,7 +101,7 @@ def _decode(source: Source, shards: list[Shard], parts: list[Piece], reading: Re
 
 def _without(part: Piece, reasons: list[str], spans: np.ndarray) -> Piece:
     """The piece without the images that have a reason against them."""
-    names, records = cache.unpacked(part.names), part.records
+    names, records = cache.unpack(part.names), part.records
     good = [i for i, reason in enumerate(reasons) if not reason]
     labels = [None if code < 0 else part.classes[code] for code in records["label"][good].tolist()]
     left_out = [*part.left_out, *((name, why) for name, why in zip(names, reasons, strict=True) if why)]
@@ -132,7 +132,7 @@ def _joined(parts: Iterator[Piece]) -> dict[str, Any]:
         classes.update(dict(zip(part.classes, numbers, strict=True)))
         counted.update(part.facts)
         if len(first) < 3:
-            first += cache.unpacked(part.names)[: 3 - len(first)]
+            first += cache.unpack(part.names)[: 3 - len(first)]
         left_out += [{"file": file, "reason": reason} for file, reason in part.left_out]
     if not images:
         raise DataError(f"no images in the shards ({len(left_out)} members left out)", exit_code=2)

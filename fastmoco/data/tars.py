@@ -44,7 +44,7 @@ class Members(NamedTuple):
     labels: list[str | None]
     time: int
     """Time of the archive's last change in ns."""
-    left_out: list[tuple[str, str]]
+    rejected: list[tuple[str, str]]
     """Name and reason of each member that is neither an image nor says something about one."""
     passed: Counter[str]
     """How many members were passed over, by their ending, or HIDDEN."""
@@ -56,13 +56,13 @@ def index(path: str) -> Members:
         status = os.stat(path)
     except OSError as error:
         raise DataError(f"{path}: cannot read the archive: {error.strerror}") from None
-    kept = _cache_path(path)
+    cache_file = _cache_path(path)
     state = np.array([VERSION, status.st_size, status.st_mtime_ns], np.int64)
-    known = _kept(kept, state)
-    if known is not None:
-        return known
+    cached = _cached(cache_file, state)
+    if cached is not None:
+        return cached
     members = _read(path, status)
-    _keep(kept, state, members)
+    _keep(cache_file, state, members)
     return members
 
 
@@ -78,7 +78,7 @@ class _Contents:
         self.places: dict[str, tuple[int, int]] = {}
         self.links: dict[str, str] = {}
         self.classes: dict[str, dict[str, str]] = {}
-        self.left_out: list[tuple[str, str]] = []
+        self.rejected: list[tuple[str, str]] = []
         self.passed: Counter[str] = Counter()
 
     def add(self, member: tarfile.TarInfo, archive: tarfile.TarFile) -> None:
@@ -91,29 +91,29 @@ class _Contents:
             self.passed[HIDDEN] += 1
             return
         if not parts[-1]:
-            self.left_out.append((name, "a member without a name"))
+            self.rejected.append((name, "a member without a name"))
             return
         if any(part in LITTER for part in parts):
-            self.left_out.append((name, BY_A_SYSTEM))
+            self.rejected.append((name, BY_A_SYSTEM))
             return
         if name in self.places or name in self.links:
             self.places.pop(name, None)
             self.links.pop(name, None)
-            self.left_out.append((name, REPLACED))
+            self.rejected.append((name, REPLACED))
         key, ending = _key(name)
         last = ending.rpartition(".")[2]
         if member.issym() or member.islnk():
             folder = os.path.dirname(name) if member.issym() else ""
             self.links[name] = os.path.normpath(os.path.join(folder, member.linkname))
         elif not member.isfile() or member.sparse is not None:
-            self.left_out.append((name, "not a regular file" if not member.isfile() else "stored sparsely"))
+            self.rejected.append((name, "not a regular file" if not member.isfile() else "stored sparsely"))
         elif last == "cls":
             text = archive.extractfile(member).read().decode(errors="surrogateescape").strip()
             if ending in self.classes.setdefault(key, {}):
-                self.left_out.append((name, REPLACED))
+                self.rejected.append((name, REPLACED))
             self.classes[key][ending] = sys.intern(text)
             if not text:
-                self.left_out.append((name, "an empty class"))
+                self.rejected.append((name, "an empty class"))
         elif last in SIDECARS:
             self.passed[f".{last}"] += 1
         else:
@@ -130,29 +130,31 @@ class _Contents:
                 self.passed[f".{last}"] += 1
                 continue
             if place is None:
-                self.left_out.append((name, f"link to {target}, which the archive does not hold"))
+                self.rejected.append((name, f"link to {target}, which the archive does not hold"))
             else:
                 self.places[name] = place
 
     def count_idle_classes(self) -> None:
         """Name the classes of no image."""
         keys = {_key(name)[0] for name in self.places}
-        for key, said in self.classes.items():
+        for key, classes in self.classes.items():
             if key not in keys:
-                self.left_out += [(f"{key}.{ending}", "the class of no image") for ending, text in said.items() if text]
+                self.rejected += [
+                    (f"{key}.{ending}", "the class of no image") for ending, text in classes.items() if text
+                ]
 
     def label(self, name: str, path: str) -> str | None:
         """The class of an image; raises DataError if members of its key give it several."""
-        said = self.classes.get(_key(name)[0], {})
-        if len(set(said.values())) > 1 and "cls" not in said:
-            raise DataError(f"{path}: {_key(name)[0]} has several classes ({', '.join(sorted(said))}): leave one")
-        chosen = said.get("cls") or next(iter(said.values()), None)
+        classes = self.classes.get(_key(name)[0], {})
+        if len(set(classes.values())) > 1 and "cls" not in classes:
+            raise DataError(f"{path}: {_key(name)[0]} has several classes ({', '.join(sorted(classes))}): leave one")
+        choice = classes.get("cls") or next(iter(classes.values()), None)
         folder = name.split("/", 1)[0] if "/" in name else ""
-        return chosen or (sys.intern(folder) if folder not in ("", "..") else None)
+        return choice or (sys.intern(folder) if folder not in ("", "..") else None)
 
 
 def _read(path: str, status: os.stat_result) -> Members:
-    found, at = _Contents(), 0
+    contents, at = _Contents(), 0
     try:
         with open(path, "rb") as file:
             while at is not None:
@@ -160,37 +162,39 @@ def _read(path: str, status: os.stat_result) -> Members:
                 with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
                     for member in archive:
                         archive.members.clear()  # it would keep a kilobyte for each
-                        found.add(member, archive)
+                        contents.add(member, archive)
                     end = archive.offset
                 _check_end(path, end, status.st_size)
-                at = _next_archive(path, end, status.st_size, found)
+                at = _next_archive(path, end, status.st_size, contents)
     except DataError:
         raise
     except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:  # the last two: a size beyond all
         raise DataError(f"{path}: {_reason(path, error)}") from None
-    found.follow_links()
-    found.count_idle_classes()
-    names = list(found.places)
-    offsets, sizes = (np.array([place[i] for place in found.places.values()], np.int64) for i in (0, 1))
-    labels = [found.label(name, path) for name in names]
-    return Members(names, offsets, sizes, labels, status.st_mtime_ns, found.left_out, found.passed)
+    contents.follow_links()
+    contents.count_idle_classes()
+    names = list(contents.places)
+    offsets, sizes = (np.array([place[i] for place in contents.places.values()], np.int64) for i in (0, 1))
+    labels = [contents.label(name, path) for name in names]
+    return Members(names, offsets, sizes, labels, status.st_mtime_ns, contents.rejected, contents.passed)
 
 
-def _next_archive(path: str, end: int, size: int, found: _Contents) -> int | None:
+def _next_archive(path: str, end: int, size: int, contents: _Contents) -> int | None:
     """Where the archive begins that was appended to the one that ends at `end`, or None."""
     with open(path, "rb") as file:
         file.seek(end)
         while block := file.read(READ_BYTES):
-            used = len(block.lstrip(b"\0"))
-            if used:
-                at = file.tell() - used
+            text = len(block.lstrip(b"\0"))
+            if text:
+                at = file.tell() - text
                 at -= at % tarfile.BLOCKSIZE
                 file.seek(at)
                 try:
                     tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
                     return at
                 except tarfile.HeaderError:
-                    found.left_out.append((os.path.basename(path), f"{size - at} bytes after its end are no archive"))
+                    contents.rejected.append(
+                        (os.path.basename(path), f"{size - at} bytes after its end are no archive")
+                    )
                     return None
     return None
 
@@ -226,17 +230,17 @@ def _cache_path(path: str) -> Path:
     return cache.folder() / f"tar-{hashlib.sha256(os.fsencode(path)).hexdigest()[:24]}.npz"
 
 
-def _kept(path: Path, state: np.ndarray) -> Members | None:
-    found = cache.load(path)
-    if found is None or not np.array_equal(found.get("state"), state):
+def _cached(path: Path, state: np.ndarray) -> Members | None:
+    data = cache.load(path)
+    if data is None or not np.array_equal(data.get("state"), state):
         return None
-    names, classes = cache.unpacked(found["names"]), cache.unpacked(found["classes"])
-    labels = [classes[code] if code >= 0 else None for code in found["labels"].tolist()]
-    left_out = list(zip(*(cache.unpacked(found[each]) for each in ("left_names", "left_reasons")), strict=True))
-    if not len(names) == len(labels) == len(found["offsets"]) == len(found["sizes"]):
+    names, classes = cache.unpack(data["names"]), cache.unpack(data["classes"])
+    labels = [classes[code] if code >= 0 else None for code in data["labels"].tolist()]
+    rejected = list(zip(*(cache.unpack(data[each]) for each in ("left_names", "left_reasons")), strict=True))
+    if not len(names) == len(labels) == len(data["offsets"]) == len(data["sizes"]):
         return None
-    passed = Counter(dict(zip(cache.unpacked(found["passed"]), found["passed_counts"].tolist(), strict=True)))
-    return Members(names, found["offsets"], found["sizes"], labels, int(state[2]), left_out, passed)
+    passed = Counter(dict(zip(cache.unpack(data["passed"]), data["passed_counts"].tolist(), strict=True)))
+    return Members(names, data["offsets"], data["sizes"], labels, int(state[2]), rejected, passed)
 
 
 def _keep(path: Path, state: np.ndarray, members: Members) -> None:
@@ -245,13 +249,13 @@ def _keep(path: Path, state: np.ndarray, members: Members) -> None:
     cache.save(
         path,
         state=state,
-        names=cache.packed(members.names),
-        classes=cache.packed(classes),
+        names=cache.pack(members.names),
+        classes=cache.pack(classes),
         labels=np.array([number.get(label, -1) for label in members.labels], np.int32),
         offsets=members.offsets,
         sizes=members.sizes,
-        left_names=cache.packed(name for name, _ in members.left_out),
-        left_reasons=cache.packed(reason for _, reason in members.left_out),
-        passed=cache.packed(members.passed),
+        left_names=cache.pack(name for name, _ in members.rejected),
+        left_reasons=cache.pack(reason for _, reason in members.rejected),
+        passed=cache.pack(members.passed),
         passed_counts=np.array([*members.passed.values()], np.int64),
     )

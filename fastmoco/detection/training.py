@@ -110,7 +110,7 @@ class Trainer:
 
     def __init__(self, model: nn.Module, pictures: list[Picture], plan: Plan, parallel: Parallel, threads: int) -> None:
         self.model, self.plan, self.parallel, self.threads = model, plan, parallel, threads
-        self.shown = Shown(pictures)
+        self.origins = Shown(pictures)
         self.step = 0
         self.whole: nn.Module = model
         if parallel.world > 1:
@@ -186,8 +186,8 @@ class Trainer:
     def _batches(self, steps: range) -> Iterator[Batch]:
         share = self.plan.batch_size // self.parallel.world
         mine = slice(self.parallel.rank * share, (self.parallel.rank + 1) * share)
-        order = [self.plan.draw(step, len(self.shown))[mine] for step in steps]
-        for images, targets in _loaded(self.shown, order, self.threads):
+        order = [self.plan.draw(step, len(self.origins))[mine] for step in steps]
+        for images, targets in _loaded(self.origins, order, self.threads):
             yield _moved(images, targets, self.parallel.device)
 
 

@@ -39,10 +39,10 @@ def both_sides(
     bank = one_side(Path(train), labels, max_pixels=max_pixels)
     queries = one_side(Path(against), labels, bank.classes, max_pixels)
     if os.path.realpath(bank.root) == os.path.realpath(queries.root):
-        known = len(set(bank.paths) & set(queries.paths))
-        if known:
+        common = len(set(bank.paths) & set(queries.paths))
+        if common:
             print(
-                f"warning: {known} of the {len(queries)} validation images train, too: the figures are too good; "
+                f"warning: {common} of the {len(queries)} validation images train, too: the figures are too good; "
                 f"name others with --val",
                 file=sys.stderr,
             )
@@ -57,16 +57,16 @@ def one_side(
     The table `labels` serves a side whose images it names; another side has to have classes of its own.
     """
     if labels is not None:
-        found = manifest.scan(path, max_pixels=max_pixels)
+        images = manifest.scan(path, max_pixels=max_pixels)
         # ImageNet's table names the validation images alone.
-        if found.labels is None or _classes_of(found, labels)[0]:
-            return label(found, labels, classes)
-    found = manifest.scan(path, classes=classes, max_pixels=max_pixels)
-    if found.labels is None:
+        if images.labels is None or _classes_of(images, labels)[0]:
+            return label(images, labels, classes)
+    images = manifest.scan(path, classes=classes, max_pixels=max_pixels)
+    if images.labels is None:
         raise UsageError(
             f"{path} has no classes: use one folder per class, a list with classes, or --labels FILE.csv of path,class"
         )
-    return found
+    return images
 
 
 def label(images: Manifest, table: Path, classes: Sequence[str] | None = None) -> Manifest:
@@ -84,15 +84,15 @@ def label(images: Manifest, table: Path, classes: Sequence[str] | None = None) -
             f"{table} names none of the {len(images)} images in {images.root}, as {images.paths[0]}: check its first "
             f"column"
         )
-    kept = np.array(sorted(names), np.int64)
+    rows = np.array(sorted(names), np.int64)
     present = sorted(set(names.values()))
     numbering = {name: number for number, name in enumerate(classes or present)}
     unknown = [name for name in present if name not in numbering]
     if unknown:
         raise DataError(f"{table}: class {unknown[0]!r} is not among the {len(numbering)} classes of the training part")
-    labels = np.array([numbering[names[i]] for i in kept.tolist()], np.int64)
-    chosen = images.take(kept)
-    return dataclasses.replace(chosen, labels=labels, classes=list(numbering))
+    labels = np.array([numbering[names[i]] for i in rows.tolist()], np.int64)
+    part = images.take(rows)
+    return dataclasses.replace(part, labels=labels, classes=list(numbering))
 
 
 class Row(NamedTuple):
@@ -137,26 +137,26 @@ def _note_idle(images: Manifest, table: Path, idle: list[Row]) -> None:
 def _classes_of(images: Manifest, table: Path) -> tuple[dict[int, str], list[Row]]:
     """Class by index of the images that a table names, and its lines that name none."""
     finder = _Finder(images)
-    named: dict[int, tuple[int, str]] = {}
+    classes: dict[int, tuple[int, str]] = {}
     idle: list[Row] = []
     for number, row in enumerate(read_table(table)):
-        found = finder.find(row.path)
-        if number == 0 and not found:
+        matches = finder.find(row.path)
+        if number == 0 and not matches:
             continue  # a header
         if row.label in finder.paths:
             raise DataError(f"{table}: line {row.line}: its second column names an image: put the path first")
-        if not found:
+        if not matches:
             idle.append(row)
         if not row.path or not row.label:
             raise DataError(f"{table}: line {row.line}, {row.path or repr(row.label)}: an empty cell")
-        if len(found) > 1:
-            several = " and ".join(images.paths[i] for i in found[:2])
+        if len(matches) > 1:
+            several = " and ".join(images.paths[i] for i in matches[:2])
             raise DataError(f"{table}: line {row.line}, {row.path}: may be {several}: give its path")
-        for index in found:
-            line, before = named.setdefault(index, (row.line, row.label))
+        for index in matches:
+            line, before = classes.setdefault(index, (row.line, row.label))
             if before != row.label:
                 raise DataError(f"{table}: line {row.line}, {row.path}: {row.label}, but {before} in line {line}")
-    return {index: name for index, (_, name) in named.items()}, idle
+    return {index: name for index, (_, name) in classes.items()}, idle
 
 
 def _is_utf8(text: str) -> bool:

@@ -32,7 +32,7 @@ FIRST_NORM = "encoder_q.bn1.num_batches_tracked"  # advances once a step, so it 
 IMAGENET = 1_281_167  # images that published checkpoints were trained on
 
 
-class Imported(NamedTuple):
+class ImportedRun(NamedTuple):
     """A file as a run of ours."""
 
     recipe: Recipe
@@ -45,7 +45,7 @@ class Imported(NamedTuple):
     """What the file lacked, and what stands in its place."""
 
 
-def convert(content: Mapping[str, Any], options: Import, images: int | None = None) -> Imported:
+def convert(content: Mapping[str, Any], options: Import, images: int | None = None) -> ImportedRun:
     """`content` of a checkpoint file as a run; raises ForeignFileError if it is none of the kinds that are known.
 
     `images` is the size of the set that training goes on with.
@@ -58,7 +58,7 @@ def convert(content: Mapping[str, Any], options: Import, images: int | None = No
         if isinstance(content.get(upstream.OWN), dict):
             return _own(content, weights, content[upstream.OWN], options)
         if without(QUERY, weights):
-            return _published(content, weights, options, images)
+            return _from_published(content, weights, options, images)
         return _plain(weights, options)
     except (ForeignFileError, RecipeError, UsageError):
         raise
@@ -73,43 +73,43 @@ def command(options: Import) -> None:
     require_new(options.out)
     content = foreign.read(options.file)
     data = None if options.data is None else manifest.scan(manifest.split(options.data)[0])
-    found = convert(content, options, None if data is None else len(data))
-    write(found, options, None if data is None else len(data))
-    recipe = found.recipe
-    print(f"{options.out}: {recipe.arch}, {recipe.head} head, queue of {recipe.queue_size}, at step {found.step}")
-    for note in found.notes:
+    run = convert(content, options, None if data is None else len(data))
+    write(run, options, None if data is None else len(data))
+    recipe = run.recipe
+    print(f"{options.out}: {recipe.arch}, {recipe.head} head, queue of {recipe.queue_size}, at step {run.step}")
+    for note in run.notes:
         print(f"note: {note}")
 
 
-def write(found: Imported, options: Import, images: int | None) -> None:
+def write(run: ImportedRun, options: Import, images: int | None) -> None:
     """RUN/recipe.json and one checkpoint at the imported step."""
     assert options.out is not None
     options.out.mkdir(parents=True)
-    meta = {"recipe": found.recipe.as_dict(), "precision": found.precision}
-    checkpoint.save(options.out, found.step, found.state, meta)
-    steps = (images or IMAGENET) // found.recipe.batch_size
+    meta = {"recipe": run.recipe.as_dict(), "precision": run.precision}
+    checkpoint.save(options.out, run.step, run.state, meta)
+    steps = (images or IMAGENET) // run.recipe.batch_size
     facts = {
-        "preset": found.preset,
+        "preset": run.preset,
         **meta,
         "options": {"data": None if options.data is None else str(options.data), "val": None},
         "ranks": 1,
         "images": images,
-        "steps": steps * found.recipe.epochs,
+        "steps": steps * run.recipe.epochs,
         "versions": environment.versions(),
         "commit": environment.commit(),
         "command": environment.command(),
         "device": "imported",
-        "imported": {"file": options.file.name, "sha256": _sha256(options.file), "notes": found.notes},
+        "imported": {"file": options.file.name, "sha256": _sha256(options.file), "notes": run.notes},
     }
     atomic.write_json(options.out / RECIPE, facts)
 
 
-def _own(content: Mapping[str, Any], weights: dict, own: dict, options: Import) -> Imported:
+def _own(content: Mapping[str, Any], weights: dict, own: dict, options: Import) -> ImportedRun:
     flags: dict[str, Any] = {"--epochs": options.epochs, "--batch-size": options.batch_size}
     flags["--preset"] = None if options.preset == "auto" else options.preset
-    given = [flag for flag, value in flags.items() if value is not None]
-    if given:
-        raise UsageError(f"{options.file} was written by fastmoco and brings its recipe: leave {given[0]} out")
+    extra = [flag for flag, value in flags.items() if value is not None]
+    if extra:
+        raise UsageError(f"{options.file} was written by fastmoco and brings its recipe: leave {extra[0]} out")
     try:
         recipe, step = Recipe.from_dict(own["recipe"]), int(own["step"])
         momentum = upstream.velocities(content["optimizer"], recipe)
@@ -122,11 +122,11 @@ def _own(content: Mapping[str, Any], weights: dict, own: dict, options: Import) 
             f"{options.file} says that fastmoco wrote it, but not as it writes ({error!r}): export it again"
         ) from error
     _check_shapes(state, recipe, options.file)
-    preset = next((name for name, (_, known) in PRESETS.items() if known == recipe), "custom")
-    return Imported(recipe, state, step, precision, preset, [])
+    preset = next((name for name, (_, preset_recipe) in PRESETS.items() if preset_recipe == recipe), "custom")
+    return ImportedRun(recipe, state, step, precision, preset, [])
 
 
-def _published(content: Mapping[str, Any], weights: dict, options: Import, images: int | None) -> Imported:
+def _from_published(content: Mapping[str, Any], weights: dict, options: Import, images: int | None) -> ImportedRun:
     preset = options.preset if options.preset != "auto" else "v2" if f"{QUERY}fc.2.weight" in weights else "v1"
     recipe = _recipe_of(weights, without(QUERY, weights), preset, options)
     settings = upstream.group(content.get("optimizer"))
@@ -154,10 +154,10 @@ def _published(content: Mapping[str, Any], weights: dict, options: Import, image
         notes.append("the file has no queue: it starts with random vectors")
     _check_shapes(state, recipe, options.file, fresh)
     _owed_update(state, recipe.ema_momentum)
-    return Imported(recipe, state, step, "fp32", preset, notes)
+    return ImportedRun(recipe, state, step, "fp32", preset, notes)
 
 
-def _plain(weights: dict[str, Tensor], options: Import) -> Imported:
+def _plain(weights: dict[str, Tensor], options: Import) -> ImportedRun:
     preset = options.preset if options.preset != "auto" else "v2"
     recipe = _recipe_of({}, weights, preset, options)
     fresh = _template(recipe)
@@ -171,7 +171,7 @@ def _plain(weights: dict[str, Tensor], options: Import) -> Imported:
     others = [name for name in backbone(weights) if name not in own]
     if others:
         notes.append(f"{len(others)} weights of other parts are left out, {others[0]} the first")
-    return Imported(recipe, state, 0, "fp32", preset, notes)
+    return ImportedRun(recipe, state, 0, "fp32", preset, notes)
 
 
 def _recipe_of(weights: dict[str, Tensor], query: dict[str, Tensor], preset: str, options: Import) -> Recipe:
@@ -186,8 +186,8 @@ def _recipe_of(weights: dict[str, Tensor], query: dict[str, Tensor], preset: str
         changes |= {"head": "mlp" if "fc.2.weight" in query else "linear", "dim": last.shape[0]}
         if "queue" in weights:
             changes["queue_size"] = weights["queue"].shape[-1]
-    given = {"epochs": options.epochs, "batch_size": options.batch_size}
-    changes |= {name: value for name, value in given.items() if value is not None}
+    changes_asked = {"epochs": options.epochs, "batch_size": options.batch_size}
+    changes |= {name: value for name, value in changes_asked.items() if value is not None}
     return dataclasses.replace(PRESETS[preset][1], **changes)
 
 

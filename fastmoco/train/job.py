@@ -19,7 +19,7 @@ from fastmoco.data.remote import RemoteShards
 from fastmoco.data.shard_source import Fetching, as_url
 from fastmoco.environment import share_of_cores
 from fastmoco.kernels.convolution import instructions
-from fastmoco.options import Options, UsageError, check_places, restarted
+from fastmoco.options import Options, UsageError, check_places, is_restart
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 
@@ -83,19 +83,17 @@ class Job:
 def prepare(recipe: Recipe, options: Options, preset: str, parallel: Parallel) -> Job:
     """Look at the images and settle everything; DataError on bad images, RecipeError if recipe and data do not fit."""
     train_set, val_set, notes = _images(options, recipe.max_pixels)
-    settled = recipe.for_images(len(train_set))
-    notes += _queue_notes(recipe, settled, len(train_set)) + _settings_notes(settled, train_set, parallel)
-    notes += _decide_fetching(train_set, settled)
-    if train_set.transparent and settled.background != "ignore":
-        notes.append(
-            f"{train_set.transparent} images have transparency: shown over {settled.background} (--background)"
-        )
-    return Job(preset, settled, options, parallel, train_set, val_set, tuple(notes))
+    final = recipe.for_images(len(train_set))
+    notes += _queue_notes(recipe, final, len(train_set)) + _settings_notes(final, train_set, parallel)
+    notes += _decide_fetching(train_set, final)
+    if train_set.transparent and final.background != "ignore":
+        notes.append(f"{train_set.transparent} images have transparency: shown over {final.background} (--background)")
+    return Job(preset, final, options, parallel, train_set, val_set, tuple(notes))
 
 
 def places(options: Options, preset: str, parallel: Parallel) -> Options:
     """`options` with the folders that a demo brings itself; UsageError if one is missing, or RUN is another run's."""
-    check_places(preset, options, parallel.is_main and not restarted())
+    check_places(preset, options, parallel.is_main and not is_restart())
     return dataclasses.replace(
         options,
         # Absolute, so that the run finds them when it is resumed from another folder.
@@ -122,13 +120,13 @@ def fresh(path: Path) -> Path:
 def _images(options: Options, max_pixels: int) -> tuple[Manifest, Manifest | None, list[str]]:
     assert options.data is not None and options.out is not None, "places() names both"
     train, val = manifest.split(options.data)
-    kept = options.out / manifest.NAME
+    file = options.out / manifest.NAME
     # A run keeps its samples, and so its plan, when files are lost or added between two of its parts.
-    if kept.exists():
+    if file.exists():
         if not as_url(train) and not os.path.exists(train):
             raise DataError(f"{train}: no such folder, list or tar: {BRING_BACK}")
-        images = Manifest.load(kept, train, _fetching(options))
-        notes = _found_again(images)
+        images = Manifest.load(file, train, _fetching(options))
+        notes = _after_move(images)
     else:
         images, notes = manifest.scan(train, max_pixels=max_pixels, fetching=_fetching(options)), []
     if images.rejected:
@@ -159,11 +157,11 @@ def _decide_fetching(images: Manifest, recipe: Recipe) -> list[str]:
     return [f"{len(sizes)} shards of {sum(sizes) / 1e9:.3g} GB in {source.root}: fetched {how}"]
 
 
-def _found_again(images: Manifest) -> list[str]:
+def _after_move(images: Manifest) -> list[str]:
     """Lines about a run's images that are elsewhere now; DataError if they are not there, or are others."""
-    gone = images.gone()
-    if gone:
-        raise DataError(f"{gone}: {BRING_BACK}")
+    reason = images.absence()
+    if reason:
+        raise DataError(f"{reason}: {BRING_BACK}")
     other = images.others()
     if other and images.root_before != images.root:
         raise DataError(f"{other} is not the image that the run was started with: give the --data that holds those")
@@ -171,8 +169,8 @@ def _found_again(images: Manifest) -> list[str]:
         return [f"warning: {other} has changed since the run was started"]
     if images.root_before in ("", images.root):
         return []
-    checked = len(images.printed[0])
-    return [f"the images are in {images.root} now, before in {images.root_before}: {checked} of them are the same"]
+    count = len(images.fingerprints[0])
+    return [f"the images are in {images.root} now, before in {images.root_before}: {count} of them are the same"]
 
 
 def _validation(
@@ -193,12 +191,12 @@ def _validation(
     return (None, [f"no kNN evaluation: no classes in {val}"]) if against.labels is None else (against, [])
 
 
-def _queue_notes(asked: Recipe, settled: Recipe, images: int) -> list[str]:
-    keys = settled.check_queue() if settled.dictionary != "batch" else 0
-    if settled.dictionary != "queue":
+def _queue_notes(original: Recipe, final: Recipe, images: int) -> list[str]:
+    keys = final.check_queue() if final.dictionary != "batch" else 0
+    if final.dictionary != "queue":
         whole = f"the bank's {images} entries, one for each image, are all negatives: there are no more to draw"
-        return [whole] if keys == images and asked.queue_size != keys else []
-    if asked.queue_size != "auto":
+        return [whole] if keys == images and original.queue_size != keys else []
+    if original.queue_size != "auto":
         share = "more keys than there are images" if keys > images else "more than a quarter of the images"
         if 4 * keys <= images:
             return []

@@ -40,7 +40,7 @@ from fastmoco.runs.run_folder import Hold, hold
 from fastmoco.train import record
 from fastmoco.train.curves import draw_curves
 from fastmoco.train.dry_run import estimate
-from fastmoco.train.expectation import filled
+from fastmoco.train.expectation import fill_level
 from fastmoco.train.health import ROLLBACKS, Health, NonFiniteError
 from fastmoco.train.job import places, prepare
 from fastmoco.train.metrics import BadStep, Meter, Pace, Reading, Stopwatch, memory
@@ -74,8 +74,8 @@ def pretrain(recipe: Recipe, options: Options, preset: str = "custom") -> dict[s
         return estimate(recipe, options, preset) | {"stopped": False}
     with Parallel.start(options.device) as parallel, closed_at_the_end():
         options = places(options, preset, parallel)
-        with stop_on_signal() as asked:
-            return Run(recipe, options, preset, parallel).train(asked) | {"out": str(options.out)}
+        with stop_on_signal() as request:
+            return Run(recipe, options, preset, parallel).train(request) | {"out": str(options.out)}
 
 
 class Run:
@@ -101,14 +101,14 @@ class Run:
             graph = options.graph if options.photometric == "kernel" else "off"
             self.advance = runner(self.step, partial(noise_batch, job.recipe, parallel), graph, options.update)
         self.saving = Saving(job, self.step)
-        self.done = self.saving.restore() if options.resume else 0
-        if options.start_from is not None and not self.done:
+        self.position = self.saving.restore() if options.resume else 0
+        if options.start_from is not None and not self.position:
             start_from(self.step, options.start_from)
         self.health, self.rollbacks = Health(job.recipe), 0
         self.meter, self.watch = Meter(parallel.device), Stopwatch()
         self._hold: Hold | None = None
         self._first_step_done = self._knn_failed = False
-        self.asked, self.watchdog = StopRequest(), Watchdog(0, StopRequest())
+        self.request, self.watchdog = StopRequest(), Watchdog(0, StopRequest())
         self.monitor: Monitor | None = None
         self._agree_on_the_start()
         if parallel.is_main:
@@ -125,22 +125,22 @@ class Run:
         job, options = self.job, self.options
         if job.out.exists():
             self._hold = hold(job.out)
-        record.write(job, self.step.precision, self.done)
+        record.write(job, self.step.precision, self.position)
         self._hold = self._hold or hold(job.out)
         if not (job.out / manifest.NAME).exists():
             job.train_set.save(job.out / manifest.NAME)
         self.saving.open(self._say)
         sinks: dict[str, Any] = {"tensorboard": options.tensorboard, "track": options.track}
-        self.monitor = Monitor(job.out, job.last, self.done, dictionary=job.recipe.dictionary, **sinks)
-        for line in record.announcement(job, self.step.precision, self.done):
+        self.monitor = Monitor(job.out, job.last, self.position, dictionary=job.recipe.dictionary, **sinks)
+        for line in record.announcement(job, self.step.precision, self.position):
             self._say(line)
 
-    def train(self, asked: StopRequest) -> dict[str, Any]:
+    def train(self, request: StopRequest) -> dict[str, Any]:
         """Train to the end, or until asked to stop; save, evaluate, sum up."""
-        self.asked = asked
+        self.request = request
         try:
-            with Watchdog(self._watchdog_seconds(), asked) as self.watchdog:
-                stopped = self._train() or self._evaluated_last()
+            with Watchdog(self._watchdog_seconds(), request) as self.watchdog:
+                stopped = self._train() or self._evaluate_last()
                 return self._finish(stopped)
         finally:
             self.saving.close()
@@ -155,8 +155,8 @@ class Run:
         return min(own, others - 20) if self.parallel.world > 1 and others > 40 else own
 
     def _train(self) -> bool:
-        if self.options.on_nonfinite == "rollback" and self.done == 0:
-            self.saving.copied = -1  # so that there is a state to go back to
+        if self.options.on_nonfinite == "rollback" and self.position == 0:
+            self.saving.copy_step = -1  # so that there is a state to go back to
             self._save()
         with _controlled_gc(), _short_turns():
             while True:
@@ -178,12 +178,12 @@ class Run:
             stopped = self._steps()
         except Stopped:
             stopped = True
-        if stopped and self.done == 0:
-            self.saving.copied = -1  # asked to stop before the first step: what is promised is a checkpoint
+        if stopped and self.position == 0:
+            self.saving.copy_step = -1  # asked to stop before the first step: what is promised is a checkpoint
         self._drain()
         return stopped
 
-    def _evaluated_last(self) -> bool:
+    def _evaluate_last(self) -> bool:
         try:
             self._knn()
         except Stopped:
@@ -192,27 +192,27 @@ class Run:
 
     def _steps(self) -> bool:
         vote, pace = Vote(self.parallel), Pace(self.parallel.device)
-        job, steps = self.job, range(self.done, self.job.last)
+        job, steps = self.job, range(self.position, self.job.last)
         with Loader(job.train_set, job.plan, self.parallel, steps, job.loading, self.quarantine) as loader:
             self.watch.skip()
-            for batch in self._timed(loader):
+            for batch in self._time_batches(loader):
                 self._tell_quarantine()
                 crash_points.reach("before step")
-                rate = self.recipe.learning_rate(self.done, self.plan.steps_per_epoch)
+                rate = self.recipe.learning_rate(self.position, self.plan.steps_per_epoch)
                 self.meter.add(self.advance(batch, rate))
                 pace.step()
-                self.done += 1
+                self.position += 1
                 crash_points.reach("after step")
                 self.watchdog.beat()
                 self._after_the_first_step()
-                if self.done % self.options.log_every == 0 or self.done == self.job.last:
+                if self.position % self.options.log_every == 0 or self.position == self.job.last:
                     self._interval(rate)
                 if self.monitor is not None:
                     self.monitor.advance()
                 self.saving.check()
-                stop, save = vote.cast(bool(self.asked), self.saving.clock.due())
-                if self.done == self.job.last or stop:
-                    return stop and self.done < self.job.last
+                stop, save = vote.cast(bool(self.request), self.saving.clock.due())
+                if self.position == self.job.last or stop:
+                    return stop and self.position < self.job.last
                 self._between_steps(save)
         return False
 
@@ -222,19 +222,19 @@ class Run:
             line = f"quarantine: {bad.file}: {bad.reason}; from step {bad.step} on {bad.substitute} takes its place"
             print(line, file=sys.stderr, flush=True) if self.monitor is None else self.monitor.say(line)
 
-    def _timed(self, batches: Any) -> Iterator[Any]:
+    def _time_batches(self, batches: Any) -> Iterator[Any]:
         batches = iter(batches)
-        while self.done < self.job.last:
+        while self.position < self.job.last:
             began = time.perf_counter()
             batch = next(batches)
-            self.watch.waited(time.perf_counter() - began)
+            self.watch.add_wait(time.perf_counter() - began)
             yield batch
 
     def _agree_on_the_start(self) -> None:
         # Machines that see other files, or another newest checkpoint, would train on different things.
         files = agreement.bytes_digest(*self.job.train_set.content())
-        agreement.compare(self.parallel, {"the list of images": files, "the step to go on from": self.done})
-        agreement.check(self.step, self.plan, self.done)
+        agreement.compare(self.parallel, {"the list of images": files, "the step to go on from": self.position})
+        agreement.check(self.step, self.plan, self.position)
 
     def _after_the_first_step(self) -> None:
         # By then kernels are compiled and caches warm on every rank; who is silent for long is dead.
@@ -245,11 +245,11 @@ class Run:
 
     def _between_steps(self, save: bool) -> None:
         evaluate = self._knn_due()
-        save = save or bool(self.options.save_every) and self.done % self.options.save_every == 0
+        save = save or bool(self.options.save_every) and self.position % self.options.save_every == 0
         if save:
             self._save()
-        elif self.done % agreement.CHECK_EVERY == 0:
-            agreement.check(self.step, self.plan, self.done)
+        elif self.position % agreement.CHECK_EVERY == 0:
+            agreement.check(self.step, self.plan, self.position)
         if evaluate:
             self._knn()
         if save or evaluate:
@@ -257,13 +257,13 @@ class Run:
 
     def _interval(self, rate: float) -> None:
         facts = {
-            "epoch": self.done / self.plan.steps_per_epoch,
+            "epoch": self.position / self.plan.steps_per_epoch,
             "lr": rate,
             **self.watch.lap(self.meter.steps * self.recipe.batch_size),
             "memory": memory(self.parallel.device),
-            "queue_filled": filled(self.recipe, self.plan.steps_per_epoch, self.done),
+            "queue_filled": fill_level(self.recipe, self.plan.steps_per_epoch, self.position),
         }
-        self.meter.cut(self.done, self.parallel, facts)
+        self.meter.cut(self.position, self.parallel, facts)
         self._report()
         gc.collect(1)  # automatic collection is off, so that all ranks pause together
 
@@ -278,16 +278,16 @@ class Run:
     def _judge(self, reading: Reading) -> None:
         bearable = self.health.skip(len(reading.faults), reading.finite)
         if reading.faults and (self.options.on_nonfinite != "skip" or not bearable):
-            raise self._diverged(reading.faults)
+            raise self._divergence(reading.faults)
         for fault in reading.faults:
             self._say(f"warning: {fault}: its update was left out")
 
     def _drain(self) -> None:
         if self.meter.steps:
-            self._interval(self.recipe.learning_rate(self.done - 1, self.plan.steps_per_epoch))
+            self._interval(self.recipe.learning_rate(self.position - 1, self.plan.steps_per_epoch))
         self._report(everything=True)
 
-    def _diverged(self, bad: list[BadStep]) -> NonFiniteError:
+    def _divergence(self, bad: list[BadStep]) -> NonFiniteError:
         self.saving.wait()
         good = self.saving.good
         where = f"the last good checkpoint is of step {good}" if good is not None else "no checkpoint was written yet"
@@ -302,21 +302,21 @@ class Run:
             raise error
         self.rollbacks += 1
         self.saving.wait()
-        restored = self.saving.restore()
-        self.done, self.meter = error.step, Meter(self.parallel.device)
+        step = self.saving.restore()
+        self.position, self.meter = error.step, Meter(self.parallel.device)
         if self.monitor is not None:
-            self.monitor.jump(self.done)
-        self._say(f"warning: {error}. Went back to the state after step {restored}, on with step {self.done + 1}")
+            self.monitor.jump(self.position)
+        self._say(f"warning: {error}. Went back to the state after step {step}, on with step {self.position + 1}")
 
     def _save(self) -> None:
         self.saving.clock.restart()
-        if self.done == self.saving.copied:
+        if self.position == self.saving.copy_step:
             return
         # A wait for the device, once an interval of minutes, so that no bad state is kept.
         if self.options.on_nonfinite != "skip" and self.parallel.any(self.meter.nonfinite()):
             self._drain()
-        agreement.check(self.step, self.plan, self.done)
-        self.saving.start(self.done)
+        agreement.check(self.step, self.plan, self.position)
+        self.saving.start(self.position)
 
     def _say(self, text: str) -> None:
         if self.monitor is not None:
@@ -324,13 +324,13 @@ class Run:
 
     def _knn_due(self) -> bool:
         every = self.options.knn_every * self.plan.steps_per_epoch
-        return self.done == 0 or bool(every) and self.done % every == 0
+        return self.position == 0 or bool(every) and self.position % every == 0
 
     def _knn(self) -> None:
         if self.job.val_set is None or not self.options.knn or self._knn_failed:
             return
-        done = self.parallel.is_main and any(line["step"] == self.done for line in read_lines(self.job.out / KNN))
-        if self.parallel.any(done):
+        exists = self.parallel.is_main and any(line["step"] == self.position for line in read_lines(self.job.out / KNN))
+        if self.parallel.any(exists):
             return
         if self.parallel.world > 1:
             self.step.state()  # makes the ranks' running statistics one, so that they evaluate one encoder
@@ -349,20 +349,20 @@ class Run:
             print(f"warning: no kNN evaluation from here on: {error}", file=sys.stderr, flush=True)
         self._knn_failed = self.parallel.any(figures is None)
         if self.monitor is not None and figures is not None:
-            self.monitor.knn({"step": self.done, "epoch": self.done / self.plan.steps_per_epoch, **figures})
+            self.monitor.knn({"step": self.position, "epoch": self.position / self.plan.steps_per_epoch, **figures})
 
     def _stop_between(self, _: int) -> None:
         self.watchdog.beat()
-        if self.parallel.any(bool(self.asked)):
+        if self.parallel.any(bool(self.request)):
             raise Stopped
 
     def _finish(self, stopped: bool) -> dict[str, Any]:
         if self.monitor is None:
             return {"stopped": stopped}
         out = self.job.out
-        summary = record.summary(self.job, self.done, self.monitor.seconds, self.rollbacks) | {"stopped": stopped}
+        summary = record.summary(self.job, self.position, self.monitor.seconds, self.rollbacks) | {"stopped": stopped}
         if stopped:  # without curves: whoever asked waits, and drawing takes longer than all the rest
-            self._say(f"asked to stop: saved after step {self.done}; go on with --resume --out {out}")
+            self._say(f"asked to stop: saved after step {self.position}; go on with --resume --out {out}")
             return summary
         draw_curves(out, self.recipe)
         atomic.write_json(out / record.SUMMARY, summary)

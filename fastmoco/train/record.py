@@ -12,7 +12,7 @@ import torch
 
 from fastmoco import atomic, environment
 from fastmoco.data.shard_source import as_url
-from fastmoco.options import Options, UsageError, restarted
+from fastmoco.options import Options, UsageError, is_restart
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import PRESETS, Recipe
 from fastmoco.runs.lines import KNN, LOG, read_lines
@@ -23,7 +23,7 @@ from fastmoco.train.job import Job
 SUMMARY = "summary.json"
 
 
-def write(job: Job, precision: str, done: int) -> None:
+def write(job: Job, precision: str, step: int) -> None:
     """Make RUN with recipe.json in it, or note there that the run goes on; UsageError if RUN is another run's."""
     facts: dict[str, Any] = {
         "preset": job.preset,
@@ -45,15 +45,15 @@ def write(job: Job, precision: str, done: int) -> None:
     if path.exists():
         first = read_facts(job.out)
         names = ("commit", "command", "device", "versions", "ranks")
-        first.setdefault("resumed", []).append({"step": done, **{name: facts[name] for name in names}})
+        first.setdefault("resumed", []).append({"step": step, **{name: facts[name] for name in names}})
         first["options"] |= {name: facts["options"][name] for name in ("data", "val")}  # where they are now
         facts = first
     else:
-        _create(job.out, job.options.resume or restarted())
+        _create(job.out, job.options.resume or is_restart())
     atomic.write_json(path, facts)
 
 
-def announcement(job: Job, precision: str, done: int) -> Iterator[str]:
+def announcement(job: Job, precision: str, step: int) -> Iterator[str]:
     """Lines for the start of a run: what differs from its preset, its size, and what a healthy loss looks like."""
     yield f"{job.preset}: {_changes(job) or 'as the preset has it'} (every setting: {job.out / RECIPE})"
     per_rank = job.recipe.batch_size // job.parallel.world
@@ -65,35 +65,35 @@ def announcement(job: Job, precision: str, done: int) -> Iterator[str]:
     yield expectation(job.recipe, job.plan.steps_per_epoch)
     yield from job.notes
     if job.options.resume:
-        yield f"resumed after step {done}"
+        yield f"resumed after step {step}"
 
 
 def _changes(job: Job) -> str:
     """The flags that make this run from its preset."""
     preset = PRESETS[job.preset][1] if job.preset in PRESETS else Recipe()
     recipe, usual, options = _flat(job.recipe.as_dict()), _flat(preset.as_dict()), dataclasses.asdict(job.options)
-    changed = {name: value for name, value in recipe.items() if value != usual[name]}
-    changed |= {name: value for name, value in options.items() if value != getattr(Options(), name, None)}
+    changes = {name: value for name, value in recipe.items() if value != usual[name]}
+    changes |= {name: value for name, value in options.items() if value != getattr(Options(), name, None)}
     for name in ("out", "resume"):  # told in lines of their own
-        changed.pop(name, None)
+        changes.pop(name, None)
     if preset.order_of(len(job.train_set)) == job.recipe.order:
-        changed.pop("order", None)
-    return ", ".join(f"{name} {value}" for name, value in changed.items())
+        changes.pop("order", None)
+    return ", ".join(f"{name} {value}" for name, value in changes.items())
 
 
-def summary(job: Job, done: int, seconds: float, rollbacks: int) -> dict[str, Any]:
+def summary(job: Job, step: int, seconds: float, rollbacks: int) -> dict[str, Any]:
     """What RUN/summary.json holds, but for whether the run was stopped."""
     log, neighbours = read_lines(job.out / LOG), read_lines(job.out / KNN)
     end = log[-1] if log else {}
     return {
-        "steps": done,
-        "epochs": done / job.plan.steps_per_epoch,
+        "steps": step,
+        "epochs": step / job.plan.steps_per_epoch,
         "pairs_per_s": statistics.median(line["pairs_per_s"] for line in log) if log else None,
         "data_wait": statistics.median(line["data_wait"] for line in log) if log else None,
         **{name: end.get(name) for name in ("loss", "top1", "top5")},
         "chance_loss": chance_level(job.recipe),
         "knn_before": neighbours[0]["top1"] if neighbours and neighbours[0]["step"] == 0 else None,
-        "knn_after": neighbours[-1]["top1"] if neighbours and neighbours[-1]["step"] == done else None,
+        "knn_after": neighbours[-1]["top1"] if neighbours and neighbours[-1]["step"] == step else None,
         "seconds": seconds,
         "skipped_steps": sum(line.get("nonfinite", 0) for line in log),
         "rollbacks": rollbacks,

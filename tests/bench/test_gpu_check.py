@@ -20,11 +20,11 @@ from fastmoco.bench.gpu_check import (
     NOT_INSTALLED,
     TO_REPORT,
     Outcome,
-    carried_out,
-    done,
+    run_part,
+    run_parts,
     summary,
 )
-from fastmoco.bench.gpu_plan import GATE, Form, Part, Planned
+from fastmoco.bench.gpu_plan import GATE, Form, Part, PlannedPart
 from fastmoco.bench.options import BenchGpuCheck
 from fastmoco.bench.record_files import Row
 from fastmoco.options import UsageError
@@ -41,44 +41,44 @@ def soon(seconds: float = 600) -> float:
     return time.perf_counter() + seconds
 
 
-def python(code: str, *words: str, limit: int = 60, name: str = "x", **more: object) -> Planned:
+def python(code: str, *words: str, limit: int = 60, name: str = "x", **more: object) -> PlannedPart:
     form = Form(limit, limit, (sys.executable, "-c", code, *words))
-    return Planned(Part(name, (form,), **more), form)
+    return PlannedPart(Part(name, (form,), **more), form)
 
 
 def test_a_part_that_fails_or_dawdles_is_said(tmp_path):
-    assert done(python("pass"), soon(), tmp_path).verdict == "passed"
-    assert done(python("raise SystemExit(3)"), soon(), tmp_path).verdict == "exit code 3"
-    assert done(python("import time; time.sleep(30)", limit=1), soon(), tmp_path).verdict == "more than 1 s"
-    assert done(python("pass"), soon(-1), tmp_path).verdict == "no time left"
-    started = time.perf_counter()
-    assert done(python("import time; time.sleep(30)"), soon(1), tmp_path).verdict == "no time left after 1 s"
-    assert time.perf_counter() - started < 10
+    assert run_part(python("pass"), soon(), tmp_path).verdict == "passed"
+    assert run_part(python("raise SystemExit(3)"), soon(), tmp_path).verdict == "exit code 3"
+    assert run_part(python("import time; time.sleep(30)", limit=1), soon(), tmp_path).verdict == "more than 1 s"
+    assert run_part(python("pass"), soon(-1), tmp_path).verdict == "no time left"
+    start = time.perf_counter()
+    assert run_part(python("import time; time.sleep(30)"), soon(1), tmp_path).verdict == "no time left after 1 s"
+    assert time.perf_counter() - start < 10
 
 
 def test_tests_that_were_all_skipped_have_not_passed(tmp_path):
     """pytest ends with 0 there. A gate of which nothing ran is none; what is no run of pytest is left alone."""
     skipped, some = ("print('==== %s in 1.2s ====')" % words for words in ("5 skipped", "3 passed, 5 skipped"))
-    assert done(python(skipped, tests=True), soon(), tmp_path).verdict == NO_TEST
-    assert done(python(some, tests=True), soon(), tmp_path).verdict == "passed"
-    assert done(python(skipped), soon(), tmp_path).verdict == "passed"
-    found = carried_out(each(python(skipped, name=GATE, tests=True), python("pass")), soon(), tmp_path)
+    assert run_part(python(skipped, tests=True), soon(), tmp_path).verdict == NO_TEST
+    assert run_part(python(some, tests=True), soon(), tmp_path).verdict == "passed"
+    assert run_part(python(skipped), soon(), tmp_path).verdict == "passed"
+    found = run_parts(each(python(skipped, name=GATE, tests=True), python("pass")), soon(), tmp_path)
     assert [item.verdict for item in found] == [NO_TEST, NO_GATE]
     assert not gpu_check.harmless(found[0])
 
 
-def each(*planned: Planned) -> list[Part]:
+def each(*planned: PlannedPart) -> list[Part]:
     return [one.part for one in planned]
 
 
 def test_a_part_that_overruns_costs_only_itself(tmp_path, monkeypatch):
     """The control is the limit: without it the parts behind would have no time left."""
     slow, quick = (python(f"import time; time.sleep({seconds})", limit=3) for seconds in (60, 0))
-    verdicts = [item.verdict for item in carried_out(each(quick, slow, quick), soon(600), tmp_path)]
+    verdicts = [item.verdict for item in run_parts(each(quick, slow, quick), soon(600), tmp_path)]
     assert verdicts == ["passed", "more than 3 s", "passed"]
     monkeypatch.setattr(gpu_check, "WORTH_STARTING", 1)
     unlimited = python("import time; time.sleep(60)", limit=600)
-    verdicts = [item.verdict for item in carried_out(each(unlimited, unlimited), soon(3), tmp_path)]
+    verdicts = [item.verdict for item in run_parts(each(unlimited, unlimited), soon(3), tmp_path)]
     assert verdicts == ["no time left after 3 s", "no time left"]
 
 
@@ -87,27 +87,27 @@ def test_what_a_part_does_not_need_of_its_limit_gives_the_next_one_more(tmp_path
     first, second = python("pass", name="a", limit=50).part, Part("b", forms)
     planned, _ = gpu_check.gpu_plan.fit([first, second], 110)
     assert [one.form.limit for one in planned] == [50, 50]
-    assert [item.verdict for item in carried_out([first, second], soon(110), tmp_path)] == ["passed"] * 2
+    assert [item.verdict for item in run_parts([first, second], soon(110), tmp_path)] == ["passed"] * 2
     assert (tmp_path / "b.log").read_text() == "90\n"
 
 
 def test_what_was_not_planned_is_run_while_time_is_left(tmp_path):
     """It comes last, whatever its place; too late, it is not begun."""
     order = each(python("pass", name="long", limit=1000), python("pass"))
-    found = carried_out(order, soon(600), tmp_path)
+    found = run_parts(order, soon(600), tmp_path)
     assert [(item.part.name, item.verdict) for item in found] == [("x", "passed"), ("long", "passed")]
-    late = carried_out([python("pass", limit=1).part, order[0]], soon(gpu_check.WORTH_STARTING - 1), tmp_path)
+    late = run_parts([python("pass", limit=1).part, order[0]], soon(gpu_check.WORTH_STARTING - 1), tmp_path)
     assert [item.verdict for item in late] == ["passed", "no time left"]
 
 
 @pytest.mark.parametrize(("code", "then"), [("pass", "passed"), ("raise SystemExit(1)", NO_GATE)])
 def test_behind_a_gate_that_does_not_pass_nothing_is_run(tmp_path, code, then):
-    found = carried_out(each(python(code, name=GATE), *[python("pass")] * 2), soon(600), tmp_path)
-    assert [item.verdict for item in found[1:]] == [then] * 2
+    outcomes = run_parts(each(python(code, name=GATE), *[python("pass")] * 2), soon(600), tmp_path)
+    assert [item.verdict for item in outcomes[1:]] == [then] * 2
 
 
 def test_what_a_part_says_is_shown_and_kept(tmp_path, capsys):
-    done(python("print('one'); import sys; print('two', file=sys.stderr)"), soon(), tmp_path)
+    run_part(python("print('one'); import sys; print('two', file=sys.stderr)"), soon(), tmp_path)
     assert sorted((tmp_path / "x.log").read_text().split()) == ["one", "two"]
     assert {"one", "two"} <= set(capsys.readouterr().out.split())
 
@@ -131,7 +131,7 @@ def child(path: Path) -> int:
 
 
 def test_nothing_of_a_part_outlives_it(tmp_path):
-    assert done(python(PARENT, str(tmp_path / "a"), limit=3), soon(), tmp_path).verdict == "more than 3 s"
+    assert run_part(python(PARENT, str(tmp_path / "a"), limit=3), soon(), tmp_path).verdict == "more than 3 s"
     assert within(5, lambda: not alive(child(tmp_path / "a")))
     # The control: ending the process alone leaves its child behind.
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path / "b")])
@@ -143,7 +143,7 @@ def test_nothing_of_a_part_outlives_it(tmp_path):
     os.kill(child(tmp_path / "b"), signal.SIGKILL)
 
 
-def saved(path: Path, rate: float) -> None:
+def save_record(path: Path, rate: float) -> None:
     config, extra = {"arch": "resnet50", "px": 224, "batch": 256}, {"level": "bnrelu", "bounds": {}}
     row = Row("step", "fastmoco bf16", "pairs/s", (rate,) * 5, config, bound=rate / 0.7, extra=extra)
     facts = {**record_files.environment(), "device": H100, "device_type": "cuda", "unfinished": True}
@@ -152,10 +152,10 @@ def saved(path: Path, rate: float) -> None:
 
 def test_a_part_that_is_stopped_keeps_the_rows_it_had(tmp_path):
     record, source = record_files.partial(tmp_path / "a.json"), tmp_path / "b.json"
-    saved(tmp_path / "a.json", 3000.0)  # of an earlier run
-    saved(source, 4000.0)
+    save_record(tmp_path / "a.json", 3000.0)  # of an earlier run
+    save_record(source, 4000.0)
     write = "import shutil, sys, time; shutil.copy(*sys.argv[1:]); time.sleep(100)"
-    stopped = done(python(write, str(source), str(record), limit=3, record=tmp_path / "a.json"), soon(), tmp_path)
+    stopped = run_part(python(write, str(source), str(record), limit=3, record=tmp_path / "a.json"), soon(), tmp_path)
     assert stopped.verdict == "more than 3 s"
     assert [row.median for item in stopped.records for row in item.rows] == [4000.0]
     text = summary([stopped])
@@ -166,15 +166,15 @@ def test_a_part_that_is_stopped_keeps_the_rows_it_had(tmp_path):
 def test_a_record_of_an_earlier_run_is_not_taken_for_this_ones(tmp_path):
     record = tmp_path / "a.json"
     for path in (record, record_files.partial(record)):
-        saved(path, 4000.0)
-        assert done(python("pass", record=record), soon(), tmp_path).records == [] and path.exists()
+        save_record(path, 4000.0)
+        assert run_part(python("pass", record=record), soon(), tmp_path).records == [] and path.exists()
 
 
 def test_the_picture_is_put_beside_the_records_once_it_is_there(tmp_path):
-    drawn, place = tmp_path / "step.svg", tmp_path / "records" / "a-step.svg"
+    picture, place = tmp_path / "step.svg", tmp_path / "records" / "a-step.svg"
     draw = "import sys; open(sys.argv[1], 'w').write('<svg/>'); sys.exit(int(sys.argv[2]))"
     for code, there in (("1", False), ("0", True)):
-        done(python(draw, str(drawn), code, picture=(drawn, place)), soon(), tmp_path)
+        run_part(python(draw, str(picture), code, picture=(picture, place)), soon(), tmp_path)
         assert place.exists() is there
 
 
@@ -186,7 +186,7 @@ def test_the_end_is_every_target_and_every_part():
 
 
 def test_where_the_gate_fails_or_was_not_run_no_target_is_met(tmp_path):
-    saved(tmp_path / "a.json", 4000.0)
+    save_record(tmp_path / "a.json", 4000.0)
     step = Outcome(Part("step", ()), "passed", 61.0, record_files.load(tmp_path / "a.json"))
     gate = Part(GATE, ())
     assert "| met |" in summary([Outcome(gate, "passed", 9.0, []), step])
@@ -202,8 +202,8 @@ def with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: H100)
 
 
-def given(monkeypatch: pytest.MonkeyPatch, *planned: Planned) -> None:
-    monkeypatch.setattr(gpu_check.gpu_plan, "parts", lambda *_: [one.part for one in planned])
+def use_plan(monkeypatch: pytest.MonkeyPatch, *plan: PlannedPart) -> None:
+    monkeypatch.setattr(gpu_check.gpu_plan, "parts", lambda *_: [one.part for one in plan])
 
 
 def test_the_exit_code_says_whether_all_passed(monkeypatch, tmp_path, capsys, with_a_gpu):
@@ -211,8 +211,8 @@ def test_the_exit_code_says_whether_all_passed(monkeypatch, tmp_path, capsys, wi
     slow = python("import time; time.sleep(30)", limit=1, name="slow")
     missing = python("pass", name="missing", needs="no.such.module")
     # What is not installed, or what there was no time for, is no failure; what took longer than it may is one.
-    for planned, expected in (([python("pass")], 0), ([python("raise SystemExit(2)")], 1), ([missing], 0), ([slow], 1)):
-        given(monkeypatch, *planned)
+    for plan, expected in (([python("pass")], 0), ([python("raise SystemExit(2)")], 1), ([missing], 0), ([slow], 1)):
+        use_plan(monkeypatch, *plan)
         assert gpu_check.run(BenchGpuCheck(records=tmp_path)) == expected
     said = capsys.readouterr().out
     assert f"| missing | {NOT_INSTALLED} | 0 |" in said
@@ -220,7 +220,7 @@ def test_the_exit_code_says_whether_all_passed(monkeypatch, tmp_path, capsys, wi
     assert last == [f"VERDICTS: {what}" for what in ("passed: x", "exit code 2: x", "not installed: missing")] + [
         "VERDICTS: more than 1 s: slow"
     ]
-    given(monkeypatch, python("pass", limit=4), python("pass", name="y", limit=1000))
+    use_plan(monkeypatch, python("pass", limit=4), python("pass", name="y", limit=1000))
     assert gpu_check.run(BenchGpuCheck(records=tmp_path, minutes=(TO_REPORT + 5) / 60)) == 0
     assert "No time was left for: y." in capsys.readouterr().out
 
@@ -228,40 +228,40 @@ def test_the_exit_code_says_whether_all_passed(monkeypatch, tmp_path, capsys, wi
 def test_everything_is_packed_into_one_archive(monkeypatch, tmp_path, capsys, with_a_gpu):
     """Records, also of what was stopped, the picture, what each part said, the tables; nothing of an earlier run."""
     monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
-    saved(tmp_path / "source.json", 4000.0)
+    save_record(tmp_path / "source.json", 4000.0)
     copy = "import shutil, sys, time; shutil.copy(*sys.argv[1:3]); print('copied'); time.sleep(float(sys.argv[3]))"
     whole, cut, old = (tmp_path / f"2026-01-01-h100-{name}.json" for name in ("a", "b", "c"))
     half = str(record_files.partial(cut))
-    saved(old, 1.0)
-    drawn, place = tmp_path / "step.svg", tmp_path / "h100-step.svg"
+    save_record(old, 1.0)
+    picture, place = tmp_path / "step.svg", tmp_path / "h100-step.svg"
     draw = "import sys; open(sys.argv[1], 'w').write('<svg/>')"
-    given(
+    use_plan(
         monkeypatch,
         python(copy, str(tmp_path / "source.json"), str(whole), "0", name="a", record=whole),
         python(copy, str(tmp_path / "source.json"), half, "60", name="b", limit=4, record=cut),
         python("pass", name="c", record=old, needs="no.such.module"),
-        python(draw, str(drawn), name="d", picture=(drawn, place)),
+        python(draw, str(picture), name="d", picture=(picture, place)),
     )
     archive = tmp_path / "out" / "all.tar.gz"
     assert gpu_check.run(BenchGpuCheck(records=tmp_path, archive=archive)) == 1
-    with tarfile.open(archive) as packed:
-        names = set(packed.getnames())
-        said = packed.extractfile("summary.md").read().decode()
-        verdicts = json.load(packed.extractfile("verdicts.json"))
+    with tarfile.open(archive) as tar:
+        names = set(tar.getnames())
+        output = tar.extractfile("summary.md").read().decode()
+        verdicts = json.load(tar.extractfile("verdicts.json"))
     logs = {f"{name}.log" for name in "abd"}
     assert {name: each["verdict"] for name, each in verdicts.items()} == {
         "a": "passed", "b": "more than 4 s", "c": NOT_INSTALLED, "d": "passed"
     }  # fmt: skip
     assert names == {"summary.md", "verdicts.json", whole.name, record_files.partial(cut).name, place.name} | logs
-    assert "| b | more than 4 s |" in said and said.strip() in capsys.readouterr().out
+    assert "| b | more than 4 s |" in output and output.strip() in capsys.readouterr().out
 
 
 def test_a_dry_run_prints_the_plan_and_runs_nothing(monkeypatch, tmp_path, capsys):
-    given(monkeypatch, python("open('ran', 'w')", limit=30), python("pass", name="y", limit=1000))
+    use_plan(monkeypatch, python("open('ran', 'w')", limit=30), python("pass", name="y", limit=1000))
     assert gpu_check.run(BenchGpuCheck(records=tmp_path / "none", minutes=2, dry_run=True)) == 0
-    said = capsys.readouterr().out
-    assert "The limits add up to 30 of 115 s" in said and "Only if time is left: y." in said
-    assert "== x" not in said and not (tmp_path / "none").exists()
+    output = capsys.readouterr().out
+    assert "The limits add up to 30 of 115 s" in output and "Only if time is left: y." in output
+    assert "== x" not in output and not (tmp_path / "none").exists()
 
 
 def test_without_a_gpu_it_says_what_can_be_done_here(tmp_path):
@@ -272,14 +272,14 @@ def test_without_a_gpu_it_says_what_can_be_done_here(tmp_path):
 
 def test_asked_to_stop_it_ends_what_runs(monkeypatch, tmp_path, with_a_gpu):
     ask = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(100)"
-    given(monkeypatch, python(ask))
-    before, started = signal.getsignal(signal.SIGTERM), time.perf_counter()
+    use_plan(monkeypatch, python(ask))
+    before, start = signal.getsignal(signal.SIGTERM), time.perf_counter()
     try:
         with pytest.raises(SystemExit) as stopped:
             gpu_check.run(BenchGpuCheck(records=tmp_path))
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert stopped.value.code == 143 and time.perf_counter() - started < 30
+    assert stopped.value.code == 143 and time.perf_counter() - start < 30
 
 
 SCRIPT = gpu_check.ROOT / "bench/gpu15.sh"
@@ -288,12 +288,12 @@ SCRIPT = gpu_check.ROOT / "bench/gpu15.sh"
 def test_the_three_calls_name_parts_that_exist_and_each_fits_its_minutes(tmp_path):
     from fastmoco.bench import gpu_plan
 
-    found = {one.name: one for one in gpu_plan.parts(tmp_path, "h100", tmp_path)}
+    by_name = {one.name: one for one in gpu_plan.parts(tmp_path, "h100", tmp_path)}
     calls = [line.split("check ")[1].split()[:3] for line in SCRIPT.read_text().splitlines() if "; check " in line]
     assert [call[0] for call in calls] == ["1", "2", "3"]
     for _, minutes, names in calls:
-        planned, left = gpu_plan.fit([found[name] for name in names.split(",")], 60 * float(minutes) - TO_REPORT)
-        assert {one.name for one in left} <= {"kernel-tests"}  # which gets what the others leave
+        plan, rest = gpu_plan.fit([by_name[name] for name in names.split(",")], 60 * float(minutes) - TO_REPORT)
+        assert {one.name for one in rest} <= {"kernel-tests"}  # which gets what the others leave
     assert [call[2].split(",")[0] for call in calls] == [GATE, "step-32", "decode"]
     assert sum(float(call[1]) for call in calls) <= 12.5
 
@@ -304,8 +304,8 @@ def test_a_call_of_the_script_is_rehearsed(tmp_path):
     """The second call, at a toy size, into a folder of results: one archive, and exit code 0."""
     environment = {**os.environ, "REHEARSE": "1", "OUT": str(tmp_path), "PYTHON": sys.executable}
     environment["RECORDS"] = str(tmp_path / "records")
-    done = subprocess.run([SCRIPT, "2"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    with tarfile.open(tmp_path / "gpu15-2.tar.gz") as packed:
-        assert {"summary.md", "step-32.log", "picture.log"} <= set(packed.getnames())
+    result = subprocess.run([SCRIPT, "2"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    with tarfile.open(tmp_path / "gpu15-2.tar.gz") as tar:
+        assert {"summary.md", "step-32.log", "picture.log"} <= set(tar.getnames())
     assert subprocess.run([SCRIPT], capture_output=True).returncode == 2

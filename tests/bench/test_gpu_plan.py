@@ -36,45 +36,45 @@ def test_what_is_worth_most_and_least_known_comes_first(tmp_path):
 
 @pytest.mark.parametrize("seconds", SECONDS)
 def test_the_limits_never_add_up_to_more_than_the_time(tmp_path, seconds):
-    planned, left = fit(whole(tmp_path), seconds)
-    assert sum(form.limit for _, form in planned) <= seconds
-    assert {one.name for one, _ in planned} | {one.name for one in left} == {one.name for one in whole(tmp_path)}
-    assert all(form in one.forms and form.expected <= form.limit for one, form in planned)
+    plan, rest = fit(whole(tmp_path), seconds)
+    assert sum(form.limit for _, form in plan) <= seconds
+    assert {one.name for one, _ in plan} | {one.name for one in rest} == {one.name for one in whole(tmp_path)}
+    assert all(form in one.forms and form.expected <= form.limit for one, form in plan)
 
 
 def test_more_time_is_more_parts_and_the_first_ones_always_fit(tmp_path):
-    planned = [[one.name for one, _ in fit(whole(tmp_path), seconds)[0]] for seconds in SECONDS]
-    assert planned[0] == [GATE, "step"]
-    assert planned[1] == [GATE, "step", "proof", "decode", "data"]
-    assert planned[2] == [GATE, "step", "proof", "decode", "data", "resume", "train", "loader", "step-32"]
-    assert set(planned[2]) < set(planned[3]) and {"picture", "kernel-tests", "kernels"} <= set(planned[3])
+    plan = [[one.name for one, _ in fit(whole(tmp_path), seconds)[0]] for seconds in SECONDS]
+    assert plan[0] == [GATE, "step"]
+    assert plan[1] == [GATE, "step", "proof", "decode", "data"]
+    assert plan[2] == [GATE, "step", "proof", "decode", "data", "resume", "train", "loader", "step-32"]
+    assert set(plan[2]) < set(plan[3]) and {"picture", "kernel-tests", "kernels"} <= set(plan[3])
 
 
 def test_time_left_goes_to_longer_forms_in_order():
-    given = [part("a", 10, 30, 50), part("b", 10, 40), part("c", 100)]
-    chosen = {one.name: form.limit for one, form in fit(given, 55)[0]}
-    assert chosen == {"a": 30, "b": 10}
-    assert {one.name: form.limit for one, form in fit(given, 75)[0]} == {"a": 50, "b": 10}
-    assert {one.name: form.limit for one, form in fit(given, 200)[0]} == {"a": 50, "b": 40, "c": 100}
-    assert fit(given, 5) == ([], given)
+    whole_plan = [part("a", 10, 30, 50), part("b", 10, 40), part("c", 100)]
+    choice = {one.name: form.limit for one, form in fit(whole_plan, 55)[0]}
+    assert choice == {"a": 30, "b": 10}
+    assert {one.name: form.limit for one, form in fit(whole_plan, 75)[0]} == {"a": 50, "b": 10}
+    assert {one.name: form.limit for one, form in fit(whole_plan, 200)[0]} == {"a": 50, "b": 40, "c": 100}
+    assert fit(whole_plan, 5) == ([], whole_plan)
 
 
 def test_the_plan_is_printed_with_its_sum_and_what_is_missing():
-    planned, left = fit([part("a", 10), part("b", 90), part("c", 20)], 40)
-    text = table(planned, left, [part("d", 5, needs="nvidia.dali")], 40)
+    plan, rest = fit([part("a", 10), part("b", 90), part("c", 20)], 40)
+    text = table(plan, rest, [part("d", 5, needs="nvidia.dali")], 40)
     assert "| a | 10 | 5 | 10 | `true` |\n| c | 20 | 10 | 30 | `true` |" in text
     assert "The limits add up to 30 of 40 s, what an H100 should need to 15 s." in text
     assert "Only if time is left: b." in text and "Not installed: d (needs nvidia.dali)." in text
 
 
 def test_parts_are_chosen_and_left_out_by_name():
-    given = [part("a", 1), part("b", 1), part("c", 1)]
-    assert [one.name for one in select(given, "", "")] == ["a", "b", "c"]
-    assert [one.name for one in select(given, "c, a", "")] == ["a", "c"]  # in the plan's order
-    assert [one.name for one in select(given, "", "b")] == ["a", "c"]
+    whole_plan = [part("a", 1), part("b", 1), part("c", 1)]
+    assert [one.name for one in select(whole_plan, "", "")] == ["a", "b", "c"]
+    assert [one.name for one in select(whole_plan, "c, a", "")] == ["a", "c"]  # in the plan's order
+    assert [one.name for one in select(whole_plan, "", "b")] == ["a", "c"]
     for words in (("x", ""), ("", "x"), ("a", "a")):
         with pytest.raises(UsageError, match="the parts are a, b, c"):
-            select(given, *words)
+            select(whole_plan, *words)
 
 
 def test_what_is_not_installed_is_known(monkeypatch):
@@ -88,11 +88,11 @@ def test_what_reads_images_needs_dali_and_nothing_else_does(tmp_path):
 
 
 def test_each_record_is_a_file_of_its_own_and_its_command_names_no_path_of_this_machine(tmp_path):
-    found = parts(gpu_plan.ROOT / "bench/records", H100, Path("/scratch"))
-    records = [one.record for one in found if one.record]
+    by_name = parts(gpu_plan.ROOT / "bench/records", H100, Path("/scratch"))
+    records = [one.record for one in by_name if one.record]
     assert len(set(records)) == len(records) == 11
     assert not any(
-        Path(word).is_absolute() for one in found if one.record for form in one.forms for word in form.command[1:]
+        Path(word).is_absolute() for one in by_name if one.record for form in one.forms for word in form.command[1:]
     )
     (picture,) = [one.picture[1] for one in whole(tmp_path) if one.picture]
     assert picture.parent == tmp_path and picture.name.endswith("-step.svg")

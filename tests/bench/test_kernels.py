@@ -147,7 +147,7 @@ def test_many_short_kernels_are_timed_as_a_graph_and_a_row_that_is_not_says_so(c
 
     for name in ("Stream", "graph_pool_handle"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
-    monkeypatch.setattr(kernels, "replayed", replayed)
+    monkeypatch.setattr(kernels, "replay", replayed)
     calls, how = kernels._as_graphs({OURS: "ours", "other": "unruly"})
     assert calls == {OURS: "ours, replayed", "other": "unruly"}
     assert how == {OURS: "a CUDA graph", "other": "the host"}

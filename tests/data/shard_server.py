@@ -21,20 +21,20 @@ class ShardServer:
         self.folder, self.fault, self.rate = folder, fault, bytes_per_second
         self.asked: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
-        self.number, self.port, self.gone, self._lock = 0, 0, False, threading.Lock()
+        self.number, self.port, self.absence, self._lock = 0, 0, False, threading.Lock()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     def open(self) -> None:
-        self.gone = False
+        self.absence = False
         self.server = Server(("127.0.0.1", self.port), type("Handler", (Handler,), {"shards": self}))
         self.port = self.server.server_address[1]
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
     def close(self) -> None:
-        self.gone = True  # for connections that are there
+        self.absence = True  # for connections that are there
         self.server.shutdown()
         self.server.server_close()
 
@@ -49,7 +49,7 @@ class ShardServer:
         with self._lock:
             self.number += 1
             self.asked[path] += 1
-            return "lost" if self.gone else self.fault(self.number)
+            return "lost" if self.absence else self.fault(self.number)
 
 
 class Server(ThreadingHTTPServer):

@@ -185,4 +185,4 @@ def test_the_command_packs_training_and_validation_parts(photo_folder: Path, tmp
     train, val = scan(tmp_path / "out" / "train"), scan(tmp_path / "out" / "val")
     assert isinstance(train, Manifest) and train.classes == val.classes and len(train) == len(val) == 20
     assert main(["data", "pack", str(tmp_path / "set")]) == 2
-    assert torch.is_tensor(batches(train, RECIPE, range(1))[0].shown)
+    assert torch.is_tensor(batches(train, RECIPE, range(1))[0].origins)

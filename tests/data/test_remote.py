@@ -191,7 +191,7 @@ def test_many_images_share_a_table_in_the_order_of_their_shards(
         images.save(tmp_path / "run.npz")
         assert (tmp_path / "run.npz").stat().st_size < 6000  # a reference and a digest
         again = Manifest.load(tmp_path / "run.npz", source)
-        assert same(batches(again, recipe), batches(before, recipe)) and again.others() == again.gone() == ""
+        assert same(batches(again, recipe), batches(before, recipe)) and again.others() == again.absence() == ""
         assert again.rejected[:] == [("000002.tar/class 0/page.jpg", "not an image")]
 
 

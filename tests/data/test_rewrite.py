@@ -249,7 +249,7 @@ def test_compressed_tiffs_are_read(how: str) -> None:
         "deep": lambda: odd.encoded(grey, "TIFF", compression="tiff_adobe_deflate"),
         "by hand": lambda: tiff_of(8, zlib.compress(bytes(range(256)))),
     }.get(how, lambda: odd.encoded(COLOURS, "TIFF", compression=how))()
-    assert not isinstance(rewritten(array(data), Reading()), Damaged)
+    assert not isinstance(rewritten(array(data), Reading()), DamagedImage)
     assert decoded(data).std() > 20
 
 

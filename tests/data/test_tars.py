@@ -95,17 +95,17 @@ def test_archives_and_a_folder_give_the_same_batches(by_class: Path, shards: Pat
 def test_the_index_is_made_once_and_again_when_the_archive_changed(
     shards: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, read, made = scan(shards), tars._read, []
-    monkeypatch.setattr(tars, "_read", lambda path, status: made.append(path) or read(path, status))
-    assert same(scan(shards), first) and made == []
+    first, read, calls = scan(shards), tars._read, []
+    monkeypatch.setattr(tars, "_read", lambda path, status: calls.append(path) or read(path, status))
+    assert same(scan(shards), first) and calls == []
     os.utime(shards / "1.tar")
-    assert same(scan(shards), first) and made == [str(shards / "1.tar")]
-    made.clear()
+    assert same(scan(shards), first) and calls == [str(shards / "1.tar")]
+    calls.clear()
     for path in cache_home.rglob("tar-*"):
         path.write_bytes(path.read_bytes()[:100])  # a damaged index is made again
-    assert same(scan(shards), first) and len(made) == 3
+    assert same(scan(shards), first) and len(calls) == 3
     monkeypatch.setenv("XDG_CACHE_HOME", str(shards / "0.tar"))  # and where none can be kept, it is made each time
-    assert same(scan(shards), first) and len(made) == 6
+    assert same(scan(shards), first) and len(calls) == 6
 
 
 def test_webdataset_layout(tmp_path: Path, photo_folder: Path) -> None:
@@ -124,10 +124,10 @@ def test_webdataset_layout(tmp_path: Path, photo_folder: Path) -> None:
         (".hidden.jpg", data),
     ]
     for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
-        found = scan(pack(tmp_path / f"{kind}.tar", members, format=kind))
-        assert found.paths == ["0001.jpg", "0002.jpg", "a/0003.seg.png", f"{long}.jpg"] and not found.rejected
-        assert found.classes == ["7", "10"] and found.labels.tolist() == [0, 1, 0, 1]
-        assert all(bytes(found.read(i)) == data for i in range(4))
+        images = scan(pack(tmp_path / f"{kind}.tar", members, format=kind))
+        assert images.paths == ["0001.jpg", "0002.jpg", "a/0003.seg.png", f"{long}.jpg"] and not images.rejected
+        assert images.classes == ["7", "10"] and images.labels.tolist() == [0, 1, 0, 1]
+        assert all(bytes(images.read(i)) == data for i in range(4))
 
 
 def test_bad_members_are_left_out_or_quarantined_by_their_names(tmp_path: Path, shards: Path) -> None:
@@ -162,7 +162,7 @@ def sized(data: bytes, size: bytes) -> bytes:
     return bytes(head) + data[512:]
 
 
-def harmed(path: Path, harm: str) -> None:
+def do_harm(path: Path, harm: str) -> None:
     data = path.read_bytes()
     content = {
         "cut in a member": data[: len(data) // 2],
@@ -195,11 +195,11 @@ def harmed(path: Path, harm: str) -> None:
     ],
 )
 def test_a_harmed_archive_is_one_clear_line(shards: Path, harm: str, says: str) -> None:
-    harmed(shards / "1.tar", harm)
-    with pytest.raises(DataError, match=says) as caught:
+    do_harm(shards / "1.tar", harm)
+    with pytest.raises(DataError, match=says) as error:
         scan(shards)
-    assert str(caught.value).startswith(f"{shards / '1.tar'}: ") and "\n" not in str(caught.value)
-    assert caught.value.exit_code == 3
+    assert str(error.value).startswith(f"{shards / '1.tar'}: ") and "\n" not in str(error.value)
+    assert error.value.exit_code == 3
 
 
 def test_a_name_that_is_there_twice_is_refused(shards: Path) -> None:
@@ -239,22 +239,22 @@ def make(path: Path, *members: tuple[str, bytes | str], **options: object) -> Pa
 
 def test_archives_joined_by_cat_are_read_to_the_last_end(tmp_path: Path) -> None:
     parts = [make(tmp_path / f"{i}.tar", (f"{i}.jpg", JPEG), (f"{i}.cls", str(i % 2).encode())) for i in range(3)]
-    joined = tmp_path / "joined.tar"
-    joined.write_bytes(b"".join(part.read_bytes() for part in parts))
+    merged_sum = tmp_path / "joined.tar"
+    merged_sum.write_bytes(b"".join(part.read_bytes() for part in parts))
     for part in parts:
         part.unlink()
     for _ in range(2):  # the second time from the cache
-        found = scan(joined)
-        assert found.paths == ["0.jpg", "1.jpg", "2.jpg"] and found.labels.tolist() == [0, 1, 0]
-        assert all(bytes(found.read(i)) == JPEG for i in range(3))
+        images = scan(merged_sum)
+        assert images.paths == ["0.jpg", "1.jpg", "2.jpg"] and images.labels.tolist() == [0, 1, 0]
+        assert all(bytes(images.read(i)) == JPEG for i in range(3))
     # What follows that is no archive is counted, and a damaged header in the middle is an error.
-    joined.write_bytes(joined.read_bytes() + b"something else".ljust(512, b"!"))
-    assert scan(joined).rejected == [("joined.tar", "512 bytes after its end are no archive")]
-    data = bytearray(joined.read_bytes())
+    merged_sum.write_bytes(merged_sum.read_bytes() + b"something else".ljust(512, b"!"))
+    assert scan(merged_sum).rejected == [("joined.tar", "512 bytes after its end are no archive")]
+    data = bytearray(merged_sum.read_bytes())
     data[data.index(b"1.cls") + 20] ^= 1
-    joined.write_bytes(data)
+    merged_sum.write_bytes(data)
     with pytest.raises(DataError, match="damaged|no tar"):
-        scan(joined)
+        scan(merged_sum)
 
 
 @pytest.mark.parametrize("between", ["nothing", "an empty archive", "records of zeros"])
@@ -278,18 +278,18 @@ def test_links_in_an_archive_are_followed_or_counted(tmp_path: Path) -> None:
         ("b/pipe", JPEG),
     )
     for _ in range(2):
-        found = scan(path)
-        assert found.paths == ["a/x.jpg", "b/chain.jpg", "b/hard.jpg", "b/pipe", "b/soft.jpg"]
-        assert all(bytes(found.read(i)) == JPEG for i in range(5)) and found.classes == ["a", "b"]
-        assert [name for name, _ in found.rejected] == ["b/circle.jpg", "b/lost.jpg"]
+        images = scan(path)
+        assert images.paths == ["a/x.jpg", "b/chain.jpg", "b/hard.jpg", "b/pipe", "b/soft.jpg"]
+        assert all(bytes(images.read(i)) == JPEG for i in range(5)) and images.classes == ["a", "b"]
+        assert [name for name, _ in images.rejected] == ["b/circle.jpg", "b/lost.jpg"]
 
 
 def test_labels_of_keys_with_dots(tmp_path: Path) -> None:
     pairs = [(f"s{i}.{kind}", JPEG if "jpg" in kind else b"ab"[i % 2 :][:1])
              for i in range(4) for kind in ("input.jpg", "output.cls", "meta.json")]  # fmt: skip
-    found = scan(make(tmp_path / "dots.tar", *pairs))
-    assert found.paths == [f"s{i}.input.jpg" for i in range(4)] and not found.rejected
-    assert found.classes == ["a", "b"] and found.labels.tolist() == [0, 1, 0, 1]
+    images = scan(make(tmp_path / "dots.tar", *pairs))
+    assert images.paths == [f"s{i}.input.jpg" for i in range(4)] and not images.rejected
+    assert images.classes == ["a", "b"] and images.labels.tolist() == [0, 1, 0, 1]
     exact = scan(make(tmp_path / "exact.tar", *pairs, ("s0.cls", b"b"), ("s2.cls", b"b")))
     assert exact.labels is None  # KEY.cls counts more, and so all are b: a single class is none
     with pytest.raises(DataError, match="s1 has several classes"):
@@ -340,9 +340,9 @@ def test_nothing_in_an_archive_vanishes_uncounted(tmp_path: Path) -> None:
 
 def test_of_two_members_of_one_name_the_later_counts(tmp_path: Path) -> None:
     other = odd.encoded(np.zeros((20, 30, 3), np.uint8), "JPEG")
-    found = scan(make(tmp_path / "twice.tar", ("x.jpg", JPEG), ("x.jpg", other), (".hidden/y.jpg", JPEG)))
-    assert found.paths == ["x.jpg"] and bytes(found.read(0)) == other
-    assert found.rejected == [("x.jpg", "replaced by a later member of the same name")]
+    images = scan(make(tmp_path / "twice.tar", ("x.jpg", JPEG), ("x.jpg", other), (".hidden/y.jpg", JPEG)))
+    assert images.paths == ["x.jpg"] and bytes(images.read(0)) == other
+    assert images.rejected == [("x.jpg", "replaced by a later member of the same name")]
 
 
 def test_windows_take_the_images_of_few_archives_at_a_time(shards: Path, by_class: Path) -> None:

@@ -47,7 +47,7 @@ def encoder():
 @pytest.mark.parametrize("which", ["backbone", "projection"])
 def test_features_are_those_of_the_eval_mode_encoder_on_the_pixels(images, encoder, which):
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    found, labels = extract(
+    actual, labels = extract(
         encoder, images, RECIPE, Parallel(), features=which, loading=Loading(threads=1), batch_size=8
     )
     assert encoder.training and all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
@@ -59,8 +59,8 @@ def test_features_are_those_of_the_eval_mode_encoder_on_the_pixels(images, encod
         forward = encoder.eval().features if which == "backbone" else encoder.eval()
         expected = F.normalize(forward(torch.from_numpy(scaled).float().permute(0, 3, 1, 2)), dim=1)
     encoder.train()
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
-    torch.testing.assert_close(found.norm(dim=1), torch.ones(len(images)))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(actual.norm(dim=1), torch.ones(len(images)))
 
 
 def test_the_batch_size_changes_nothing(images, encoder):
@@ -100,16 +100,16 @@ def test_ranks_share_the_images(images, encoder, world):
 def test_a_bad_image_has_features_and_label_of_the_next_good_one(images, encoder, tmp_path, batch_size):
     root = shutil.copytree(images.root, tmp_path / "images")
     copy = manifest.scan(root, cache=False)
-    whole, shown = encode(encoder, copy, RECIPE, Parallel(), loading=Loading(threads=1))
-    assert shown.tolist() == list(range(23))  # the control
+    whole, origins = encode(encoder, copy, RECIPE, Parallel(), loading=Loading(threads=1))
+    assert origins.tolist() == list(range(23))  # the control
     bad = len([path for path in copy.paths if path.startswith("class0")]) - 1  # the last of its class
     data = bytearray((root / copy.paths[bad]).read_bytes())
     data[50:90] = bytes(40)
     (root / copy.paths[bad]).write_bytes(data)
     with pytest.warns(UserWarning, match=copy.paths[bad]):
-        found, shown = encode(encoder, copy, RECIPE, Parallel(), loading=Loading(threads=1), batch_size=batch_size)
-    assert shown.tolist() == [index if index != bad else bad + 1 for index in range(23)]
-    torch.testing.assert_close(found, whole[shown], rtol=0, atol=1e-5)
+        actual, origins = encode(encoder, copy, RECIPE, Parallel(), loading=Loading(threads=1), batch_size=batch_size)
+    assert origins.tolist() == [index if index != bad else bad + 1 for index in range(23)]
+    torch.testing.assert_close(actual, whole[origins], rtol=0, atol=1e-5)
     with pytest.warns(UserWarning):
         labels = extract(encoder, copy, RECIPE, Parallel(), loading=Loading(threads=1), batch_size=batch_size)[1]
     assert labels[bad] == labels[bad + 1] != copy.labels[bad]
@@ -138,12 +138,12 @@ def test_on_a_gpu_the_last_batch_is_as_large_as_the_others(images, encoder, monk
         return plain(crops, *rest)
 
     monkeypatch.setattr(features, "_plain", counted)
-    found = []
+    actual = []
     for searching in ((), ("cpu",)):
         monkeypatch.setattr(features, "SEARCHING", searching)
-        found.append(extract(encoder, images, RECIPE, Parallel(), loading=Loading(threads=1), batch_size=8)[0])
+        actual.append(extract(encoder, images, RECIPE, Parallel(), loading=Loading(threads=1), batch_size=8)[0])
     assert sizes == [8, 8, 7, 8, 8, 8]
-    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*actual)
 
 
 def test_a_rank_without_room_for_all_features_says_so_before_others_wait_for_it(images, encoder, monkeypatch):

@@ -121,11 +121,11 @@ def results(
         **options,
     )
     grads = case.grad if second is None else [case.grad, second.to(case.grad.dtype)]
-    found = dict(zip((f"d_{name}" for name in leaves), torch.autograd.grad(y, list(leaves.values()), grads)))
-    found["y"] = (y if second is None else y[1]).detach()
+    grads_by_name = dict(zip((f"d_{name}" for name in leaves), torch.autograd.grad(y, list(leaves.values()), grads)))
+    grads_by_name["y"] = (y if second is None else y[1]).detach()
     for i, (mean, var) in enumerate(running):
-        found.update({f"mean_{i}": mean, f"var_{i}": var})
-    return found
+        grads_by_name.update({f"mean_{i}": mean, f"var_{i}": var})
+    return grads_by_name
 
 
 def largest_terms(case: Case, groups: int, truth: dict[str, Tensor], training: bool = True) -> dict[str, Tensor]:
@@ -167,9 +167,9 @@ def check(case: Case, groups: int, impl: str, **options: object) -> None:
     assert_within_budget(results(batch_norm_act, case, groups, impl=impl, **options), torchs, truth, terms)
 
 
-def by_torch_twice(*given: object, **options: object) -> tuple[Tensor, Tensor]:
+def by_torch_twice(*arguments: object, **options: object) -> tuple[Tensor, Tensor]:
     """Autograd adds the gradients of the two readers."""
-    y = by_torch(*given, **options)
+    y = by_torch(*arguments, **options)
     return y.view_as(y), y.view_as(y)
 
 
@@ -225,8 +225,8 @@ def test_autograd_adds_nothing_for_two_readers(form: str, impl: str, device: tor
             torch.autograd.backward(pair, [case.grad, case.grad.clone()])
         return sum(event.name == "aten::add_" for event in profile.events())
 
-    def plain(*given: object, **options: object) -> tuple[Tensor, Tensor]:
-        y = batch_norm_act(*given, **options)
+    def plain(*arguments: object, **options: object) -> tuple[Tensor, Tensor]:
+        y = batch_norm_act(*arguments, **options)
         return y.view_as(y), y.view_as(y)
 
     assert adds(batch_norm_act_twice) < adds(plain)
@@ -272,11 +272,11 @@ def test_programs_that_take_many_tiles_each(form: str, dtype: torch.dtype, devic
     check_twice(case, 2, "triton")
 
 
-@pytest.mark.parametrize("held", [1, 2, 8])
-def test_the_second_stage_takes_groups_together(held: int, device: torch.device, monkeypatch) -> None:
+@pytest.mark.parametrize("tensors", [1, 2, 8])
+def test_the_second_stage_takes_groups_together(tensors: int, device: torch.device, monkeypatch) -> None:
     """Five groups, of which a program of the second stage holds one, two or all at once."""
     whole = batch_norm.finish_options
-    monkeypatch.setattr(batch_norm, "finish_options", lambda *given: whole(*given) | {"BLOCK_GROUPS": held})
+    monkeypatch.setattr(batch_norm, "finish_options", lambda *given: whole(*given) | {"BLOCK_GROUPS": tensors})
     assert [whole(5, splits, device)["BLOCK_GROUPS"] for splits in (8, 200, batch_norm.MAX_SPLITS)] == [8, 2, 1]
     check(make_case((10, 12, 5, 5), "dual", torch.float32, device), 5, "triton")
 
@@ -317,8 +317,8 @@ def test_the_budget_rejects(wrong: dict[str, object], device: torch.device) -> N
     options = {"groups": 4} | wrong
     truth, torchs = results(by_torch, to(case, torch.float64, torch.float64), 4), results(by_torch, case, 4)
     with pytest.raises(AssertionError, match=" > "):
-        found = results(batch_norm_act, case, **options, impl="triton")
-        assert_within_budget(found, torchs, truth, largest_terms(case, 4, truth))
+        actual = results(batch_norm_act, case, **options, impl="triton")
+        assert_within_budget(actual, torchs, truth, largest_terms(case, 4, truth))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -436,10 +436,10 @@ def test_what_is_saved(dtype: torch.dtype, form: str, impl: str, device: torch.d
     """The key encoder keeps nothing; a plain residual is not kept, as the output tells its mask; nothing is widened."""
     case = make_case((4, 8, 6, 6), form, dtype, device)
     weight = case.main.weight.clone().requires_grad_()
-    saved: list[Tensor] = []
+    snapshots: list[Tensor] = []
 
     def keep(t: Tensor) -> Tensor:
-        saved.append(t)
+        snapshots.append(t)
         return t
 
     def call() -> Tensor:
@@ -449,10 +449,10 @@ def test_what_is_saved(dtype: torch.dtype, form: str, impl: str, device: torch.d
 
     with torch.autograd.graph.saved_tensors_hooks(keep, keep):
         with torch.no_grad():
-            assert call().grad_fn is None and not saved
+            assert call().grad_fn is None and not snapshots
         call()
-    assert {t.dtype for t in saved if t.numel() == case.x.numel()} == {dtype}
-    activations = {t.data_ptr() for t in saved if t.numel() == case.x.numel()}
+    assert {t.dtype for t in snapshots if t.numel() == case.x.numel()} == {dtype}
+    activations = {t.data_ptr() for t in snapshots if t.numel() == case.x.numel()}
     assert case.x.data_ptr() in activations
     assert (case.residual is not None and case.residual.data_ptr() in activations) == (form == "dual")
 
@@ -502,10 +502,10 @@ def test_operators_are_well_registered(form: str, by: str, device: torch.device)
     moments = operators.statistics(*statistics)
     side = (None, None, None) if case.side is None else (*case.side[:2], moments)
     torch.library.opcheck(operators.apply, (case.x, *case.main[:2], moments, case.residual, *side, True))
-    given = (*case.main[:2], moments, case.residual if form == "dual" else None, *side, True, True)
+    arguments = (*case.main[:2], moments, case.residual if form == "dual" else None, *side, True, True)
     for second in (None, case.grad.clone()):
         y = case.x.clone() if form == "plain" else None
-        torch.library.opcheck(operators.gradients, (case.grad, second, case.x, y, *given))
+        torch.library.opcheck(operators.gradients, (case.grad, second, case.x, y, *arguments))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -513,8 +513,8 @@ def test_compiles_whole_and_fakes(impl: str, device: torch.device) -> None:
     case = make_case((4, 6, 3, 3), "dual", torch.float32, device)
     for call, second in ((batch_norm_act_twice, case.grad * 3), (batch_norm_act, None)):
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-        expected, found = (results(f, case, 2, second, impl=impl) for f in (call, compiled))
-        assert all(torch.equal(expected[name], found[name]) for name in expected)
+        expected, actual = (results(f, case, 2, second, impl=impl) for f in (call, compiled))
+        assert all(torch.equal(expected[name], actual[name]) for name in expected)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = results(
             batch_norm_act,
@@ -541,12 +541,12 @@ class Counter:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: object, **options: object) -> None:
             self.kernel[grid](*args, **options)
-            given = dict(zip(self.kernel.arg_names, args)) | options
+            arguments = dict(zip(self.kernel.arg_names, args)) | options
             name = self.kernel.fn.__name__
             unused = {"partial"}  # stays in cache
-            if name in ("sums_kernel", "gradient_kernel") and (not given["RELU"] or given.get("y") is not None):
+            if name in ("sums_kernel", "gradient_kernel") and (not arguments["RELU"] or arguments.get("y") is not None):
                 unused |= {"bias", "residual_bias"} | ({"weight", "residual_weight"} if "sums" in name else set())
-            for key, value in given.items():
+            for key, value in arguments.items():
                 if isinstance(value, Tensor) and key not in unused:
                     self.total[0] += value.nbytes * (2 if key.startswith("running") else 1)
 
@@ -566,9 +566,9 @@ def test_cost_is_the_bytes_of_the_tensors(
     case, groups = make_case((4, 24, 5, 3), form, torch.bfloat16, device), 2
     options = {"residual": form, "relu": relu, "twice": twice}
     expected = [cost(case.x.shape, 2, groups, backward=backward, **options) for backward in (False, True)]
-    given = {"residual": case.residual, "residual_norm": case.side, "relu": relu, "impl": "triton"}
+    arguments = {"residual": case.residual, "residual_norm": case.side, "relu": relu, "impl": "triton"}
     call = batch_norm_act_twice if twice else batch_norm_act
-    y = call(case.x.requires_grad_(), *case.main, groups, **given)
+    y = call(case.x.requires_grad_(), *case.main, groups, **arguments)
     assert total[0] == expected[0][0] > 0 and expected[0][1] > 0
     torch.autograd.backward(y, [case.grad, case.grad.clone()] if twice else case.grad)
     assert total[0] == expected[0][0] + expected[1][0]

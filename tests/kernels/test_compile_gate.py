@@ -57,8 +57,8 @@ def _python(folder, *arguments):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_kernel_passes_the_gate(tmp_path):
-    done = _python(tmp_path, "-m", "fastmoco.kernels.compile_gate", "--json", "table.json")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = _python(tmp_path, "-m", "fastmoco.kernels.compile_gate", "--json", "table.json")
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     reports = json.loads((tmp_path / "table.json").read_text())["kernels"]
     for arch in (80, 90, 100):
         compiled = [report for report in reports if report["arch"] == arch]
@@ -76,23 +76,23 @@ def test_every_kernel_passes_the_gate(tmp_path):
 def test_a_spilling_kernel_fails_and_a_small_one_passes(tmp_path):
     script = tmp_path / "spilling.py"
     script.write_text(SPILLING)
-    done = _python(tmp_path, script)
-    lines = done.stdout.splitlines()
-    assert len(lines) == 6, done.stderr[-3000:]
+    result = _python(tmp_path, script)
+    lines = result.stdout.splitlines()
+    assert len(lines) == 6, result.stderr[-3000:]
     assert all("spills" in line for line in lines[::2]), lines
     assert lines[1::2] == ["[]"] * 3
 
 
 def test_interpreter_is_refused(tmp_path):
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "fastmoco.kernels.compile_gate"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
         cwd=tmp_path,
     )
-    assert done.returncode
-    assert "unset TRITON_INTERPRET" in done.stderr
+    assert result.returncode
+    assert "unset TRITON_INTERPRET" in result.stderr
 
 
 SOUND = dict(
@@ -129,9 +129,9 @@ SOUND = dict(
 )
 def test_each_fault_is_named(change, fault):
     assert faults(Report(**SOUND)) == faults(Report(**{**SOUND, "odd": True, "spill": 4, "blocks": 1})) == []
-    (found,) = faults(Report(**{**SOUND, **change}))
-    assert found.startswith("sm_90 probe: ")
-    assert fault in found
+    (actual,) = faults(Report(**{**SOUND, **change}))
+    assert actual.startswith("sm_90 probe: ")
+    assert fault in actual
 
 
 @pytest.mark.parametrize(
@@ -204,18 +204,18 @@ SIZES = (256, 64, 5)  # channels: those that the gate compiles, and an odd numbe
 @pytest.fixture
 def launches(monkeypatch):
     """What every launch of a kernel would be compiled for, in place of running it: kernel, arguments, options."""
-    seen = []
+    records = []
 
     def watched(kernel, grid):
         def launch(*given, **options):
             arguments = dict(zip(kernel.arg_names, given, strict=False))
             arguments |= {name: options.pop(name) for name in list(options) if name in kernel.arg_names}
-            seen.append((kernel, arguments, options))
+            records.append((kernel, arguments, options))
 
         return launch
 
     monkeypatch.setattr(KernelInterface, "__getitem__", watched)
-    return seen
+    return records
 
 
 def normalise_layers(channels: int) -> None:
@@ -276,14 +276,14 @@ def test_a_launch_compiles_what_the_gate_compiles(launches, monkeypatch):
             assert fitting, (kernel, signature, known)
             forms.add(kernel)
             continue
-        wanted = {"num_warps": given["num_warps"], "num_stages": given.get("num_stages", 1)}
-        wanted["enable_fp_fusion"] = given.get("enable_fp_fusion", True)
+        target = {"num_warps": given["num_warps"], "num_stages": given.get("num_stages", 1)}
+        target["enable_fp_fusion"] = given.get("enable_fp_fusion", True)
         shape_free = ("BLOCK_SPLITS", "BLOCK_GROUPS")  # of the second stage, which follow from the number of processors
         assert any(
             {name: value for name, value in each.constexprs.items() if name not in shape_free}
             == {name: value for name, value in constants.items() if name not in shape_free}
-            and wanted["num_warps"] == each.num_warps
-            and wanted["enable_fp_fusion"] == each.fp_fusion
+            and target["num_warps"] == each.num_warps
+            and target["enable_fp_fusion"] == each.fp_fusion
             and given.get("launch_pdl", False) == each.dependent
             for each in fitting
         ), (kernel, signature, known, constants, given)

@@ -13,7 +13,7 @@ from fastmoco.kernels.nt_xent import _columns_operator, _rows_operator, cost, nt
 FORMS = ("all", "across", "one-sided")
 
 
-def drawn(n: int, dim: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
+def draw(n: int, dim: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     z_a, other = (torch.randn(n, dim, generator=generator, dtype=torch.float64) for _ in range(2))
     likeness = torch.linspace(0.1, 1, n, dtype=torch.float64)[:, None]  # from strangers to close relatives
@@ -60,8 +60,8 @@ def with_gradients(function: Callable[..., Tensor], z_a: Tensor, z_b: Tensor) ->
     return loss.detach(), *torch.autograd.grad(loss, (z_a, z_b))
 
 
-def assert_equal_in_float64(found: tuple, expected: tuple) -> None:
-    for ours, theirs in zip(found, expected, strict=True):
+def assert_equal_in_float64(actual: tuple, expected: tuple) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
@@ -69,21 +69,21 @@ def assert_equal_in_float64(found: tuple, expected: tuple) -> None:
 @pytest.mark.parametrize(("n", "dim"), [(1, 16), (2, 16), (23, 32), (70, 16)])
 @pytest.mark.parametrize("form", FORMS)
 def test_the_twin_is_the_formula(form: str, n: int, dim: int, temperature: float) -> None:
-    z_a, z_b = drawn(n, dim)
+    z_a, z_b = draw(n, dim)
     expected = with_gradients(lambda a, b: ORACLES[form](a, b, temperature), z_a, z_b)
-    found = with_gradients(lambda a, b: nt_xent(a, b, temperature, form=form)[0], z_a, z_b)
-    assert_equal_in_float64(found, expected)
+    actual = with_gradients(lambda a, b: nt_xent(a, b, temperature, form=form)[0], z_a, z_b)
+    assert_equal_in_float64(actual, expected)
 
 
 def test_both_ways_to_write_it_down_are_one() -> None:
-    z_a, z_b = drawn(9, 16)
-    found = with_gradients(lambda a, b: nt_xent(a, b, 0.1)[0], z_a, z_b)
-    assert_equal_in_float64(found, with_gradients(lambda a, b: equation_one(a, b, 0.1), z_a, z_b))
+    z_a, z_b = draw(9, 16)
+    actual = with_gradients(lambda a, b: nt_xent(a, b, 0.1)[0], z_a, z_b)
+    assert_equal_in_float64(actual, with_gradients(lambda a, b: equation_one(a, b, 0.1), z_a, z_b))
 
 
 def test_a_row_left_among_its_own_keys_is_another_loss() -> None:
     """Control: log Z with the row itself in it."""
-    z_a, z_b = drawn(9, 16)
+    z_a, z_b = draw(9, 16)
     z = F.normalize(torch.cat([z_a, z_b]), dim=1)
     wrong = F.cross_entropy(z @ z.T / 0.1, torch.arange(18).roll(9))
     assert wrong - nt_xent(z_a, z_b, 0.1)[0] > 0.1
@@ -91,7 +91,7 @@ def test_a_row_left_among_its_own_keys_is_another_loss() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_ranks_are_counted_without_row_and_positive(form: str) -> None:
-    z_a, z_b = drawn(11, 16)
+    z_a, z_b = draw(11, 16)
     a, b = F.normalize(z_a, dim=1), F.normalize(z_b, dim=1)
     rows, keys, own = {
         "all": (torch.cat([a, b]), torch.cat([a, b]), range(22)),
@@ -110,7 +110,7 @@ def test_ranks_are_counted_without_row_and_positive(form: str) -> None:
 
 def test_chance_is_the_logarithm_of_all_others() -> None:
     """At a high temperature nothing tells rows apart: ln(2N - 1), and ln(N) from the other view alone."""
-    z_a, z_b = drawn(50, 16)
+    z_a, z_b = draw(50, 16)
     for form, count in (("all", 99), ("across", 50), ("one-sided", 50)):
         assert nt_xent(z_a, z_b, 1e7, form=form)[0].item() == pytest.approx(math.log(count), abs=1e-6)
 
@@ -137,19 +137,19 @@ class Ranks:
         order = torch.argsort(torch.cat(self.places))
         known: list[Tensor] = []
         for rounds in (1, 2, 2):  # what is sent: embeddings; then log Z as well; then both, and both are known
-            sent: list[list[Tensor]] = [[] for _ in range(rounds)]
-            results = [self._one(rank, temperature, form, known, order, sent) for rank in range(self.world)]
-            known = [torch.cat(parts)[order] for parts in sent]
+            outgoing: list[list[Tensor]] = [[] for _ in range(rounds)]
+            results = [self._one(rank, temperature, form, known, order, outgoing) for rank in range(self.world)]
+            known = [torch.cat(parts)[order] for parts in outgoing]
         loss = torch.stack([loss for loss, _ in results]).mean()
         return loss, torch.cat([gradient for _, gradient in results])[order] / self.world
 
-    def _one(self, rank: int, temperature: float, form: str, known: list, order: Tensor, sent: list) -> tuple:
+    def _one(self, rank: int, temperature: float, form: str, known: list, order: Tensor, outgoing: list) -> tuple:
         place, calls = self.places[rank], iter(range(2))
 
         def gather(rows: Tensor) -> Tensor:
             at = next(calls)
-            if at < len(sent):
-                sent[at].append(rows)
+            if at < len(outgoing):
+                outgoing[at].append(rows)
             return known[at] if at < len(known) else rows.new_ones(len(order), *rows.shape[1:])
 
         views = [self.z[half].clone().requires_grad_() for half in place.chunk(2)]
@@ -161,7 +161,7 @@ class Ranks:
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 @pytest.mark.parametrize("form", FORMS)
 def test_ranks_give_what_one_rank_gives(form: str, world: int, shuffled: bool) -> None:
-    z_a, z_b = drawn(24, 16)
+    z_a, z_b = draw(24, 16)
     expected = with_gradients(lambda a, b: ORACLES[form](a, b, 0.1), z_a, z_b)
     loss, gradient = Ranks(z_a, z_b, world, shuffled).losses(0.1, form)
     assert_equal_in_float64((loss, *gradient.chunk(2)), expected)
@@ -169,7 +169,7 @@ def test_ranks_give_what_one_rank_gives(form: str, world: int, shuffled: bool) -
 
 def test_keys_without_gradient_have_the_right_direction_and_half_the_length() -> None:
     """Control of the test above: what a gather without gradient gives, which a look at the loss would not find."""
-    z_a, z_b = drawn(24, 16)
+    z_a, z_b = draw(24, 16)
     _, *whole = with_gradients(lambda a, b: masked_cross_entropies(a, b, 0.1), z_a, z_b)
 
     def detached(a: Tensor, b: Tensor) -> Tensor:
@@ -185,15 +185,15 @@ def test_keys_without_gradient_have_the_right_direction_and_half_the_length() ->
 
 def test_low_precision_has_gradients_of_its_dtype_and_a_wide_loss() -> None:
     for dtype in (torch.bfloat16, torch.float16):
-        z_a, z_b = drawn(12, 16, dtype)
+        z_a, z_b = draw(12, 16, dtype)
         expected = with_gradients(lambda a, b: masked_cross_entropies(a, b, 0.2), z_a.double(), z_b.double())
-        found = with_gradients(lambda a, b: nt_xent(a, b, 0.2)[0], z_a, z_b)
-        assert (found[0].dtype, found[1].dtype) == (torch.float32, dtype)
-        torch.testing.assert_close(found[0].double(), expected[0], rtol=8 * torch.finfo(dtype).eps, atol=0)
+        actual = with_gradients(lambda a, b: nt_xent(a, b, 0.2)[0], z_a, z_b)
+        assert (actual[0].dtype, actual[1].dtype) == (torch.float32, dtype)
+        torch.testing.assert_close(actual[0].double(), expected[0], rtol=8 * torch.finfo(dtype).eps, atol=0)
 
 
 def test_it_scales_with_the_gradient_that_comes_in() -> None:
-    z_a, z_b = drawn(5, 16)
+    z_a, z_b = draw(5, 16)
     once = with_gradients(lambda a, b: nt_xent(a, b, 0.2)[0], z_a, z_b)
     scaled = with_gradients(lambda a, b: nt_xent(a, b, 0.2)[0] * 1024, z_a, z_b)
     for plain, more in zip(once, scaled, strict=True):
@@ -234,7 +234,7 @@ def test_the_kernel_keeps_within_the_error_budget(
     form: str, n: int, dim: int, temperature: float, dtype: torch.dtype, device: torch.device
 ) -> None:
     """|truth - ours| <= |truth - plain torch in this dtype| + one rounding of the largest there can be."""
-    z_a, z_b = (z.to(device) for z in drawn(n, dim, dtype))
+    z_a, z_b = (z.to(device) for z in draw(n, dim, dtype))
     exact = [z.double() for z in (z_a, z_b)]
     truth = with_gradients(lambda a, b: nt_xent(a, b, temperature, form=form, impl="reference")[0], *exact)
     ours = with_gradients(lambda a, b: nt_xent(a, b, temperature, form=form, impl="triton")[0], z_a, z_b)
@@ -242,17 +242,17 @@ def test_the_kernel_keeps_within_the_error_budget(
     # NumPy, which multiplies for the interpreter, may round each product and each sum, where torch has fused ones.
     roundings = dim**0.5 if dtype == torch.float32 else 1
     bounds = [1 / temperature, *(2 / (temperature * n * z.norm(dim=1)) for z in exact)]
-    for found, expected, other, bound in zip(ours, truth, plain, bounds, strict=True):
+    for actual, expected, other, bound in zip(ours, truth, plain, bounds, strict=True):
         size = torch.as_tensor(bound, dtype=torch.float64).norm()
         budget = (other.double() - expected).norm() + roundings * EPSILON[dtype] * size
-        assert (found.double() - expected).norm() <= budget
+        assert (actual.double() - expected).norm() <= budget
 
 
 @pytest.mark.parametrize("dtype", EPSILON)
 @pytest.mark.parametrize("form", FORMS)
 def test_ranks_of_the_kernel_are_exact_but_for_ties(form: str, dtype: torch.dtype, device: torch.device) -> None:
     """With the positive among the swept keys, products of two shapes would make it outscore itself."""
-    z_a, z_b = (z.to(device) for z in drawn(40, 64, dtype))
+    z_a, z_b = (z.to(device) for z in draw(40, 64, dtype))
     rank = nt_xent(z_a, z_b, 0.1, form=form, impl="triton")[1]
     exact = nt_xent(z_a.double(), z_b.double(), 0.1, form=form, impl="reference")[1]
     a, b = F.normalize(z_a.double(), dim=1), F.normalize(z_b.double(), dim=1)
@@ -273,7 +273,7 @@ def test_ranks_of_the_kernel_are_exact_but_for_ties(form: str, dtype: torch.dtyp
 
 def test_the_kernel_is_one_run_over_ranks_too(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32, four ranks, shuffled, against the formula in float64."""
-    z_a, z_b = drawn(24, 16)
+    z_a, z_b = draw(24, 16)
     expected = with_gradients(lambda a, b: ORACLES["all"](a, b, 0.1), z_a, z_b)
     ranks = Ranks(z_a.float().to(device), z_b.float().to(device), 4, True, impl="triton")
     loss, gradient = ranks.losses(0.1, "all")
@@ -282,23 +282,23 @@ def test_the_kernel_is_one_run_over_ranks_too(device: torch.device, monkeypatch:
 
 
 def test_two_runs_of_the_kernel_give_the_same_bits(device: torch.device) -> None:
-    z_a, z_b = (z.to(device) for z in drawn(40, 64, torch.bfloat16))
+    z_a, z_b = (z.to(device) for z in draw(40, 64, torch.bfloat16))
     first, again = (with_gradients(lambda a, b: nt_xent(a, b, 0.1, impl="triton")[0], z_a, z_b) for _ in range(2))
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
 
 
 def test_the_operators_keep_their_contract(device: torch.device) -> None:
-    z = torch.cat(drawn(6, 16, torch.float32)).to(device)
+    z = torch.cat(draw(6, 16, torch.float32)).to(device)
     keys, log_z = z / 4, torch.full((12,), 20.0, device=device)
     scale = 1 / keys.norm(dim=1)
-    left_out = torch.stack([torch.arange(12), torch.arange(12).roll(6)]).to(device, torch.int32)
-    torch.library.opcheck(_rows_operator, (z, keys.roll(6, 0), keys, scale, left_out, 0.1))
-    given = (z, keys.roll(6, 0), keys, scale, left_out, log_z, log_z / 40, 0.1)
+    exclusions = torch.stack([torch.arange(12), torch.arange(12).roll(6)]).to(device, torch.int32)
+    torch.library.opcheck(_rows_operator, (z, keys.roll(6, 0), keys, scale, exclusions, 0.1))
+    given = (z, keys.roll(6, 0), keys, scale, exclusions, log_z, log_z / 40, 0.1)
     torch.library.opcheck(_columns_operator, given)
 
 
 def test_it_traces_whole(device: torch.device) -> None:
-    z_a, z_b = (z.to(device).requires_grad_() for z in drawn(6, 16, torch.float32))
+    z_a, z_b = (z.to(device).requires_grad_() for z in draw(6, 16, torch.float32))
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(a: Tensor, b: Tensor) -> Tensor:
@@ -314,8 +314,8 @@ def test_it_traces_whole(device: torch.device) -> None:
 def test_cost_counts_the_bytes_of_the_tensors() -> None:
     """Of one rank among two: its rows and their gradient, all keys and their normalisers, losses and ranks."""
     rows, keys, dtype = torch.empty(12, 48), torch.empty(24, 48), torch.bfloat16
-    moved, flops = cost(6, 12, 48, dtype)
-    assert moved == 2 * rows.to(dtype).nbytes + keys.to(dtype).nbytes + 12 * 8 + 24 * 8
+    bytes_moved, flops = cost(6, 12, 48, dtype)
+    assert bytes_moved == 2 * rows.to(dtype).nbytes + keys.to(dtype).nbytes + 12 * 8 + 24 * 8
     assert flops == 2 * 2 * (2 * 12 * 24 * 48)
 
 
@@ -333,6 +333,6 @@ def test_cost_counts_the_bytes_of_the_tensors() -> None:
     ],
 )
 def test_refuses(change: dict, what: str) -> None:
-    given = {"z_a": torch.ones(4, 16), "z_b": torch.ones(4, 16), "temperature": 0.1} | change
+    arguments = {"z_a": torch.ones(4, 16), "z_b": torch.ones(4, 16), "temperature": 0.1} | change
     with pytest.raises(ValueError, match=what):
-        nt_xent(given.pop("z_a"), given.pop("z_b"), given.pop("temperature"), **given)
+        nt_xent(arguments.pop("z_a"), arguments.pop("z_b"), arguments.pop("temperature"), **arguments)

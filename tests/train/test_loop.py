@@ -69,9 +69,9 @@ def options(images: Path, out: Path, **changes) -> Options:
 
 
 def final(out: Path) -> dict[str, torch.Tensor]:
-    saved = checkpoint.load(checkpoint.latest(out))
-    assert saved.step == STEPS
-    return saved.state
+    content = checkpoint.load(checkpoint.latest(out))
+    assert content.step == STEPS
+    return content.state
 
 
 def differing(one: dict, other: dict) -> list[str]:
@@ -94,8 +94,8 @@ def test_runs_resumed_in_a_new_process_are_bit_equal(images, recipe, whole, tmp_
         pretrain(recipe, options(images, out, stop_after=cut))
         assert checkpoint.latest(out).name == f"step_{cut:08d}"
     command = [sys.executable, "-c", NEW_PROCESS, json.dumps(recipe.as_dict()), images, *cuts.values()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
     for out in cuts.values():
         assert differing(final(out), final(whole)) == []
 
@@ -104,8 +104,8 @@ def test_a_step_count_off_by_one_is_noticed(images, recipe, whole, tmp_path):
     """The control: the comparison above can fail."""
     out = tmp_path / "run"
     pretrain(recipe, options(images, out, stop_after=11))
-    saved = checkpoint.load(checkpoint.latest(out))
-    checkpoint.save(out, 12, saved.state, saved.meta)
+    content = checkpoint.load(checkpoint.latest(out))
+    checkpoint.save(out, 12, content.state, content.meta)
     pretrain(recipe, options(images, out, resume=True))
     names = differing(final(out), final(whole))
     assert {"queue", "encoder_q.conv1.weight", "encoder_k.conv1.weight", "velocity.conv1.weight"} <= set(names)
@@ -147,10 +147,10 @@ def test_what_a_run_writes(whole, recipe):
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["knn_before"] == knn[0]["top1"] and summary["knn_after"] == knn[-1]["top1"]
     assert summary["loss"] == log[-1]["loss"] and summary["chance_loss"] == math.log(21)
-    saved = json.loads((whole / "recipe.json").read_text())
+    facts = json.loads((whole / "recipe.json").read_text())
     settled = replace(recipe, order="table")
-    assert saved["recipe"] == json.loads(json.dumps(settled.as_dict())) and saved["preset"] == "demo"
-    assert {"versions", "commit", "command", "device", "options", "steps"} <= saved.keys()
+    assert facts["recipe"] == json.loads(json.dumps(settled.as_dict())) and facts["preset"] == "demo"
+    assert {"versions", "commit", "command", "device", "options", "steps"} <= facts.keys()
     assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not list(whole.glob("*.writing"))
 
@@ -175,7 +175,7 @@ def test_a_finished_run_resumed_stays_as_it_is(images, recipe, tmp_path):
 
 def test_wrong_use_writes_nothing(images, recipe, whole, tmp_path):
     out = tmp_path / "run"
-    for error, wrong, given in (
+    for error, wrong, arguments in (
         (RecipeError, replace(recipe, batch_size=48), options(images, out)),  # more than there are images
         (UsageError, recipe, options(images, whole)),
         (UsageError, recipe, options(images, out, resume=True)),
@@ -184,7 +184,7 @@ def test_wrong_use_writes_nothing(images, recipe, whole, tmp_path):
     ):
         before = sorted(path.name for path in whole.iterdir())
         with pytest.raises(error):
-            pretrain(wrong, given)
+            pretrain(wrong, arguments)
         assert not out.exists() and sorted(path.name for path in whole.iterdir()) == before
 
 
@@ -196,8 +196,8 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(images, re
 
     with monkeypatch.context() as patch:
         patch.setattr(Step, "step", diverging)
-        said = "loss of rank 0 became infinite or NaN in step 8.*last good checkpoint is of step 5"
-        with pytest.raises(NonFiniteError, match=said):
+        message = "loss of rank 0 became infinite or NaN in step 8.*last good checkpoint is of step 5"
+        with pytest.raises(NonFiniteError, match=message):
             pretrain(recipe, options(images, out, save_every=5))
     newest = checkpoint.latest(out)
     assert newest.name == "step_00000005"
@@ -217,9 +217,9 @@ def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(images, recipe, wh
 
     monkeypatch.setattr(checkpoint, "_write", limited)
     assert pretrain(recipe, options(images, out, save_every=4, keep=30))["steps"] == STEPS
-    said = capsys.readouterr().err
-    assert said.count("could not be written") == 1
-    assert re.search("checkpoint of step 8 could not be written .*the last good checkpoint is of step 4", said)
+    output = capsys.readouterr().err
+    assert output.count("could not be written") == 1
+    assert re.search("checkpoint of step 8 could not be written .*the last good checkpoint is of step 4", output)
     names = [path.name for path in checkpoint.steps(out)]
     assert names == [f"step_{step:08d}" for step in (4, 12, 16, 20, 24, 28, 30)]
     assert differing(final(out), final(whole)) == []
@@ -295,7 +295,7 @@ def test_2000_steps_with_200_checkpoints_leave_memory_files_and_threads_as_they_
     assert in_fork(soak, recipe, images, tmp_path, 2000) == 0, (tmp_path / "said").read_text()[-2000:]
     figures = json.loads((tmp_path / "figures.json").read_text())
     print(figures)
-    assert [each["step"] for each in figures] == [500, 1000, 1500, 2000] and grown(figures) == []
+    assert [each["step"] for each in figures] == [500, 1000, 1500, 2000] and growing(figures) == []
 
 
 @pytest.mark.slow
@@ -303,10 +303,10 @@ def test_what_each_checkpoint_left_behind_would_show_within_1000_steps(recipe, i
     """The control: a megabyte, a descriptor, a thread and the checkpoint itself."""
     assert in_fork(leak, recipe, images, tmp_path, 1000) == 0, (tmp_path / "said").read_text()[-2000:]
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert grown(figures) == ["rss", "descriptors", "threads", "checkpoints"]
+    assert growing(figures) == ["rss", "descriptors", "threads", "checkpoints"]
 
 
-def grown(figures: list[dict[str, int]]) -> list[str]:
+def growing(figures: list[dict[str, int]]) -> list[str]:
     first, last = figures[0], figures[-1]
     # The loader starts its readers one by one, as it needs them; a thread left at each checkpoint would make 150 more.
     threads = max(each["threads"] for each in figures) - first["threads"]
