@@ -269,21 +269,23 @@ class Recipe:
     def for_images(self, count: int) -> Recipe:
         """The recipe with every number known that follows the number of images, `count`.
 
+        A bank has no more entries than images, all of which are then its negatives.
         K, where it is auto, is the published share of the images (65,536 of 1,281,167, about n / 20), but at least 4
         batches and at most 65,536, in whole batches: then each batch of keys leaves as it came, together, and the
         published code, which takes no other K, can go on from an export. Epochs, where they are 0, are those of
         SMALL_PAIRS pairs of views, within SMALL_EPOCHS.
         """
-        found = dataclasses.replace(self, order=self.order_of(count))
+        recipe = dataclasses.replace(self, order=self.order_of(count))
         if self.epochs == 0:
             fewest, most = SMALL_EPOCHS
-            found = dataclasses.replace(found, epochs=min(max(-(-SMALL_PAIRS // count), fewest), most))
-        if self.queue_size != "auto":
-            return found
+            recipe = dataclasses.replace(recipe, epochs=min(max(-(-SMALL_PAIRS // count), fewest), most))
+        keys = self._keys_for(count) if self.queue_size == "auto" else self.check_queue()
+        return dataclasses.replace(recipe, queue_size=min(keys, count) if self.dictionary == "bank" else keys)
+
+    def _keys_for(self, count: int) -> int:
         batch = self.batch_size * self.views
         share = -(-count * PUBLISHED_KEYS // (PUBLISHED_IMAGES * batch))
-        batches = max(LEAST_BATCHES, min(share, PUBLISHED_KEYS // batch))
-        return dataclasses.replace(found, queue_size=batches * batch)
+        return batch * max(LEAST_BATCHES, min(share, PUBLISHED_KEYS // batch))
 
     def order_of(self, count: int) -> str:
         """The order of `count` images: as given, or where it is auto by their number."""
