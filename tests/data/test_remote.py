@@ -67,7 +67,7 @@ def batches(images: Manifest, recipe: Recipe = RECIPE, steps: range = range(6)) 
 
 
 def same(ours: list[Batch], theirs: list[Batch]) -> bool:
-    names = ("query_crops", "key_crops", "query_parameters", "key_parameters", "shown")
+    names = ("query_crops", "key_crops", "query_parameters", "key_parameters", "origins")
     return len(ours) == len(theirs) and all(
         torch.equal(getattr(a, name), getattr(b, name)) for a, b in zip(ours, theirs, strict=True) for name in names
     )
