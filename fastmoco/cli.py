@@ -295,6 +295,7 @@ def _resume(preset: str, argv: Sequence[str], settings: PretrainFlags) -> Pretra
     settings = _flags(PretrainFlags, f"pretrain {preset}", argv, PretrainFlags(recipe=before))
     if facts.get("images"):  # an imported run may know of none
         settings = dataclasses.replace(settings, recipe=settings.recipe.for_images(facts["images"]))
+        before = before.for_images(facts["images"])  # what was still open is settled by the images
     for name, (old, new) in before.differences(settings.recipe).items():
         if name not in HARMLESS_ON_RESUME:
             raise UsageError(

@@ -103,7 +103,8 @@ class Saving:
             return 0
         crash_points.reach("verified")
         content = checkpoint.load(path, verified=True)
-        _require_same_recipe(Recipe.from_dict(content.meta["recipe"]), self.job.recipe, path)
+        before = Recipe.from_dict(content.meta["recipe"]).for_images(len(self.job.train_set))
+        _require_same_recipe(before, self.job.recipe, path)
         self.step.load(content.state)
         if content.step > self.job.last:
             raise UsageError(f"{path} is already past step {self.job.last}: give a later --stop-after, or none")
