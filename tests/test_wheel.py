@@ -33,7 +33,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in FILES:
         shutil.copy(ROOT / file, source)
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", str(made)]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=200)
+    home = {**os.environ, "HOME": str(made)}  # pip asks rustc for its version, which may write into the home
+    done = subprocess.run(command, cwd=source, env=home, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = made.glob("*.whl")
     return path
