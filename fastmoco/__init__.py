@@ -6,8 +6,8 @@ commands. In Python:
     import fastmoco
 
     encoder = fastmoco.load("runs/demo")                     # a run, a checkpoint, or published weights
-    found = fastmoco.embed(encoder, "photos")                # a row of features for each image of a folder
-    found.features, found.files                              # float32 [n, F], names [n]
+    photos = fastmoco.embed(encoder, "photos")               # a row of features for each image of a folder
+    photos.features, photos.files                            # float32 [n, F], names [n]
 
     encoder.features(images)                                 # [N, 3, S, S] -> [N, F]: an nn.Module like any other
     encoder.transform(picture)                               # Pillow image, path or array -> [3, S, S]
