@@ -98,7 +98,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device, prepare: Callab
 
 def _loss_cases(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> dict[Names, Callable[[], Row]]:
     config = {"D": recipe.dim, "dtype": short_name(dtype)}
-    found: dict[Names, Callable[[], Row]] = {}
+    cases: dict[Names, Callable[[], Row]] = {}
 
     def add(loss: str, calls: Mapping[str, Callable[[], object]], sizes: dict[str, int], rows: int) -> None:
         least = rows * (8 + recipe.dim * dtype.itemsize) / 1e6  # loss, rank and gradient
@@ -107,7 +107,7 @@ def _loss_cases(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> dic
             calls[name]()
             return Row(loss, name, "MB", (peak_bytes(calls[name], device) / 1e6,), config | sizes, "eager", least)
 
-        found.update({(loss, name, *map(str, sizes.values())): partial(measured, name) for name in calls})
+        cases.update({(loss, name, *map(str, sizes.values())): partial(measured, name) for name in calls})
 
     if recipe.dictionary != "batch":
         n, k = recipe.batch_size, recipe.check_queue()
@@ -115,7 +115,7 @@ def _loss_cases(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> dic
     for n in sorted({recipe.batch_size, *losses.PAIRS[device.type]}):
         z = [torch.randn(n, recipe.dim, device=device, dtype=dtype).requires_grad_() for _ in range(2)]
         add("nt_xent", losses.ways_to_nt_xent(z, recipe.temperature, "all"), {"N": n}, 2 * n)
-    return found
+    return cases
 
 
 def _info_nce_calls(

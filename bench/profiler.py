@@ -217,7 +217,7 @@ def costs_of_parts(step: Step, machine: Machine) -> dict[str, Cost]:
         "update": sgd_ema_cost(table, [copy.dtype for copy in copies[0]]),
         **step.dictionary.costs(rows, work),
     }
-    found = {name: Cost(*cost, machine.bound(*cost)) for name, cost in single.items()}
+    by_part = {name: Cost(*cost, machine.bound(*cost)) for name, cost in single.items()}
     layers = {
         "key encoder": functools.partial(forward_work, keep=False),
         "query encoder": forward_work,
@@ -230,8 +230,8 @@ def costs_of_parts(step: Step, machine: Machine) -> dict[str, Cost]:
             for layer in count(convs, "bnrelu", rows)
         ]
         nbytes, flops = (sum(column) for column in zip(*costs, strict=True))
-        found[name] = Cost(nbytes, flops, sum(machine.bound(*cost) for cost in costs))
-    return found
+        by_part[name] = Cost(nbytes, flops, sum(machine.bound(*cost) for cost in costs))
+    return by_part
 
 
 def describe(preset: str, step: Step, options: Profile) -> str:

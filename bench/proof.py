@@ -135,13 +135,13 @@ def watch(advance: Runner, batch: Batch, steps: int, device: torch.device, confi
             events, _ = record_events(call, steps, device, Path(folder, "trace.json.gz"))
         return waits(events)
 
-    found = {
+    counts = {
         REPLAYED: (steps, count(lambda: advance(batch, RATE), steps)),
         READ: (READS, count(lambda: advance(batch, RATE).loss.item(), READS)),
     }
     return [
         Row(WAITS, name, "calls", (float(sum(calls.values())),), {**config, "steps": taken}, extra={"calls": calls})
-        for name, (taken, calls) in found.items()
+        for name, (taken, calls) in counts.items()
     ]
 
 

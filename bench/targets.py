@@ -41,7 +41,7 @@ class Target(NamedTuple):
     verdict: str = ABSENT
 
 
-class Found(NamedTuple):
+class RecordRows(NamedTuple):
     """Rows of one record by provider, and whether it was finished."""
 
     rows: dict[str, Row]
@@ -69,125 +69,125 @@ def table(records: Sequence[Record], gate: str = PASSED) -> str:
 
     `gate` says how the tests of the step ended. Unless they passed, what was measured proves nothing.
     """
-    found, lines = targets(records), []
+    results, lines = targets(records), []
     if gate != PASSED:
-        found = [item if item.verdict == ABSENT else item._replace(verdict=UNPROVEN) for item in found]
+        results = [item if item.verdict == ABSENT else item._replace(verdict=UNPROVEN) for item in results]
         lines += [f"The gate's tests did not pass ({gate}): nothing below is proven, whatever was measured.", ""]
     lines += ["| target | wanted | measured | verdict |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(target)} |" for target in found]
+    lines += [f"| {' | '.join(target)} |" for target in results]
     return "\n".join([*lines, "", *levels(records)])
 
 
 def targets(records: Sequence[Record]) -> list[Target]:
     """Every target, in the order in which the project states them."""
-    large, small = (_found(records, "step", OURS, batch) for batch in (LARGE, SMALL))
+    large, small = (_record_with(records, "step", OURS, batch) for batch in (LARGE, SMALL))
     return [
         _ratio(large, PUBLISHED, 2.2, LARGE),
         _ratio(large, CHANNELS_LAST, 1.45, LARGE),
         _ratio(small, PUBLISHED, 3.0, SMALL),
         _share(large),
         *_rates(records),
-        _equal(_found(records, EQUAL, GRAPH, precision=PRECISION, deterministic="on")),
-        _waits(_found(records, WAITS, REPLAYED, precision=PRECISION)),
+        _equal(_record_with(records, EQUAL, GRAPH, precision=PRECISION, deterministic="on")),
+        _waits(_record_with(records, WAITS, REPLAYED, precision=PRECISION)),
     ]
 
 
 def levels(records: Sequence[Record]) -> list[str]:
     """Lines on the fusion that was reached and on the bounds of the next levels, or on that none was timed; and on what
     deterministic algorithms cost."""
-    found = _found(records, "step", OURS)
-    if OURS not in found.rows:
+    record = _record_with(records, "step", OURS)
+    if OURS not in record.rows:
         return ["Level of fusion: not measured."]
-    row = found.rows[OURS]
+    row = record.rows[OURS]
     level, bounds = row.extra["level"], row.extra["bounds"]
     after = LEVELS[LEVELS.index(level) + 1 :]
     following = ", ".join(f"{name} at most {bounds[name]:,.0f} pairs/s" for name in after if name in bounds)
     return [
         f"Level of fusion {level} ({OURS}): {row.median:,.0f} of at most {row.bound:,.0f} pairs/s "
-        f"({row.share:.0%}) {found.note(OURS)}.",
-        *_deterministic(found),
+        f"({row.share:.0%}) {record.note(OURS)}.",
+        *_deterministic(record),
         f"What more fusion could bring, by roofline.py on this machine: {following}.",
     ]
 
 
-def _deterministic(found: Found) -> Iterator[str]:
-    if DETERMINISTIC not in found.rows:
+def _deterministic(record: RecordRows) -> Iterator[str]:
+    if DETERMINISTIC not in record.rows:
         return
-    cost = 1 - found.rows[DETERMINISTIC].median / found.rows[OURS].median
+    cost = 1 - record.rows[DETERMINISTIC].median / record.rows[OURS].median
     verdict = f"{'under' if cost < CHEAP else 'not under'} {100 * CHEAP:g} %"
-    yield f"--deterministic on costs {100 * cost:.1f} %: {verdict} {found.note(OURS, DETERMINISTIC)}."
+    yield f"--deterministic on costs {100 * cost:.1f} %: {verdict} {record.note(OURS, DETERMINISTIC)}."
 
 
-def _ratio(found: Found, baseline: str, wanted: float, batch: int) -> Target:
+def _ratio(record: RecordRows, baseline: str, wanted: float, batch: int) -> Target:
     target = Target(f"{OURS} against {baseline}, {batch} pairs", f"{wanted:g} x")
-    if not {OURS, baseline} <= found.rows.keys():
+    if not {OURS, baseline} <= record.rows.keys():
         return target
-    ratio = found.rows[OURS].median / found.rows[baseline].median
-    measured = f"{ratio:.2f} x {found.note(OURS, baseline)}"
-    return target._replace(measured=measured, verdict=_verdict(ratio >= wanted, found.sound(OURS, baseline)))
+    ratio = record.rows[OURS].median / record.rows[baseline].median
+    measured = f"{ratio:.2f} x {record.note(OURS, baseline)}"
+    return target._replace(measured=measured, verdict=_verdict(ratio >= wanted, record.sound(OURS, baseline)))
 
 
-def _share(found: Found) -> Target:
+def _share(record: RecordRows) -> Target:
     target = Target(f"{OURS}, share of the bound of its fusion, {LARGE} pairs", "65 %")
-    if OURS not in found.rows:
+    if OURS not in record.rows:
         return target
-    row = found.rows[OURS]
+    row = record.rows[OURS]
     assert row.share is not None, "the step has a bound"
-    measured = f"{row.share:.1%} of {row.bound:,.0f} pairs/s {found.note(OURS)}"
-    return target._replace(measured=measured, verdict=_verdict(row.share >= 0.65, found.sound(OURS)))
+    measured = f"{row.share:.1%} of {row.bound:,.0f} pairs/s {record.note(OURS)}"
+    return target._replace(measured=measured, verdict=_verdict(row.share >= 0.65, record.sound(OURS)))
 
 
 def _rates(records: Sequence[Record]) -> Iterator[Target]:
     of = next((name for name in RATES for item in records if name in item.environment["device"]), next(iter(RATES)))
-    found = _found([item for item in records if of in item.environment["device"]], "step", OURS)
+    record = _record_with([item for item in records if of in item.environment["device"]], "step", OURS)
     for name, wanted in RATES[of].items():
         target = Target(f"{OURS} on one {of}, {LARGE} pairs: {name}", f"{wanted:,} pairs/s")
-        if OURS in found.rows:
-            rate = found.rows[OURS].median
-            measured = f"{rate:,.0f} pairs/s {found.note(OURS)}"
-            target = target._replace(measured=measured, verdict=_verdict(rate >= wanted, found.sound(OURS)))
+        if OURS in record.rows:
+            rate = record.rows[OURS].median
+            measured = f"{rate:,.0f} pairs/s {record.note(OURS)}"
+            target = target._replace(measured=measured, verdict=_verdict(rate >= wanted, record.sound(OURS)))
         yield target
 
 
-def _equal(found: Found) -> Target:
+def _equal(record: RecordRows) -> Target:
     target = Target("replayed steps equal eager ones bit for bit", f"0 tensors differ after {STEPS} steps")
-    if not {EAGER, GRAPH, OTHER} <= found.rows.keys():
+    if not {EAGER, GRAPH, OTHER} <= record.rows.keys():
         return target
-    again, graph, other = (found.rows[name].median for name in (EAGER, GRAPH, OTHER))
-    steps = found.rows[GRAPH].config["steps"]
-    measured = f"{graph:.0f} differ after {steps}" + _remark(found)
+    again, graph, other = (record.rows[name].median for name in (EAGER, GRAPH, OTHER))
+    steps = record.rows[GRAPH].config["steps"]
+    measured = f"{graph:.0f} differ after {steps}" + _remark(record)
     if again:
-        largest = found.rows[EAGER].extra["largest"]
+        largest = record.rows[EAGER].extra["largest"]
         measured += f"; so do {again:.0f} between two eager runs, by {largest:.3g} at most"
     # Without its control or over fewer steps equality shows nothing; a difference does, unless eager runs differ too.
     shown = (graph or steps >= STEPS) and other and not again
     return target._replace(measured=measured, verdict=_verdict(not graph, shown))
 
 
-def _waits(found: Found) -> Target:
+def _waits(record: RecordRows) -> Target:
     target = Target("waits of the host in a profile", f"0 in {WATCHED} steps")
-    if not {REPLAYED, READ} <= found.rows.keys():
+    if not {REPLAYED, READ} <= record.rows.keys():
         return target
-    waits, steps = found.rows[REPLAYED].median, found.rows[REPLAYED].config["steps"]
-    shown = (waits or steps >= WATCHED) and found.rows[READ].median >= READS
-    return target._replace(measured=f"{waits:.0f} in {steps}" + _remark(found), verdict=_verdict(not waits, shown))
+    waits, steps = record.rows[REPLAYED].median, record.rows[REPLAYED].config["steps"]
+    shown = (waits or steps >= WATCHED) and record.rows[READ].median >= READS
+    return target._replace(measured=f"{waits:.0f} in {steps}" + _remark(record), verdict=_verdict(not waits, shown))
 
 
-def _found(records: Sequence[Record], name: str, provider: str, batch: int = LARGE, **config: str) -> Found:
+def _record_with(records: Sequence[Record], name: str, provider: str, batch: int = LARGE, **config: str) -> RecordRows:
     # Of one record, the first with `provider`: only what was timed in turn may be compared.
     wanted = {"arch": ARCH, "px": PIXELS, "batch": batch, **config}
     for item in records:
         if item.environment.get("device_type") != "cuda":
             continue
         rows = [row for row in item.rows if row.name == name and row.unit != "MB"]
-        found = {row.provider: row for row in rows if wanted.items() <= row.config.items()}
-        if provider in found:
-            return Found(found, not item.environment.get("unfinished"))
-    return Found({})
+        by_provider = {row.provider: row for row in rows if wanted.items() <= row.config.items()}
+        if provider in by_provider:
+            return RecordRows(by_provider, not item.environment.get("unfinished"))
+    return RecordRows({})
 
 
-def _remark(found: Found) -> str:
-    return "" if found.finished else " (unfinished)"
+def _remark(record: RecordRows) -> str:
+    return "" if record.finished else " (unfinished)"
 
 
 def _verdict(met: bool, shown: object) -> str:

@@ -67,9 +67,9 @@ def run(
         if lightly_example.HAS_LIGHTLY:
             with journal.attempt(LIGHTLY):
                 work = None if dtype_name in ("fp32", "tf32") else WORK[dtype_name]
-                found = _in_turn(recipe, parallel, manifest, lambda batch: advance(batch, 1e-3), rounds, work)
+                samples = _in_turn(recipe, parallel, manifest, lambda batch: advance(batch, 1e-3), rounds, work)
                 journal.keep(
-                    Row("train", name, "pairs/s", tuple(each), config, LIGHTLY, bound) for name, each in found.items()
+                    Row("train", name, "pairs/s", tuple(each), config, LIGHTLY, bound) for name, each in samples.items()
                 )
     return sorted(journal.rows, key=lambda row: row.provider == ALONE)
 
@@ -78,8 +78,8 @@ def _entries(recipe: Recipe, data: Path | None) -> int:
     # Of a bank: for the noise and for the images, whichever are more.
     if data is None or recipe.dictionary != "bank":
         return noise_images(recipe)
-    found = len(scan(split(data)[0], max_pixels=recipe.max_pixels))
-    return max(noise_images(recipe), found)
+    count = len(scan(split(data)[0], max_pixels=recipe.max_pixels))
+    return max(noise_images(recipe), count)
 
 
 def _images(data: Path | None, recipe: Recipe) -> AbstractContextManager[Manifest]:

@@ -235,10 +235,10 @@ def _begun(recipe: Recipe, argv: Sequence[str]) -> Recipe:
 
 
 def _of_file(path: Path, preset: str) -> list[str]:
-    found = recipe_file.read(path)
-    if found.preset not in (None, preset):
-        raise UsageError(f"{path} starts from preset {found.preset}, not {preset}: leave the preset out, or name that")
-    return recipe_file.words(found.values)
+    file = recipe_file.read(path)
+    if file.preset not in (None, preset):
+        raise UsageError(f"{path} starts from preset {file.preset}, not {preset}: leave the preset out, or name that")
+    return recipe_file.words(file.values)
 
 
 def _flags(kind: type, name: str, argv: Sequence[str], default: Any = None) -> Any:

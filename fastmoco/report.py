@@ -58,8 +58,8 @@ def _draw_map(folder: Path) -> None:
     encoder, recipe, _ = runs.load_encoder(folder, parallel)
     images = scan_of(folder, None, recipe.max_pixels)
     some = np.unique(np.linspace(0, len(images) - 1, min(MAPPED, len(images))).astype(np.int64))
-    found = index(Source(encoder, recipe, parallel, "backbone"), images.take(some))
-    print(f"{folder / 'map.png'}: {len(found.images)} images by {draw_map(folder / 'map.png', *found)}")
+    features = index(Source(encoder, recipe, parallel, "backbone"), images.take(some))
+    print(f"{folder / 'map.png'}: {len(features.images)} images by {draw_map(folder / 'map.png', *features)}")
 
 
 def render(folder: Path, views: bool = True) -> str:

@@ -179,7 +179,7 @@ def count_instructions(machine_code: str) -> tuple[int, int]:
     lines = [(int(line["address"], 16), line["text"].strip()) for line in _INSTRUCTION.finditer(machine_code)]
     addresses = [address for address, text in lines if text != "NOP"]
     branches = ((address, _BRANCH.search(text)) for address, text in lines)
-    back = [(int(found["target"], 16), address) for address, found in branches if found]
+    back = [(int(match["target"], 16), address) for address, match in branches if match]
     # The end of the code is a branch to itself.
     spans = [(first, last) for first, last in back if first < last]
     loop = max((sum(first <= address <= last for address in addresses) for first, last in spans), default=0)
@@ -230,7 +230,7 @@ def faults(report: Report) -> list[str]:
 
 def kernel_modules() -> list[ModuleType]:
     """The modules of this package that have a `variants` hook, by name."""
-    names = sorted(found.name for found in pkgutil.iter_modules(fastmoco.kernels.__path__))
+    names = sorted(module.name for module in pkgutil.iter_modules(fastmoco.kernels.__path__))
     here = __spec__.name.rpartition(".")[2]
     modules = [importlib.import_module(f"fastmoco.kernels.{name}") for name in names if name != here]
     return [module for module in modules if hasattr(module, "variants")]

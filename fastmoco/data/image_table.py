@@ -151,9 +151,9 @@ class ImageTable:
         if np.size(indices) <= KEPT_ROWS:  # asked of the disk at once, not one after the other
             for page in np.unique(np.asarray(indices) * RECORD.itemsize // mmap.PAGESIZE).tolist():
                 self._maps[0].madvise(mmap.MADV_WILLNEED, page * mmap.PAGESIZE, mmap.PAGESIZE)
-        found = np.asarray(self._records[indices])
-        self._give_back(found.size)
-        return found
+        content = np.asarray(self._records[indices])
+        self._give_back(content.size)
+        return content
 
     def paths(self) -> Names:
         """Names of the images."""
@@ -185,9 +185,9 @@ class ImageTable:
 
     def between(self, begin: int, end: int) -> list[str]:
         """Names that stand there."""
-        found = cache.unpack(np.asarray(self._names[begin:end]))
+        content = cache.unpack(np.asarray(self._names[begin:end]))
         self._give_back(1 + (end - begin) // mmap.PAGESIZE)
-        return found
+        return content
 
     def names_from(self, first: int, last: int) -> list[str]:
         """Names of the images from `first` to before `last`."""

@@ -221,7 +221,7 @@ class ShardManifest(Manifest):
     @classmethod
     def of(cls, reader: Source, table: ImageTable, shards: Sequence[Shard], max_pixels: int) -> ShardManifest:
         """The images of `table`, read by `reader`."""
-        found = cls(
+        manifest = cls(
             root=reader.root,
             paths=Names(table),
             sizes=table.sizes(),
@@ -234,8 +234,8 @@ class ShardManifest(Manifest):
             places=table.places(),
             source=reader,
         )
-        found.table, found.rows, found.max_pixels = table, list(shards), max_pixels
-        return found
+        manifest.table, manifest.rows, manifest.max_pixels = table, list(shards), max_pixels
+        return manifest
 
     @classmethod
     def opened(cls, reader: Source, data: dict[str, np.ndarray]) -> ShardManifest:
@@ -358,12 +358,12 @@ def scan(
     rejected: list[tuple[str, str]] = []
     listed = indexed(source)
     if listed:  # what else lies there is the index
-        found, archives = Files(source), [os.path.join(source, name) for name in listed]
+        own, archives = Files(source), [os.path.join(source, name) for name in listed]
     else:
-        found, archives = find_sources(source, str(path), rejected)
-    if decode is None and (listed or archives and not found.paths and shard_set.is_large(archives)):
-        return _in_shards(LocalShards.of(found.root, archives), classes, max_pixels, cache, progress)
-    files = with_members(found, archives, rejected)
+        own, archives = find_sources(source, str(path), rejected)
+    if decode is None and (listed or archives and not own.paths and shard_set.is_large(archives)):
+        return _in_shards(LocalShards.of(own.root, archives), classes, max_pixels, cache, progress)
+    files = with_members(own, archives, rejected)
     results = Results(files, source, max_pixels, cache)
     _read_headers(files, results, max_pixels, threads, progress)
     if decode is not None:

@@ -42,10 +42,10 @@ class Permutation:
         """Elements at `positions`, int64 [m], each from 0 to n - 1: int64 [m]."""
         if self._sorted is not None:
             return self._sorted[positions]
-        found = self._once(np.asarray(positions).astype(np.uint64))
-        while len(outside := np.flatnonzero(found >= self.n)):
-            found[outside] = self._once(found[outside])
-        return found.astype(np.int64)
+        images = self._once(np.asarray(positions).astype(np.uint64))
+        while len(outside := np.flatnonzero(images >= self.n)):
+            images[outside] = self._once(images[outside])
+        return images.astype(np.int64)
 
     def _once(self, numbers: np.ndarray) -> np.ndarray:
         right, left = np.divmod(numbers, self._left)

@@ -135,10 +135,10 @@ class Packing:
         with atomic.replacing(path) as draft, draft.open("wb") as file:
             last = self._fill(file, first, pool, left_out, bar)
         digest = _digest_of(path)
-        found = pieces.read(str(path), str(path), self.options.max_pixels)
-        if found.left_out or len(found.records) != last - first - len(left_out):
-            raise DataError(f"{path}: read again, it does not hold what was written: {found.left_out[:1]}")
-        pieces.save(self.out / piece_name(name), found, digest, self.options.max_pixels)
+        piece = pieces.read(str(path), str(path), self.options.max_pixels)
+        if piece.left_out or len(piece.records) != last - first - len(left_out):
+            raise DataError(f"{path}: read again, it does not hold what was written: {piece.left_out[:1]}")
+        pieces.save(self.out / piece_name(name), piece, digest, self.options.max_pixels)
         return _Done(name, last, path.stat().st_size, digest, left_out)
 
     def _fill(
@@ -196,7 +196,7 @@ def member_names(images: Manifest) -> list[str]:
     alone the later gets a number. A name whose ending says that it is no image gets one that says it is.
     """
     used: set[str] = set()
-    found = []
+    names = []
     for index, path in enumerate(images.paths):
         parts = [part.lstrip(".") for part in path.split("/") if part.strip(".")]
         stem, dot, ending = parts[-1].rpartition(".")
@@ -209,8 +209,8 @@ def member_names(images: Manifest) -> list[str]:
             each for each in itertools.chain([key], (f"{key}_{n}" for n in itertools.count(2))) if each not in used
         )
         used.add(own)
-        found.append(f"{own}.{ending}")
-    return found
+        names.append(f"{own}.{ending}")
+    return names
 
 
 def resized(data: bytes, side: int, quality: int) -> bytes | str:

@@ -57,11 +57,11 @@ class RemoteShards:
 
     def shards(self) -> list[Shard]:
         """Name, size and stamp of each; from `shards.json` where the set has one."""
-        found = self._indexed()
-        self.indexed = bool(found)
-        found = found or self._listed()
-        self.known = {shard.name: shard for shard in found}
-        return found
+        shards = self._indexed()
+        self.indexed = bool(shards)
+        shards = shards or self._listed()
+        self.known = {shard.name: shard for shard in shards}
+        return shards
 
     def know(self, shards: Iterable[Shard]) -> None:
         """Take over what is known of the shards, in place of asking the server."""
@@ -78,9 +78,9 @@ class RemoteShards:
         """Bytes of a shard, from the cache or from the server; DataError where the server fails for too long."""
         shard = self.known.get(name)
         if self.cache is not None and shard is not None:
-            found = self.cache.read(self._key(shard), shard.bytes, offset, size)
-            if found is not None:
-                return found
+            data = self.cache.read(self._key(shard), shard.bytes, offset, size)
+            if data is not None:
+                return data
             if self.whole:
                 return self.cache.read_from(self._fetched(shard), offset, size)
         return np.frombuffer(self._range(name, offset, size), np.uint8)
@@ -142,10 +142,10 @@ class RemoteShards:
 
     def _range(self, name: str, offset: int, size: int) -> bytes:
         def ask() -> bytes:
-            found = self._fs.cat_file(f"{self._path}/{name}", start=offset, end=offset + size)
-            if len(found) != size:
-                raise OSError(f"{len(found)} of {size} bytes came")
-            return found
+            data = self._fs.cat_file(f"{self._path}/{name}", start=offset, end=offset + size)
+            if len(data) != size:
+                raise OSError(f"{len(data)} of {size} bytes came")
+            return data
 
         try:
             return self._try(name, ask)
@@ -178,19 +178,19 @@ class RemoteShards:
         return [] if data is None else read_index(data, f"{self.root}/{INDEX}")
 
     def _listed(self) -> list[Shard]:
-        found: dict[str, dict[str, Any]] = {name: {} for name in self._named} or self._try("", self._names)
-        if not found:
+        answer: dict[str, dict[str, Any]] = {name: {} for name in self._named} or self._try("", self._names)
+        if not answer:
             raise DataError(f"{self.root}: no {ENDING} files there", exit_code=2)
-        unknown = [name for name, facts in found.items() if facts.get("size") is None]
+        unknown = [name for name, facts in answer.items() if facts.get("size") is None]
         with ThreadPoolExecutor(LOOKERS) as pool:
             asked = dict(zip(unknown, pool.map(self._asked_for, unknown), strict=True))
-        return [asked.get(name) or Shard(name, int(facts["size"]), _stamp(facts)) for name, facts in found.items()]
+        return [asked.get(name) or Shard(name, int(facts["size"]), _stamp(facts)) for name, facts in answer.items()]
 
     def _names(self) -> dict[str, dict[str, Any]]:
         """What a list of the folder tells of each shard, by name."""
         begin = self._path.rstrip("/") + "/"
-        found = {str(path): facts for path, facts in self._fs.find(self._path, detail=True).items()}
-        return {path.removeprefix(begin): found[path] for path in sorted(found) if path.endswith(ENDING)}
+        answer = {str(path): facts for path, facts in self._fs.find(self._path, detail=True).items()}
+        return {path.removeprefix(begin): answer[path] for path in sorted(answer) if path.endswith(ENDING)}
 
     def _asked_for(self, name: str) -> Shard:
         def ask() -> Shard:

@@ -118,12 +118,12 @@ def together(requests: Sequence[Request]) -> Part:
 def by_request(part: Part, faults: dict[int, str]) -> dict[int, dict[int, str]]:
     """`faults`, whose positions are those in `part`, by request and by position in that request."""
     ends = np.cumsum([len(request.encoded) for request in part.requests])
-    found: dict[int, dict[int, str]] = {}
+    reasons: dict[int, dict[int, str]] = {}
     for position, reason in faults.items():
         number = int(np.searchsorted(ends, position, side="right"))
         begin = 0 if number == 0 else int(ends[number - 1])
-        found.setdefault(number, {})[position - begin] = reason
-    return found
+        reasons.setdefault(number, {})[position - begin] = reason
+    return reasons
 
 
 def some_of(part: Part, positions: list[int]) -> Part:

@@ -80,14 +80,14 @@ class ShardCache:
 
     def _files(self) -> list[tuple[float, int, str]]:
         """Time of the last use, bytes and name of each file that takes room."""
-        found = []
+        entries = []
         with contextlib.suppress(FileNotFoundError):
             for entry in os.scandir(self.folder):
                 with contextlib.suppress(FileNotFoundError):
                     status = entry.stat()
                     if not entry.name.endswith(LOCK):
-                        found.append((status.st_mtime, status.st_size, entry.name))
-        return sorted(found)
+                        entries.append((status.st_mtime, status.st_size, entry.name))
+        return sorted(entries)
 
     def _make_room(self, size: int, key: str) -> None:
         # Under one lock, and with the room taken at once: a part has its shard's length before it has its bytes. So two

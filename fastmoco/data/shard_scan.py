@@ -50,8 +50,8 @@ def facts(options: DataScan, path: str, progress: Progress) -> dict[str, Any]:
         chosen = _decoded(source, chosen, options, progress)
     if options.index is not None and len(chosen) == len(shards):
         write_index(options.index, chosen)
-    found = _joined(shard_set.piece(source, shard, options.max_pixels) for shard in chosen)
-    return {"root": source.root, "archives": len(chosen), "of": len(shards), "decoded": options.full, **found}
+    facts = _joined(shard_set.piece(source, shard, options.max_pixels) for shard in chosen)
+    return {"root": source.root, "archives": len(chosen), "of": len(shards), "decoded": options.full, **facts}
 
 
 def _chosen(shards: list[Shard], options: DataScan) -> list[Shard]:
@@ -71,12 +71,12 @@ def _decoded(source: Source, shards: Sequence[Shard], options: DataScan, progres
     rows = [shard._replace(stamp=shard.stamp + DECODED) for shard in shards]
     remember = options.value_range == DataScan.value_range
     known = [shard_set.known(source, row, options.max_pixels, options.index) if remember else None for row in rows]
-    missing = [i for i, found in enumerate(known) if found is None]
+    missing = [i for i, each in enumerate(known) if each is None]
     for at in range(0, len(missing), TOGETHER):
         some = missing[at : at + TOGETHER]
         parts = [shard_set.piece(source, shards[i], options.max_pixels) for i in some]
-        found = _decode(source, [shards[i] for i in some], parts, Reading(value_range=options.value_range))
-        for i, piece in zip(some, found, strict=True):
+        results = _decode(source, [shards[i] for i in some], parts, Reading(value_range=options.value_range))
+        for i, piece in zip(some, results, strict=True):
             shard_set.keep(source, rows[i], piece, options.max_pixels, options.index)
         progress("decode", at + len(some), len(missing))
     return rows

@@ -45,8 +45,8 @@ def source_of(path: str, fetching: Fetching = Fetching()) -> Source | None:
     listed = indexed(root)
     if listed:
         return LocalShards(root, listed)
-    found, archives = find_sources(root, path, [])
-    return LocalShards.of(found.root, archives) if archives and not found.paths else None
+    files, archives = find_sources(root, path, [])
+    return LocalShards.of(files.root, archives) if archives and not files.paths else None
 
 
 def table_of(
@@ -62,8 +62,8 @@ def table_of(
             with suppress(DataError):
                 return ImageTable(folder)
         build(source, shards, max_pixels, progress, cached)
-        found = ((shard.name, shard.bytes, piece(source, shard, max_pixels)) for shard in shards)
-        image_table.write(folder, found)
+        rows = ((shard.name, shard.bytes, piece(source, shard, max_pixels)) for shard in shards)
+        image_table.write(folder, rows)
     return ImageTable(folder)
 
 
@@ -107,19 +107,19 @@ def build(
 
 def known(source: Source, shard: Shard, max_pixels: int, index: Path | None = None) -> Piece | None:
     """The piece of a shard that is kept here, in `index`, or beside the shards; and then here, too."""
-    found = pieces.load(_kept(source, shard), shard.stamp, max_pixels)
+    piece = pieces.load(_kept(source, shard), shard.stamp, max_pixels)
     copied = None if index is None else index / piece_name(shard.name)
-    if found is not None:
+    if piece is not None:
         if copied is not None and not copied.exists():
-            pieces.save(copied, found, shard.stamp, max_pixels)
-        return found
-    found = None if copied is None else pieces.load(copied, shard.stamp, max_pixels)
-    if found is None and source.indexed:
+            pieces.save(copied, piece, shard.stamp, max_pixels)
+        return piece
+    piece = None if copied is None else pieces.load(copied, shard.stamp, max_pixels)
+    if piece is None and source.indexed:
         data = source.small_file(piece_name(shard.name))
-        found = None if data is None else pieces.load(io.BytesIO(data), shard.stamp, max_pixels)
-    if found is not None:
-        keep(source, shard, found, max_pixels, index)
-    return found
+        piece = None if data is None else pieces.load(io.BytesIO(data), shard.stamp, max_pixels)
+    if piece is not None:
+        keep(source, shard, piece, max_pixels, index)
+    return piece
 
 
 def keep(source: Source, shard: Shard, piece: Piece, max_pixels: int, index: Path | None = None) -> None:
@@ -131,10 +131,10 @@ def keep(source: Source, shard: Shard, piece: Piece, max_pixels: int, index: Pat
 
 def piece(source: Source, shard: Shard, max_pixels: int) -> Piece:
     """A piece that was built; DataError where it is gone meanwhile."""
-    found = pieces.load(_kept(source, shard), shard.stamp, max_pixels)
-    if found is None:
+    result = pieces.load(_kept(source, shard), shard.stamp, max_pixels)
+    if result is None:
         raise DataError(f"{_kept(source, shard)} is gone or damaged: start again, and it is made again")
-    return found
+    return result
 
 
 def _kept(source: Source, shard: Shard) -> Path:

@@ -76,10 +76,10 @@ def as_url(path: str | os.PathLike) -> str | None:
 
     Raises DataError if it holds credentials: what a run is given stands in its records.
     """
-    found = URL.fullmatch(os.fspath(path))
-    if not found:
+    match = URL.fullmatch(os.fspath(path))
+    if not match:
         return None
-    scheme, rest = found.groups()
+    scheme, rest = match.groups()
     if "@" in rest.split("/", 1)[0] or "?" in rest:
         raise DataError(
             f"{scheme}://...: a URL with credentials or a query would be written into the run's records: leave them "
@@ -91,15 +91,15 @@ def as_url(path: str | os.PathLike) -> str | None:
 
 def expanded(pattern: str) -> list[str]:
     """`pattern` with its first {000..123} counted out, and the ones after it too; itself where there is none."""
-    found = RANGE.search(pattern)
-    if not found:
+    match = RANGE.search(pattern)
+    if not match:
         return [pattern]
-    first, last = found.groups()
+    first, last = match.groups()
     if int(last) < int(first):
         raise DataError(f"{pattern}: counts down from {first} to {last}: give the smaller one first", exit_code=2)
     width = len(first) if len(first) == len(last) else 0
     numbers = (f"{number:0{width}d}" for number in range(int(first), int(last) + 1))
-    begin, end = pattern[: found.start()], pattern[found.end() :]
+    begin, end = pattern[: match.start()], pattern[match.end() :]
     return [f"{begin}{number}{rest}" for number in numbers for rest in expanded(end)]
 
 
@@ -146,7 +146,7 @@ class LocalShards:
         data = self.small_file(INDEX)
         rows = {} if data is None else {row.name: row for row in read_index(data, os.path.join(self.root, INDEX))}
         written = os.stat(os.path.join(self.root, INDEX)).st_mtime_ns if rows else 0
-        found = []
+        shards = []
         for name in self._names:
             try:
                 status = os.stat(os.path.join(self.root, name))
@@ -154,9 +154,9 @@ class LocalShards:
                 raise DataError(f"{os.path.join(self.root, name)}: {error.strerror}") from None
             row = rows.get(name)
             listed = row is not None and row.bytes == status.st_size and status.st_mtime_ns <= written
-            found.append(row if row is not None and listed else Shard(name, status.st_size, str(status.st_mtime_ns)))
+            shards.append(row if row is not None and listed else Shard(name, status.st_size, str(status.st_mtime_ns)))
             self.indexed |= listed
-        return found
+        return shards
 
     def small_file(self, name: str) -> bytes | None:
         """A small file below the root; None where there is none."""

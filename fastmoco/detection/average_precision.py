@@ -41,16 +41,16 @@ class Detections(NamedTuple):
 
 
 def evaluate(
-    truth: list[Objects], found: list[Detections], classes: int, eleven_points: bool = True
+    truth: list[Objects], detections: list[Detections], classes: int, eleven_points: bool = True
 ) -> dict[str, float | list[float | None]]:
     """AP, AP50 and AP75 in percent over `classes`, and AP50 of each class (None where no image shows it).
 
-    `truth` and `found` hold an entry for each image. Scores are taken to three decimals and corners to one, as in the
-    files that the reference program reads; equal scores keep their order.
+    `truth` and `detections` hold an entry for each image. Scores are taken to three decimals and corners to one, as in
+    the files that the reference program reads; equal scores keep their order.
     """
     table = np.full((len(THRESHOLDS), classes), np.nan)
     for label in range(classes):
-        marks, wanted = _matched(truth, found, label)
+        marks, wanted = _matched(truth, detections, label)
         if wanted:
             table[:, label] = [100 * _precision(right, wrong, wanted, eleven_points) for right, wrong in marks]
     seen = ~np.isnan(table).all(0)
@@ -80,7 +80,7 @@ def average_precision(recall: np.ndarray, precision: np.ndarray, eleven_points: 
 
 
 def _matched(
-    truth: list[Objects], found: list[Detections], label: int
+    truth: list[Objects], detections: list[Detections], label: int
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
     """For each threshold whether the detections of a class, best first, are right and wrong; objects to be found."""
     of_class = [objects.labels == label for objects in truth]
@@ -88,7 +88,7 @@ def _matched(
     difficult = [objects.difficult[mine] for objects, mine in zip(truth, of_class, strict=True)]
     rows = [
         (round(float(score), 3), image, np.round(box.astype(np.float64), 1))
-        for image, each in enumerate(found)
+        for image, each in enumerate(detections)
         for box, score in zip(each.boxes[each.labels == label], each.scores[each.labels == label], strict=True)
     ]
     rows.sort(key=lambda row: -row[0])

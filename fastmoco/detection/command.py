@@ -92,9 +92,9 @@ def _prepare(options: EvaluateDetection, out: Path, parallel: Parallel) -> Work:
     model = detector.build(encoder, recipe, len(training.classes), size, parallel, options.seed)
     plan = Plan(options.iterations, options.batch_size, options.lr, options.seed)
     trainer = Trainer(model, training.pictures, plan, parallel, options.threads)
-    found = checkpoint.latest(out) if options.resume else None
-    if found is not None:
-        trainer.load(checkpoint.load(found, verified=True))
+    newest = checkpoint.latest(out) if options.resume else None
+    if newest is not None:
+        trainer.load(checkpoint.load(newest, verified=True))
     facts = {
         "run": str(options.run),
         "step": step,
@@ -157,8 +157,8 @@ def _save(work: Work) -> None:
 def _judge(work: Work, seconds: float) -> None:
     batches = min(PRECISE_BATCHES, work.options.iterations)
     work.trainer.settle_statistics(batches)
-    found = detect(work.model, work.test.pictures, work.parallel, work.options.threads)
-    results = _score(work.test, found, len(work.training.classes))
+    detections = detect(work.model, work.test.pictures, work.parallel, work.options.threads)
+    results = _score(work.test, detections, len(work.training.classes))
     if work.options.on_training:
         again = detect(work.model, work.training.pictures, work.parallel, work.options.threads)
         on_training = _score(work.training, again, len(work.training.classes))
@@ -166,18 +166,20 @@ def _judge(work: Work, seconds: float) -> None:
     if not work.parallel.is_main:
         return
     atomic.write_json(work.out / FIGURES, {**work.facts, "seconds": seconds, **results})
-    draw_detections(work.out / PICTURES, work.test.pictures, found, work.training.classes)
+    draw_detections(work.out / PICTURES, work.test.pictures, detections, work.training.classes)
     shown = "".join(f"{name} {results[name]:.2f}  " for name in ("AP", "AP50", "AP75"))
     extra = f"(on the training images AP50 {results['on_training']['AP50']:.2f}) " if "on_training" in results else ""
     print(f"{shown}{extra}by {results['metric']}; see {work.out / FIGURES} and {PICTURES}")
 
 
-def _score(part: voc.Set, found: list[Detections], classes: int) -> dict[str, Any]:
+def _score(part: voc.Set, detections: list[Detections], classes: int) -> dict[str, Any]:
     truth = [picture.objects for picture in part.pictures]
     eleven = part.year == 2007
     kind = "11 points" if eleven else "the area under the curve"
-    scores: dict[str, Any] = dict(evaluate(truth, found, classes, eleven))
+    scores: dict[str, Any] = dict(evaluate(truth, detections, classes, eleven))
     scores["area"] = {
-        name: value for name, value in evaluate(truth, found, classes, False).items() if name in ("AP", "AP50", "AP75")
+        name: value
+        for name, value in evaluate(truth, detections, classes, False).items()
+        if name in ("AP", "AP50", "AP75")
     }
     return {"metric": f"the rule of VOC {part.year}, {kind}, mean of ten thresholds", **scores}

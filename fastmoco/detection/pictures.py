@@ -18,10 +18,12 @@ TRUE_COLOUR = (250, 250, 250)
 COLOURS = ((47, 109, 181), (221, 132, 82), (58, 138, 95), (170, 80, 160), (200, 60, 60), (120, 110, 40))
 
 
-def draw_detections(path: Path, pictures: Sequence[Picture], found: Sequence[Detections], classes: list[str]) -> None:
+def draw_detections(
+    path: Path, pictures: Sequence[Picture], detections: Sequence[Detections], classes: list[str]
+) -> None:
     """Write images from all over the set, objects in white and sure detections in colours with class and score."""
     chosen = np.unique(np.linspace(0, len(pictures) - 1, min(SHOWN, len(pictures))).astype(int)).tolist()
-    tiles = [_drawn(pictures[index], found[index], classes) for index in chosen]
+    tiles = [_drawn(pictures[index], detections[index], classes) for index in chosen]
     rows = -(-len(tiles) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, rows * (SIDE + GAP) + GAP), "white")
     for number, tile in enumerate(tiles):
@@ -31,7 +33,7 @@ def draw_detections(path: Path, pictures: Sequence[Picture], found: Sequence[Det
         sheet.save(draft, "PNG")
 
 
-def _drawn(picture: Picture, found: Detections, classes: list[str]) -> Image.Image:
+def _drawn(picture: Picture, detections: Detections, classes: list[str]) -> Image.Image:
     with Image.open(picture.path) as file:
         image = file.convert("RGB")
     scale = SIDE / max(image.size)
@@ -39,7 +41,7 @@ def _drawn(picture: Picture, found: Detections, classes: list[str]) -> Image.Ima
     draw = ImageDraw.Draw(image)
     for box in picture.objects.boxes:
         draw.rectangle(_corners(box, scale), outline=TRUE_COLOUR, width=1)
-    for box, label, score in zip(found.boxes, found.labels.tolist(), found.scores.tolist(), strict=True):
+    for box, label, score in zip(detections.boxes, detections.labels.tolist(), detections.scores.tolist(), strict=True):
         if score >= SURE:
             corners = _corners(box, scale)
             colour = COLOURS[label % len(COLOURS)]

@@ -195,7 +195,7 @@ def detect(model: nn.Module, pictures: list[Picture], parallel: Parallel, thread
     """What a detector finds in each picture, on every rank; each rank looks at its share. Labels count from 0."""
     model.eval()
     mine = range(parallel.rank, len(pictures), parallel.world)
-    found: dict[int, Detections] = {}
+    detections: dict[int, Detections] = {}
     with torch.no_grad():
         for index, (images, _) in zip(
             mine, _loaded(Shown(pictures), [[(i, False)] for i in mine], threads), strict=True
@@ -203,10 +203,10 @@ def detect(model: nn.Module, pictures: list[Picture], parallel: Parallel, thread
             (said,) = model([image.to(parallel.device) for image in images])
             boxes, labels, scores = (said[name].cpu().numpy() for name in ("boxes", "labels", "scores"))
             # Back to pixels counted from 1, as the reference program's files have them.
-            found[index] = Detections(boxes + np.array([1, 1, 0, 0], np.float32), labels - 1, scores)
-    for part in parallel.gather_objects(found):
-        found |= part
-    return [found[index] for index in range(len(pictures))]
+            detections[index] = Detections(boxes + np.array([1, 1, 0, 0], np.float32), labels - 1, scores)
+    for part in parallel.gather_objects(detections):
+        detections |= part
+    return [detections[index] for index in range(len(pictures))]
 
 
 def _loaded(shown: Shown, order: list[list[tuple[int, bool]]], threads: int) -> Iterator[Any]:

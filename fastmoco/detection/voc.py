@@ -59,9 +59,9 @@ def read_set(root: Path, parts: Sequence[tuple[int, str]], classes: Sequence[str
     if not read:
         raise DataError(f"{list_of(root, *present[0])}: names no images")
     annotations = [_annotation(root / f"VOC{year}/Annotations/{name}.xml") for name, year in read]
-    found = sorted({name for each in annotations for name in each.names})
-    known = list(classes) or (CLASSES_OF_VOC if set(found) <= set(CLASSES_OF_VOC) else found)
-    unknown = sorted(set(found) - set(known))
+    in_files = sorted({name for each in annotations for name in each.names})
+    known = list(classes) or (CLASSES_OF_VOC if set(in_files) <= set(CLASSES_OF_VOC) else in_files)
+    unknown = sorted(set(in_files) - set(known))
     if unknown:
         raise DataError(f"{root}: class {unknown[0]!r} is not among the {len(known)} classes of the training part")
     pictures = [
@@ -104,7 +104,7 @@ def _image(folder: Path, name: str) -> Path:
 def _annotation(path: Path) -> Annotation:
     try:
         root = ElementTree.parse(path).getroot()
-        found = Annotation([], [], [])
+        annotation = Annotation([], [], [])
         for item in root.iter("object"):
             corners = item.find("bndbox")
             if corners is None:
@@ -112,15 +112,15 @@ def _annotation(path: Path) -> Annotation:
             box = [float(corners.findtext(name, "")) for name in ("xmin", "ymin", "xmax", "ymax")]
             if not (box[0] <= box[2] and box[1] <= box[3]):
                 raise ValueError(f"a box of no extent, {box}")
-            found.boxes.append(box)
-            found.names.append((item.findtext("name") or "").strip())
-            found.difficult.append(item.findtext("difficult", "0").strip() == "1")
+            annotation.boxes.append(box)
+            annotation.names.append((item.findtext("name") or "").strip())
+            annotation.difficult.append(item.findtext("difficult", "0").strip() == "1")
     except (OSError, ElementTree.ParseError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
-    return found
+    return annotation
 
 
-def _objects(found: Annotation, classes: Sequence[str]) -> Objects:
-    boxes = np.array(found.boxes, np.float32).reshape(-1, 4)
-    labels = np.array([classes.index(name) for name in found.names], np.int64)
-    return Objects(boxes, labels, np.array(found.difficult, bool))
+def _objects(annotation: Annotation, classes: Sequence[str]) -> Objects:
+    boxes = np.array(annotation.boxes, np.float32).reshape(-1, 4)
+    labels = np.array([classes.index(name) for name in annotation.names], np.int64)
+    return Objects(boxes, labels, np.array(annotation.difficult, bool))

@@ -44,7 +44,7 @@ def run(options: Duplicates) -> None:
     usual = nearest(rows, rows[_sample(len(rows))], 2).similarity[:, -1].median().item()
     threshold = measured_threshold(source, bank, mean) if options.threshold is None else options.threshold
     pairs = pairs_above(rows, threshold)
-    found = groups(len(rows), pairs)
+    families = groups(len(rows), pairs)
     out = options.out or options.run
     out.mkdir(parents=True, exist_ok=True)
     facts = {
@@ -57,19 +57,19 @@ def run(options: Duplicates) -> None:
         "threshold_from": "measured" if options.threshold is None else "given",
         "usual_similarity_of_the_nearest": usual,
         "share_of_pairs_found": pairs.recall,
-        "groups": _described(bank.images, found, pairs),
+        "groups": _described(bank.images, families, pairs),
     }
     atomic.write_json(out / "duplicates.json", facts)
-    shown = [[Tile(bank.images, i) for i in group[:COLUMNS_SHOWN]] for group in found[:ROWS_SHOWN]]
+    shown = [[Tile(bank.images, i) for i in group[:COLUMNS_SHOWN]] for group in families[:ROWS_SHOWN]]
     if shown:
         draw_sheet(out / "duplicates.png", shown, Reading.of(source.recipe))
-    more = sum(map(len, found)) - len(found)
+    more = sum(map(len, families)) - len(families)
     if options.keep is not None:
-        _write_list(options.keep, bank.images, found)
+        _write_list(options.keep, bank.images, families)
     print(
-        f"{len(found)} groups of near-duplicates among {len(rows)} images, {more} images more than groups; similarity "
-        f"at least {threshold:.3f} ({facts['threshold_from']}), usual for the nearest other image {usual:.3f}; see "
-        f"{out / 'duplicates'}.json" + (" and .png" if shown else "")
+        f"{len(families)} groups of near-duplicates among {len(rows)} images, {more} images more than groups; "
+        f"similarity at least {threshold:.3f} ({facts['threshold_from']}), usual for the nearest other image "
+        f"{usual:.3f}; see {out / 'duplicates'}.json" + (" and .png" if shown else "")
     )
     for line in _doubts(threshold, usual, more, len(rows), pairs):
         print(line)
@@ -108,22 +108,22 @@ def _sample(count: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(SAMPLE, count)).astype(np.int64))
 
 
-def _described(images: Manifest, found: list[list[int]], pairs: Pairs) -> list[dict[str, Any]]:
-    number = {index: place for place, group in enumerate(found) for index in group}
+def _described(images: Manifest, families: list[list[int]], pairs: Pairs) -> list[dict[str, Any]]:
+    number = {index: place for place, group in enumerate(families) for index in group}
     weakest: dict[int, float] = {}
     for one, alike in zip(pairs.first.tolist(), pairs.similarity.tolist(), strict=True):
         weakest[number[one]] = alike  # pairs come with the most alike first
     return [
         {"files": [images.paths[i] for i in group], "least_similar_pair": weakest[place]}
-        for place, group in enumerate(found)
+        for place, group in enumerate(families)
     ]
 
 
-def _write_list(path: Path, images: Manifest, found: list[list[int]]) -> None:
+def _write_list(path: Path, images: Manifest, families: list[list[int]]) -> None:
     if images.places is not None and (images.places[:, 0] >= 0).any():
         raise UsageError("--keep lists files, and these images are in tar archives: unpack them, or leave it out")
     area = images.sizes.astype(np.int64).prod(1)
-    left_out = {i for group in found for i in group if i != max(group, key=lambda each: (area[each], -each))}
+    left_out = {i for group in families for i in group if i != max(group, key=lambda each: (area[each], -each))}
     lines = []
     for i in range(len(images)):
         if i not in left_out:

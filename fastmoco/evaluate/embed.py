@@ -109,7 +109,7 @@ def run(options: Embed) -> None:
     require_new(options.out)
     save = _save_npz if options.out.suffix == ".npz" else _parquet_writer()
     encoder, _, step = load_encoder(options.run, one_rank(options.device), options.untrained)
-    found = embed(
+    embedding = embed(
         encoder,
         options.data,
         features=options.features,
@@ -118,11 +118,11 @@ def run(options: Embed) -> None:
         progress=True,
     )
     with atomic.replacing(options.out) as draft:
-        save(draft, found.features, found.images)
-    rows, columns = found.features.shape
+        save(draft, embedding.features, embedding.images)
+    rows, columns = embedding.features.shape
     print(
         f"{options.out}: {rows} images, {columns} {options.features} features each, encoder of "
-        f"{options.run} after step {step}; {found.left_out} files left out"
+        f"{options.run} after step {step}; {embedding.left_out} files left out"
     )
 
 
@@ -140,8 +140,8 @@ def _found(data: Place | Sequence[Place], max_pixels: int) -> tuple[Manifest, np
         listed = Path(folder, "images.txt")
         listed.write_bytes(os.fsencode("\n".join(dict.fromkeys(names))))
         images = manifest.scan(listed, max_pixels=max_pixels, cache=False)
-    found = [images.find(name) for name in names]
-    return images, np.array([index for index in found if index is not None], np.int64)
+    indices = [images.find(name) for name in names]
+    return images, np.array([index for index in indices if index is not None], np.int64)
 
 
 def _save_npz(path: Path, features: np.ndarray, images: Manifest) -> None:

@@ -40,8 +40,8 @@ def place(features: Tensor) -> Placed:
         places, share = principal_axes(features)
         return Placed(_scaled(places), f"PCA, {share:.0%} of the variance")
     # One seed and one thread, or the map would be another one each time.
-    found = umap.UMAP(random_state=0, n_jobs=1, metric="cosine").fit_transform(features.cpu().numpy())
-    return Placed(_scaled(np.asarray(found, np.float64)), "UMAP")
+    points = umap.UMAP(random_state=0, n_jobs=1, metric="cosine").fit_transform(features.cpu().numpy())
+    return Placed(_scaled(np.asarray(points, np.float64)), "UMAP")
 
 
 def principal_axes(features: Tensor) -> tuple[np.ndarray, float]:

@@ -214,8 +214,8 @@ class Tuning:
     def weights(self) -> dict[str, Tensor]:
         """The backbone as it is now, in fp32, by torchvision's names."""
         masters = {id(value): master for value, master in self.masters.pairs}
-        found = dict(self.encoder.state_dict(keep_vars=True))
-        backbone = {name: value for name, value in found.items() if not name.startswith("fc.")}
+        state = dict(self.encoder.state_dict(keep_vars=True))
+        backbone = {name: value for name, value in state.items() if not name.startswith("fc.")}
         return {name: masters.get(id(value), value).detach().cpu().contiguous() for name, value in backbone.items()}
 
     def _begin_again(self) -> None:
@@ -242,9 +242,9 @@ class Tuning:
                 yield views, labels[torch.from_numpy(origins).to(labels.device)]
 
     def _judge(self, val: Manifest, classifier: nn.Linear) -> Scores:
-        found = extract(self.encoder, val, self.recipe, self.parallel, loading=self.loading, normalise=False)
+        features = extract(self.encoder, val, self.recipe, self.parallel, loading=self.loading, normalise=False)
         with torch.no_grad():
-            return score(classifier(found[0].to(classifier.weight.dtype)), found[1])
+            return score(classifier(features[0].to(classifier.weight.dtype)), features[1])
 
 
 def _recipe(recipe: Recipe, protocol: Protocol) -> Recipe:

@@ -57,9 +57,9 @@ def index(source: Source, images: Manifest, kept: Path | None = None) -> Index:
     What was computed replaces the file, unless it is larger than MOST_BYTES.
     """
     key = _key(source, images)
-    found = cache.load(kept) if kept else None
-    if found is not None and found["key"].tobytes() == key:
-        rows, good = torch.from_numpy(found["features"]), found["good"]
+    content = cache.load(kept) if kept else None
+    if content is not None and content["key"].tobytes() == key:
+        rows, good = torch.from_numpy(content["features"]), content["good"]
         return Index(images.take(good), rows.to(source.parallel.device))
     with tqdm(total=len(images), unit="image", disable=None) as bar:
         rows, shown = encode(

@@ -79,7 +79,7 @@ def pairs_above(features: Tensor, threshold: float) -> Pairs:
         faiss = _faiss()
         if faiss is not None:
             return _pairs_by_faiss(faiss, features, threshold)
-    found: list[tuple[Tensor, ...]] = []
+    pairs: list[tuple[Tensor, ...]] = []
     count = 0
     for first in range(0, len(features), QUERY_ROWS):
         queries = features[first : first + QUERY_ROWS].float()
@@ -87,10 +87,10 @@ def pairs_above(features: Tensor, threshold: float) -> Pairs:
             similarity = queries @ features[start : start + BANK_ROWS].float().T
             # Each pair once: the second index is the larger one.
             rows, columns = (similarity >= threshold).triu(first - start + 1).nonzero(as_tuple=True)
-            found.append((rows + first, columns + start, similarity[rows, columns]))
+            pairs.append((rows + first, columns + start, similarity[rows, columns]))
             count += len(rows)
             _check_count(count, threshold)
-    columns_of = [torch.cat(column).cpu().numpy() for column in zip(*found, strict=True)]
+    columns_of = [torch.cat(column).cpu().numpy() for column in zip(*pairs, strict=True)]
     return _sorted(columns_of[0], columns_of[1], columns_of[2])
 
 
@@ -152,10 +152,10 @@ def _pairs_by_faiss(faiss, features: Tensor, threshold: float) -> Pairs:
     return _sorted(both[0], both[1], similarity[alike][kept], _recall(features, both, threshold))
 
 
-def _recall(features: Tensor, found: np.ndarray, threshold: float) -> float:
+def _recall(features: Tensor, pairs: np.ndarray, threshold: float) -> float:
     """Share of the pairs of a sample of images that are among those found."""
     sample = np.sort(np.random.RandomState(1).permutation(len(features))[:RECALL_SAMPLE])
-    known = set(map(tuple, found.T.tolist()))
+    known = set(map(tuple, pairs.T.tolist()))
     hits = total = 0
     for start in range(0, len(features), BANK_ROWS):
         similarity = features[torch.from_numpy(sample)] @ features[start : start + BANK_ROWS].T

@@ -46,19 +46,19 @@ def run(options: Search) -> None:
         raise UsageError(f"{lost}: cannot be decoded: leave it out")
     rows, mean = centred(bank.features)
     near = nearest(rows, centred(wanted.features, mean)[0], options.k + 1)
-    found = [_neighbours(wanted.images.path(i), bank.images, near, i, options.k) for i in range(len(queries))]
+    neighbours = [_neighbours(wanted.images.path(i), bank.images, near, i, options.k) for i in range(len(queries))]
     out = options.out or options.run
     name = figures_name("search", options.untrained)
     facts = {"run": str(options.run), "step": step, "features": options.features, "data": bank.images.root}
     lines: list[dict[str, Any]] = [
         {"image": wanted.images.path(i), "neighbours": [_named(bank.images, *one) for one in each]}
-        for i, each in enumerate(found)
+        for i, each in enumerate(neighbours)
     ]
     out.mkdir(parents=True, exist_ok=True)
     atomic.write_json(out / f"{name}.json", {**facts, "images": len(bank.images), "queries": lines})
     sheet = [
         [Tile(wanted.images, i), *(Tile(bank.images, at, f"{alike:.2f}") for at, alike in each[: COLUMNS_SHOWN - 1])]
-        for i, each in enumerate(found[:ROWS_SHOWN])
+        for i, each in enumerate(neighbours[:ROWS_SHOWN])
     ]
     draw_sheet(out / f"{name}.png", sheet, Reading.of(source.recipe))
     for line in lines:
@@ -86,14 +86,14 @@ def given(places: Sequence[Path], max_pixels: int) -> Manifest:
         table = Path(folder, "images.txt")
         table.write_bytes(b"\n".join(map(os.fsencode, files)))
         try:
-            found = manifest.scan(table, max_pixels=max_pixels, cache=False)
+            images = manifest.scan(table, max_pixels=max_pixels, cache=False)
         except DataError:
             raise UsageError(f"{files[0]}: not an image that can be read: fastmoco data scan says why") from None
-    if found.rejected:
-        path, reason = found.rejected[0]
+    if images.rejected:
+        path, reason = images.rejected[0]
         raise UsageError(f"{path}: {reason}: leave it out")
-    place_of = {path: row for row, path in enumerate(found.paths)}
-    return dataclasses.replace(found, root="/").take(place_of[file] for file in files)
+    place_of = {path: row for row, path in enumerate(images.paths)}
+    return dataclasses.replace(images, root="/").take(place_of[file] for file in files)
 
 
 def centred(features: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -55,8 +55,8 @@ Found = tuple[Recipe, dict[str, Tensor], int]
 
 
 def _imported(file: Path) -> Found:
-    found = convert(foreign.read(file), Import(file, out=file))
-    return found.recipe, without(QUERY, found.state), found.step
+    weights = convert(foreign.read(file), Import(file, out=file))
+    return weights.recipe, without(QUERY, weights.state), weights.step
 
 
 def _exported(file: Path) -> Found | None:

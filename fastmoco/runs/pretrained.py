@@ -41,11 +41,13 @@ class Pretrained(Encoder):
         Images are float and normalised, as `transform` gives them: `torch.stack([transform(p) for p in pictures])`.
         They are taken to the device of the weights. Raises ValueError for anything else.
         """
-        found = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
+        received = (
+            f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
+        )
         if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
-            raise ValueError(f"images must be float [N, 3, S, S], not {found}: {HOW}")
+            raise ValueError(f"images must be float [N, 3, S, S], not {received}: {HOW}")
         if images.shape[1] not in (3, 4):
-            raise ValueError(f"images must have their three colours in dimension 1, not {found}: {HOW}")
+            raise ValueError(f"images must have their three colours in dimension 1, not {received}: {HOW}")
         return super().features(images.to(self.device))
 
     def forward(self, images: Tensor) -> Tensor:

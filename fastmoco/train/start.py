@@ -17,13 +17,13 @@ def start_from(step: Step, source: Path) -> None:
     `source` is a run, a checkpoint, what `export` wrote, a MoCo checkpoint or a torchvision network. Raises UsageError
     if it is another network than the recipe's, and what `load` raises.
     """
-    found = load(source, device="cpu")
-    given = {name: value for name, value in found.state_dict().items() if not name.startswith("fc.")}
+    encoder = load(source, device="cpu")
+    given = {name: value for name, value in encoder.state_dict().items() if not name.startswith("fc.")}
     state = step.state()
     wanted = backbone(without(QUERY, state))
     unlike = [name for name in wanted if name not in given or given[name].shape != state[QUERY + name].shape]
     if unlike or set(given) - set(wanted):
-        theirs = found.recipe
+        theirs = encoder.recipe
         raise UsageError(
             f"--start-from {source} is a {theirs.arch} of width {theirs.width:g} with the {theirs.stem} stem: give "
             f"--arch {theirs.arch} --width {theirs.width:g} --stem {theirs.stem}"
