@@ -71,9 +71,8 @@ def start(argv: list[str]) -> int:
     import torch
 
     count = max(1, torch.cuda.device_count()) if nproc == "auto" else int(nproc)
-    if count == 1 and not flags:
-        return main(command)
-    return launch(count, flags, command, getattr(settings, "options", settings).timeout_seconds)
+    alone, options = count == 1 and not flags, getattr(settings, "options", settings)
+    return main(command) if alone else launch(count, flags, command, options.timeout_seconds)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastmoco.kernels import batch_norm, batch_norm_kernels, batch_norm_pool, reference
+from fastmoco.kernels import batch_norm, batch_norm_kernels, batch_norm_plan, batch_norm_pool, reference
 from fastmoco.kernels.batch_norm_pool import cost
+from fastmoco.kernels.dispatch import Machine
 
 IMPLS = ("triton", "reference", "auto")  # auto: on a CPU the compiled loops
 LOW = (torch.bfloat16, torch.float16)
@@ -171,8 +172,12 @@ def test_two_runs_are_bit_equal_and_a_reader_may_be_missing(impl: str, device: t
 
 
 def test_programs_that_take_many_tiles_each(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_norm, "machine", lambda device: (None, 1))
-    assert_within_budget(make_case((4, 64, 20, 20), torch.float32, device), 2, "triton")
+    capability, _ = batch_norm_plan.machine(device)
+    monkeypatch.setattr(batch_norm_plan, "machine", lambda device: Machine(capability, 1))
+    case = make_case((4, 64, 20, 20), torch.float32, device)
+    plan = batch_norm_plan.plan("batch_norm.statistics", case.x, 2)
+    assert plan.rows > plan.splits * plan.options["BLOCK_ROWS"]
+    assert_within_budget(case, 2, "triton")
 
 
 def test_keys_keep_nothing_and_queries_one_byte_a_place(device: torch.device) -> None:
