@@ -93,7 +93,7 @@ import numpy as np
 from fastmoco.data import pipeline, request
 from fastmoco.data.manifest import Manifest
 request.fault = lambda data, size: ""
-pipeline._found_by_halves = lambda part, given: None
+pipeline._find_by_halves = lambda part, positions: None
 root = sys.argv[1]
 
 

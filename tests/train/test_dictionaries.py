@@ -66,8 +66,8 @@ def test_evaluation_features_and_exports(name: str, images: Path, tmp_path: Path
     state = train(images, run, name, stop_after=3)
     common = ["--device", "cpu", "--threads", "1"]
     assert main(["evaluate", "knn", str(run), "--k", "3", *common]) == 0
-    for way in (["--fast"], [], ["--finetune"]):
-        assert main(["evaluate", "linear", str(run), "--epochs", "1", *way, *common]) == 0
+    for way in (["linear", "--fast"], ["linear"], ["finetune"]):
+        assert main(["evaluate", *way, str(run), "--epochs", "1", *common]) == 0
     assert json.loads((run / "linear.json").read_text())["backbone"] == "bit-equal after the probe"
     width = 64  # 512 channels of a ResNet-18, an eighth of them
     for features, size in (("backbone", width), ("projection", 16)):
