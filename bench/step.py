@@ -273,10 +273,11 @@ def ours(
 
 def _with_finished_views(batch: Batch) -> Batch:
     # As the loader gives them where DALI makes them.
-    rows, size, *_ = batch.key_crops.shape
-    views = (torch.randn(rows, 3, size, size, device=batch.key_crops.device) for _ in range(2))
-    query, key = (view.to(memory_format=torch.channels_last) for view in views)
-    return dataclasses.replace(batch, query_crops=query, key_crops=key)
+    def views(crops: torch.Tensor) -> torch.Tensor:
+        rows, size, *_ = crops.shape  # a bank has no rows of keys
+        return torch.randn(rows, 3, size, size, device=crops.device).to(memory_format=torch.channels_last)
+
+    return dataclasses.replace(batch, query_crops=views(batch.query_crops), key_crops=views(batch.key_crops))
 
 
 @contextlib.contextmanager
