@@ -69,12 +69,12 @@ TABLE: dict[str, dict[int, Tiles]] = {
         100: Tiles((128, 32, 1, 128), 8, 3, "with 64 keys triton 3.6's ptxas spills 8 bytes to stay at 128 registers"),
     },
     # Where rows leave keys out (NT-Xent, and a bank's own entries): more to hold for each key.
-    "info_nce.64.left_out": {
+    "info_nce.64.exclusions": {
         80: Tiles((64, 32, 2, 64), 4, 3, "with 64 keys triton 3.6 spills 40 bytes in NT-Xent's second sweep"),
         90: Tiles((128, 64, 1, 64), 8, 3, "as where no key is left out"),
         100: Tiles((128, 32, 1, 64), 8, 3, "with 64 keys triton 3.6 spills 44 bytes; with 32, 106 registers under 3.7"),
     },
-    "info_nce.128.left_out": {
+    "info_nce.128.exclusions": {
         80: Tiles((64, 32, 2, 128), 4, 3, "with 64 keys triton 3.6 spills 16 bytes where keys have ids"),
         90: Tiles((64, 64, 2, 128), 4, 3, "as where no key is left out"),
         100: Tiles((128, 32, 1, 128), 8, 3, "as where no key is left out"),

@@ -2,6 +2,7 @@
 
 import pytest
 
+from fastmoco.kernels.compile_gate import kernel_modules
 from fastmoco.kernels.tiles import ARCHITECTURES, TABLE, Tiles, tiles
 
 
@@ -28,3 +29,30 @@ def test_every_row_is_complete(kernel):
         assert row.num_warps in (1, 2, 4, 8, 16)
         assert row.num_stages >= 1
         assert len(row.why) > 20
+
+
+class Lookups(dict):
+    """A table that knows which of its entries were asked for."""
+
+    def __init__(self, entries: dict) -> None:
+        super().__init__(entries)
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> dict:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+
+def entries_without_a_kernel(monkeypatch, **more: dict) -> set[str]:
+    table = Lookups(TABLE | more)
+    monkeypatch.setattr("fastmoco.kernels.tiles.TABLE", table)
+    for module in kernel_modules():
+        for arch in ARCHITECTURES:
+            module.variants(arch)
+    return table.keys() - table.names
+
+
+def test_each_entry_is_the_tiles_of_a_kernel(monkeypatch):
+    """An entry whose name no kernel asks for is passed over without a word. The control has such a name."""
+    assert entries_without_a_kernel(monkeypatch) == set()
+    assert entries_without_a_kernel(monkeypatch, nobodys=TABLE["sgd_ema"]) == {"nobodys"}
