@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import triton
 import triton.language as tl
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import BaseBackend
@@ -256,6 +257,7 @@ def compiled_for(kernel, arguments: dict, options: dict) -> tuple:
     return signature, known, constants, options
 
 
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="without the interpreter no tensor of a CPU is taken")
 def test_a_launch_compiles_what_the_gate_compiles(launches, monkeypatch):
     """Types, alignment of every argument, constants and options; at odd sizes all but the constants, which follow."""
     monkeypatch.setattr(batch_norm_plan, "machine", lambda device: Machine((9, 0), INTERPRETED_PROCESSORS))
