@@ -7,7 +7,7 @@ import torch
 
 from fastmoco.bench import proof
 from fastmoco.bench.journal import Journal
-from fastmoco.bench.proof import EAGER, EQUAL, GRAPH, OTHER, READ, REPLAYED, ProofError
+from fastmoco.bench.proof import EAGER, EQUAL, GRAPH, OTHER, READ, REPEAT, REPLAYED, ProofError
 from fastmoco.bench.record_files import Row
 from fastmoco.contrast.graph import GraphStep
 from fastmoco.contrast.step import Metrics
@@ -41,7 +41,7 @@ def proven(steps: int = 3) -> tuple[dict[str, float], dict[str, str]]:
 
 def test_a_replayed_run_is_the_eager_one_and_another_learning_rate_is_seen():
     actual, failures = proven()
-    assert failures == {} and actual[EAGER] == actual[GRAPH] == 0 < actual[OTHER]
+    assert failures == {} and actual[EAGER] == actual[GRAPH] == actual[REPEAT] == 0 < actual[OTHER]
 
 
 @pytest.mark.parametrize("inputs", [INPUTS, *((name,) for name in INPUTS)])
@@ -81,15 +81,17 @@ def test_differences_are_of_bits():
 
 
 def rows(**values: float) -> list[Row]:
-    names = {"again": EAGER, "graph": GRAPH, "other": OTHER, "replayed": REPLAYED, "read": READ}
+    names = {"again": EAGER, "graph": GRAPH, "repeat": REPEAT, "other": OTHER, "replayed": REPLAYED, "read": READ}
     extra = {"compared": 7, "largest": 0.5, "calls": {"cudaStreamSynchronize": 1}}
     return [Row("x", names[name], "calls", (value,), extra=extra) for name, value in values.items()]
 
 
 def test_a_blind_comparison_or_count_proves_nothing():
-    proof.judge_equality(rows(again=0, graph=0, other=1))
+    proof.judge_equality(rows(again=0, graph=0, repeat=0, other=1))
     with pytest.raises(ProofError, match="the comparison is blind"):
-        proof.judge_equality(rows(again=0, graph=0, other=0))
+        proof.judge_equality(rows(again=0, graph=0, repeat=0, other=0))
+    with pytest.raises(ProofError, match="two replayed runs differ"):
+        proof.judge_equality(rows(again=0, graph=0, repeat=1, other=1))
     proof.judge_waits(rows(replayed=0, read=6))
     with pytest.raises(ProofError, match="the loss was read 3 times, and 2 waits were seen"):
         proof.judge_waits(rows(replayed=0, read=2))
@@ -98,10 +100,17 @@ def test_a_blind_comparison_or_count_proves_nothing():
 
 
 @pytest.mark.parametrize(
-    ("again", "graph", "fails"), [(0.0, 0.0, False), (0.0, 1e-7, True), (0.1, 0.9, False), (0.1, 1.1, True)]
+    ("again", "repeat", "graph", "fails"),
+    [
+        (0.0, 0.0, 0.0, False),
+        (0.0, 0.0, 1e-7, True),
+        (0.1, 0.0, 0.9, False),
+        (0.0, 0.1, 0.9, False),  # the two eager runs were alike by chance
+        (0.1, 0.1, 1.1, True),
+    ],
 )
-def test_where_eager_runs_may_differ_replays_may_not_stray_much_further(again, graph, fails):
-    values = {EAGER: again, GRAPH: graph, OTHER: 5.0}
+def test_where_runs_of_a_kind_may_differ_replays_may_not_stray_much_further(again, repeat, graph, fails):
+    values = {EAGER: again, GRAPH: graph, REPEAT: repeat, OTHER: 5.0}
     rows = [Row("x", name, "x", (float(v > 0),), extra={"largest": v, "compared": 7}) for name, v in values.items()]
     if not fails:
         return proof.judge_equality(rows, exact=False)

@@ -99,17 +99,22 @@ def test_twenty_replays_equal_twenty_steps_bit_for_bit(
 @pytest.mark.gpu
 @needs_gpu
 def test_with_the_fastest_algorithms_replays_stray_no_further_than_steps_do(make_batch: Callable) -> None:
-    """What training runs unless it is told to be deterministic: two runs may differ, a graph adds nothing to that."""
+    """What training runs unless it is told to be deterministic: two runs may differ, a graph adds nothing to that.
+
+    Two of each kind: in a step as small as this one, two eager runs are often alike by chance.
+    """
     parallel = Parallel(device=torch.device("cuda", 0))
-    actual = []
-    for wrapped in (False, False, True):
+    eager, replayed = [], []
+    for results, wrapped in ((eager, False), (replayed, True)) * 2:
         step = Step(RECIPE, parallel, "bf16")
         advance = GraphStep(step, noise_batch(RECIPE, parallel)).step if wrapped else step.step
         for i in range(20):
             advance(place(make_batch, RECIPE, i, parallel.device), rate(i))
-        actual.append(copies(step))
-    (_, again), (_, replayed) = (differences(actual[0], other) for other in actual[1:])
-    assert replayed <= STRAY * again
+        results.append(copies(step))
+    (_, between_eager), (_, between_replayed), (_, apart) = (
+        differences(*pair) for pair in (eager, replayed, (eager[0], replayed[0]))
+    )
+    assert apart <= STRAY * max(between_eager, between_replayed)
 
 
 @pytest.mark.gpu
