@@ -2,21 +2,23 @@
 # Fifteen minutes of a GPU that is lent by the minute: three calls, and nothing to think about between them.
 #
 #   bench/gpu15.sh pack      where there is a network: puts what the other machine lacks into .gpu15/
-#   bench/gpu15.sh 1         on the GPU machine: gate, step, proof (four minutes and a quarter at most)
+#   bench/gpu15.sh 1         on the GPU machine: gate, step, proof (four minutes and a half at most)
 #   bench/gpu15.sh 2         step at 32 pairs, picture of a step (two minutes)
-#   bench/gpu15.sh 3         decoding, data tests, resuming, training, loader, kernels (seven minutes)
+#   bench/gpu15.sh 3         decoding, data tests, resuming, training, loader, kernels (six and a half minutes)
+#
+# A number after that is the minutes that the parts may take in all (4, 1.75 and 6 where there is none): where less
+# is left of the time that the machine is lent for, the parts that are worth most still fit.
 #
 # The GPU machine needs Python, torch, triton and pytest, and no network. Files may have to travel in pieces: call 1
-# needs .gpu15/wheels, and may bring part.00; call 2 brings part.01, call 3 part.02 (each below 56 MiB). What was
-# brought stays. Without the parts, call 3 runs what needs no DALI.
+# needs .gpu15/wheels and .gpu15/commit, and may bring part.00; call 2 brings part.01, call 3 part.02 (each below 56
+# MiB). What was brought stays. Without the parts, call 3 runs what needs no DALI.
 #
-# Stop rule: where call 1 ends with another code than 0, stop. Its gate or its proof did not pass, and no figure after
-# that means anything: mend it, and begin again with what is left of the time.
+# Stop rule: the last line of each call, VERDICTS, tells what passed from what is not installed, had no time left or
+# failed. Unless the gate and the proof passed in call 1, stop: no figure after that means anything. Mend it, and begin
+# again with what is left of the time. Another part that failed or took too long stops nothing.
 #
-# The last line, VERDICTS, tells what passed from what is not installed, had no time left or failed.
-#
-# Results go to $OUT, or else to bench/records: one archive for each call, gpu15-1.tar.gz and so on. What is in them
-# also stands in $RECORDS, or else in bench/records.
+# Results go to $OUT, or else to bench/records: one archive for each call, gpu15-1.tar.gz and so on, made anew after
+# each part. What is in them also stands in $RECORDS, or else in bench/records.
 # REHEARSE=1 runs the same parts at toy sizes on a CPU.
 set -euo pipefail
 
@@ -55,8 +57,12 @@ prepare() {
     fi
     # DALI's packages once their last part has come; until then its parts of the check are "not installed".
     if [ "$1" = 3 ] && [ -f "$here/part.00" ] && [ ! -d "$here/dali" ]; then
-        mkdir "$here/dali"
-        cat "$here"/part.* | tar -C "$here/dali" -xJ || rm -rf "$here/dali"
+        # By Python, because tar may find no xz there.
+        cat "$here"/part.* > "$here/dali.tar.xz"
+        "$python" -m tarfile --filter tar -e "$here/dali.tar.xz" "$here/dali" || {
+            echo "$here/part.*: DALI cannot be unpacked; is a part missing?" >&2
+            rm -rf "$here/dali"
+        }
     fi
     export PYTHONPATH="$PWD:$PWD/$here/site:$PWD/$here/dali${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
     if [ -f "$here/commit" ]; then export FASTMOCO_COMMIT=${FASTMOCO_COMMIT:-$(cat "$here/commit")}; fi
@@ -72,8 +78,8 @@ check() { # CALL MINUTES PARTS
 
 case ${1:-} in
     pack) pack "${2:-312}" ;;
-    1) prepare 1; check 1 4 gate,step,proof ;;
-    2) prepare 2; check 2 1.75 step-32,picture ;;
-    3) prepare 3; check 3 6.5 decode,data,resume,train,loader,kernel-tests,kernels ;;
+    1) prepare 1; check 1 "${2:-4}" gate,step,proof ;;
+    2) prepare 2; check 2 "${2:-1.75}" step-32,picture ;;
+    3) prepare 3; check 3 "${2:-6}" decode,data,resume,train,loader,kernel-tests,kernels ;;
     *) sed -n '2,/^set /p' bench/gpu15.sh | sed '$d; s/^# \{0,1\}//'; exit 2 ;;
 esac

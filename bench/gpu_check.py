@@ -2,7 +2,8 @@
 
 `gpu_plan.py` says what is run and for how long. Each part is a process group of its own, so that one that crashes or
 takes too long spoils no other and leaves nothing behind on the GPU. A part that is stopped keeps the rows that it had
-finished. Records, what each part said, and the tables at the end stand in the records' folder, and in one archive.
+finished. Records, what each part said, and the tables at the end stand in the records' folder, and in one archive. That
+is made anew after each part: a machine that is taken away half way leaves what was finished.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
 
+from fastmoco import atomic
 from fastmoco.bench import gpu_plan, record_files, targets
 from fastmoco.bench.gpu_plan import GATE, ROOT, Part, PlannedPart
 from fastmoco.bench.kernels import CASES, OURS, Size
@@ -78,34 +80,45 @@ def run(options: BenchGpuCheck) -> int:
             return 0
         # Asked to stop, it must still end the part that runs: that is in a session of its own.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        outcomes = run_parts(there, time.perf_counter() + seconds, Path(scratch))
-        outcomes += [Outcome(part, NOT_INSTALLED, 0.0, []) for part in missing]
-        text = summary(outcomes)
-        print(text, flush=True)
-        pack(options.archive or folder / f"{stem}.tar.gz", outcomes, text, Path(scratch))
+        archive = options.archive or folder / f"{stem}.tar.gz"
+        absent = [_not_run(part, NOT_INSTALLED) for part in missing]
+
+        def keep(outcomes: Sequence[Outcome]) -> None:
+            try:
+                pack(archive, [*outcomes, *absent], Path(scratch))
+            except Exception as error:  # the parts behind are worth more
+                print(f"{archive} was not written: {error}", file=sys.stderr, flush=True)
+
+        outcomes = run_parts(there, time.perf_counter() + seconds, Path(scratch), keep) + absent
+        print(summary(outcomes), flush=True)
+        print(f"{archive}: {pack(archive, outcomes, Path(scratch))} files", flush=True)
         print(in_short(outcomes), flush=True)
     return int(any(not harmless(item) for item in outcomes))
 
 
-def run_parts(parts: Sequence[Part], end: float, logs: Path) -> list[Outcome]:
+def run_parts(
+    parts: Sequence[Part], end: float, logs: Path, keep: Callable[[Sequence[Outcome]], None] = lambda outcomes: None
+) -> list[Outcome]:
     """Run `parts`, each within its limit, until `end` of time.perf_counter; at last those that there is no room for.
 
-    Before each one the plan is made anew, so that what one did not need of its limit gives the next ones longer forms.
-    Where the gate does not pass nothing else is run: no measurement of a step that is wrong proves anything.
+    After each one `keep` gets the outcomes so far. Before each one the plan is made anew, so that what one did not need
+    of its limit gives the next ones longer forms. Where the gate does not pass nothing else is run: no measurement of a
+    step that is wrong proves anything.
     """
     outcomes: list[Outcome] = []
     waiting = list(parts)
     while waiting:
         gate = next((item for item in outcomes if item.part.name == GATE), None)
         if gate is not None and gate.verdict != PASSED:
-            return outcomes + [Outcome(part, NO_GATE, 0.0, []) for part in waiting]
+            return outcomes + [_not_run(part, NO_GATE) for part in waiting]
         rest = end - time.perf_counter()
         plan, _ = gpu_plan.fit(waiting, rest)
         if not plan and rest < WORTH_STARTING:
-            return outcomes + [Outcome(part, NO_TIME, 0.0, []) for part in waiting]
+            return outcomes + [_not_run(part, NO_TIME) for part in waiting]
         one = plan[0] if plan else PlannedPart(waiting[0], waiting[0].forms[0])
         waiting.pop(next(number for number, part in enumerate(waiting) if part is one.part))
         outcomes.append(run_part(one, end, logs))
+        keep(outcomes)
     return outcomes
 
 
@@ -145,7 +158,7 @@ def run_part(part_and_form: PlannedPart, end: float, logs: Path) -> Outcome:
     print(f"== {part.name}, at most {form.limit} s: {' '.join(form.command)}", flush=True)
     limit = min(form.limit, end - start)
     if limit <= 0:
-        return Outcome(part, NO_TIME, 0.0, [])
+        return _not_run(part, NO_TIME)
     files = [] if part.record is None else [part.record, record_files.partial(part.record)]
     before = {file: _mtime(file) for file in files}
     verdict = _run_command(form.command, limit, logs / f"{part.name}.log")
@@ -169,10 +182,10 @@ def tests_passed(output: str) -> int:
     return int(counts[-1]) if counts else 0
 
 
-def pack(archive: Path, outcomes: Sequence[Outcome], text: str, logs: Path) -> None:
-    """Write `archive` (.tar.gz): every record and picture of these outcomes, what each part said, the tables, and
-    each part's verdict as JSON."""
-    (logs / "summary.md").write_text(text + "\n")
+def pack(archive: Path, outcomes: Sequence[Outcome], logs: Path) -> int:
+    """Write `archive` (.tar.gz), whole or not at all: every record and picture of these outcomes, what each part said,
+    the tables, and each part's verdict as JSON. Returns how many files that is."""
+    (logs / "summary.md").write_text(summary(outcomes) + "\n")
     verdicts = {item.part.name: {"verdict": item.verdict, "seconds": round(item.seconds, 1)} for item in outcomes}
     (logs / VERDICTS).write_text(json.dumps(verdicts, indent=1) + "\n")
     files = [logs / "summary.md", logs / VERDICTS, *sorted(logs.glob("*.log"))]
@@ -182,10 +195,10 @@ def pack(archive: Path, outcomes: Sequence[Outcome], text: str, logs: Path) -> N
         if part.picture is not None and verdict == PASSED:
             files.append(part.picture[1])
     archive.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(archive, "w:gz") as tar:
+    with atomic.replacing(archive) as draft, tarfile.open(draft, "w:gz") as tar:
         for file in files:
             tar.add(file, file.name)
-    print(f"{archive}: {len(files)} files", flush=True)
+    return len(files)
 
 
 def exercise(device: torch.device) -> None:
@@ -196,6 +209,10 @@ def exercise(device: torch.device) -> None:
         for cases in CASES.values():
             for case in cases(size, device):
                 case.providers[OURS]()
+
+
+def _not_run(part: Part, verdict: str) -> Outcome:
+    return Outcome(part, verdict, 0.0, [])
 
 
 def _run_command(command: Sequence[str], limit: float, log: Path) -> str | None:

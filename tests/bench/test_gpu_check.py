@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -256,6 +257,26 @@ def test_everything_is_packed_into_one_archive(monkeypatch, tmp_path, capsys, wi
     assert "| b | more than 4 s |" in output and output.strip() in capsys.readouterr().out
 
 
+def test_the_archive_is_there_after_each_part(monkeypatch, tmp_path, with_a_gpu):
+    """A machine that is taken away during the second part leaves what the first one said."""
+    monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
+    archive = tmp_path / "all.tar.gz"
+    look = "import sys, tarfile; print(*sorted(tarfile.open(sys.argv[1]).getnames()))"
+    use_plan(monkeypatch, python("print('one')", name="a"), python(look, str(archive), name="b"))
+    assert gpu_check.run(BenchGpuCheck(records=tmp_path, archive=archive)) == 0
+    with tarfile.open(archive) as tar:
+        assert tar.extractfile("b.log").read().split() == [b"a.log", b"summary.md", b"verdicts.json"]
+
+
+def test_an_archive_that_cannot_be_written_costs_no_part(monkeypatch, tmp_path, capsys, with_a_gpu):
+    monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
+    use_plan(monkeypatch, python("pass", name="a"), python("print('ran')", name="b"))
+    monkeypatch.setattr(gpu_check, "summary", lambda outcomes: 1 / 0 if len(outcomes) < 2 else "tables")
+    assert gpu_check.run(BenchGpuCheck(records=tmp_path)) == 0
+    said = capsys.readouterr()
+    assert "ran" in said.out and "was not written: division by zero" in said.err
+
+
 def test_a_dry_run_prints_the_plan_and_runs_nothing(monkeypatch, tmp_path, capsys):
     use_plan(monkeypatch, python("open('ran', 'w')", limit=30), python("pass", name="y", limit=1000))
     assert gpu_check.run(BenchGpuCheck(records=tmp_path / "none", minutes=2, dry_run=True)) == 0
@@ -289,7 +310,7 @@ def test_the_three_calls_name_parts_that_exist_and_each_fits_its_minutes(tmp_pat
     from fastmoco.bench import gpu_plan
 
     by_name = {one.name: one for one in gpu_plan.parts(tmp_path, "h100", tmp_path)}
-    calls = [line.split("check ")[1].split()[:3] for line in SCRIPT.read_text().splitlines() if "; check " in line]
+    calls = re.findall(r'; check (\d) "\$\{2:-([\d.]+)\}" (\S+) ;;', SCRIPT.read_text())
     assert [call[0] for call in calls] == ["1", "2", "3"]
     for _, minutes, names in calls:
         plan, rest = gpu_plan.fit([by_name[name] for name in names.split(",")], 60 * float(minutes) - TO_REPORT)
