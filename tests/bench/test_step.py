@@ -82,7 +82,7 @@ def test_a_gpu_has_the_published_step_in_every_form_and_ours_by_backend():
     assert {f"fastmoco bf16, {how}" for how in ("no graph", "finished views", *encoders)} <= names
 
 
-@pytest.mark.parametrize(("dictionary", "size"), [("queue", 100), ("batch", 0), ("bank", 100)])
+@pytest.mark.parametrize(("dictionary", "size"), [("queue", 100), ("batch", V2.queue_size), ("bank", 100)])
 def test_ours_on_finished_views_makes_none(monkeypatch, dictionary, size):
     monkeypatch.setattr("fastmoco.contrast.views.photometric", lambda *_, **__: pytest.fail("a view was made"))
     sources = step.providers(dataclasses.replace(SMALL, dictionary=dictionary, queue_size=size), CPU)
