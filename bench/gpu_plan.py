@@ -27,9 +27,10 @@ from fastmoco.options import UsageError
 ROOT = Path(__file__).resolve().parent.parent
 OURSELVES = (sys.executable, "-m", "fastmoco")
 GATE = "gate"
-# Replays against steps in the arithmetic that everything is timed in, with and without deterministic algorithms, and a
-# hundred steps that wait for nothing.
-GATE_TESTS = "bf16-plain-sgd or fastest_algorithms or hundred_steps or (waits_for_nothing and bf16-sgd)"
+# Replays against steps in the arithmetic that everything is timed in, with and without deterministic algorithms; a
+# hundred steps that wait for nothing; and batch norm, whose launches overlap on Hopper, against itself one by one.
+GATE_TESTS = "bf16-plain-sgd or fastest_algorithms or hundred_steps or (waits_for_nothing and bf16-sgd) or overlap"
+GATE_FILES = ("tests/contrast", "tests/kernels/test_batch_norm.py")
 MORE_TESTS = ("tests/data", "tests/train")
 # What a rehearsal runs in place of tests that need a GPU: a pytest that skips all of them would show nothing.
 REHEARSED_GATE = (
@@ -146,7 +147,7 @@ def _first_parts(make: _Maker, profile: Path) -> Iterator[Part]:
     core, others = "step --providers core", "--skip 'graph, deterministic'"
     small = f"{core} --batch-size {targets.SMALL}"
     drawing = ("profile", "v2", "--out", str(profile), *((*SMALL, "--steps", "1") if make.rehearse else ()))
-    yield make.tests(GATE, 50, 35, 5, *ON_GPU, "tests/contrast", "-k", GATE_TESTS, toy=REHEARSED_GATE, longer=(90,))
+    yield make.tests(GATE, 50, 35, 5, *ON_GPU, *GATE_FILES, "-k", GATE_TESTS, toy=REHEARSED_GATE, longer=(90,))
     brief = f"{core} --only 'fp16 autocast, fastmoco bf16' {others} --rounds 5"
     yield make.bench("step", (60, 45, brief), (90, 45, brief), (150, 75, f"{core} --rounds 10"), (200, 130, core))
     yield make.bench("proof", (75, 60, "proof --rounds 20"))

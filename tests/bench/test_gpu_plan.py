@@ -141,8 +141,9 @@ def collected(one: Part) -> list[str]:
 @pytest.mark.slow
 def test_the_selections_of_tests_hold_what_they_are_meant_to(tmp_path):
     tests = collected(next(one for one in whole(tmp_path) if one.name == GATE))
-    # Replays against steps in two settings, a hundred steps with and without a graph, one step that waits for nothing.
-    assert len(tests) == 5, tests
+    # Replays against steps in two settings, a hundred steps with and without a graph, one step that waits for nothing;
+    # and launches that overlap, of batch norm's three forms.
+    assert len(tests) == 8 and sum("overlap" in line for line in tests) == 3, tests
     assert sum("hundred_steps" in line for line in tests) == 2 and any("bf16-plain-sgd" in line for line in tests)
     # What a rehearsal runs in their place needs no GPU, or it would show nothing.
     rehearsed = {one.name: one for one in parts(tmp_path, "rehearsal", tmp_path, rehearse=True)}

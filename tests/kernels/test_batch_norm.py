@@ -311,6 +311,20 @@ def test_what_may_begin_early_is_launched_so_from_hopper_on_and_nothing_else() -
     assert batch_norm_plan.overlapping((9, 0))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="launches overlap on a GPU")
+@pytest.mark.parametrize("form", FORMS)
+def test_launches_that_overlap_give_the_bits_of_those_that_do_not(form: str, device: torch.device) -> None:
+    """What begins early and does not wait reads sums that are not there yet. Many times, of layers large and small."""
+    for shape in ((64, 64, 56, 56), (64, 256, 7, 7)):
+        case = make_case(shape, form, torch.bfloat16, device)
+        with batch_norm_plan.one_after_the_other():
+            apart = results(batch_norm_act_twice, case, 2, case.grad * 3, impl="triton")
+        for _ in range(20):
+            overlapping = results(batch_norm_act_twice, case, 2, case.grad * 3, impl="triton")
+            assert all(torch.equal(overlapping[name], value) for name, value in apart.items())
+
+
 @pytest.mark.parametrize("wrong", [{"groups": 2}, {"eps": 1e-3}, {"momentum": 0.11}, {"relu": False}])
 def test_the_budget_rejects(wrong: dict[str, object], device: torch.device) -> None:
     case = make_case((8, 16, 9, 7), "dual", torch.bfloat16, device)
