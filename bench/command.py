@@ -20,7 +20,8 @@ from fastmoco.bench.size import at_size, overrides
 from fastmoco.contrast.update import PRECISIONS, resolve_precision
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import Recipe
 
 ROUNDS = {"cpu": 5, "cuda": 20}
 WARMUP = {"cpu": 1, "cuda": 3}

@@ -14,7 +14,8 @@ from typing import NamedTuple
 from fastmoco.bench import roofline
 from fastmoco.bench.roofline import ASSUMED_CONVOLUTION_RATES, CONVOLUTION_RATES, Conv
 from fastmoco.encoder import build_encoder
-from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import Recipe
 
 LEVEL = "bnrelu"
 BATCHES = (32, 256)

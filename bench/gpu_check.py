@@ -35,7 +35,7 @@ from fastmoco.bench.kernels import CASES, OURS, Size
 from fastmoco.bench.options import BenchGpuCheck
 from fastmoco.bench.record_files import Record
 from fastmoco.options import UsageError
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 
 TO_REPORT = 5  # seconds of the time given that are kept for tables and archive
 WORTH_STARTING = 10  # seconds: with less left, no part that was not planned is begun

@@ -29,7 +29,8 @@ from fastmoco.data.image_table import RECORD, ImageTable, Piece
 from fastmoco.data.manifest import Manifest, ShardManifest
 from fastmoco.data.plan import Plan
 from fastmoco.data.shard_source import LocalShards, Shard
-from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import Recipe
 
 PER_SHARD, CLASSES = 10_000, 1000
 RECIPE = PRESETS["v2"][1]

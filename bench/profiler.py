@@ -50,7 +50,8 @@ from fastmoco.kernels.sgd_ema import cost as sgd_ema_cost
 from fastmoco.kernels.tensor_table import TensorTable
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import Recipe
 
 WARMUP = 3  # steps before the recorded ones: kernels are compiled and memory is reserved
 TRACE, TREE, PICTURE = "trace.json.gz", "step.hatchet", "step.svg"

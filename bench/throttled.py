@@ -31,7 +31,7 @@ from fastmoco.data.manifest import Manifest, scan
 from fastmoco.data.plan import Plan
 from fastmoco.data.remote import RemoteShards
 from fastmoco.data.shard_source import Fetching
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 
 BATCH = 64
 

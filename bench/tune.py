@@ -19,7 +19,8 @@ from fastmoco.bench.options import BenchTune
 from fastmoco.bench.timing import interleave
 from fastmoco.kernels.tiles import TABLE, Tiles, tiles
 from fastmoco.options import UsageError
-from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import Recipe
 
 MOVES, GAIN = 6, 0.02  # moves at most from a row; a move must gain 2 %
 WARPS, STAGES, BLOCK = (1, 2, 4, 8, 16), (1, 2, 3, 4, 5), (1, 8192)

@@ -14,7 +14,8 @@ from typing import Any
 
 from fastmoco import cli, environment, recipe_file
 from fastmoco.options import Options, UsageError, check_places
-from fastmoco.recipe import PRESETS, Recipe, RecipeError
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import Recipe, RecipeError
 
 FRAMES = re.compile(r"[│╭╰─╮╯]+")
 SETTINGS = recipe_file.FIELDS | {field.name for field in dataclasses.fields(Options)}

@@ -26,8 +26,9 @@ from typing import Any, NamedTuple
 
 from fastmoco import __version__, environment, recipe_file, usage
 from fastmoco.options import Pretrain, PretrainFlags, UsageError, check_places, is_restart
+from fastmoco.presets import PRESETS
 from fastmoco.process import interrupt
-from fastmoco.recipe import HARMLESS_ON_RESUME, PRESETS, UNUSED, Recipe, RecipeError
+from fastmoco.recipe import HARMLESS_ON_RESUME, UNUSED, Recipe, RecipeError
 
 PROG = "fastmoco"
 LEAST_COLUMNS = 40

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Union
 
 from fastmoco.cli import COMMANDS, PROG, load, style
 from fastmoco.options import Completion, PretrainFlags
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 
 
 def run(options: Completion) -> None:

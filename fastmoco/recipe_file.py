@@ -18,7 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastmoco.recipe import PRESETS, Augmentation, Recipe, RecipeError
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import Augmentation, Recipe, RecipeError
 
 FIELDS = {field.name for kind in (Recipe, Augmentation) for field in dataclasses.fields(kind)} - {"augmentation"}
 RUN_FILE = "recipe.json"

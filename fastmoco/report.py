@@ -15,7 +15,8 @@ from fastmoco.interop.card import accuracies
 from fastmoco.options import Report
 from fastmoco.page import chart, page, picture, section, table, tiles
 from fastmoco.plots import GREEN, ORANGE, Level, Series
-from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import Recipe
 from fastmoco.runs import checkpoint
 from fastmoco.runs import run_folder as runs
 from fastmoco.runs.lines import KNN, LOG, read_lines

@@ -19,7 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import Recipe
 
 if "FASTMOCO_TEST_CACHES" not in os.environ:
     # Ours, Triton's, numba's, matplotlib's and torch's: in a folder of this session, which its child processes share.

@@ -17,7 +17,8 @@ from PIL import Image
 from fastmoco import cli
 from fastmoco.cli import COMMANDS, main, parse
 from fastmoco.options import Options, Pretrain, PretrainFlags, UsageError
-from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import Recipe
 
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).parent.parent

@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A room is a folder, or a file that stands beside the folders. `kernels` imports nothing of the others.
 ORDER = (
-    "kernels recipe recipe_file atomic plots terminal options usage environment parallel process encoder data contrast "
-    "runs evaluate detection interop train page report bench cli calls completion __main__ launch"
+    "kernels recipe presets recipe_file atomic plots terminal options usage environment parallel process encoder data "
+    "contrast runs evaluate detection interop train page report bench cli calls completion __main__ launch"
 ).split()
 HOMES = {"fastmoco": "fastmoco", "fastmoco.kernels": "kernels", "fastmoco.bench": "bench"}
 

@@ -30,7 +30,8 @@ from fastmoco.data.manifest import scan
 from fastmoco.data.plan import Plan
 from fastmoco.kernels import reference
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import Recipe
 
 STEPS, LR, SIZE = 30, 0.03, 16
 RECIPE = Recipe(

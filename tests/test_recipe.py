@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmoco.cli import pretrain_settings
-from fastmoco.recipe import PRESETS, PUBLISHED_IMAGES, UNUSED, Augmentation, Recipe, RecipeError
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import PUBLISHED_IMAGES, UNUSED, Augmentation, Recipe, RecipeError
 
 V1, V2, CIFAR = (PRESETS[name][1] for name in ("v1", "v2", "cifar"))
 STEPS_PER_EPOCH = 1_281_167 // 256

@@ -10,7 +10,8 @@ import pytest
 
 from fastmoco import recipe_file
 from fastmoco.cli import main, parse
-from fastmoco.recipe import PRESETS, Recipe, RecipeError
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import Recipe, RecipeError
 
 V2 = PRESETS["v2"][1]
 

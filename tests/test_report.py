@@ -16,7 +16,8 @@ from PIL import Image
 from fastmoco import report
 from fastmoco.cli import main
 from fastmoco.options import Options
-from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import Recipe
 from fastmoco.train.loop import pretrain
 
 RECIPE = replace(

@@ -9,7 +9,7 @@ import pytest
 from fastmoco import usage
 from fastmoco.cli import main
 from fastmoco.options import PretrainFlags
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 
 MOST = 45
 EVERY = [flag.field for flag in usage.flags(PretrainFlags())]

@@ -24,7 +24,8 @@ from fastmoco.interop.foreign import ForeignFileError
 from fastmoco.interop.names import BODY, backbone, inner_network, is_parameter, recognise
 from fastmoco.options import Import, UsageError, require_new
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS, Recipe, RecipeError
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import Recipe, RecipeError
 from fastmoco.runs import checkpoint
 from fastmoco.runs.run_folder import KEY, QUERY, RECIPE, without
 

@@ -14,7 +14,8 @@ from fastmoco import atomic, environment
 from fastmoco.data.shard_source import as_url
 from fastmoco.options import Options, UsageError, is_restart
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import Recipe
 from fastmoco.runs.lines import KNN, LOG, read_lines
 from fastmoco.runs.run_folder import RECIPE, read_facts
 from fastmoco.train.expectation import chance_level, expectation

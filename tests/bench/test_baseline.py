@@ -9,7 +9,8 @@ from fastmoco.bench.baseline import BankStep, BatchStep, Lars, PlainResNet, Publ
 from fastmoco.contrast.step import Step
 from fastmoco.data.noise import noise_images
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import Recipe
 
 CPU = torch.device("cpu")
 

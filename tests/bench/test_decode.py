@@ -11,7 +11,7 @@ from fastmoco.bench import decode
 from fastmoco.bench.decode import AGAIN, CONTROL, SAME
 from fastmoco.bench.journal import Journal
 from fastmoco.data.manifest import scan
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 
 CPU = torch.device("cpu")
 RECIPE = dataclasses.replace(PRESETS["v2"][1], crop_size=32)

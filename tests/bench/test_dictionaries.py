@@ -7,7 +7,7 @@ import torch
 
 from fastmoco.bench import dictionaries
 from fastmoco.bench.dictionaries import forms
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 
 CPU = torch.device("cpu")
 SMALL = dataclasses.replace(

@@ -4,7 +4,7 @@ import pytest
 
 from fastmoco.bench import forecast, roofline
 from fastmoco.encoder import build_encoder
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 
 V2 = PRESETS["v2"][1]
 

@@ -17,7 +17,7 @@ from fastmoco.bench.record_files import Row
 from fastmoco.bench.roofline import convolutions
 from fastmoco.bench.timing import Machine
 from fastmoco.encoder import build_encoder
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 
 CPU = torch.device("cpu")
 SMALL = dataclasses.replace(

@@ -15,7 +15,7 @@ from fastmoco.bench import loader
 from fastmoco.bench.journal import Journal
 from fastmoco.data.manifest import Manifest, scan
 from fastmoco.data.pipeline import Decoding, cut
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 
 CPU = torch.device("cpu")
 RECIPE = dataclasses.replace(PRESETS["v2"][1], batch_size=32, crop_size=40)

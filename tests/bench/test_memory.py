@@ -7,7 +7,7 @@ import torch
 from fastmoco.bench import memory
 from fastmoco.bench.journal import Journal
 from fastmoco.bench.memory import LiveBytes, peak_bytes
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 
 CPU = torch.device("cpu")
 SMALL = dataclasses.replace(

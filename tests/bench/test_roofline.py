@@ -13,7 +13,7 @@ from fastmoco.bench import roofline
 from fastmoco.bench.baseline import PlainResNet
 from fastmoco.encoder import BatchNormAct, build_encoder
 from fastmoco.kernels import batch_norm, convolution
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 
 V2 = PRESETS["v2"][1]
 SMALL = dataclasses.replace(V2, width=0.25, bn_group=2, batch_size=2)

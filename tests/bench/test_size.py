@@ -4,7 +4,8 @@ import torch
 
 from fastmoco.bench.options import Bench, Profile
 from fastmoco.bench.size import at_size
-from fastmoco.recipe import PRESETS, PUBLISHED_IMAGES
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import PUBLISHED_IMAGES
 
 CPU = torch.device("cpu")
 V2 = PRESETS["v2"][1]

@@ -10,7 +10,7 @@ import pytest
 
 from fastmoco.contrast.step import Step
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 from fastmoco.runs import checkpoint
 
 

@@ -9,7 +9,7 @@ import torch
 from fastmoco.bench import roofline, step
 from fastmoco.bench.journal import Journal
 from fastmoco.bench.timing import Machine
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 V2 = PRESETS["v2"][1]

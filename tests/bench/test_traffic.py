@@ -6,7 +6,7 @@ import pytest
 
 from fastmoco.bench.traffic import GPUS, Flow, Sizes, sizes, table, traffic
 from fastmoco.encoder import build_encoder
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 
 V2 = PRESETS["v2"][1]
 

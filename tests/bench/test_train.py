@@ -15,7 +15,7 @@ from fastmoco.bench.journal import Journal
 from fastmoco.bench.timing import Machine
 from fastmoco.data.manifest import scan
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SMALL = dataclasses.replace(PRESETS["v2"][1], arch="resnet18", width=0.125, batch_size=32, crop_size=16, queue_size=96)

@@ -13,7 +13,7 @@ from fastmoco.contrast.step import Step
 from fastmoco.data.draws import BANK_STREAM, hash_words
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 
 IMAGES = 48
 RECIPE = replace(

@@ -21,7 +21,8 @@ from fastmoco.data.plan import Plan
 from fastmoco.encoder import Encoder, build_encoder
 from fastmoco.kernels import reference
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import Recipe
 
 SMALL = dict(arch="resnet18", width=0.125, stem="cifar", dim=16, batch_size=16, crop_size=12)
 RECIPES = {

@@ -17,7 +17,8 @@ from fastmoco.contrast.update import PRECISIONS
 from fastmoco.contrast.views import Views
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS, Recipe, RecipeError
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import Recipe, RecipeError
 
 TINY = dict(
     arch="resnet18",

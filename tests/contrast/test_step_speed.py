@@ -13,7 +13,8 @@ import torch
 from fastmoco.bench.baseline import PublishedStep
 from fastmoco.contrast.step import Step
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import Recipe
 
 RECIPES = {
     "demo": replace(PRESETS["demo"][1], batch_size=32),

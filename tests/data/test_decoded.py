@@ -29,7 +29,7 @@ from fastmoco.data.plan import Plan
 from fastmoco.data.quarantine import Quarantine
 from fastmoco.data.request import DecodeError, Request
 from fastmoco.options import Options, UsageError
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 from fastmoco.runs import checkpoint
 from fastmoco.train.loop import pretrain
 

@@ -24,7 +24,7 @@ from fastmoco.data.loader import Loader, Loading
 from fastmoco.data.manifest import Manifest, scan
 from fastmoco.data.plan import Plan
 from fastmoco.data.probe import Header
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 
 RECIPE = dataclasses.replace(PRESETS["v2"][1], batch_size=32, bn_group=4, crop_size=16)
 IMAGENET = 1_281_167

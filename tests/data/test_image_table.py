@@ -13,7 +13,7 @@ from fastmoco.data import image_table, pieces
 from fastmoco.data.errors import DataError
 from fastmoco.data.image_table import RECORD, ImageTable, Piece
 from fastmoco.data.plan import Plan
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 
 V2 = PRESETS["v2"][1]
 

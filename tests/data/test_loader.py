@@ -31,7 +31,7 @@ from fastmoco.data.loader import Background, EvaluationLoader, Loader, Loading
 from fastmoco.data.manifest import Manifest, scan
 from fastmoco.data.plan import Plan, centre_boxes
 from fastmoco.data.request import DecodeError
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 
 RECIPE = dataclasses.replace(PRESETS["v2"][1], batch_size=32, bn_group=4, crop_size=24)  # 3 steps an epoch
 

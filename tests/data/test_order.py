@@ -17,7 +17,8 @@ from scipy import stats
 from fastmoco.data.draws import hash_words
 from fastmoco.data.order import Keyed, Permutation, ShardRows, Table, Windows, order_for
 from fastmoco.data.plan import Plan
-from fastmoco.recipe import PRESETS, Recipe, RecipeError
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import Recipe, RecipeError
 
 V2 = PRESETS["v2"][1]
 SMALL = dataclasses.replace(V2, batch_size=32, bn_group=8)

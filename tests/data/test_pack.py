@@ -21,7 +21,7 @@ from fastmoco.cli import main
 from fastmoco.data import pack, shard_set, tars
 from fastmoco.data.manifest import Manifest, scan
 from fastmoco.options import DataPack, UsageError
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 
 RECIPE = dataclasses.replace(PRESETS["v2"][1], batch_size=16, bn_group=4, crop_size=24)
 KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # how WebDataset splits a member's name into key and field

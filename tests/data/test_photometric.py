@@ -17,7 +17,7 @@ from fastmoco.data.photometric import DaliPhotometric
 from fastmoco.data.plan import BRIGHTNESS, CONTRAST, FLIP, GRAY, HUE, NO_JITTER, ORDER, SATURATION, SIGMA, Plan
 from fastmoco.kernels import reference
 from fastmoco.options import Options, UsageError
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 from fastmoco.train.loop import pretrain
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

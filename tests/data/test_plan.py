@@ -14,7 +14,8 @@ from fastmoco.data import plan as plan_module
 from fastmoco.data.draws import hash_words, uniform
 from fastmoco.data.plan import Plan, centre_boxes, route
 from fastmoco.kernels import reference
-from fastmoco.recipe import PRESETS, Augmentation, Recipe, RecipeError
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import Augmentation, Recipe, RecipeError
 
 V2 = PRESETS["v2"][1]
 SMALL = dataclasses.replace(V2, batch_size=32, bn_group=8)

@@ -27,8 +27,9 @@ from fastmoco.data.quarantine import Quarantine, Record
 from fastmoco.data.request import DecodeError
 from fastmoco.options import Options
 from fastmoco.parallel import Parallel
+from fastmoco.presets import PRESETS
 from fastmoco.process import crash_points
-from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.recipe import Recipe
 from fastmoco.runs import checkpoint
 from fastmoco.runs.lines import read_lines
 from fastmoco.train.loop import pretrain

@@ -22,7 +22,8 @@ from fastmoco.data.manifest import DataError, Manifest, ShardManifest, scan, spl
 from fastmoco.data.plan import Plan
 from fastmoco.data.quarantine import Quarantine
 from fastmoco.data.shard_source import Fetching, as_url, expanded
-from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import Recipe
 
 pytest.importorskip("aiohttp")
 RECIPE = dataclasses.replace(PRESETS["v2"][1], batch_size=16, bn_group=4, crop_size=24)

@@ -24,7 +24,7 @@ from fastmoco.data.manifest import DataError, Manifest, scan
 from fastmoco.data.pipeline import undecodable
 from fastmoco.data.plan import Plan
 from fastmoco.data.quarantine import Quarantine
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 
 RECIPE = dataclasses.replace(PRESETS["v2"][1], batch_size=32, bn_group=4, crop_size=24)
 JPEG = odd.encoded(odd.COLOURS, "JPEG")

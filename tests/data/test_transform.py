@@ -15,7 +15,7 @@ from fastmoco.data import manifest
 from fastmoco.data.errors import DataError
 from fastmoco.data.loader import EvaluationLoader, Loading
 from fastmoco.data.transform import Transform
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 
 RECIPE = replace(PRESETS["demo"][1], crop_size=16)
 LEVEL = 1 / 255 / min(RECIPE.augmentation.std)  # of a channel, after it was normalised

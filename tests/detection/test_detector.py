@@ -20,7 +20,7 @@ from fastmoco.encoder import build_encoder
 from fastmoco.encoder.norm_over_ranks import batch_norm_over_ranks
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 from fastmoco.runs import checkpoint
 
 RECIPE = replace(PRESETS["demo"][1], width=0.25, stem="imagenet", crop_size=64, batch_size=8, bn_group=4, queue_size=20)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastmoco.encoder import build_encoder
-from fastmoco.recipe import ARCHITECTURES, PRESETS, Recipe
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import ARCHITECTURES, Recipe
 
 STAGES = {
     "resnet18": (2, 2, 2, 2),

@@ -18,7 +18,7 @@ from fastmoco.data.errors import DataError
 from fastmoco.data.loader import Loading
 from fastmoco.evaluate.features import extract
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 from fastmoco.runs import checkpoint, run_folder
 
 RECIPE = replace(PRESETS["demo"][1], width=0.125, crop_size=16, batch_size=8, bn_group=4, queue_size=20)

@@ -16,7 +16,7 @@ from fastmoco.encoder import build_encoder
 from fastmoco.evaluate import features, knn
 from fastmoco.evaluate.features import encode, extract
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 
 SIZE = 24
 RECIPE = replace(PRESETS["demo"][1], width=0.125, crop_size=SIZE)

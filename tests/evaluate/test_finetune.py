@@ -19,7 +19,7 @@ from fastmoco.evaluate.fraction import listed, share_of
 from fastmoco.evaluate.options import EvaluateFinetune
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 from fastmoco.runs import checkpoint
 
 RECIPE = replace(PRESETS["demo"][1], width=0.125, crop_size=16, batch_size=8, bn_group=4, queue_size=20)

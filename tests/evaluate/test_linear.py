@@ -23,7 +23,7 @@ from fastmoco.evaluate.classifier import Protocol, fit_cached, new_classifier
 from fastmoco.evaluate.linear import Evaluation, changes, snapshot, training_recipe
 from fastmoco.interop import card
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 from fastmoco.runs import checkpoint, run_folder
 
 CLASSES, DIM, COUNT = 5, 8, 500

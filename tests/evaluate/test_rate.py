@@ -12,7 +12,7 @@ from fastmoco.data.plan import Plan
 from fastmoco.evaluate.classifier import Protocol, fit_cached
 from fastmoco.evaluate.linear import training_recipe
 from fastmoco.evaluate.rate import HELD_OUT, RATES, Choice, choose, held_out_split
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 
 CLASSES, DIM, COUNT = 4, 8, 400
 PROTOCOL = Protocol(epochs=10, batch_size=64)

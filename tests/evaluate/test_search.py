@@ -13,7 +13,7 @@ from fastmoco.contrast.step import Step
 from fastmoco.data import manifest
 from fastmoco.evaluate import index as index_module
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 from fastmoco.runs import checkpoint
 
 RECIPE = replace(PRESETS["demo"][1], width=0.25, batch_size=8, bn_group=4, queue_size=20)

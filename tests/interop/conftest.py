@@ -9,7 +9,8 @@ import torch
 
 from fastmoco.contrast.step import Step
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import Recipe
 from fastmoco.runs import checkpoint
 
 

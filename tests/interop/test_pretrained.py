@@ -16,7 +16,7 @@ from fastmoco.contrast.step import Step
 from fastmoco.interop.foreign import ForeignFileError
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 from fastmoco.runs import checkpoint
 from fastmoco.runs.checkpoint import CheckpointError
 

@@ -23,7 +23,7 @@ from fastmoco.kernels.compile_gate import Report, faults, resident_blocks
 from fastmoco.kernels.dispatch import INTERPRETED_PROCESSORS, Machine
 from fastmoco.kernels.sgd_ema import TensorTable, sgd_ema
 from fastmoco.kernels.sgd_ema import variants as sgd_ema_variants
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 
 KERNELS = {"batch_norm", "batch_norm_pool", "enqueue", "info_nce", "nt_xent", "photometric", "sgd_ema"}
 

@@ -261,7 +261,7 @@ def test_the_chance_level_of_a_symmetric_loss_is_that_of_two():
     import math
     from dataclasses import replace
 
-    from fastmoco.recipe import PRESETS
+    from fastmoco.presets import PRESETS
     from fastmoco.train.expectation import chance_formula, chance_level
 
     v2 = PRESETS["v2"][1]

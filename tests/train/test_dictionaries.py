@@ -17,7 +17,7 @@ from fastmoco.cli import main
 from fastmoco.contrast.step import Step
 from fastmoco.encoder import build_encoder
 from fastmoco.options import Options
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 from fastmoco.runs import checkpoint
 from fastmoco.train.loop import pretrain
 

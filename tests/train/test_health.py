@@ -13,8 +13,8 @@ from fastmoco.contrast import views as views_module
 from fastmoco.contrast.step import Step
 from fastmoco.options import Options
 from fastmoco.parallel import Parallel
+from fastmoco.presets import PRESETS
 from fastmoco.process.stop import StopRequest, stop_on_signal
-from fastmoco.recipe import PRESETS
 from fastmoco.runs import checkpoint
 from fastmoco.runs.lines import read_lines
 from fastmoco.train.health import BAD_IN_A_ROW, ROLLBACKS, Health, NonFiniteError

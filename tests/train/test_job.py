@@ -8,7 +8,7 @@ import pytest
 
 from fastmoco.kernels.convolution import Instructions
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 from fastmoco.train import job
 
 DEMO = PRESETS["demo"][1]

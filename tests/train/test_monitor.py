@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 from fastmoco.runs.lines import Lines, read_lines, truncate
 from fastmoco.train.curves import draw_curves
 from fastmoco.train.expectation import chance_level, expectation, fill_level

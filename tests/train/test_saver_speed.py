@@ -11,7 +11,7 @@ import torch
 from fastmoco.contrast.step import Step
 from fastmoco.options import Options
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS
+from fastmoco.presets import PRESETS
 from fastmoco.runs import checkpoint
 from fastmoco.train.saver import Saver
 

@@ -14,7 +14,8 @@ from fastmoco.contrast.step import Step
 from fastmoco.encoder import build_encoder
 from fastmoco.options import Options, UsageError
 from fastmoco.parallel import Parallel
-from fastmoco.recipe import PRESETS, Recipe
+from fastmoco.presets import PRESETS
+from fastmoco.recipe import Recipe
 from fastmoco.runs import checkpoint, run_folder
 from fastmoco.train.loop import pretrain
 from fastmoco.train.start import start_from
