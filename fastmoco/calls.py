@@ -16,6 +16,7 @@ from fastmoco import cli, environment, recipe_file
 from fastmoco.options import Options, UsageError, check_places
 from fastmoco.presets import PRESETS
 from fastmoco.recipe import Recipe, RecipeError
+from fastmoco.runs.facts import RECIPE
 
 FRAMES = re.compile(r"[│╭╰─╮╯]+")
 SETTINGS = recipe_file.FIELDS | {field.name for field in dataclasses.fields(Options)}
@@ -77,7 +78,7 @@ def _started_from(recipe: str | os.PathLike | Recipe, resumed: Path | None) -> t
         changes = {name: recipe_file.differences(known, recipe) for name, (_, known) in PRESETS.items()}
         # Its name is that of the preset it is nearest to; but a run keeps the name that it was started with.
         name = min(changes, key=lambda name: len(changes[name]))
-        if resumed is not None and (resumed / recipe_file.RUN_FILE).is_file():
+        if resumed is not None and (resumed / RECIPE).is_file():
             name = recipe_file.preset_of(resumed)
         return name, recipe_file.words(changes[name])
     if recipe in PRESETS:

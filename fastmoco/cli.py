@@ -14,7 +14,6 @@ import errno
 import importlib
 import io
 import itertools
-import json
 import os
 import select
 import shutil
@@ -29,6 +28,7 @@ from fastmoco.options import Pretrain, PretrainFlags, UsageError, check_places, 
 from fastmoco.presets import PRESETS
 from fastmoco.process import interrupt
 from fastmoco.recipe import HARMLESS_ON_RESUME, UNUSED, Recipe, RecipeError
+from fastmoco.runs.facts import RECIPE, read_facts
 
 PROG = "fastmoco"
 LEAST_COLUMNS = 40
@@ -288,7 +288,7 @@ def _cause(error: BaseException | None) -> Exception | None:
 def _resume(preset: str, argv: Sequence[str], settings: PretrainFlags) -> PretrainFlags:
     run = settings.options.out
     assert run is not None, "--resume without --out is refused"
-    facts = _facts(run)
+    facts = read_facts(run, "check --out, or leave --resume out")
     if facts["preset"] in PRESETS and facts["preset"] != preset:
         raise UsageError(f"{run} was started with preset {facts['preset']}, not {preset}: give that one")
     before = Recipe.from_dict(facts["recipe"])
@@ -312,17 +312,7 @@ def _resume(preset: str, argv: Sequence[str], settings: PretrainFlags) -> Pretra
 
 
 def _goes_on(options: Any) -> bool:
-    return is_restart() and options.out is not None and (options.out / "recipe.json").is_file()
-
-
-def _facts(run: Path) -> dict[str, Any]:
-    path = run / "recipe.json"
-    if not path.is_file():
-        raise UsageError(f"{run} is no run to resume (it has no recipe.json): check --out, or leave --resume out")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is damaged ({error}): restore it, or start another run") from error
+    return is_restart() and options.out is not None and (options.out / RECIPE).is_file()
 
 
 def _split(argv: Sequence[str]) -> tuple[str, Sequence[str]]:

@@ -19,6 +19,7 @@ from fastmoco.presets import PRESETS
 from fastmoco.recipe import Recipe
 from fastmoco.runs import checkpoint
 from fastmoco.runs import run_folder as runs
+from fastmoco.runs.facts import read_facts, read_json
 from fastmoco.runs.lines import KNN, LOG, read_lines
 from fastmoco.train.expectation import chance_formula, chance_level
 
@@ -65,7 +66,7 @@ def _draw_map(folder: Path) -> None:
 
 def render(folder: Path, views: bool = True) -> str:
     """The page of a run that may still be training; raises UsageError if `folder` is no run."""
-    facts = runs.read_facts(folder)
+    facts = read_facts(folder)
     recipe = Recipe.from_dict(facts["recipe"])
     log, knn = read_lines(folder / LOG), read_lines(folder / KNN)
     parts = [
@@ -172,7 +173,7 @@ def _detection(folder: Path) -> str:
     """What detectors that began with this run reached, beside those that began with its first weights."""
     rows, shown = [], []
     for name, label in (("detection", "pretrained"), ("detection-untrained", "first weights")):
-        figures = runs.read_json(folder / name / "detection.json")
+        figures = read_json(folder / name / "detection.json")
         if "AP50" in figures:
             how = (
                 f"{figures['iterations']} steps of {figures['batch_size']}, lr {figures['lr']:g}, {figures['size']} px"

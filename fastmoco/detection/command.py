@@ -21,8 +21,9 @@ from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.process.stop import STOPPED, StopRequest, Vote, note_saved, stop_on_signal
 from fastmoco.runs import checkpoint
+from fastmoco.runs.facts import read_json
 from fastmoco.runs.lines import LOG, Lines
-from fastmoco.runs.run_folder import figures_name, load_encoder, read_json
+from fastmoco.runs.run_folder import figures_name, load_encoder
 
 FIGURES, PICTURES = "detection.json", "detections.png"
 # What a detector in training may not change; where it stands is another thing.

@@ -20,7 +20,7 @@ from fastmoco.evaluate.features import encode
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
-from fastmoco.runs.run_folder import read_facts
+from fastmoco.runs.facts import read_facts
 
 MOST_BYTES = 1 << 30  # of features that are kept: half a million images of 512 features
 

@@ -6,7 +6,6 @@ import codecs
 import csv
 import dataclasses
 import io
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from fastmoco.data.cache import printable
 from fastmoco.data.manifest import DataError, Manifest
 from fastmoco.options import UsageError
 from fastmoco.recipe import Recipe
+from fastmoco.runs.facts import read_facts
 
 
 def both_sides(
@@ -29,7 +29,7 @@ def both_sides(
 
     Raises UsageError if one side is missing or has no classes, DataError if the labels do not fit.
     """
-    source = data or json.loads((run / "recipe.json").read_text(encoding="utf-8"))["options"].get("data")
+    source = data or read_facts(run)["options"].get("data")
     if source is None:
         raise UsageError(f"{run} does not say what it was trained on: name labelled images with --data PATH")
     train, beside = manifest.split(source)

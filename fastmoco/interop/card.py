@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fastmoco import environment
+from fastmoco.runs.facts import read_json
 from fastmoco.runs.lines import KNN, read_lines
-from fastmoco.runs.run_folder import SavedRun, read_json
+from fastmoco.runs.run_folder import SavedRun
 
 FIGURES = {
     "knn.json": "kNN",

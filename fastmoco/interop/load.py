@@ -27,7 +27,8 @@ from fastmoco.parallel import Parallel
 from fastmoco.presets import PRESETS
 from fastmoco.recipe import Recipe, RecipeError
 from fastmoco.runs import checkpoint
-from fastmoco.runs.run_folder import KEY, QUERY, RECIPE, without
+from fastmoco.runs.facts import RECIPE
+from fastmoco.runs.run_folder import KEY, QUERY, without
 
 FIRST_NORM = "encoder_q.bn1.num_batches_tracked"  # advances once a step, so it counts the steps of a published file
 IMAGENET = 1_281_167  # images that published checkpoints were trained on

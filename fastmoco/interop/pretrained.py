@@ -16,8 +16,9 @@ from fastmoco.options import Import, UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe, RecipeError
 from fastmoco.runs import checkpoint
+from fastmoco.runs.facts import RECIPE
 from fastmoco.runs.pretrained import Pretrained, pretrained
-from fastmoco.runs.run_folder import QUERY, RECIPE, load_encoder, without
+from fastmoco.runs.run_folder import QUERY, load_encoder, without
 
 
 def load(source: str | os.PathLike, *, device: str = "auto", untrained: bool = False) -> Pretrained:

@@ -18,10 +18,10 @@ from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 from fastmoco.runs import checkpoint
 from fastmoco.runs.checkpoint import CheckpointError
+from fastmoco.runs.facts import read_facts, read_json
 from fastmoco.runs.pretrained import Pretrained, pretrained
 
 T = TypeVar("T")
-RECIPE = "recipe.json"
 QUERY, KEY = "encoder_q.", "encoder_k."  # what stands before the names of either encoder's weights in a checkpoint
 
 
@@ -59,17 +59,6 @@ def load(run: Path) -> SavedRun:
     )
 
 
-def read_facts(run: Path) -> dict[str, Any]:
-    """What RUN/recipe.json holds; raises UsageError if there is none or it is damaged."""
-    path = run / RECIPE
-    if not path.is_file():
-        raise UsageError(f"{run} is no run (it has no {RECIPE}): give the folder that pretrain wrote")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is damaged ({error}): restore it") from error
-
-
 def without(prefix: str, weights: Mapping[str, T]) -> dict[str, T]:
     """The entries whose names start with `prefix`, without it."""
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
@@ -101,14 +90,6 @@ def hold(run: Path) -> Hold | None:
         os.close(file)
         return None
     return Hold(file)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that may not be there: then, or where it is damaged, nothing."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        return {}
 
 
 def one_rank(device: str) -> Parallel:

@@ -16,8 +16,8 @@ from fastmoco.options import Options, UsageError, is_restart
 from fastmoco.parallel import Parallel
 from fastmoco.presets import PRESETS
 from fastmoco.recipe import Recipe
+from fastmoco.runs.facts import RECIPE, read_facts
 from fastmoco.runs.lines import KNN, LOG, read_lines
-from fastmoco.runs.run_folder import RECIPE, read_facts
 from fastmoco.train.expectation import chance_level, expectation
 from fastmoco.train.job import Job
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+from fastmoco.runs.facts import RECIPE, read_json
 
 PROJECT = "fastmoco"
 
@@ -49,8 +50,7 @@ class Tracker:
             self._service: Any = importlib.import_module(service)
         except ImportError as error:
             raise ValueError(f"--track {service} needs a package: pip install {service}") from error
-        facts = run / "recipe.json"
-        config = json.loads(facts.read_text()) if facts.is_file() else {}
+        config = read_json(run / RECIPE)
         # Trackio finds the run to go on with by its name, Weights & Biases by an id of its own.
         more = {"id": run.name, "dir": str(run)} if service == "wandb" else {}
         self._service.init(project=PROJECT, name=run.name, config=config, resume="allow", **more)
