@@ -16,16 +16,13 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastmoco import atomic
 from fastmoco.contrast.build import BUFFERS
 from fastmoco.data.loader import Loader, Loading
 from fastmoco.data.manifest import Manifest
@@ -38,13 +35,13 @@ from fastmoco.evaluate.fraction import listed, share_of
 from fastmoco.evaluate.labels import both_sides
 from fastmoco.evaluate.linear import training_recipe, warn_of_bad
 from fastmoco.evaluate.options import EvaluateFinetune
-from fastmoco.evaluate.pictures import draw_probe
+from fastmoco.evaluate.probe_files import figures_of, write_probe
 from fastmoco.evaluate.rate import Choice, Tried, held_out_split
 from fastmoco.evaluate.scores import Scores, score
 from fastmoco.kernels.photometric import photometric
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
-from fastmoco.runs.run_folder import figures_name, keep_earlier, load_encoder
+from fastmoco.runs.run_folder import figures_name, load_encoder
 
 RATES = (0.05, 0.5, 0.15, 0.015, 0.005)  # for batches of 256; the first one is the published one
 TRIAL = 3  # a rate is tried for one of so many epochs
@@ -292,22 +289,23 @@ def run(options: EvaluateFinetune) -> None:
             print(f"{protocol.epochs} epochs of batches of {protocol.batch_size}", flush=True)
         with tqdm(total=protocol.epochs, unit="epoch", disable=None if parallel.is_main else True) as bar:
             probe = tuning.fit(train, val, protocol, lambda line: _tell(bar, line, protocol.epochs, parallel.is_main))
-        facts = {
-            "step": step,
-            "protocol": protocol._asdict(),
-            "rate": choice.as_dict() if choice else None,
-            "fraction": len(train) / whole,
-            "precision": str(work).removeprefix("torch."),
-            "classes": len(train.classes),
-            "train": len(train),
-            "queries": len(val),
-            "data": train.root,
-            "val": val.root,
-            "seconds": time.perf_counter() - began,
-            "backbone": "trained",
-        }
         if parallel.is_main:
-            _write(options, probe, facts, train.classes, tuning)
+            facts: dict[str, Any] = {
+                "step": step,
+                "protocol": protocol._asdict(),
+                "rate": choice.as_dict() if choice else None,
+                "fraction": len(train) / whole,
+                "precision": str(work).removeprefix("torch."),
+                "seconds": time.perf_counter() - began,
+                "backbone": "trained",
+            }
+            name = name_of(options)
+            figures = figures_of(probe, train, val, **facts)
+            write_probe(options.run, name, probe, figures, train.classes, tuning.weights())
+            print(
+                f"{name}: top-1 {probe.scores.top1:.2f}%, top-5 {probe.scores.top5:.2f}% "
+                f"(see {options.run / name}.json and .png; weights in {name}.safetensors)"
+            )
 
 
 def _numbers(options: EvaluateFinetune, parallel: Parallel) -> torch.dtype:
@@ -321,22 +319,6 @@ def name_of(options: EvaluateFinetune) -> str:
     """Name of the files: each share of the labels has its own."""
     share = "-subset" if options.subset else "" if options.fraction == 1 else f"-{options.fraction:g}"
     return figures_name(f"finetune{share}", options.untrained)
-
-
-def _write(options: EvaluateFinetune, probe: Probe, facts: dict[str, Any], classes: list[str], tuning: Tuning) -> None:
-    name, folder = name_of(options), options.run
-    best = max(line["top1"] for line in probe.curve)
-    figures = {**facts, "best_top1": best, **probe.scores.as_dict(classes), "curve": probe.curve}
-    keep_earlier(folder, figures, name)
-    atomic.write_json(folder / f"{name}.json", figures)
-    draw_probe(folder / f"{name}.png", probe.curve, probe.scores.confusion, classes)
-    weights = {f"fc.{key}": value.detach().cpu() for key, value in probe.classifier.named_parameters()}
-    with atomic.replacing(folder / f"{name}.safetensors") as draft:
-        save_file(tuning.weights() | weights, draft, metadata={"format": "pt", "step": str(facts["step"])})
-    print(
-        f"{name}: top-1 {probe.scores.top1:.2f}%, top-5 {probe.scores.top5:.2f}% (see {Path(folder, name)}.json and "
-        f".png; weights in {name}.safetensors)"
-    )
 
 
 def _tell(bar: tqdm, line: dict[str, float], epochs: int, is_main: bool) -> None:

@@ -27,11 +27,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastmoco import atomic
 from fastmoco.data.loader import Loader, Loading
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.plan import Plan
@@ -40,14 +39,14 @@ from fastmoco.encoder import Encoder
 from fastmoco.evaluate.classifier import Batches, Probe, Protocol, fit, fit_cached, new_classifier
 from fastmoco.evaluate.features import extract
 from fastmoco.evaluate.labels import both_sides
-from fastmoco.evaluate.pictures import draw_probe
+from fastmoco.evaluate.probe_files import figures_of, write_probe
 from fastmoco.evaluate.rate import Choice, choose, held_out_split
 from fastmoco.evaluate.scores import Scores, score
 from fastmoco.kernels.photometric import photometric
 from fastmoco.options import EvaluateLinear
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Augmentation, Recipe
-from fastmoco.runs.run_folder import figures_name, keep_earlier, load_encoder, one_rank
+from fastmoco.runs.run_folder import figures_name, load_encoder, one_rank
 
 
 def training_recipe(recipe: Recipe, protocol: Protocol) -> Recipe:
@@ -210,22 +209,14 @@ def run(options: EvaluateLinear) -> None:
     )
     with tqdm(total=protocol.epochs, unit="epoch", disable=None) as bar:
         probe = (evaluation.fast if options.fast else evaluation.exact)(lambda line: _tell(bar, line, protocol.epochs))
-    facts = {
+    facts: dict[str, Any] = {
         "step": step,
         "protocol": protocol._asdict(),
         "rate": choice.as_dict() if choice else None,
-        "classes": len(train.classes),
-        "train": len(train),
-        "queries": len(val),
-        "data": train.root,
-        "val": val.root,
         "seconds": time.perf_counter() - began,
         "backbone": "bit-equal after the probe",
     }
-    best = max(line["top1"] for line in probe.curve)
-    figures = {**facts, "best_top1": best, **probe.scores.as_dict(train.classes), "curve": probe.curve}
-    keep_earlier(options.run, figures, name)
-    _write(options.run, name, probe, figures, train.classes)
+    write_probe(options.run, name, probe, figures_of(probe, train, val, **facts), train.classes)
     pair = [figures_name(each, options.untrained) for each in ("linear", "linear-fast")]
     agreement = _agreement(options.run, evaluation, step, pair)
     agrees = f"; fast and exact agree on {agreement:.1f}% of the validation images" if agreement is not None else ""
@@ -258,14 +249,6 @@ def _tell(bar: tqdm, line: dict[str, float], epochs: int) -> None:
     bar.set_postfix_str(f"loss {line['loss']:.3f}  top-1 {line['top1']:.2f}%")
     if bar.disable and (line["epoch"] % max(1, epochs // 10) == 0 or line["epoch"] == epochs):
         print(f"epoch {line['epoch']}/{epochs}  loss {line['loss']:.3f}  top-1 {line['top1']:.2f}%", flush=True)
-
-
-def _write(folder: Path, name: str, probe: Probe, figures: dict[str, Any], classes: list[str]) -> None:
-    atomic.write_json(folder / f"{name}.json", figures)
-    draw_probe(folder / f"{name}.png", probe.curve, probe.scores.confusion, classes)
-    weights = {f"fc.{key}": value.detach().cpu() for key, value in probe.classifier.named_parameters()}
-    with atomic.replacing(folder / f"{name}.safetensors") as draft:
-        save_file(weights, draft, metadata={"format": "pt", "step": str(figures["step"])})
 
 
 def _agreement(folder: Path, evaluation: Evaluation, step: int, pair: list[str]) -> float | None:
