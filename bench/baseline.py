@@ -225,9 +225,9 @@ class BankStep(PlainStep):
         """The loss of one view, and the queries."""
         q = F.normalize(self.forward_q(self.laid_out(view_q)), dim=1)
         self.ids = torch.randperm(len(self.bank), device=self.device)[: len(q)]
-        drawn = torch.randint(len(self.bank), (self.recipe.check_queue(),), device=self.device)
+        entries = torch.randint(len(self.bank), (self.recipe.check_queue(),), device=self.device)
         positive = (q * self.bank.index_select(0, self.ids)).sum(1, keepdim=True)
-        logits = torch.cat([positive, q @ self.bank.index_select(0, drawn).T], dim=1) / self.recipe.temperature
+        logits = torch.cat([positive, q @ self.bank.index_select(0, entries).T], dim=1) / self.recipe.temperature
         logits.topk(5, 1)
         return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=self.device)), q
 

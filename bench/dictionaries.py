@@ -61,12 +61,12 @@ def run(
     The journal has each set of rows as it comes.
     """
     journal = journal or Journal()
-    chosen = resolve_precision(precision or "auto", device)
+    precision = resolve_precision(precision or "auto", device)
     config = {"arch": recipe.arch, "px": recipe.crop_size, "batch": recipe.batch_size, "keys": recipe.check_queue()}
-    config["precision"] = chosen
+    config["precision"] = precision
     pool = functools.cache(torch.cuda.graph_pool_handle) if device.type == "cuda" else None
     starts = {
-        name: functools.partial(ours, each, device, chosen, graph=graph_mode(device), pool=pool)
+        name: functools.partial(ours, each, device, precision, graph=graph_mode(device), pool=pool)
         for name, each in forms(recipe).items()
     }
 
@@ -79,7 +79,7 @@ def run(
     with journal.attempt("memory"):
         keep("peak memory of a step", "MB", {n: (_peak(start, device) / 1e6,) for n, start in starts.items()})
     with journal.attempt("bytes"):
-        bytes_ = {name: _bytes(each, device, chosen) for name, each in forms(recipe).items()}
+        bytes_ = {name: _bytes(each, device, precision) for name, each in forms(recipe).items()}
         keep("moved by loss, dictionary and update", "MB", {n: (moved / 1e6,) for n, (moved, _) in bytes_.items()})
         keep("state of a checkpoint", "MB", {n: (kept / 1e6,) for n, (_, kept) in bytes_.items()})
     return journal.rows

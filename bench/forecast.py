@@ -64,9 +64,9 @@ def table(recipe: Recipe, batches: tuple[int, ...] = BATCHES) -> str:
             bounds = [1 / roofline.seconds_per_pair(convs, LEVEL, batch, flops, gpu.bandwidth) for flops in rates]
             physical = 1 / roofline.seconds_per_pair(convs, LEVEL, batch, *gpu)
             expected = [batch / expected_seconds(convs, batch, gpu, rate, parameters) for rate in rates]
-            shown = " | ".join(f"{low:,.0f} to {high:,.0f}" for low, high in (bounds, expected))
+            ranges = " | ".join(f"{low:,.0f} to {high:,.0f}" for low, high in (bounds, expected))
             assumed = " (rates assumed)" * (name in ASSUMED_CONVOLUTION_RATES)
-            lines.append(f"| {name}{assumed} | {batch} | {physical:,.0f} | {shown} |")
+            lines.append(f"| {name}{assumed} | {batch} | {physical:,.0f} | {ranges} |")
     return "\n".join(lines)
 
 

@@ -113,13 +113,13 @@ def opened(run: Path, source: str, order: str) -> dict[str, float]:
 def together(processes: int, run: Path, source: str, order: str) -> dict[str, float]:
     """The slowest and the largest of so many processes at once."""
     command = [sys.executable, "-m", "fastmoco.bench.large_set", source, "--child", str(run), "--order", order]
-    started = [
+    children = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(processes)
     ]
-    for each in started:
+    for each in children:
         assert each.stdout is not None and each.stdout.readline() == "ready\n"
-    said = [json.loads(each.communicate("\n")[0]) for each in started]
-    return {name: max(one[name] for one in said) for name in said[0]}
+    answers = [json.loads(each.communicate("\n")[0]) for each in children]
+    return {name: max(one[name] for one in answers) for name in answers[0]}
 
 
 def of_table(folder: Path, images: int, processes: list[int]) -> dict[str, Any]:

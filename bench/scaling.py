@@ -96,6 +96,6 @@ def _name(ranks: int) -> str:
 
 if __name__ == "__main__":
     file = Path(sys.argv[1])
-    measured = work(json.loads(file.read_text()))
+    rows = work(json.loads(file.read_text()))
     if os.environ["RANK"] == "0":
-        file.write_text(json.dumps(measured))
+        file.write_text(json.dumps(rows))

@@ -161,8 +161,8 @@ def _equal(record: RecordRows) -> Target:
         largest = record.rows[EAGER].extra["largest"]
         measured += f"; so do {again:.0f} between two eager runs, by {largest:.3g} at most"
     # Without its control or over fewer steps equality shows nothing; a difference does, unless eager runs differ too.
-    shown = (graph or steps >= STEPS) and other and not again
-    return target._replace(measured=measured, verdict=_verdict(not graph, shown))
+    proves = (graph or steps >= STEPS) and other and not again
+    return target._replace(measured=measured, verdict=_verdict(not graph, proves))
 
 
 def _waits(record: RecordRows) -> Target:
@@ -170,8 +170,8 @@ def _waits(record: RecordRows) -> Target:
     if not {REPLAYED, READ} <= record.rows.keys():
         return target
     waits, steps = record.rows[REPLAYED].median, record.rows[REPLAYED].config["steps"]
-    shown = (waits or steps >= WATCHED) and record.rows[READ].median >= READS
-    return target._replace(measured=f"{waits:.0f} in {steps}" + _remark(record), verdict=_verdict(not waits, shown))
+    proves = (waits or steps >= WATCHED) and record.rows[READ].median >= READS
+    return target._replace(measured=f"{waits:.0f} in {steps}" + _remark(record), verdict=_verdict(not waits, proves))
 
 
 def _record_with(records: Sequence[Record], name: str, provider: str, batch: int = LARGE, **config: str) -> RecordRows:
@@ -191,5 +191,5 @@ def _remark(record: RecordRows) -> str:
     return "" if record.finished else " (unfinished)"
 
 
-def _verdict(met: bool, shown: object) -> str:
-    return ABSENT if not shown else MET if met else MISSED
+def _verdict(met: bool, proves: object) -> str:
+    return ABSENT if not proves else MET if met else MISSED

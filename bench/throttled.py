@@ -64,12 +64,12 @@ class Handler(BaseHTTPRequestHandler):
         else:
             data = path.read_bytes() if path.is_file() else b""
         whole = len(data)
-        asked = self.headers.get("Range", "")
-        if asked:
-            first, last = asked.removeprefix("bytes=").split("-")
+        wanted_range = self.headers.get("Range", "")
+        if wanted_range:
+            first, last = wanted_range.removeprefix("bytes=").split("-")
             data = data[int(first) : int(last) + 1]
-        self.send_response((206 if asked else 200) if path.exists() else 404)
-        if asked:
+        self.send_response((206 if wanted_range else 200) if path.exists() else 404)
+        if wanted_range:
             self.send_header("Content-Range", f"bytes {first}-{int(first) + len(data) - 1}/{whole}")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -85,14 +85,14 @@ def shards(folder: Path, count: int, each: int) -> None:
     for number in range(count):
         with tarfile.open(folder / f"{number:06d}.tar", "w") as archive:
             for i in range(each):
-                made = BytesIO()
+                jpeg = BytesIO()
                 noise = generator.integers(0, 256, (16, 16, 3), np.uint8)
                 image = Image.fromarray(noise).resize((320, 240)).effect_spread(3)
-                image.save(made, "JPEG", quality=90)
+                image.save(jpeg, "JPEG", quality=90)
                 info = tarfile.TarInfo(f"{number:06d}/{i:06d}.jpg")
-                info.size = len(made.getvalue())
-                made.seek(0)
-                archive.addfile(info, made)
+                info.size = len(jpeg.getvalue())
+                jpeg.seek(0)
+                archive.addfile(info, jpeg)
 
 
 def epoch(images: Manifest, order: str, window: int) -> dict[str, Any]:

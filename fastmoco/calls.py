@@ -50,15 +50,15 @@ def pretrain(
         near = difflib.get_close_matches(unknown[0], SETTINGS, 1)
         hint = f": perhaps you meant {near[0]}" if near else ""
         raise TypeError(f"pretrain() has no setting {unknown[0]!r}{hint}")
-    given = recipe_file.words({"data": data, "out": out, **settings})
+    flags = recipe_file.words({"data": data, "out": out, **settings})
     environment.spin_briefly()
     with _in_words_of_python():
         preset, before = _started_from(recipe, Path(out) if out is not None and settings.get("resume") else None)
-        chosen = _parsed(preset, [*before, *given])
-        check_places(preset, chosen.options)
+        run = _parsed(preset, [*before, *flags])
+        check_places(preset, run.options)
         from fastmoco.train.loop import pretrain as train
 
-        return train(chosen.recipe, chosen.options, preset)
+        return train(run.recipe, run.options, preset)
 
 
 @contextlib.contextmanager
@@ -89,11 +89,11 @@ def _started_from(recipe: str | os.PathLike | Recipe, resumed: Path | None) -> t
 
 
 def _parsed(preset: str, words: list[str]) -> Any:
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(output):
             return cli.pretrain_settings(preset, words)
     except SystemExit as stop:  # a value of the wrong kind: the parser has printed why
-        cause = " ".join(FRAMES.sub(" ", said.getvalue()).split()).removeprefix("Missing argument ")
+        cause = " ".join(FRAMES.sub(" ", output.getvalue()).split()).removeprefix("Missing argument ")
         cause = cause.removeprefix("Value error ").partition(" Argument helptext")[0]
         raise UsageError(cause.partition(" For full helptext")[0]) from stop

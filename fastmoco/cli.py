@@ -209,11 +209,11 @@ def parse(argv: Sequence[str]) -> tuple[Command, Any]:
         settings = PretrainFlags(recipe=PRESETS[preset][1])
         print(usage.page(f"{PROG} {name}", PRESETS[preset][0], settings, everything="--help-all" in rest))
         raise SystemExit(0)
-    chosen = pretrain_settings(preset, rest)
+    flags = pretrain_settings(preset, rest)
     # The first rank may have made RUN while the others are still here, or before it was restarted.
     first = os.environ.get("RANK", "0") == "0" and not is_restart()
-    check_places(preset, chosen.options, is_main=first)
-    return command, chosen
+    check_places(preset, flags.options, is_main=first)
+    return command, flags
 
 
 def pretrain_settings(preset: str, argv: Sequence[str]) -> Pretrain:
@@ -230,9 +230,9 @@ def pretrain_settings(preset: str, argv: Sequence[str]) -> Pretrain:
 
 def _begun(recipe: Recipe, argv: Sequence[str]) -> Recipe:
     # What the preset says of its dictionary is nothing that somebody asked of another one.
-    asked = [after for flag, after in itertools.pairwise([*argv, ""]) if flag == "--dictionary"]
-    asked += [flag.partition("=")[2] for flag in argv if flag.startswith("--dictionary=")]
-    return recipe.with_dictionary(asked[-1]) if asked and asked[-1] in UNUSED else recipe
+    values = [after for flag, after in itertools.pairwise([*argv, ""]) if flag == "--dictionary"]
+    values += [flag.partition("=")[2] for flag in argv if flag.startswith("--dictionary=")]
+    return recipe.with_dictionary(values[-1]) if values and values[-1] in UNUSED else recipe
 
 
 def _of_file(path: Path, preset: str) -> list[str]:

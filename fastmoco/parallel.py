@@ -123,9 +123,9 @@ class Parallel:
         """What each rank holds, in rank order: plain data or arrays of any size. Not for the inside of a step."""
         if self.world == 1:
             return [value]
-        held: list[Any] = [None] * self.world
-        dist.all_gather_object(held, value)
-        return held
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         """Return when every rank has come here."""

@@ -224,8 +224,8 @@ class Recipe:
         _require(1 <= self.max_pixels <= MOST_PIXELS, "max_pixels", self.max_pixels, remedy)
         _require(0 <= self.max_bad_share <= 1, "max_bad_share", self.max_bad_share, "use a share from 0 to 1")
         remedy = "use white, black, gray, ignore or a colour such as #7f7f7f"
-        known = self.background in (*BACKGROUNDS, "ignore")
-        _require(known or COLOUR.fullmatch(self.background) is not None, "background", self.background, remedy)
+        is_name = self.background in (*BACKGROUNDS, "ignore")
+        _require(is_name or COLOUR.fullmatch(self.background) is not None, "background", self.background, remedy)
         span = self.value_range
         ordered = len(span) == 2 and -math.inf < span[0] < span[1] < math.inf if isinstance(span, tuple) else True
         _require(ordered, "value_range", span, "use two numbers, the smaller one first, or header")

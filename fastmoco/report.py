@@ -155,23 +155,23 @@ def _evaluation(folder: Path) -> str:
         accuracy = (f"{figures['top1']:.2f}%", f"{figures['top5']:.2f}%")
         rows.append((name, *accuracy, figures["step"], figures.get("queries", ""), how))
     head = ("", "top-1", "top-5", "step", "images", "how")
-    shown = [
+    cards = [
         f'<div class="card">{picture((folder / name).read_bytes(), "png", caption, caption)}</div>'
         for name, caption in PICTURES.items()
         if (folder / name).is_file()
     ]
-    if not rows and not shown:
+    if not rows and not cards:
         return ""
     return section(
         "Evaluation",
         table(rows, head) if rows else "",
-        f'<div class="wide" style="margin-top:12px">{"".join(shown)}</div>',
+        f'<div class="wide" style="margin-top:12px">{"".join(cards)}</div>',
     )
 
 
 def _detection(folder: Path) -> str:
     """What detectors that began with this run reached, beside those that began with its first weights."""
-    rows, shown = [], []
+    rows, cards = [], []
     for name, label in (("detection", "pretrained"), ("detection-untrained", "first weights")):
         figures = read_json(folder / name / "detection.json")
         if "AP50" in figures:
@@ -182,10 +182,10 @@ def _detection(folder: Path) -> str:
         image = folder / name / "detections.png"
         if image.is_file():
             caption = f"Detections, {label}: objects in white, detections from a score of 0.5 in colours"
-            shown.append(f'<div class="card">{picture(image.read_bytes(), "png", caption, caption)}</div>')
+            cards.append(f'<div class="card">{picture(image.read_bytes(), "png", caption, caption)}</div>')
     if not rows:
         return ""
-    pictures = f'<div class="wide" style="margin-top:12px">{"".join(shown)}</div>'
+    pictures = f'<div class="wide" style="margin-top:12px">{"".join(cards)}</div>'
     return section("Detection", table(rows, ("", "AP", "AP50", "AP75", "metric", "how")), pictures)
 
 

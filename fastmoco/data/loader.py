@@ -275,13 +275,13 @@ def announced(images: Manifest, plan: Plan, steps: range) -> Iterator[int]:
         yield from steps
         return
     window = len(images) * plan.recipe.window_shards // len(images.archives)
-    said: list[str] = []
+    last: list[str] = []
     try:
         for step in steps:
             names = [images.archives[shard] for each in plan.windows(step, ahead=window) for shard in each.tolist()]
-            if names != said:
+            if names != last:
                 remote.fetch_ahead(names)
-            said = names
+            last = names
             yield step
     finally:
         remote.close()

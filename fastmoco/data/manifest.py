@@ -356,12 +356,12 @@ def scan(
         return _in_shards(RemoteShards(str(as_url(path)), fetching), classes, max_pixels, cache, progress)
     source = os.path.abspath(os.fspath(path))
     rejected: list[tuple[str, str]] = []
-    listed = indexed(source)
-    if listed:  # what else lies there is the index
-        own, archives = Files(source), [os.path.join(source, name) for name in listed]
+    shards = indexed(source)
+    if shards:  # what else lies there is the index
+        own, archives = Files(source), [os.path.join(source, name) for name in shards]
     else:
         own, archives = find_sources(source, str(path), rejected)
-    if decode is None and (listed or archives and not own.paths and shard_set.is_large(archives)):
+    if decode is None and (shards or archives and not own.paths and shard_set.is_large(archives)):
         return _in_shards(LocalShards.of(own.root, archives), classes, max_pixels, cache, progress)
     files = with_members(own, archives, rejected)
     results = Results(files, source, max_pixels, cache)
@@ -411,9 +411,9 @@ def _sorted_by_path(reader: Source, table: ImageTable, classes: Sequence[str] | 
     rejected = list(table.left_out)
     good = _without_strays(files, np.arange(len(files)), rejected)
     names, numbers = _number([files.labels[i] for i in good.tolist()], classes, reader.root)
-    chosen = [files.paths[i] for i in good.tolist()]
+    paths = [files.paths[i] for i in good.tolist()]
     sizes = np.ascontiguousarray(rows["size"][files.times[good]])
-    manifest = Manifest(files.root, chosen, sizes, numbers, names, sorted(rejected), int(files.bytes[good].sum()))
+    manifest = Manifest(files.root, paths, sizes, numbers, names, sorted(rejected), int(files.bytes[good].sum()))
     manifest.places = np.concatenate([files.places[good], files.bytes[good, None]], 1)
     manifest.archives, manifest.transparent, manifest.source = table.shards, table.transparent, reader
     return manifest

@@ -41,7 +41,7 @@ ENDINGS = {"jpeg": "jpg", "jpeg2k": "jp2", "pnm": "ppm", "tiff": "tif"}  # of nv
 GB = 1e9
 
 
-class _Done(NamedTuple):
+class _PackedShard(NamedTuple):
     """One line of packed.jsonl."""
 
     shard: str
@@ -62,15 +62,15 @@ def run(options: DataPack) -> None:
         assert path is not None
         with Bar() as bar:
             images = manifest.scan(path, classes=classes, max_pixels=options.max_pixels, progress=bar.show)
-            done = Packing(images, options.out / name, options).run(bar)
+            shards = Packing(images, options.out / name, options).run(bar)
         classes = images.classes or None
-        _report(options.out / name, images, done)
+        _report(options.out / name, images, shards)
 
 
-def _report(out: Path, images: Manifest, done: list[_Done]) -> None:
-    lost = sum(len(each.left_out) for each in done)
-    size = sum(each.bytes for each in done)
-    print(f"{len(images) - lost} images in {len(done)} shards, {size / GB:.3g} GB, each read again: {out}")
+def _report(out: Path, images: Manifest, shards: list[_PackedShard]) -> None:
+    lost = sum(len(each.left_out) for each in shards)
+    size = sum(each.bytes for each in shards)
+    print(f"{len(images) - lost} images in {len(shards)} shards, {size / GB:.3g} GB, each read again: {out}")
     if lost or images.rejected:
         print(f"  left out  {lost + len(images.rejected)}: {out / LEFT_OUT} lists them")
 
@@ -82,20 +82,20 @@ class Packing:
         self.images, self.out, self.options = images, out, options
         self.names = member_names(images)
 
-    def run(self, bar: Bar) -> list[_Done]:
+    def run(self, bar: Bar) -> list[_PackedShard]:
         """Write what is not there yet, and the index."""
         self.out.mkdir(parents=True, exist_ok=True)
-        done = self._begun()
-        at = done[-1].last if done else 0
+        shards = self._earlier_shards()
+        at = shards[-1].last if shards else 0
         with ThreadPoolExecutor(share_of_cores()) as pool:
             while at < len(self.images):
-                line = self._shard(f"{len(done):06d}{tars.ENDING}", at, pool, bar)
-                done, at = [*done, line], line.last
+                line = self._shard(f"{len(shards):06d}{tars.ENDING}", at, pool, bar)
+                shards, at = [*shards, line], line.last
                 self._note(line)
-        self._finish(done)
-        return done
+        self._finish(shards)
+        return shards
 
-    def _begun(self) -> list[_Done]:
+    def _earlier_shards(self) -> list[_PackedShard]:
         """What an earlier pack of the same images did. Lines count up to the first whose shard is not there."""
         path, head = self.out / DONE, self._head()
         if not path.exists():
@@ -106,10 +106,10 @@ class Packing:
         lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
         if not lines or lines[0] != head:
             raise UsageError(f"{self.out} holds a pack of other images, or with other flags: give --out another name")
-        done = itertools.takewhile(self._is_there, (_Done(**line) for line in lines[1:]))
-        kept = [each._replace(left_out=[(file, reason) for file, reason in each.left_out]) for each in done]
-        atomic.write_text(path, "".join(json.dumps(line) + "\n" for line in (head, *(e._asdict() for e in kept))))
-        return kept
+        shards = itertools.takewhile(self._is_there, (_PackedShard(**line) for line in lines[1:]))
+        rows = [each._replace(left_out=[(file, reason) for file, reason in each.left_out]) for each in shards]
+        atomic.write_text(path, "".join(json.dumps(line) + "\n" for line in (head, *(e._asdict() for e in rows))))
+        return rows
 
     def _head(self) -> dict[str, Any]:
         whole = hashlib.sha256()
@@ -118,17 +118,17 @@ class Packing:
         names = ("shard_mb", "shorter_side", "quality")
         return {"images": whole.hexdigest()} | {name: getattr(self.options, name) for name in names}
 
-    def _is_there(self, line: _Done) -> bool:
+    def _is_there(self, line: _PackedShard) -> bool:
         path = self.out / line.shard
         return path.is_file() and path.stat().st_size == line.bytes and (self.out / piece_name(line.shard)).is_file()
 
-    def _note(self, line: _Done) -> None:
+    def _note(self, line: _PackedShard) -> None:
         with (self.out / DONE).open("a") as file:
             file.write(json.dumps(line._asdict()) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
-    def _shard(self, name: str, first: int, pool: ThreadPoolExecutor, bar: Bar) -> _Done:
+    def _shard(self, name: str, first: int, pool: ThreadPoolExecutor, bar: Bar) -> _PackedShard:
         """Write one shard, which begins with image `first`, and read it again."""
         left_out: list[tuple[str, str]] = []
         path = self.out / name
@@ -139,7 +139,7 @@ class Packing:
         if piece.left_out or len(piece.records) != last - first - len(left_out):
             raise DataError(f"{path}: read again, it does not hold what was written: {piece.left_out[:1]}")
         pieces.save(self.out / piece_name(name), piece, digest, self.options.max_pixels)
-        return _Done(name, last, path.stat().st_size, digest, left_out)
+        return _PackedShard(name, last, path.stat().st_size, digest, left_out)
 
     def _fill(
         self, file: BinaryIO, first: int, pool: ThreadPoolExecutor, left_out: list[tuple[str, str]], bar: Bar
@@ -180,13 +180,13 @@ class Packing:
             return data.tobytes()
         return resized(data.tobytes(), side, self.options.quality)
 
-    def _finish(self, done: list[_Done]) -> None:
-        left_out = [*self.images.rejected, *(row for line in done for row in line.left_out)]
+    def _finish(self, shards: list[_PackedShard]) -> None:
+        left_out = [*self.images.rejected, *(row for line in shards for row in line.left_out)]
         lines = (json.dumps({"file": file, "reason": reason}) + "\n" for file, reason in left_out)
         atomic.write_text(self.out / LEFT_OUT, "".join(lines))
         if self.images.classes:
             atomic.write_text(self.out / CLASSES, "".join(f"{name}\n" for name in self.images.classes))
-        write_index(self.out, [Shard(line.shard, line.bytes, line.digest, line.digest) for line in done])
+        write_index(self.out, [Shard(line.shard, line.bytes, line.digest, line.digest) for line in shards])
 
 
 def member_names(images: Manifest) -> list[str]:
@@ -222,9 +222,9 @@ def resized(data: bytes, side: int, quality: int) -> bytes | str:
             image.draft("RGB", (2 * side, 2 * side))  # a JPEG is decoded at a half, a quarter or an eighth
             whole = image.convert("RGB")
         size = (max(side, round(width * scale)), max(side, round(height * scale)))
-        made = io.BytesIO()
-        whole.resize(size, Image.Resampling.LANCZOS).save(made, "JPEG", quality=quality)
-        return made.getvalue()
+        jpeg = io.BytesIO()
+        whole.resize(size, Image.Resampling.LANCZOS).save(jpeg, "JPEG", quality=quality)
+        return jpeg.getvalue()
     except Exception:  # damage comes out of Pillow as errors of many kinds
         return "damaged: cannot be decoded"
 

@@ -105,8 +105,8 @@ class RemoteShards:
         if self.cache is None or not self.whole:
             return
         with self._lock:
-            wanted, before = set(names), self._asked
-            self._asked = wanted
+            names_ahead, before = set(names), self._asked
+            self._asked = names_ahead
             self._ahead = self._ahead or ThreadPoolExecutor(AHEAD, thread_name_prefix="fastmoco-shards")
             for name in names:
                 if name not in before:
@@ -183,8 +183,8 @@ class RemoteShards:
             raise DataError(f"{self.root}: no {ENDING} files there", exit_code=2)
         unknown = [name for name, facts in answer.items() if facts.get("size") is None]
         with ThreadPoolExecutor(LOOKERS) as pool:
-            asked = dict(zip(unknown, pool.map(self._asked_for, unknown), strict=True))
-        return [asked.get(name) or Shard(name, int(facts["size"]), _stamp(facts)) for name, facts in answer.items()]
+            answers = dict(zip(unknown, pool.map(self._asked_for, unknown), strict=True))
+        return [answers.get(name) or Shard(name, int(facts["size"]), _stamp(facts)) for name, facts in answer.items()]
 
     def _names(self) -> dict[str, dict[str, Any]]:
         """What a list of the folder tells of each shard, by name."""
@@ -212,7 +212,7 @@ def _stamp(facts: dict[str, Any]) -> str:
 
 def _filesystem(url: str) -> tuple[Any, str]:
     scheme = url.split("://", 1)[0]
-    wanted = BACKENDS.get(scheme, scheme)
+    package = BACKENDS.get(scheme, scheme)
     try:
         import fsspec
 
@@ -225,7 +225,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
             }
         return fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
     except (ImportError, ValueError) as error:
-        what = f"{scheme}:// needs fsspec and {wanted}: pip install 'fastmoco[remote]'"
+        what = f"{scheme}:// needs fsspec and {package}: pip install 'fastmoco[remote]'"
         raise DataError(f"{what} ({error})", exit_code=2) from None
 
 

@@ -149,8 +149,8 @@ def _remarks(part: dict[str, Any]) -> list[str]:
 
 
 def _passed(counts: dict[str, int]) -> list[str]:
-    told = ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items()))
-    return [f"  passed    {told}: neither images nor classes"] if told else []
+    kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items()))
+    return [f"  passed    {kinds}: neither images nor classes"] if kinds else []
 
 
 def _rejections(left_out: list[dict[str, str]]) -> list[str]:

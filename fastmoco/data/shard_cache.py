@@ -94,14 +94,14 @@ class ShardCache:
         # runs that come together do not use the same room.
         with _locked(self.folder / LOCK):
             files = self._files()
-            taken = sum(each for _, each, _ in files)
+            total = sum(each for _, each, _ in files)
             for _, each, name in files:
-                if taken + size <= self.limit and not name.endswith(PART):
+                if total + size <= self.limit and not name.endswith(PART):
                     continue
                 if name.endswith(PART) and name != key + PART and self._is_fetched(name):
                     continue
                 (self.folder / name).unlink(missing_ok=True)
-                taken -= each
+                total -= each
             with (self.folder / (key + PART)).open("wb") as file:
                 file.truncate(size)
 

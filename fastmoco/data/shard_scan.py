@@ -31,8 +31,8 @@ DECODED = " decoded"  # behind the stamp of a shard whose images were decoded
 
 def concerns(options: DataScan, path: str) -> bool:
     """Whether a scan goes by shards: behind a URL, with an index, or where the flags say so."""
-    asked = options.shards is not None or options.sample or options.index is not None
-    return bool(asked or as_url(path) or indexed(path))
+    by_shards = options.shards is not None or options.sample or options.index is not None
+    return bool(by_shards or as_url(path) or indexed(path))
 
 
 def facts(options: DataScan, path: str, progress: Progress) -> dict[str, Any]:
@@ -44,17 +44,17 @@ def facts(options: DataScan, path: str, progress: Progress) -> dict[str, Any]:
     if source is None:
         raise DataError(f"{path}: is no set of shards alone, which --shards, --sample and --index want", exit_code=2)
     shards = source.shards()
-    chosen = _chosen(shards, options)
-    shard_set.build(source, chosen, options.max_pixels, progress, index=options.index)
+    part = _selection(shards, options)
+    shard_set.build(source, part, options.max_pixels, progress, index=options.index)
     if options.full:
-        chosen = _decoded(source, chosen, options, progress)
-    if options.index is not None and len(chosen) == len(shards):
-        write_index(options.index, chosen)
-    facts = _joined(shard_set.piece(source, shard, options.max_pixels) for shard in chosen)
-    return {"root": source.root, "archives": len(chosen), "of": len(shards), "decoded": options.full, **facts}
+        part = _decoded(source, part, options, progress)
+    if options.index is not None and len(part) == len(shards):
+        write_index(options.index, part)
+    facts = _totals(shard_set.piece(source, shard, options.max_pixels) for shard in part)
+    return {"root": source.root, "archives": len(part), "of": len(shards), "decoded": options.full, **facts}
 
 
-def _chosen(shards: list[Shard], options: DataScan) -> list[Shard]:
+def _selection(shards: list[Shard], options: DataScan) -> list[Shard]:
     if options.shards is not None:
         first, last = options.shards
         if not 0 <= first < last <= len(shards):
@@ -70,8 +70,8 @@ def _decoded(source: Source, shards: Sequence[Shard], options: DataScan, progres
     """The shards again, each with a piece that leaves out what cannot be decoded."""
     rows = [shard._replace(stamp=shard.stamp + DECODED) for shard in shards]
     remember = options.value_range == DataScan.value_range
-    known = [shard_set.known(source, row, options.max_pixels, options.index) if remember else None for row in rows]
-    missing = [i for i, each in enumerate(known) if each is None]
+    earlier = [shard_set.known(source, row, options.max_pixels, options.index) if remember else None for row in rows]
+    missing = [i for i, each in enumerate(earlier) if each is None]
     for at in range(0, len(missing), TOGETHER):
         some = missing[at : at + TOGETHER]
         parts = [shard_set.piece(source, shards[i], options.max_pixels) for i in some]
@@ -112,11 +112,11 @@ def _without(part: Piece, reasons: list[str], spans: np.ndarray) -> Piece:
     return pieces.made(records[good], [names[i] for i in good], labels, left_out, Counter(part.facts) + narrow)
 
 
-def _joined(parts: Iterator[Piece]) -> dict[str, Any]:
+def _totals(parts: Iterator[Piece]) -> dict[str, Any]:
     """Facts of all pieces together; DataError where they hold no image."""
     sides = np.zeros((2, LARGEST_SIDE + 1), np.int64)
     classes: Counter[str] = Counter()
-    counted: Counter[str] = Counter()
+    totals: Counter[str] = Counter()
     first: list[str] = []
     left_out: list[dict[str, str]] = []
     images = size = unlabelled = 0
@@ -130,24 +130,24 @@ def _joined(parts: Iterator[Piece]) -> dict[str, Any]:
         unlabelled += int((labels < 0).sum())
         numbers = np.bincount(labels[labels >= 0], minlength=len(part.classes)).tolist()
         classes.update(dict(zip(part.classes, numbers, strict=True)))
-        counted.update(part.facts)
+        totals.update(part.facts)
         if len(first) < 3:
             first += cache.unpack(part.names)[: 3 - len(first)]
         left_out += [{"file": file, "reason": reason} for file, reason in part.left_out]
     if not images:
         raise DataError(f"no images in the shards ({len(left_out)} members left out)", exit_code=2)
-    told = {} if unlabelled or len(classes) < 2 else {name: classes[name] for name in sorted(classes, key=natural)}
-    passed = {name.removeprefix(pieces.PASSED): n for name, n in counted.items() if name.startswith(pieces.PASSED)}
+    in_order = {name: classes[name] for name in sorted(classes, key=natural)}
+    passed = {name.removeprefix(pieces.PASSED): n for name, n in totals.items() if name.startswith(pieces.PASSED)}
     return {
         "images": images,
         "bytes": size,
         "first": first,
-        "classes": told,
+        "classes": {} if unlabelled or len(classes) < 2 else in_order,
         "height": _quantiles(sides[0]),
         "width": _quantiles(sides[1]),
-        "transparent": counted["transparent"],
-        "one_colour": {"images": counted["one_colour"], "first": None},
-        "small_range": {"images": counted["small_range"], "first": None},
+        "transparent": totals["transparent"],
+        "one_colour": {"images": totals["one_colour"], "first": None},
+        "small_range": {"images": totals["small_range"], "first": None},
         "passed_over": passed,
         "left_out": left_out,
     }

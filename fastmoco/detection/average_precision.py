@@ -50,11 +50,11 @@ def evaluate(
     """
     table = np.full((len(THRESHOLDS), classes), np.nan)
     for label in range(classes):
-        marks, wanted = _matched(truth, detections, label)
-        if wanted:
-            table[:, label] = [100 * _precision(right, wrong, wanted, eleven_points) for right, wrong in marks]
-    seen = ~np.isnan(table).all(0)
-    means = table[:, seen].mean(1) if seen.any() else np.zeros(len(THRESHOLDS))
+        marks, objects = _matched(truth, detections, label)
+        if objects:
+            table[:, label] = [100 * _precision(right, wrong, objects, eleven_points) for right, wrong in marks]
+    present = ~np.isnan(table).all(0)
+    means = table[:, present].mean(1) if present.any() else np.zeros(len(THRESHOLDS))
     per_class = [None if np.isnan(value) else float(value) for value in table[0]]
     ap75 = float(means[THRESHOLDS.index(75)])
     return {"AP": float(means.mean()), "AP50": float(means[0]), "AP75": ap75, "AP50_per_class": per_class}
@@ -96,13 +96,13 @@ def _matched(
     marks = []
     for percent in THRESHOLDS:
         right, wrong = np.zeros(len(rows)), np.zeros(len(rows))
-        taken = [np.zeros(len(each), bool) for each in boxes]
+        claimed = [np.zeros(len(each), bool) for each in boxes]
         for row, ((_, image, _), (overlap, which)) in enumerate(zip(rows, best, strict=True)):
             if overlap <= percent / 100:
                 wrong[row] = 1
             elif not difficult[image][which]:
-                right[row], wrong[row] = not taken[image][which], taken[image][which]
-                taken[image][which] = True
+                right[row], wrong[row] = not claimed[image][which], claimed[image][which]
+                claimed[image][which] = True
         marks.append((right, wrong))
     return marks, int(sum((~each).sum() for each in difficult))
 
@@ -114,7 +114,7 @@ def _best(box: np.ndarray, boxes: np.ndarray) -> tuple[float, int]:
     return float(shared.max()), int(shared.argmax())
 
 
-def _precision(right: np.ndarray, wrong: np.ndarray, wanted: int, eleven_points: bool) -> float:
+def _precision(right: np.ndarray, wrong: np.ndarray, objects: int, eleven_points: bool) -> float:
     hits, misses = right.cumsum(), wrong.cumsum()
     precision = hits / np.maximum(hits + misses, np.finfo(np.float64).eps)
-    return average_precision(hits / wanted, precision, eleven_points)
+    return average_precision(hits / objects, precision, eleven_points)

@@ -52,9 +52,9 @@ def run(options: EvaluateDetection) -> int:
     with Parallel.start(options.device, timedelta(seconds=options.timeout_seconds)) as parallel:
         options, out = _places(options, parallel)
         work = _prepare(options, out, parallel)
-        with stop_on_signal() as asked:
+        with stop_on_signal() as request:
             began = time.perf_counter()
-            if _train(work, asked):
+            if _train(work, request):
                 if parallel.is_main:
                     note_saved()
                     print(f"stopped after step {work.trainer.step}: go on with --resume --out {out}")
@@ -118,21 +118,24 @@ def _prepare(options: EvaluateDetection, out: Path, parallel: Parallel) -> Work:
     return Work(options, out, parallel, model, trainer, training, test, facts)
 
 
-def _train(work: Work, asked: StopRequest) -> bool:
+def _train(work: Work, request: StopRequest) -> bool:
     """Train to the end, or until asked to stop; a checkpoint is written either way. Returns whether asked."""
     options, trainer, vote = work.options, work.trainer, Vote(work.parallel, every=1)
     log = Lines(work.out / LOG, print) if work.parallel.is_main else None
     with tqdm(total=options.iterations, initial=trainer.step, unit="step", disable=_hidden(work)) as bar:
 
-        def after(said: dict[str, float]) -> bool:
+        def after(figures: dict[str, float]) -> bool:
             bar.update()
-            step = int(said["step"])
+            step = int(figures["step"])
             if log is not None and (step % options.log_every == 0 or step == options.iterations):
-                log.append(said)
-                bar.set_postfix_str(f"loss {said['loss']:.3f}")
+                log.append(figures)
+                bar.set_postfix_str(f"loss {figures['loss']:.3f}")
                 if bar.disable:
-                    print(f"step {step}/{options.iterations}  loss {said['loss']:.3f}  lr {said['lr']:.2e}", flush=True)
-            (stop,) = vote.cast(bool(asked))
+                    print(
+                        f"step {step}/{options.iterations}  loss {figures['loss']:.3f}  lr {figures['lr']:.2e}",
+                        flush=True,
+                    )
+            (stop,) = vote.cast(bool(request))
             if step % options.save_every == 0 or step == options.iterations or stop:
                 _save(work)
             return stop
@@ -168,9 +171,9 @@ def _judge(work: Work, seconds: float) -> None:
         return
     atomic.write_json(work.out / FIGURES, {**work.facts, "seconds": seconds, **results})
     draw_detections(work.out / PICTURES, work.test.pictures, detections, work.training.classes)
-    shown = "".join(f"{name} {results[name]:.2f}  " for name in ("AP", "AP50", "AP75"))
+    figures = "".join(f"{name} {results[name]:.2f}  " for name in ("AP", "AP50", "AP75"))
     extra = f"(on the training images AP50 {results['on_training']['AP50']:.2f}) " if "on_training" in results else ""
-    print(f"{shown}{extra}by {results['metric']}; see {work.out / FIGURES} and {PICTURES}")
+    print(f"{figures}{extra}by {results['metric']}; see {work.out / FIGURES} and {PICTURES}")
 
 
 def _score(part: voc.Set, detections: list[Detections], classes: int) -> dict[str, Any]:

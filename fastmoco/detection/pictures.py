@@ -22,8 +22,8 @@ def draw_detections(
     path: Path, pictures: Sequence[Picture], detections: Sequence[Detections], classes: list[str]
 ) -> None:
     """Write images from all over the set, objects in white and sure detections in colours with class and score."""
-    chosen = np.unique(np.linspace(0, len(pictures) - 1, min(SHOWN, len(pictures))).astype(int)).tolist()
-    tiles = [_drawn(pictures[index], detections[index], classes) for index in chosen]
+    indices = np.unique(np.linspace(0, len(pictures) - 1, min(SHOWN, len(pictures))).astype(int)).tolist()
+    tiles = [_drawn(pictures[index], detections[index], classes) for index in indices]
     rows = -(-len(tiles) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, rows * (SIDE + GAP) + GAP), "white")
     for number, tile in enumerate(tiles):

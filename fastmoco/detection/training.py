@@ -143,10 +143,10 @@ class Trainer:
             loss.backward()
             self.optimizer.step()
             self.step += 1
-            said = {"step": self.step, "loss": loss.item(), "lr": rate}
-            if not math.isfinite(said["loss"]):
-                raise FloatingPointError(f"the loss became {said['loss']} in step {self.step}")
-            if after(said | {name: value.item() for name, value in losses.items()}):
+            figures = {"step": self.step, "loss": loss.item(), "lr": rate}
+            if not math.isfinite(figures["loss"]):
+                raise FloatingPointError(f"the loss became {figures['loss']} in step {self.step}")
+            if after(figures | {name: value.item() for name, value in losses.items()}):
                 return True
         return False
 
@@ -187,8 +187,8 @@ class Trainer:
         share = self.plan.batch_size // self.parallel.world
         mine = slice(self.parallel.rank * share, (self.parallel.rank + 1) * share)
         order = [self.plan.draw(step, len(self.origins))[mine] for step in steps]
-        for images, targets in _loaded(self.origins, order, self.threads):
-            yield _moved(images, targets, self.parallel.device)
+        for images, targets in _loader(self.origins, order, self.threads):
+            yield _on_device(images, targets, self.parallel.device)
 
 
 def detect(model: nn.Module, pictures: list[Picture], parallel: Parallel, threads: int) -> list[Detections]:
@@ -198,10 +198,10 @@ def detect(model: nn.Module, pictures: list[Picture], parallel: Parallel, thread
     detections: dict[int, Detections] = {}
     with torch.no_grad():
         for index, (images, _) in zip(
-            mine, _loaded(Shown(pictures), [[(i, False)] for i in mine], threads), strict=True
+            mine, _loader(Shown(pictures), [[(i, False)] for i in mine], threads), strict=True
         ):
-            (said,) = model([image.to(parallel.device) for image in images])
-            boxes, labels, scores = (said[name].cpu().numpy() for name in ("boxes", "labels", "scores"))
+            (answer,) = model([image.to(parallel.device) for image in images])
+            boxes, labels, scores = (answer[name].cpu().numpy() for name in ("boxes", "labels", "scores"))
             # Back to pixels counted from 1, as the reference program's files have them.
             detections[index] = Detections(boxes + np.array([1, 1, 0, 0], np.float32), labels - 1, scores)
     for part in parallel.gather_objects(detections):
@@ -209,21 +209,21 @@ def detect(model: nn.Module, pictures: list[Picture], parallel: Parallel, thread
     return [detections[index] for index in range(len(pictures))]
 
 
-def _loaded(shown: Shown, order: list[list[tuple[int, bool]]], threads: int) -> Iterator[Any]:
+def _loader(pictures: Shown, order: list[list[tuple[int, bool]]], threads: int) -> Iterator[Any]:
     loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
-        shown,
+        pictures,
         batch_sampler=order,
         num_workers=threads,
-        collate_fn=_listed,
+        collate_fn=_collate,
     )
     return iter(loader)
 
 
-def _listed(batch: list[tuple[Tensor, Mapping[str, Tensor]]]) -> Any:
+def _collate(batch: list[tuple[Tensor, Mapping[str, Tensor]]]) -> Any:
     return [image for image, _ in batch], [target for _, target in batch]
 
 
-def _moved(images: list[Tensor], targets: list[dict[str, Tensor]], device: torch.device) -> Batch:
+def _on_device(images: list[Tensor], targets: list[dict[str, Tensor]], device: torch.device) -> Batch:
     return (
         [image.to(device) for image in images],
         [{name: value.to(device) for name, value in target.items()} for target in targets],

@@ -55,20 +55,20 @@ def read_set(root: Path, parts: Sequence[tuple[int, str]], classes: Sequence[str
     present = [(year, part) for year, part in parts if list_of(root, year, part).is_file()]
     if not present:
         raise DataError(f"{list_of(root, *parts[0])}: no such list: --data names a folder in the layout of VOCdevkit")
-    read = [(name, year) for year, part in present for name in _names(list_of(root, year, part))]
-    if not read:
+    entries = [(name, year) for year, part in present for name in _names(list_of(root, year, part))]
+    if not entries:
         raise DataError(f"{list_of(root, *present[0])}: names no images")
-    annotations = [_annotation(root / f"VOC{year}/Annotations/{name}.xml") for name, year in read]
+    annotations = [_annotation(root / f"VOC{year}/Annotations/{name}.xml") for name, year in entries]
     in_files = sorted({name for each in annotations for name in each.names})
-    known = list(classes) or (CLASSES_OF_VOC if set(in_files) <= set(CLASSES_OF_VOC) else in_files)
-    unknown = sorted(set(in_files) - set(known))
+    names = list(classes) or (CLASSES_OF_VOC if set(in_files) <= set(CLASSES_OF_VOC) else in_files)
+    unknown = sorted(set(in_files) - set(names))
     if unknown:
-        raise DataError(f"{root}: class {unknown[0]!r} is not among the {len(known)} classes of the training part")
+        raise DataError(f"{root}: class {unknown[0]!r} is not among the {len(names)} classes of the training part")
     pictures = [
-        Picture(_image(root / f"VOC{year}/JPEGImages", name), _objects(each, known))
-        for (name, year), each in zip(read, annotations, strict=True)
+        Picture(_image(root / f"VOC{year}/JPEGImages", name), _objects(each, names))
+        for (name, year), each in zip(entries, annotations, strict=True)
     ]
-    return Set(pictures, known, max(year for year, _ in present))
+    return Set(pictures, names, max(year for year, _ in present))
 
 
 def training_set(root: Path) -> Set:

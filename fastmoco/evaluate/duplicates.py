@@ -57,19 +57,19 @@ def run(options: Duplicates) -> None:
         "threshold_from": "measured" if options.threshold is None else "given",
         "usual_similarity_of_the_nearest": usual,
         "share_of_pairs_found": pairs.recall,
-        "groups": _described(bank.images, families, pairs),
+        "groups": _as_json(bank.images, families, pairs),
     }
     atomic.write_json(out / "duplicates.json", facts)
-    shown = [[Tile(bank.images, i) for i in group[:COLUMNS_SHOWN]] for group in families[:ROWS_SHOWN]]
-    if shown:
-        draw_sheet(out / "duplicates.png", shown, Reading.of(source.recipe))
+    sheet = [[Tile(bank.images, i) for i in group[:COLUMNS_SHOWN]] for group in families[:ROWS_SHOWN]]
+    if sheet:
+        draw_sheet(out / "duplicates.png", sheet, Reading.of(source.recipe))
     more = sum(map(len, families)) - len(families)
     if options.keep is not None:
         _write_list(options.keep, bank.images, families)
     print(
         f"{len(families)} groups of near-duplicates among {len(rows)} images, {more} images more than groups; "
         f"similarity at least {threshold:.3f} ({facts['threshold_from']}), usual for the nearest other image "
-        f"{usual:.3f}; see {out / 'duplicates'}.json" + (" and .png" if shown else "")
+        f"{usual:.3f}; see {out / 'duplicates'}.json" + (" and .png" if sheet else "")
     )
     for line in _doubts(threshold, usual, more, len(rows), pairs):
         print(line)
@@ -80,10 +80,10 @@ def measured_threshold(source: Source, bank: Index, mean: Tensor) -> float:
 
     Measured on up to SAMPLE images. Raises DataError if none of them can be altered.
     """
-    chosen = _sample(len(bank.images))
+    sample = _sample(len(bank.images))
     with tempfile.TemporaryDirectory() as folder:
-        kept = [i for i in chosen.tolist() if _altered(bank.images, i, Path(folder), Reading.of(source.recipe))]
-        if not kept:
+        usable = [i for i in sample.tolist() if _altered(bank.images, i, Path(folder), Reading.of(source.recipe))]
+        if not usable:
             raise DataError(f"{bank.images.root}: none of the images can be altered: give --threshold")
         altered = index(source, manifest.scan(folder, cache=False))
     names = [int(Path(path).stem) for path in altered.images.paths]
@@ -108,7 +108,7 @@ def _sample(count: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(SAMPLE, count)).astype(np.int64))
 
 
-def _described(images: Manifest, families: list[list[int]], pairs: Pairs) -> list[dict[str, Any]]:
+def _as_json(images: Manifest, families: list[list[int]], pairs: Pairs) -> list[dict[str, Any]]:
     number = {index: place for place, group in enumerate(families) for index in group}
     weakest: dict[int, float] = {}
     for one, alike in zip(pairs.first.tolist(), pairs.similarity.tolist(), strict=True):

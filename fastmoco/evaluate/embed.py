@@ -94,9 +94,9 @@ def embed(
             progress=bar.update,
         )
     good = origins.cpu().numpy() == np.arange(len(images))
-    kept = order[good[order]]
-    left_out = len(images.rejected) + len(order) - len(kept)
-    return Embedding(rows.cpu().numpy()[kept], images.take(kept), left_out)
+    good_rows = order[good[order]]
+    left_out = len(images.rejected) + len(order) - len(good_rows)
+    return Embedding(rows.cpu().numpy()[good_rows], images.take(good_rows), left_out)
 
 
 def run(options: Embed) -> None:
@@ -137,9 +137,9 @@ def _found(data: Place | Sequence[Place], max_pixels: int) -> tuple[Manifest, np
     if not names or any("\n" in name for name in names):
         raise DataError(f"{len(names)} paths of images: name at least one, without line breaks", exit_code=2)
     with tempfile.TemporaryDirectory() as folder:
-        listed = Path(folder, "images.txt")
-        listed.write_bytes(os.fsencode("\n".join(dict.fromkeys(names))))
-        images = manifest.scan(listed, max_pixels=max_pixels, cache=False)
+        table = Path(folder, "images.txt")
+        table.write_bytes(os.fsencode("\n".join(dict.fromkeys(names))))
+        images = manifest.scan(table, max_pixels=max_pixels, cache=False)
     indices = [images.find(name) for name in names]
     return images, np.array([index for index in indices if index is not None], np.int64)
 

@@ -84,11 +84,11 @@ def representatives(places: np.ndarray) -> dict[tuple[int, int], int]:
     """For each cell of the plane that holds images, by column and row from below, the image nearest to its middle."""
     cells = np.minimum((places * CELLS).astype(np.int64), CELLS - 1)
     distance = ((places - (cells + 0.5) / CELLS) ** 2).sum(1)
-    chosen: dict[tuple[int, int], int] = {}
+    nearest: dict[tuple[int, int], int] = {}
     for index in np.argsort(distance, kind="stable").tolist():
         column, row = cells[index].tolist()
-        chosen.setdefault((column, row), index)
-    return chosen
+        nearest.setdefault((column, row), index)
+    return nearest
 
 
 def _pasted(images: Manifest, places: np.ndarray, reading: Reading) -> Image.Image:

@@ -101,8 +101,8 @@ class Masters:
             if isinstance(each, nn.Conv2d):
                 each.to(work)
         self.pairs = [
-            (value, value if value.dtype == kept.dtype else nn.Parameter(kept))
-            for value, kept in zip(values, before, strict=True)
+            (value, value if value.dtype == master.dtype else nn.Parameter(master))
+            for value, master in zip(values, before, strict=True)
             if value.requires_grad
         ]
 
@@ -200,13 +200,13 @@ class Tuning:
         if not len(held) or len(fitted) < 2 * self.parallel.world:
             return Choice(protocol.lr)
         short = protocol.fitting(len(fitted), self.parallel.world, 1, max(1, protocol.epochs // TRIAL))
-        tried = []
+        trials = []
         for lr in RATES:
             probe = self.fit(train.take(fitted), train.take(held), short._replace(lr=lr), looks=1)
             loss = probe.curve[-1]["loss"]
-            tried.append(Tried(lr, probe.scores.top1, loss if math.isfinite(loss) else None))
-        best = max(tried, key=lambda each: (each.top1, -math.inf if each.loss is None else -each.loss))
-        return Choice(best.lr, len(fitted), len(held), tried)
+            trials.append(Tried(lr, probe.scores.top1, loss if math.isfinite(loss) else None))
+        best = max(trials, key=lambda each: (each.top1, -math.inf if each.loss is None else -each.loss))
+        return Choice(best.lr, len(fitted), len(held), trials)
 
     def weights(self) -> dict[str, Tensor]:
         """The backbone as it is now, in fp32, by torchvision's names."""
@@ -233,9 +233,9 @@ class Tuning:
         with Loader(train, plan, self.parallel, range(steps), self.loading, quarantine) as loader:
             for batch in loader:
                 warn_of_bad(quarantine)
-                crops, drawn = batch.query_crops, batch.query_parameters
+                crops, parameters = batch.query_crops, batch.query_parameters
                 origins = quarantine.replace(batch.step, batch.sample)
-                views = photometric(crops, drawn, colours.mean, colours.std, dtype=dtype)
+                views = photometric(crops, parameters, colours.mean, colours.std, dtype=dtype)
                 yield views, labels[torch.from_numpy(origins).to(labels.device)]
 
     def _judge(self, val: Manifest, classifier: nn.Linear) -> Scores:
@@ -268,8 +268,8 @@ def run(options: EvaluateFinetune) -> None:
         train, val = both_sides(options.run, options.data, options.val, options.labels, recipe.max_pixels)
         whole = len(train)
         train = listed(train, options.subset) if options.subset else share_of(train, options.fraction)
-        given = Protocol(RATES[0] if options.lr == "auto" else options.lr, options.lr_head, seed=options.seed)
-        protocol = given._replace(batch_size=options.batch_size).fitting(
+        base = Protocol(RATES[0] if options.lr == "auto" else options.lr, options.lr_head, seed=options.seed)
+        protocol = base._replace(batch_size=options.batch_size).fitting(
             len(train), parallel.world, len(train) / whole, options.epochs
         )
         loading = Loading(threads=options.threads or None)
@@ -311,8 +311,8 @@ def run(options: EvaluateFinetune) -> None:
 def _numbers(options: EvaluateFinetune, parallel: Parallel) -> torch.dtype:
     device = parallel.device
     able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    wanted = ("bf16" if able else "fp32") if options.precision == "auto" else options.precision
-    return torch.bfloat16 if wanted == "bf16" else torch.float32
+    precision = ("bf16" if able else "fp32") if options.precision == "auto" else options.precision
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def name_of(options: EvaluateFinetune) -> str:

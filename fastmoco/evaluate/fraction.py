@@ -26,9 +26,9 @@ def share_of(images: Manifest, fraction: float) -> Manifest:
     keys = [hashlib.sha256(os.fsencode(os.path.basename(path))).digest() for path in images.paths]
     order = np.array(sorted(range(len(images)), key=lambda i: (labels[i], keys[i], images.paths[i])), np.int64)
     _, first, row, counts = np.unique(labels[order], return_index=True, return_inverse=True, return_counts=True)
-    wanted = np.maximum(1, np.floor(counts * fraction + 0.5).astype(np.int64))
-    kept = np.arange(len(order)) - first[row] < wanted[row]
-    return images.take(np.sort(order[kept]))
+    quota = np.maximum(1, np.floor(counts * fraction + 0.5).astype(np.int64))
+    in_quota = np.arange(len(order)) - first[row] < quota[row]
+    return images.take(np.sort(order[in_quota]))
 
 
 def listed(images: Manifest, table: Path) -> Manifest:
@@ -40,7 +40,7 @@ def listed(images: Manifest, table: Path) -> Manifest:
         names = set(table.read_text(encoding="utf-8").split())
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{table} cannot be read ({error}): use a text file with one file name a line") from error
-    kept = [i for i, path in enumerate(images.paths) if path in names or os.path.basename(path) in names]
-    if not kept:
+    rows = [i for i, path in enumerate(images.paths) if path in names or os.path.basename(path) in names]
+    if not rows:
         raise DataError(f"{table} lists none of the {len(images)} images in {images.root}, as {images.paths[0]}")
-    return images.take(np.array(kept, np.int64))
+    return images.take(np.array(rows, np.int64))

@@ -51,18 +51,18 @@ def scan_of(run: Path, data: Path | None, max_pixels: int) -> Manifest:
     return manifest.scan(manifest.split(source)[0], max_pixels=max_pixels)
 
 
-def index(source: Source, images: Manifest, kept: Path | None = None) -> Index:
-    """Features of `images`: from the file `kept` where it holds those of these images and weights, or computed.
+def index(source: Source, images: Manifest, store: Path | None = None) -> Index:
+    """Features of `images`: from the file `store` where it holds those of these images and weights, or computed.
 
     What was computed replaces the file, unless it is larger than MOST_BYTES.
     """
     key = _key(source, images)
-    content = cache.load(kept) if kept else None
+    content = cache.load(store) if store else None
     if content is not None and content["key"].tobytes() == key:
         rows, good = torch.from_numpy(content["features"]), content["good"]
         return Index(images.take(good), rows.to(source.parallel.device))
     with tqdm(total=len(images), unit="image", disable=None) as bar:
-        rows, shown = encode(
+        rows, origins = encode(
             source.encoder,
             images,
             source.recipe,
@@ -71,10 +71,10 @@ def index(source: Source, images: Manifest, kept: Path | None = None) -> Index:
             loading=source.loading,
             progress=bar.update,
         )
-    good = np.flatnonzero(shown.cpu().numpy() == np.arange(len(images)))
+    good = np.flatnonzero(origins.cpu().numpy() == np.arange(len(images)))
     rows = rows[torch.from_numpy(good).to(rows.device)]
-    if kept and rows.numel() * 4 <= MOST_BYTES:
-        cache.save(kept, key=np.frombuffer(key, np.uint8), features=rows.cpu().numpy(), good=good)
+    if store and rows.numel() * 4 <= MOST_BYTES:
+        cache.save(store, key=np.frombuffer(key, np.uint8), features=rows.cpu().numpy(), good=good)
     return Index(images.take(good), rows)
 
 

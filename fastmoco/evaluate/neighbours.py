@@ -64,8 +64,8 @@ def _nearest(bank: Tensor, queries: Tensor, k: int) -> Neighbours:
         best, rows = part.topk(min(k, part.shape[1]), dim=1)
         if index.shape[1]:
             best, rows = torch.cat([similarity, best], 1), torch.cat([index, rows + first], 1)
-            best, chosen = best.topk(min(k, best.shape[1]), dim=1)
-            rows = rows.gather(1, chosen)
+            best, order = best.topk(min(k, best.shape[1]), dim=1)
+            rows = rows.gather(1, order)
         similarity, index = best, rows
     return Neighbours(similarity, index)
 
@@ -148,14 +148,14 @@ def _pairs_by_faiss(faiss, features: Tensor, threshold: float) -> Pairs:
     alike = (there >= 0) & (there != here) & (similarity >= threshold)
     pairs = np.stack([np.minimum(here, there), np.maximum(here, there)])[:, alike]
     _check_count(pairs.shape[1], threshold)
-    both, kept = np.unique(pairs, axis=1, return_index=True)
-    return _sorted(both[0], both[1], similarity[alike][kept], _recall(features, both, threshold))
+    both, first = np.unique(pairs, axis=1, return_index=True)
+    return _sorted(both[0], both[1], similarity[alike][first], _recall(features, both, threshold))
 
 
 def _recall(features: Tensor, pairs: np.ndarray, threshold: float) -> float:
     """Share of the pairs of a sample of images that are among those found."""
     sample = np.sort(np.random.RandomState(1).permutation(len(features))[:RECALL_SAMPLE])
-    known = set(map(tuple, pairs.T.tolist()))
+    known_pairs = set(map(tuple, pairs.T.tolist()))
     hits = total = 0
     for start in range(0, len(features), BANK_ROWS):
         similarity = features[torch.from_numpy(sample)] @ features[start : start + BANK_ROWS].T
@@ -163,5 +163,5 @@ def _recall(features: Tensor, pairs: np.ndarray, threshold: float) -> float:
             one, other = int(sample[row]), column + start
             if one != other:
                 total += 1
-                hits += (min(one, other), max(one, other)) in known
+                hits += (min(one, other), max(one, other)) in known_pairs
     return hits / total if total else 1.0

@@ -40,24 +40,27 @@ def run(options: Search) -> None:
     source, step = open_run(options.run, options, options.untrained)
     queries = given(options.images, source.recipe.max_pixels)
     bank = indexed(source, options, "untrained-" if options.untrained else "")
-    wanted = index(source, queries)
-    if len(wanted.images) < len(queries):
-        lost = sorted(set(queries.paths) - set(wanted.images.paths))[0]
+    query_index = index(source, queries)
+    if len(query_index.images) < len(queries):
+        lost = sorted(set(queries.paths) - set(query_index.images.paths))[0]
         raise UsageError(f"{lost}: cannot be decoded: leave it out")
     rows, mean = centred(bank.features)
-    near = nearest(rows, centred(wanted.features, mean)[0], options.k + 1)
-    neighbours = [_neighbours(wanted.images.path(i), bank.images, near, i, options.k) for i in range(len(queries))]
+    near = nearest(rows, centred(query_index.features, mean)[0], options.k + 1)
+    neighbours = [_neighbours(query_index.images.path(i), bank.images, near, i, options.k) for i in range(len(queries))]
     out = options.out or options.run
     name = figures_name("search", options.untrained)
     facts = {"run": str(options.run), "step": step, "features": options.features, "data": bank.images.root}
     lines: list[dict[str, Any]] = [
-        {"image": wanted.images.path(i), "neighbours": [_named(bank.images, *one) for one in each]}
+        {"image": query_index.images.path(i), "neighbours": [_named(bank.images, *one) for one in each]}
         for i, each in enumerate(neighbours)
     ]
     out.mkdir(parents=True, exist_ok=True)
     atomic.write_json(out / f"{name}.json", {**facts, "images": len(bank.images), "queries": lines})
     sheet = [
-        [Tile(wanted.images, i), *(Tile(bank.images, at, f"{alike:.2f}") for at, alike in each[: COLUMNS_SHOWN - 1])]
+        [
+            Tile(query_index.images, i),
+            *(Tile(bank.images, at, f"{alike:.2f}") for at, alike in each[: COLUMNS_SHOWN - 1]),
+        ]
         for i, each in enumerate(neighbours[:ROWS_SHOWN])
     ]
     draw_sheet(out / f"{name}.png", sheet, Reading.of(source.recipe))

@@ -66,8 +66,8 @@ def inner_network(names: Iterable[str]) -> dict[str, str]:
         starts = [name.removesuffix(first) for name in present if name.endswith(first)]
         starts = [start for start in starts if start + second in present and (not start or start.endswith("."))]
         if starts:
-            chosen = min(starts, key=lambda start: (any(word in start for word in AVERAGES), starts.index(start)))
-            rest = {name: name.removeprefix(chosen) for name in present if name.startswith(chosen)}
+            prefix = min(starts, key=lambda start: (any(word in start for word in AVERAGES), starts.index(start)))
+            rest = {name: name.removeprefix(prefix) for name in present if name.startswith(prefix)}
             return {_renamed(inner, stages): name for name, inner in rest.items()}
     return {}
 

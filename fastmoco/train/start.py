@@ -18,15 +18,15 @@ def start_from(step: Step, source: Path) -> None:
     if it is another network than the recipe's, and what `load` raises.
     """
     encoder = load(source, device="cpu")
-    given = {name: value for name, value in encoder.state_dict().items() if not name.startswith("fc.")}
+    weights = {name: value for name, value in encoder.state_dict().items() if not name.startswith("fc.")}
     state = step.state()
-    wanted = backbone(without(QUERY, state))
-    unlike = [name for name in wanted if name not in given or given[name].shape != state[QUERY + name].shape]
-    if unlike or set(given) - set(wanted):
+    names = backbone(without(QUERY, state))
+    unlike = [name for name in names if name not in weights or weights[name].shape != state[QUERY + name].shape]
+    if unlike or set(weights) - set(names):
         theirs = encoder.recipe
         raise UsageError(
             f"--start-from {source} is a {theirs.arch} of width {theirs.width:g} with the {theirs.stem} stem: give "
             f"--arch {theirs.arch} --width {theirs.width:g} --stem {theirs.stem}"
         )
     sides = [side for side in (QUERY, KEY) if any(name.startswith(side) for name in state)]
-    step.load(state | {side + name: given[name].to(state[side + name]) for side in sides for name in wanted})
+    step.load(state | {side + name: weights[name].to(state[side + name]) for side in sides for name in names})
