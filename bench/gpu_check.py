@@ -216,7 +216,7 @@ def _not_run(part: Part, verdict: str) -> Outcome:
 
 
 def _run_command(command: Sequence[str], limit: float, log: Path) -> str | None:
-    """The verdict on `command`, or None where it took longer than `limit` seconds."""
+    """The verdict on `command`, or None if it took longer than `limit` seconds."""
     # A session of its own is a process group of its own, so that what the part has started can be ended with it.
     how = {"cwd": ROOT, "start_new_session": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with log.open("wb") as file:

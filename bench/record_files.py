@@ -122,7 +122,7 @@ class Row:
 
     @property
     def share(self) -> float | None:
-        """Share of the physical bound that was reached; None where the row has no bound.
+        """Share of the physical bound that was reached; None if the row has no bound.
 
         Above 1 where the machine was slower when its bound was measured, or where a cache held the data.
         """
@@ -234,7 +234,7 @@ def page(records: Sequence[Record]) -> str:
 
 
 def between_markers(text: str, inner: str) -> str:
-    """`text` with `inner` between its two benchmark markers; ValueError if it has none."""
+    """`text` with `inner` between its two benchmark markers; raises ValueError if it has none."""
     pattern = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.S)
     if not pattern.search(text):
         raise ValueError("the text has no <!-- bench --> ... <!-- /bench --> markers to write between")

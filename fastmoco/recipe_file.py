@@ -35,7 +35,7 @@ class RecipeFile(NamedTuple):
 
 
 def read(path: Path) -> RecipeFile:
-    """A recipe file, or that of a run where `path` is its folder; RecipeError if it is damaged or says the unknown."""
+    """A recipe file, or that of the run `path`; raises RecipeError if it is damaged or says the unknown."""
     file = path / RUN_FILE if path.is_dir() else path
     try:
         text = file.read_text(encoding="utf-8")
@@ -60,7 +60,7 @@ def read(path: Path) -> RecipeFile:
 
 
 def preset_of(path: Path) -> str:
-    """The preset that a file starts from; RecipeError where it names none."""
+    """The preset that a file starts from; raises RecipeError if it names none."""
     preset = read(path).preset
     if preset is None:
         raise RecipeError(f'{path} names no preset: give one before --recipe, or write preset = "v2" at its top')

@@ -346,7 +346,7 @@ def photometric(
 
 
 def inverse(permutation: Tensor) -> Tensor:
-    """Where each row comes from, if row i goes to permutation[i]; raises ValueError where that is no permutation."""
+    """Where each row comes from, if row i goes to permutation[i]; raises ValueError if that is no permutation."""
     source = torch.argsort(permutation)
     if not torch.equal(permutation[source], torch.arange(len(source), device=source.device)):
         raise ValueError(f"rows must hold each of 0 to {len(source) - 1} once, not {permutation.tolist()}")

@@ -22,7 +22,7 @@ _handles = itertools.count()
 
 
 def table_of(handle: int) -> TensorTable:
-    """The table that carries this handle; KeyError if it is gone, for instance under a graph that outlived it."""
+    """The table that carries this handle; raises KeyError if it is gone, as under a graph that outlived it."""
     return _tables[handle]
 
 

@@ -58,7 +58,7 @@ class Dictionary(ABC):
     """The contract. The methods are called once a step, in this order; none reads back to the host."""
 
     encoder_k: Encoder | None = None
-    """The encoder of the keys that the momentum update moves; None where keys come from elsewhere."""
+    """The encoder of the keys that the momentum update moves; None if keys come from elsewhere."""
 
     @abstractmethod
     def start_keys(self, batch: Batch) -> Keys:

@@ -20,7 +20,7 @@ def folder() -> Path:
 
 
 def load(path: Path | BinaryIO) -> dict[str, np.ndarray] | None:
-    """The arrays of a file, or None where it is missing or damaged."""
+    """The arrays of a file, or None if it is missing or damaged."""
     try:
         with np.load(path, allow_pickle=False) as data:
             return {name: data[name] for name in data.files}
@@ -36,7 +36,7 @@ def save(path: Path, **arrays: np.ndarray) -> None:
 
 
 def write(path: Path, **arrays: np.ndarray) -> None:
-    """Replace a file, whole or not at all; OSError if that fails."""
+    """Replace a file, whole or not at all; raises OSError if that fails."""
     with atomic.replacing(path) as draft, draft.open("wb") as file:  # NumPy adds .npz to a name
         np.savez(file, **arrays)  # type: ignore[arg-type]
 

@@ -59,7 +59,7 @@ class Manifest:
     sizes: np.ndarray
     """int32 [n, 2]: height and width as stored, EXIF orientation ignored."""
     labels: np.ndarray | None = None
-    """int64 [n]: class of each image, or None where the source tells of no classes."""
+    """int64 [n]: class of each image, or None if the source tells of no classes."""
     classes: list[str] = field(default_factory=list)
     """Names of the classes."""
     rejected: list[tuple[str, str]] = field(default_factory=list)
@@ -101,7 +101,7 @@ class Manifest:
         return index if index < len(self.paths) and self.paths[index] == path else None
 
     def read(self, index: int) -> np.ndarray:
-        """The encoded bytes of an image, uint8 [size]; OSError where the file cannot be read."""
+        """The encoded bytes of an image, uint8 [size]; raises OSError if the file cannot be read."""
         number, offset, size = (-1, 0, -1) if self.places is None else self.places[index].tolist()
         if number < 0:
             with open(self.path(index), "rb", buffering=0) as file:
@@ -113,7 +113,7 @@ class Manifest:
 
     @cached_property
     def shards(self) -> ShardRows | None:
-        """Which images each archive holds, in its order; None where some image is in none."""
+        """Which images each archive holds, in its order; None if some image is in none."""
         if self.places is None or (self.places[:, 0] < 0).any():
             return None
         counts = np.bincount(self.places[:, 0], minlength=len(self.archives))
@@ -152,7 +152,7 @@ class Manifest:
             return False
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write what `load` needs, and prints of a few images; OSError where it cannot be written."""
+        """Write what `load` needs, and prints of a few images; raises OSError if it cannot be written."""
         optional = {"labels": self.labels, "places": self.places}
         few = [index for index in self._few() if self._is_readable(index)]
         optional["printed"] = np.array(few, np.int64)
@@ -175,7 +175,7 @@ class Manifest:
 
     @classmethod
     def load(cls, path: str | os.PathLike, source: str | os.PathLike, fetching: Fetching = Fetching()) -> Manifest:
-        """A saved manifest of `source`, which may have been moved; DataError where the file is damaged."""
+        """A saved manifest of `source`, which may have been moved; raises DataError if the file is damaged."""
         data = array_cache.load(Path(path))
         if data is None:
             raise DataError(f"{path} is missing or damaged: restore it, or start another run")
@@ -239,7 +239,7 @@ class ShardManifest(Manifest):
 
     @classmethod
     def opened(cls, reader: Source, data: dict[str, np.ndarray]) -> ShardManifest:
-        """From what `save` wrote; DataError where the shards hold other images now."""
+        """From what `save` wrote; raises DataError if the shards hold other images now."""
         shards, max_pixels = _shards_from(data), int(data["max_pixels"])
         table = shard_set.table_of(reader, shards, max_pixels)
         if table.digest != array_cache.unpack(data["table"])[0]:
@@ -342,7 +342,7 @@ def scan(
     progress: Progress | None = None,
     fetching: Fetching = Fetching(),
 ) -> Manifest:
-    """Manifest of a folder, a tar or a text list; DataError where nothing in it can be used.
+    """Manifest of a folder, a tar or a text list; raises DataError if nothing in it can be used.
 
     In a folder of sub-folders only, the first level names the classes (as torchvision's ImageFolder has it); a single
     class tells nothing and counts as none. A line of a list is a path, relative to the list, or path, tab, class. A

@@ -19,7 +19,7 @@ LARGEST = 2**32 - 1  # bytes of an image that a record can hold
 
 
 def read(path: str, shown: str, max_pixels: int) -> Piece:
-    """The images of a local tar that messages call `shown`, their headers read; DataError if it is no sound tar."""
+    """Headers of the images in a local tar, which messages call `shown`; raises DataError if it is no sound tar."""
     try:
         members = tars.contents(path)
     except DataError as error:
@@ -59,7 +59,7 @@ def made(
 
 
 def save(path: Path, piece: Piece, stamp: str, max_pixels: int) -> None:
-    """Keep a piece as the file `path`; OSError if that fails."""
+    """Keep a piece as the file `path`; raises OSError if that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = [[row[i] for row in piece.left_out] for i in (0, 1)]
     cache.write(
@@ -76,7 +76,7 @@ def save(path: Path, piece: Piece, stamp: str, max_pixels: int) -> None:
 
 
 def load(path: Path | BinaryIO, stamp: str, max_pixels: int) -> Piece | None:
-    """The piece that was kept for a shard of this stamp; None where there is none, or another."""
+    """The piece that was kept for a shard of this stamp; None if there is none, or another."""
     data = cache.load(path)
     if data is None or "state" not in data or not np.array_equal(data["state"], _state(stamp, max_pixels)):
         return None

@@ -340,7 +340,7 @@ def _faults(build: Callable[[_Feed], DaliPipeline], feed: _Feed, error: RuntimeE
 
 
 def _find_by_halves(part: Part, positions: list[int]) -> int | None:
-    # The position that a CPU fails at, where DALI's error names none; None where it fails at none.
+    # The position that a CPU fails at, where DALI's error names none; None if it fails at none.
     if not _cpu_fails_at(part, positions):
         return None
     while len(positions) > 1:

@@ -68,14 +68,14 @@ class RemoteShards:
         self.known |= {shard.name: shard for shard in shards}
 
     def small_file(self, name: str) -> bytes | None:
-        """A small file beside the shards; None where there is none."""
+        """A small file beside the shards; None if there is none."""
         try:
             return self._try(name, lambda: self._fs.cat_file(f"{self._path}/{name}"))
         except FileNotFoundError:
             return None
 
     def read(self, name: str, offset: int, size: int) -> np.ndarray:
-        """Bytes of a shard, from the cache or from the server; DataError where the server fails for too long."""
+        """Bytes of a shard, from the cache or from the server; raises DataError if the server fails for too long."""
         shard = self.known.get(name)
         if self.cache is not None and shard is not None:
             data = self.cache.read(self._key(shard), shard.bytes, offset, size)

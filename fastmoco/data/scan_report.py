@@ -78,7 +78,7 @@ def facts(images: Manifest, full: bool) -> dict[str, Any]:
 
 
 def _narrow(images: Manifest, above: int, most: int) -> dict[str, Any]:
-    # How many images span so many levels, and the first of them; None where they were not decoded.
+    # How many images span so many levels, and the first of them; None if they were not decoded.
     if images.spans is None:
         return {"images": None, "first": None}
     rows = np.flatnonzero((images.spans.astype(int) > above) & (images.spans <= most))

@@ -23,13 +23,13 @@ PART, LOCK = ".part", ".lock"
 
 
 class ShardCache:
-    """Files of `folder`, of `limit` bytes together at most; DataError if a single one is larger."""
+    """Files of `folder`, of `limit` bytes together at most; raises DataError if a single one is larger."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
 
     def read(self, key: str, size: int, offset: int, count: int) -> np.ndarray | None:
-        """Bytes of a kept shard of `size` bytes, uint8 [count]; None where it is not there."""
+        """Bytes of a kept shard of `size` bytes, uint8 [count]; None if it is not there."""
         try:
             if os.stat(self.folder / key).st_size != size:
                 return None

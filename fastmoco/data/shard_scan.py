@@ -38,7 +38,7 @@ def concerns(options: DataScan, path: str) -> bool:
 def facts(options: DataScan, path: str, progress: Progress) -> dict[str, Any]:
     """What the shards hold, as JSON-ready data; the index is written where --index asks for it.
 
-    DataError where the source is no set of shards; UsageError if a range names none.
+    Raises DataError if the source is no set of shards, UsageError if a range names none.
     """
     source = shard_set.source_of(path, Fetching(options.cache_gb, options.cache_dir, options.retry_seconds))
     if source is None:
@@ -113,7 +113,7 @@ def _without(part: Piece, reasons: list[str], spans: np.ndarray) -> Piece:
 
 
 def _totals(parts: Iterator[Piece]) -> dict[str, Any]:
-    """Facts of all pieces together; DataError where they hold no image."""
+    """Facts of all pieces together; raises DataError if they hold no image."""
     sides = np.zeros((2, LARGEST_SIDE + 1), np.int64)
     classes: Counter[str] = Counter()
     totals: Counter[str] = Counter()

@@ -36,7 +36,7 @@ def is_large(archives: Sequence[str]) -> bool:
 def source_of(path: str, fetching: Fetching = Fetching()) -> Source | None:
     """The shards at `path`, a URL, a folder of archives alone, one of them, or a list; None if other images are there.
 
-    DataError where there is nothing.
+    Raises DataError if there is nothing.
     """
     url = as_url(path)
     if url:
@@ -52,7 +52,7 @@ def source_of(path: str, fetching: Fetching = Fetching()) -> Source | None:
 def table_of(
     source: Source, shards: Sequence[Shard], max_pixels: int, progress: Progress | None = None, cached: bool = True
 ) -> ImageTable:
-    """The table of `shards`, from the user's cache folder, or made there; DataError where a shard is no sound tar.
+    """The table of `shards`, from the user's cache folder, or made there; raises DataError if a shard is no sound tar.
 
     One process of a machine makes it while the others wait. Without `cached` all shards are read.
     """
@@ -123,14 +123,14 @@ def known(source: Source, shard: Shard, max_pixels: int, index: Path | None = No
 
 
 def keep(source: Source, shard: Shard, piece: Piece, max_pixels: int, index: Path | None = None) -> None:
-    """Keep the piece of a shard here, and in the folder `index`; OSError where the disk refuses."""
+    """Keep the piece of a shard here, and in the folder `index`; raises OSError if the disk refuses."""
     pieces.save(_kept(source, shard), piece, shard.stamp, max_pixels)
     if index is not None:
         pieces.save(index / piece_name(shard.name), piece, shard.stamp, max_pixels)
 
 
 def piece(source: Source, shard: Shard, max_pixels: int) -> Piece:
-    """A piece that was built; DataError where it is gone meanwhile."""
+    """A piece that was built; raises DataError if it is gone meanwhile."""
     result = pieces.load(_kept(source, shard), shard.stamp, max_pixels)
     if result is None:
         raise DataError(f"{_kept(source, shard)} is gone or damaged: start again, and it is made again")

@@ -59,10 +59,10 @@ class Source(Protocol):
     """Whether an index beside the shards lists them; known once `shards` was called."""
 
     def shards(self) -> list[Shard]:
-        """All of them, sorted by name; DataError where they cannot be listed."""
+        """All of them, sorted by name; raises DataError if they cannot be listed."""
 
     def small_file(self, name: str) -> bytes | None:
-        """A small file below the root; None where there is none."""
+        """A small file below the root; None if there is none."""
 
     def read(self, name: str, offset: int, size: int) -> np.ndarray:
         """Bytes of a shard, uint8 [size]."""
@@ -114,7 +114,7 @@ def write_index(folder: Path, shards: Iterable[Shard]) -> None:
 
 
 def read_index(data: bytes, shown: str) -> list[Shard]:
-    """The shards that an index names; DataError if it is damaged or of another version."""
+    """The shards that an index names; raises DataError if it is damaged or of another version."""
     try:
         facts = json.loads(data)
         if facts["version"] != VERSION:
@@ -159,7 +159,7 @@ class LocalShards:
         return shards
 
     def small_file(self, name: str) -> bytes | None:
-        """A small file below the root; None where there is none."""
+        """A small file below the root; None if there is none."""
         try:
             return Path(self.root, name).read_bytes()
         except FileNotFoundError:

@@ -91,7 +91,7 @@ class Shown(torch.utils.data.Dataset):
 
 
 def read_image(path: Path) -> Tensor:
-    """An image file as float [3, H, W] from 0 to 1; DataError where it cannot be decoded."""
+    """An image file as float [3, H, W] from 0 to 1; raises DataError if it cannot be decoded."""
     try:
         with Image.open(path) as image:
             pixels = np.array(image.convert("RGB"))

@@ -49,7 +49,7 @@ class Annotation(NamedTuple):
 def read_set(root: Path, parts: Sequence[tuple[int, str]], classes: Sequence[str] = ()) -> Set:
     """The pictures of `parts`, as (2007, "trainval"), of those there are; classes are named by `classes`, or found.
 
-    Where all classes found are VOC's, they are VOC's twenty, in their order. Raises DataError where a file is missing
+    Where all classes found are VOC's, they are VOC's twenty, in their order. Raises DataError if a file is missing
     or damaged, no part is there, or a class is unknown.
     """
     present = [(year, part) for year, part in parts if list_of(root, year, part).is_file()]

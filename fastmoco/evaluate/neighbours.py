@@ -73,7 +73,7 @@ def _nearest(bank: Tensor, queries: Tensor, k: int) -> Neighbours:
 def pairs_above(features: Tensor, threshold: float) -> Pairs:
     """Pairs of the unit vectors `features` [n, F] whose similarity is at least `threshold`.
 
-    Raises UsageError where there are more than MOST_PAIRS: then the threshold tells nothing.
+    Raises UsageError if there are more than MOST_PAIRS: then the threshold tells nothing.
     """
     if len(features) > MANY and features.device.type == "cpu":
         faiss = _faiss()

@@ -17,7 +17,7 @@ class Scores(NamedTuple):
     top5: float
     """Percent of images whose class is among the five highest."""
     per_class: list[float | None]
-    """Top-1 of each class's images, in percent; None where there are none."""
+    """Top-1 of each class's images, in percent; None if there are none."""
     confusion: Tensor
     """int64 [C, C]: images of class row that were taken for class column."""
 

@@ -98,7 +98,7 @@ def save(
 
 
 def latest(run: Path, report: Callable[[str], None] | None = None) -> Path | None:
-    """Newest checkpoint of `run` that verifies, or None where the run has none yet.
+    """Newest checkpoint of `run` that verifies, or None if the run has none yet.
 
     Damaged ones on the way are renamed *.damaged and reported, stale drafts removed. Raises CheckpointError if there
     are checkpoints and none is good.
@@ -128,7 +128,7 @@ def steps(run: Path) -> list[Path]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None where every byte is as it was written."""
+    """What is wrong with a checkpoint, or None if every byte is as it was written."""
     try:
         text = (path / MANIFEST).read_text()
         manifest = json.loads(text)

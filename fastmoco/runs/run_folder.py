@@ -76,7 +76,7 @@ class Hold:
 
 
 def hold(run: Path) -> Hold | None:
-    """Lock a run against a second process that would write to it; None where the disk knows no locks.
+    """Lock a run against a second process that would write to it; None if the disk knows no locks.
 
     Raises UsageError if another process holds it.
     """

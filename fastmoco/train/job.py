@@ -81,7 +81,7 @@ class Job:
 
 
 def prepare(recipe: Recipe, options: Options, preset: str, parallel: Parallel) -> Job:
-    """Look at the images and settle everything; DataError on bad images, RecipeError if recipe and data do not fit."""
+    """Look at the images and settle everything; raises DataError for bad images, RecipeError if data do not fit."""
     train_set, val_set, notes = _images(options, recipe.max_pixels)
     final = recipe.for_images(len(train_set))
     notes += _queue_notes(recipe, final, len(train_set)) + _settings_notes(final, train_set, parallel)
@@ -92,7 +92,7 @@ def prepare(recipe: Recipe, options: Options, preset: str, parallel: Parallel) -
 
 
 def places(options: Options, preset: str, parallel: Parallel) -> Options:
-    """`options` with the folders that a demo brings itself; UsageError if one is missing, or RUN is another run's."""
+    """`options` with the folders that a demo brings itself; raises UsageError if one is missing or RUN is taken."""
     check_places(preset, options, parallel.is_main and not is_restart())
     return dataclasses.replace(
         options,
@@ -140,7 +140,7 @@ def _fetching(options: Options) -> Fetching:
 
 
 def _decide_fetching(images: Manifest, recipe: Recipe) -> list[str]:
-    """Whole shards where all their images will be wanted soon, and else ranges; UsageError if a window has no room."""
+    """Whole shards where a run soon wants all their images, else ranges; raises UsageError if a window has no room."""
     source = images.source
     if not isinstance(source, RemoteShards):
         return []
@@ -158,7 +158,7 @@ def _decide_fetching(images: Manifest, recipe: Recipe) -> list[str]:
 
 
 def _after_move(images: Manifest) -> list[str]:
-    """Lines about a run's images that are elsewhere now; DataError if they are not there, or are others."""
+    """Lines about a run's images that are elsewhere now; raises DataError if they are not there, or are others."""
     reason = images.absence()
     if reason:
         raise DataError(f"{reason}: {BRING_BACK}")

@@ -47,7 +47,7 @@ class SaveError(ValueError):
 class Saver:
     """Writes checkpoints of `run` in the background, one at a time; memory for the copy is taken once and kept.
 
-    `report` gets one line where the disk refuses. `good` is the newest step known to be on disk, None where none is.
+    `report` gets one line where the disk refuses. `good` is the newest step known to be on disk, None if none is.
     """
 
     def __init__(
