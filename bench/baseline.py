@@ -71,7 +71,7 @@ class Bottleneck(nn.Module):
 
 
 class PlainResNet(nn.Module):
-    """ResNet with a projection head, from torch's own modules; ValueError on an architecture it does not know."""
+    """ResNet with a projection head, of torch's own modules; raises ValueError for an unknown architecture."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()

@@ -56,7 +56,7 @@ def compare(before: Sequence[Record], after: Sequence[Record], draws: int = 2000
 
 
 def report(a: str, before: Sequence[Record], b: str, after: Sequence[Record]) -> str:
-    """What `bench compare` prints of the files `a` and `b`; ValueError with what each holds where they share no row."""
+    """What `bench compare` prints of the files `a` and `b`; raises ValueError if they share no row."""
     changes = compare(before, after)
     if not changes:
         raise ValueError(

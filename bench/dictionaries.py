@@ -30,7 +30,7 @@ QUEUE = "queue"
 
 
 def forms(recipe: Recipe) -> dict[str, Recipe]:
-    """`recipe`, which has a queue, and what it is with another dictionary; ValueError if it has none."""
+    """`recipe`, which has a queue, and what it is with another dictionary; raises ValueError if it has none."""
     if recipe.dictionary != "queue":
         raise ValueError("dictionaries are compared at a recipe that has a queue: use --preset v1, v2, cifar or demo")
     fields: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Recipe)}

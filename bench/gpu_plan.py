@@ -124,7 +124,7 @@ def table(plan: Sequence[PlannedPart], rest: Sequence[Part], missing: Sequence[P
 def select(parts: Sequence[Part], only: str, skip: str) -> list[Part]:
     """The parts that `only` names, separated by commas (all where it is empty), without those that `skip` names.
 
-    UsageError, with the names that there are, where a word names none or nothing is left.
+    Raises UsageError, which lists the names, if a word names none of them or nothing is left.
     """
     names = {part.name for part in parts}
     keep, drop = (tuple(word.strip() for word in words.split(",") if word.strip()) for words in (only, skip))

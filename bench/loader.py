@@ -62,7 +62,7 @@ def run(
     skip: str = "",
     journal: Journal | None = None,
 ) -> list[Row]:
-    """Pairs a second and processor time of every loader with a word of `only` and none of `skip`; ValueError if none.
+    """Pairs a second and processor time of the loaders that `only` and `skip` leave; raises ValueError if none is left.
 
     The journal has the rows so far after every start of a loader. One that fails is noted there and costs its own rows.
 

@@ -165,7 +165,7 @@ def backward_work(convs: list[Conv], level: str, batch: int) -> list[Work]:
 def seconds_per_pair(
     convs: list[Conv], level: str, batch: int, flops: float, bandwidth: float, element_bytes: int = ACTIVATION_BYTES
 ) -> float:
-    """Least seconds for one image pair on a machine of so many flops and bytes a second; ValueError on the level."""
+    """Least seconds for one image pair at `flops` and `bandwidth` a second; raises ValueError for an unknown level."""
     if level not in LEVELS:
         raise ValueError(f"level is {level!r}: use one of {', '.join(LEVELS)}")
     query, key = (forward_work(convs, level, batch, keep) for keep in (True, False))

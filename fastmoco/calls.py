@@ -42,7 +42,7 @@ def pretrain(
     `stopped`, which is true where Ctrl-C or a signal ended the run early, saved: go on with `resume=True`.
 
     Raises TypeError if there is no such setting, UsageError or RecipeError if a value cannot work, before anything is
-    written; DataError if images are bad, CheckpointError if nothing can be resumed, NonFiniteError if training
+    written; raises DataError if images are bad, CheckpointError if nothing can be resumed, NonFiniteError if training
     diverged.
     """
     unknown = sorted(set(settings) - SETTINGS)

@@ -440,7 +440,7 @@ def check_places(preset: str, options: Options, is_main: bool = True) -> None:
 
 
 def require_new(path: Path) -> None:
-    """UsageError if there is something at the place that a command is to write; its folder is made."""
+    """Raise UsageError if there is something at the place that a command is to write; its folder is made."""
     if path.exists():
         raise UsageError(f"{path} exists: give --out another name, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -65,7 +65,7 @@ class _TrainBatchNormAct(torch.autograd.Function):
     """Grouped training batch norm of one or two inputs, summed, then ReLU, twice; also the moments of each group.
 
     The statistics and sums are torch's own, group by group; the rest is multiply-adds, in blocks that stay in the cache
-    from the first to the ReLU. So grouped statistics cost a CPU what torch's ungrouped ones do. The output is gradients
+    from the first to the ReLU. So grouped statistics cost a CPU what torch's ungrouped ones do. The output is given
     twice, for two readers, whose gradients backward adds as it masks them; of one reader the other gradient is None.
     """
 

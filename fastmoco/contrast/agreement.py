@@ -64,7 +64,7 @@ def bytes_digest(*parts: bytes) -> int:
 
 
 def compare(parallel: Parallel, facts: Mapping[str, Tensor | int]) -> None:
-    """DisagreementError, on every rank, where one of `facts` (int64 [] each) is not the same on all ranks.
+    """Raise DisagreementError on every rank if one of `facts` (int64 [] each) is not the same on all of them.
 
     The error names ranks that differ from most, or from the first where there is no majority. All ranks call it.
     """

@@ -70,8 +70,8 @@ class TorchUpdate:
 class ApexUpdate:
     """apex's FusedSGD on the fp32 masters, and `multi_tensor_axpby` for the average.
 
-    Both take numbers from the host, so each step waits for the device, and no CUDA graph can hold it. UsageError
-    where apex is not installed with its CUDA extensions.
+    Both take numbers from the host, so each step waits for the device, and no CUDA graph can hold it. Raises
+    UsageError if apex is not installed with its CUDA extensions.
     """
 
     def __init__(self, tensors: Tensors, recipe: Recipe) -> None:

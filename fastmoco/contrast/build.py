@@ -89,7 +89,7 @@ def build_dictionary(
 ) -> Dictionary:
     """The recipe's dictionary at its random start, drawn from the recipe's seed; keys start equal to queries.
 
-    A bank needs the number of `images`: ValueError without.
+    Raises ValueError if it is a bank and the number of `images` is not given.
     """
     if recipe.dictionary == "batch":
         return BatchDictionary(recipe, parallel, make_views)

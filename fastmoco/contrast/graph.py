@@ -96,8 +96,8 @@ def runner(
 ) -> Runner:
     """The call that trains one step: a CUDA graph's, captured with `make_batch()`, or `step.step` itself.
 
-    "auto" captures on a GPU, "on" only differs where that cannot be: UsageError on a CPU, and with apex's update, which
-    takes its learning rate from the host. Raises CaptureError if a capture fails: torch then keeps the graph's memory
+    "auto" captures on a GPU. "on" raises UsageError where that cannot be: on a CPU, and with apex's update, which takes
+    its learning rate from the host. Raises CaptureError if a capture fails: torch then keeps the graph's memory
     for good, and other ranks may have captured. An error of a step itself is raised as it is.
     """
     on_gpu, fixed = step.capture_stream is not None, update == "apex"

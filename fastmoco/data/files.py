@@ -109,7 +109,7 @@ def find_sources(source: str, label: str, rejected: Rejected) -> tuple[Files, li
 
 
 def with_members(files: Files, archives: list[str], rejected: Rejected) -> Files:
-    """`files` and what the archives hold, sorted by path; DataError if an archive is no sound tar."""
+    """`files` and what the archives hold, sorted by path; raises DataError if an archive is no sound tar."""
     for archive in archives:
         files.add_archive(archive, rejected)
     files.sort()

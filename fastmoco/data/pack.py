@@ -76,7 +76,7 @@ def _report(out: Path, images: Manifest, shards: list[_PackedShard]) -> None:
 
 
 class Packing:
-    """One set of images on its way into shards; UsageError if the folder holds something else."""
+    """One set of images on its way into shards; raises UsageError if the folder holds something else."""
 
     def __init__(self, images: Manifest, out: Path, options: DataPack) -> None:
         self.images, self.out, self.options = images, out, options

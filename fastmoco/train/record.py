@@ -25,7 +25,7 @@ SUMMARY = "summary.json"
 
 
 def write(job: Job, precision: str, step: int) -> None:
-    """Make RUN with recipe.json in it, or note there that the run goes on; UsageError if RUN is another run's."""
+    """Make RUN with recipe.json in it, or note there that the run goes on; raises UsageError if RUN is taken."""
     facts: dict[str, Any] = {
         "preset": job.preset,
         "recipe": job.recipe.as_dict(),
