@@ -34,7 +34,7 @@ SHORT_ROUNDS = dict.fromkeys(("loader", "train", "scaling"), comparison.FEWEST)
 def run(options: Bench) -> int:
     """`bench`: measure the subjects, print their tables, write the files asked for; 1 where something failed."""
     if options.model:
-        print(terminal.shown(traffic.table(dataclasses.replace(PRESETS[options.preset][1], **overrides(options)))))
+        print(terminal.lay_out(traffic.table(dataclasses.replace(PRESETS[options.preset][1], **overrides(options)))))
         return 0
     _check_outputs(options)
     device = Parallel.start(options.device).device
@@ -47,7 +47,7 @@ def run(options: Bench) -> int:
         keep = functools.partial(_keep, options, tuple(records))
         records.append(measure(subject, options, recipe, device, circumstances, keep))
         keep(records[-1])
-        print(terminal.shown(record_files.table(records[-1:])) + "\n", flush=True)
+        print(terminal.lay_out(record_files.table(records[-1:])) + "\n", flush=True)
     write(options, records)
     return int(any("failed" in item.environment for item in records))
 
@@ -96,7 +96,7 @@ def write(options: Bench, records: list[Record]) -> None:
 def compare(options: BenchCompare) -> None:
     """`bench compare A B`: print how each row that both files have moved; raises ValueError if there is none."""
     before, after = record_files.load(options.a), record_files.load(options.b)
-    print(terminal.shown(comparison.report(str(options.a), before, str(options.b), after)))
+    print(terminal.lay_out(comparison.report(str(options.a), before, str(options.b), after)))
 
 
 def write_pages(options: BenchReport) -> None:

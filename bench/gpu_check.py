@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 
@@ -203,7 +203,7 @@ def pack(archive: Path, outcomes: Sequence[Outcome], logs: Path) -> int:
 
 def exercise(device: torch.device) -> None:
     """Run every kernel once, forward and backward, at shapes small enough for a memory checker."""
-    small = {"arch": "resnet18", "batch_size": 32, "crop_size": 40, "queue_size": 1000}
+    small: dict[str, Any] = {"arch": "resnet18", "batch_size": 32, "crop_size": 40, "queue_size": 1000}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         size = Size(dataclasses.replace(PRESETS["v2"][1], **small), dtype)
         for cases in CASES.values():
@@ -218,7 +218,12 @@ def _not_run(part: Part, verdict: str) -> Outcome:
 def _run_command(command: Sequence[str], limit: float, log: Path) -> str | None:
     """The verdict on `command`, or None if it took longer than `limit` seconds."""
     # A session of its own is a process group of its own, so that what the part has started can be ended with it.
-    how = {"cwd": ROOT, "start_new_session": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    how: dict[str, Any] = {
+        "cwd": ROOT,
+        "start_new_session": True,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+    }
     with log.open("wb") as file:
         process = subprocess.Popen(command, **how)
         copier = threading.Thread(target=_copy_output, args=(process.stdout, file), daemon=True)
@@ -235,7 +240,7 @@ def _run_command(command: Sequence[str], limit: float, log: Path) -> str | None:
             copier.join(1)
 
 
-def _copy_output(output: BinaryIO, file: BinaryIO) -> None:
+def _copy_output(output: IO[bytes], file: IO[bytes]) -> None:
     with contextlib.suppress(ValueError):  # of a log that was closed: a process that left its group says more
         for line in output:
             file.write(line)

@@ -109,7 +109,7 @@ def run(preset: str, options: Profile) -> None:
         costs = costs_of_parts(step, machine)
         title = describe(preset, step, options)
     tables = [*table_of_parts(recording, costs, machine), "", *table_of_kernels(recording, options.rows)]
-    print(terminal.shown("\n".join([title, *pace(recording, recipe.batch_size), "", *tables, ""])))
+    print(terminal.lay_out("\n".join([title, *pace(recording, recipe.batch_size), "", *tables, ""])))
     if options.out is None:
         print("--out FOLDER keeps the trace and a picture of the step")
         return

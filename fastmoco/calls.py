@@ -54,7 +54,7 @@ def pretrain(
     environment.spin_briefly()
     with _in_words_of_python():
         preset, before = _started_from(recipe, Path(out) if out is not None and settings.get("resume") else None)
-        run = _parsed(preset, [*before, *flags])
+        run = _pretrain_flags(preset, [*before, *flags])
         check_places(preset, run.options)
         from fastmoco.train.loop import pretrain as train
 
@@ -88,7 +88,7 @@ def _started_from(recipe: str | os.PathLike | Recipe, resumed: Path | None) -> t
     return recipe_file.preset_of(Path(recipe)), [f"--recipe={os.fspath(recipe)}"]
 
 
-def _parsed(preset: str, words: list[str]) -> Any:
+def _pretrain_flags(preset: str, words: list[str]) -> Any:
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):

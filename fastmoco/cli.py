@@ -221,14 +221,14 @@ def pretrain_settings(preset: str, argv: Sequence[str]) -> Pretrain:
     name, file = f"pretrain {preset}", _recipe_of(argv)
     if file is not None:
         argv = [*_of_file(file, preset), *argv]  # of a flag that is there twice the last one counts
-    begun = PretrainFlags(recipe=_begun(PRESETS[preset][1], argv))
-    settings = _flags(PretrainFlags, name, argv, begun)
+    start = PretrainFlags(recipe=_starting_recipe(PRESETS[preset][1], argv))
+    settings = _flags(PretrainFlags, name, argv, start)
     if settings.options.resume or _goes_on(settings.options):
         settings = _resume(preset, argv, settings)
     return Pretrain(preset, settings.recipe, settings.options)
 
 
-def _begun(recipe: Recipe, argv: Sequence[str]) -> Recipe:
+def _starting_recipe(recipe: Recipe, argv: Sequence[str]) -> Recipe:
     # What the preset says of its dictionary is nothing that somebody asked of another one.
     values = [after for flag, after in itertools.pairwise([*argv, ""]) if flag == "--dictionary"]
     values += [flag.partition("=")[2] for flag in argv if flag.startswith("--dictionary=")]

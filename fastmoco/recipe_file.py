@@ -42,7 +42,7 @@ def read(path: Path) -> RecipeFile:
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not a text"
         raise RecipeError(f"{file}: {why}: give a run, its recipe.json, or a TOML file") from error
-    data = _parsed(file, text)
+    data = _parse(file, text)
     preset = data.pop("preset", None)
     if preset is not None and preset not in PRESETS and "recipe" not in data:
         raise RecipeError(f"{file}: there is no preset {preset!r}: use one of {', '.join(PRESETS)}")
@@ -91,7 +91,7 @@ def toml(preset: str) -> str:
     return "\n".join(lines + [f"{name} = {json.dumps(value)}" for name, value in flat(recipe.as_dict()).items()])
 
 
-def _parsed(file: Path, text: str) -> dict[str, Any]:
+def _parse(file: Path, text: str) -> dict[str, Any]:
     if sys.version_info >= (3, 11):
         import tomllib
     else:

@@ -13,13 +13,13 @@ GAP = "  "
 LEAST = 6  # columns that a cell keeps
 
 
-def shown(markdown: str, stream: TextIO | None = None) -> str:
-    """The text for `stream` (stdout): as it is for a file or a pipe, fitted to a terminal's width for people."""
+def lay_out(markdown: str, stream: TextIO | None = None) -> str:
+    """The text for `stream` (stdout): as it is for a file or a pipe, fit to a terminal's width for people."""
     stream = stream or sys.stdout
-    return fitted(markdown, shutil.get_terminal_size().columns) if stream.isatty() else markdown
+    return fit(markdown, shutil.get_terminal_size().columns) if stream.isatty() else markdown
 
 
-def fitted(markdown: str, width: int) -> str:
+def fit(markdown: str, width: int) -> str:
     """The text in lines of at most `width` characters, as far as there is room for LEAST characters a cell."""
     lines: list[str] = []
     for is_table, group in groupby(markdown.splitlines(), lambda line: line.startswith("|")):

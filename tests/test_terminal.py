@@ -18,24 +18,24 @@ Below the table."""
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
 def test_no_line_is_wider_than_the_terminal_and_no_word_is_lost(width):
-    text = terminal.fitted(WIDE, width)
+    text = terminal.fit(WIDE, width)
     assert max(map(len, text.splitlines())) <= width and "|" not in text
     letters, found = (sorted(each.translate(str.maketrans("", "", "|:- \n"))) for each in (WIDE, text))
     assert letters == found
 
 
 def test_columns_line_up():
-    header, rule, first, second = terminal.fitted("| a | b |\n|---|---:|\n| x | 1 |\n| yy | 22 |", 80).splitlines()
+    header, rule, first, second = terminal.fit("| a | b |\n|---|---:|\n| x | 1 |\n| yy | 22 |", 80).splitlines()
     assert (header, rule, first, second) == ("a    b", "--  --", "x    1", "yy  22")
 
 
 def test_a_pipe_gets_markdown_and_a_terminal_does_not(monkeypatch):
     pipe = io.StringIO()
-    assert terminal.shown(WIDE, pipe) == WIDE
+    assert terminal.lay_out(WIDE, pipe) == WIDE
     monkeypatch.setattr(pipe, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "80")
-    assert terminal.shown(WIDE, pipe) == terminal.fitted(WIDE, 80)
+    assert terminal.lay_out(WIDE, pipe) == terminal.fit(WIDE, 80)
 
 
 def test_a_terminal_of_a_few_columns_ends():
-    assert terminal.fitted(WIDE, 1)
+    assert terminal.fit(WIDE, 1)

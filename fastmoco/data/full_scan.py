@@ -13,9 +13,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
 from fastmoco.data.manifest import CheckResult, Manifest
 from fastmoco.data.rewrite import Reading
@@ -39,7 +39,12 @@ def decode_apart(images: Manifest, threads: int | None = None, reading: Reading 
     with tempfile.TemporaryDirectory() as folder:
         manifest_file = Path(folder, "images.npz")
         images.save(manifest_file)
-        settings = {"images": str(manifest_file), "root": images.root, "threads": threads, "reading": reading}
+        settings: dict[str, Any] = {
+            "images": str(manifest_file),
+            "root": images.root,
+            "threads": threads,
+            "reading": reading,
+        }
         count, total, alone = 0, len(images), False
         while count < total:
             share = _Share(count, min(count + UNDER_WAY, total) if alone else total, alone)
@@ -50,7 +55,7 @@ def decode_apart(images: Manifest, threads: int | None = None, reading: Reading 
                 count += 1
 
 
-def _by_child(settings: dict, stderr: Path) -> Iterator[CheckResult]:
+def _by_child(settings: dict[str, Any], stderr: Path) -> Generator[CheckResult, None, tuple[int, str]]:
     """What a child says of its share; returns the first image that it did not come to, and how it died, or ""."""
     count, last = settings["share"][:2]
     command = [*CHILD, json.dumps(settings)]
@@ -58,6 +63,7 @@ def _by_child(settings: dict, stderr: Path) -> Iterator[CheckResult]:
         stderr.open("w+b") as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, bufsize=0) as child,
     ):
+        assert child.stdout is not None
         try:
             for line in _lines(child.stdout):
                 yield CheckResult(*json.loads(line))
@@ -86,7 +92,7 @@ def _has_ended(child: subprocess.Popen) -> bool:
     return True
 
 
-def _lines(stdout: object) -> Iterator[bytes]:
+def _lines(stdout: IO[bytes]) -> Iterator[bytes]:
     """Whole lines, until the other end closes or is silent for too long."""
     rest = b""
     while select.select([stdout], [], [], PATIENCE)[0] and (data := os.read(stdout.fileno(), 1 << 16)):

@@ -74,8 +74,8 @@ class Bytes(NamedTuple):
 def probe(path: str, start: int = 0, size: int | None = None, max_pixels: int = Recipe.max_pixels) -> Header:
     """The header of an image file, or of the `size` bytes in it from `start` on; its reason says what is wrong."""
     try:
-        with open(path, "rb", buffering=0) as file:
-            file = file.fileno()
+        with open(path, "rb", buffering=0) as stream:
+            file = stream.fileno()
             size = os.fstat(file).st_size - start if size is None else size
             head = os.pread(file, min(HEAD_BYTES, size), start)
             tail = head[-12:] if size <= len(head) else os.pread(file, 12, start + size - 12)

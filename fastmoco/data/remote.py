@@ -57,9 +57,9 @@ class RemoteShards:
 
     def shards(self) -> list[Shard]:
         """Name, size and stamp of each; from `shards.json` where the set has one."""
-        shards = self._indexed()
+        shards = self._from_index()
         self.indexed = bool(shards)
-        shards = shards or self._listed()
+        shards = shards or self._from_list()
         self.known = {shard.name: shard for shard in shards}
         return shards
 
@@ -82,14 +82,14 @@ class RemoteShards:
             if data is not None:
                 return data
             if self.whole:
-                return self.cache.read_from(self._fetched(shard), offset, size)
+                return self.cache.read_from(self._path_of(shard), offset, size)
         return np.frombuffer(self._range(name, offset, size), np.uint8)
 
     @contextmanager
     def local(self, shard: Shard) -> Iterator[str]:
         """The shard in the cache, or in a file that lasts as long as the context."""
         if self.cache is not None and shard.bytes <= self.cache.limit:
-            yield str(self._fetched(shard))
+            yield str(self._path_of(shard))
             return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "shard.tar")
@@ -121,13 +121,13 @@ class RemoteShards:
 
     def _fetch_quietly(self, name: str) -> None:
         with suppress(Exception):  # who wants it will say so
-            self._fetched(self.known[name])
+            self._path_of(self.known[name])
 
     def _key(self, shard: Shard) -> str:
         text = f"{self.root}/{shard.name}\n{shard.bytes}\n{shard.stamp}"
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
 
-    def _fetched(self, shard: Shard) -> Path:
+    def _path_of(self, shard: Shard) -> Path:
         assert self.cache is not None
         return self.cache.get(self._key(shard), shard.bytes, lambda file: self._download(shard, file))
 
@@ -171,13 +171,13 @@ class RemoteShards:
             time.sleep(wait * (0.5 + os.urandom(1)[0] / 256))
             wait = min(2 * wait, LONGEST_WAIT)
 
-    def _indexed(self) -> list[Shard]:
+    def _from_index(self) -> list[Shard]:
         if self._named:
             return []
         data = self.small_file(INDEX)
         return [] if data is None else read_index(data, f"{self.root}/{INDEX}")
 
-    def _listed(self) -> list[Shard]:
+    def _from_list(self) -> list[Shard]:
         answer: dict[str, dict[str, Any]] = {name: {} for name in self._named} or self._try("", self._names)
         if not answer:
             raise DataError(f"{self.root}: no {ENDING} files there", exit_code=2)

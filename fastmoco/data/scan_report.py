@@ -128,7 +128,7 @@ def _lines(title: str, part: dict[str, Any]) -> list[str]:
         ),
         f"  checked   {how}, {part['seconds']:.1f} s",
         *_remarks(part),
-        *_passed(part["passed_over"]),
+        *_kinds_passed_over(part["passed_over"]),
         f"  left out  {len(part['left_out'])}",
         *_rejections(part["left_out"]),
     ]
@@ -148,7 +148,7 @@ def _remarks(part: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _passed(counts: dict[str, int]) -> list[str]:
+def _kinds_passed_over(counts: dict[str, int]) -> list[str]:
     kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items()))
     return [f"  passed    {kinds}: neither images nor classes"] if kinds else []
 

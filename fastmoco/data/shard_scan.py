@@ -47,7 +47,7 @@ def facts(options: DataScan, path: str, progress: Progress) -> dict[str, Any]:
     part = _selection(shards, options)
     shard_set.build(source, part, options.max_pixels, progress, index=options.index)
     if options.full:
-        part = _decoded(source, part, options, progress)
+        part = _without_undecodable(source, part, options, progress)
     if options.index is not None and len(part) == len(shards):
         write_index(options.index, part)
     facts = _totals(shard_set.piece(source, shard, options.max_pixels) for shard in part)
@@ -66,7 +66,7 @@ def _selection(shards: list[Shard], options: DataScan) -> list[Shard]:
     return shards
 
 
-def _decoded(source: Source, shards: Sequence[Shard], options: DataScan, progress: Progress) -> list[Shard]:
+def _without_undecodable(source: Source, shards: Sequence[Shard], options: DataScan, progress: Progress) -> list[Shard]:
     """The shards again, each with a piece that leaves out what cannot be decoded."""
     rows = [shard._replace(stamp=shard.stamp + DECODED) for shard in shards]
     remember = options.value_range == DataScan.value_range

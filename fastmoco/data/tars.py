@@ -58,7 +58,7 @@ def index(path: str) -> Members:
         raise DataError(f"{path}: cannot read the archive: {error.strerror}") from None
     cache_file = _cache_path(path)
     state = np.array([VERSION, status.st_size, status.st_mtime_ns], np.int64)
-    cached = _cached(cache_file, state)
+    cached = _from_cache(cache_file, state)
     if cached is not None:
         return cached
     members = _read(path, status)
@@ -230,7 +230,7 @@ def _cache_path(path: str) -> Path:
     return cache.folder() / f"tar-{hashlib.sha256(os.fsencode(path)).hexdigest()[:24]}.npz"
 
 
-def _cached(path: Path, state: np.ndarray) -> Members | None:
+def _from_cache(path: Path, state: np.ndarray) -> Members | None:
     data = cache.load(path)
     if data is None or not np.array_equal(data.get("state"), state):
         return None

@@ -50,7 +50,7 @@ def evaluate(
     """
     table = np.full((len(THRESHOLDS), classes), np.nan)
     for label in range(classes):
-        marks, objects = _matched(truth, detections, label)
+        marks, objects = _match(truth, detections, label)
         if objects:
             table[:, label] = [100 * _precision(right, wrong, objects, eleven_points) for right, wrong in marks]
     present = ~np.isnan(table).all(0)
@@ -79,7 +79,7 @@ def average_precision(recall: np.ndarray, precision: np.ndarray, eleven_points: 
     return float(((recall[steps + 1] - recall[steps]) * envelope[steps + 1]).sum())
 
 
-def _matched(
+def _match(
     truth: list[Objects], detections: list[Detections], label: int
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
     """For each threshold whether the detections of a class, best first, are right and wrong; objects to be found."""

@@ -23,7 +23,7 @@ def draw_detections(
 ) -> None:
     """Write images from all over the set, objects in white and sure detections in colours with class and score."""
     indices = np.unique(np.linspace(0, len(pictures) - 1, min(SHOWN, len(pictures))).astype(int)).tolist()
-    tiles = [_drawn(pictures[index], detections[index], classes) for index in indices]
+    tiles = [_draw(pictures[index], detections[index], classes) for index in indices]
     rows = -(-len(tiles) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, rows * (SIDE + GAP) + GAP), "white")
     for number, tile in enumerate(tiles):
@@ -33,7 +33,7 @@ def draw_detections(
         sheet.save(draft, "PNG")
 
 
-def _drawn(picture: Picture, detections: Detections, classes: list[str]) -> Image.Image:
+def _draw(picture: Picture, detections: Detections, classes: list[str]) -> Image.Image:
     with Image.open(picture.path) as file:
         image = file.convert("RGB")
     scale = SIDE / max(image.size)

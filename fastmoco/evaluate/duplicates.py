@@ -82,7 +82,7 @@ def measured_threshold(source: Source, bank: Index, mean: Tensor) -> float:
     """
     sample = _sample(len(bank.images))
     with tempfile.TemporaryDirectory() as folder:
-        usable = [i for i in sample.tolist() if _altered(bank.images, i, Path(folder), Reading.of(source.recipe))]
+        usable = [i for i in sample.tolist() if _write_altered(bank.images, i, Path(folder), Reading.of(source.recipe))]
         if not usable:
             raise DataError(f"{bank.images.root}: none of the images can be altered: give --threshold")
         altered = index(source, manifest.scan(folder, cache=False))
@@ -91,7 +91,7 @@ def measured_threshold(source: Source, bank: Index, mean: Tensor) -> float:
     return (here * there).sum(1).quantile(ALIKE_SHARE).item()
 
 
-def _altered(images: Manifest, at: int, folder: Path, reading: Reading) -> bool:
+def _write_altered(images: Manifest, at: int, folder: Path, reading: Reading) -> bool:
     try:
         with Image.open(io.BytesIO(rewritten(images.read(at), reading).tobytes())) as image:  # type: ignore[union-attr]
             plain = image.convert("RGB")

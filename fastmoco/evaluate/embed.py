@@ -81,7 +81,7 @@ def embed(
     """
     if not isinstance(encoder, Pretrained):
         encoder, _, _ = load_encoder(Path(encoder), Parallel.alone(device))
-    images, order = _found(data, encoder.recipe.max_pixels)
+    images, order = _images_of(data, encoder.recipe.max_pixels)
     with tqdm(total=len(images), unit="image", disable=None if progress else True) as bar:
         rows, origins = encode(
             encoder,
@@ -126,7 +126,7 @@ def run(options: Embed) -> None:
     )
 
 
-def _found(data: Place | Sequence[Place], max_pixels: int) -> tuple[Manifest, np.ndarray]:
+def _images_of(data: Place | Sequence[Place], max_pixels: int) -> tuple[Manifest, np.ndarray]:
     """The images, and their indices in the order that was asked for."""
     if isinstance(data, (str, os.PathLike)):
         images = manifest.scan(data, max_pixels=max_pixels)

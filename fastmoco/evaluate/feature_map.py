@@ -38,10 +38,10 @@ def place(features: Tensor) -> Placed:
     umap = _umap() if len(features) >= LEAST_FOR_UMAP else None
     if umap is None:
         places, share = principal_axes(features)
-        return Placed(_scaled(places), f"PCA, {share:.0%} of the variance")
+        return Placed(_to_unit_square(places), f"PCA, {share:.0%} of the variance")
     # One seed and one thread, or the map would be another one each time.
     points = umap.UMAP(random_state=0, n_jobs=1, metric="cosine").fit_transform(features.cpu().numpy())
-    return Placed(_scaled(np.asarray(points, np.float64)), "UMAP")
+    return Placed(_to_unit_square(np.asarray(points, np.float64)), "UMAP")
 
 
 def principal_axes(features: Tensor) -> tuple[np.ndarray, float]:
@@ -71,7 +71,7 @@ def draw_map(path: Path, images: Manifest, features: Tensor, reading: Reading = 
     else:
         left.scatter(x, y, s=9, color=plots.BLUE, linewidths=0, alpha=0.6)
     left.set_title(f"Features in the plane ({placed.method})", loc="left", fontsize=10)
-    right.imshow(_pasted(images, placed.places, reading), extent=(0, 1, 0, 1), interpolation="antialiased")
+    right.imshow(_mosaic(images, placed.places, reading), extent=(0, 1, 0, 1), interpolation="antialiased")
     right.set_title("The images there", loc="left", fontsize=10)
     for axes in (left, right):
         axes.set(xticks=[], yticks=[], aspect="equal")
@@ -91,14 +91,14 @@ def representatives(places: np.ndarray) -> dict[tuple[int, int], int]:
     return nearest
 
 
-def _pasted(images: Manifest, places: np.ndarray, reading: Reading) -> Image.Image:
+def _mosaic(images: Manifest, places: np.ndarray, reading: Reading) -> Image.Image:
     canvas = Image.new("RGB", (CELLS * SIDE, CELLS * SIDE), "white")
     for (column, row), index in representatives(places).items():
         canvas.paste(thumbnail(images, index, SIDE, reading), (column * SIDE, (CELLS - 1 - row) * SIDE))
     return canvas
 
 
-def _scaled(places: np.ndarray) -> np.ndarray:
+def _to_unit_square(places: np.ndarray) -> np.ndarray:
     low, high = places.min(0), places.max(0)
     return (places - low) / np.where(high > low, high - low, 1)
 

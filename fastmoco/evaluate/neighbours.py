@@ -91,7 +91,7 @@ def pairs_above(features: Tensor, threshold: float) -> Pairs:
             count += len(rows)
             _check_count(count, threshold)
     columns_of = [torch.cat(column).cpu().numpy() for column in zip(*pairs, strict=True)]
-    return _sorted(columns_of[0], columns_of[1], columns_of[2])
+    return _sorted_pairs(columns_of[0], columns_of[1], columns_of[2])
 
 
 def groups(count: int, pairs: Pairs) -> list[list[int]]:
@@ -121,7 +121,7 @@ def _check_count(count: int, threshold: float) -> None:
         )
 
 
-def _sorted(first: np.ndarray, second: np.ndarray, similarity: np.ndarray, recall: float = 1.0) -> Pairs:
+def _sorted_pairs(first: np.ndarray, second: np.ndarray, similarity: np.ndarray, recall: float = 1.0) -> Pairs:
     order = np.lexsort((second, first, -similarity))
     return Pairs(first[order], second[order], similarity[order], recall)
 
@@ -149,7 +149,7 @@ def _pairs_by_faiss(faiss, features: Tensor, threshold: float) -> Pairs:
     pairs = np.stack([np.minimum(here, there), np.maximum(here, there)])[:, alike]
     _check_count(pairs.shape[1], threshold)
     both, first = np.unique(pairs, axis=1, return_index=True)
-    return _sorted(both[0], both[1], similarity[alike][first], _recall(features, both, threshold))
+    return _sorted_pairs(both[0], both[1], similarity[alike][first], _recall(features, both, threshold))
 
 
 def _recall(features: Tensor, pairs: np.ndarray, threshold: float) -> float:

@@ -38,7 +38,7 @@ def run(options: Search) -> None:
     Raises UsageError if an image to look for cannot be read, DataError if there is nothing to search in.
     """
     source, step = open_run(options.run, options, options.untrained)
-    queries = given(options.images, source.recipe.max_pixels)
+    queries = query_images(options.images, source.recipe.max_pixels)
     bank = indexed(source, options, "untrained-" if options.untrained else "")
     query_index = index(source, queries)
     if len(query_index.images) < len(queries):
@@ -51,7 +51,7 @@ def run(options: Search) -> None:
     name = figures_name("search", options.untrained)
     facts = {"run": str(options.run), "step": step, "features": options.features, "data": bank.images.root}
     lines: list[dict[str, Any]] = [
-        {"image": query_index.images.path(i), "neighbours": [_named(bank.images, *one) for one in each]}
+        {"image": query_index.images.path(i), "neighbours": [_as_json(bank.images, *one) for one in each]}
         for i, each in enumerate(neighbours)
     ]
     out.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def run(options: Search) -> None:
     )
 
 
-def given(places: Sequence[Path], max_pixels: int) -> Manifest:
+def query_images(places: Sequence[Path], max_pixels: int) -> Manifest:
     """The images of files and folders, in order; raises UsageError if a file is missing or no image."""
     files: list[str] = []
     for place in places:
@@ -125,6 +125,6 @@ def _neighbours(query: str, images: Manifest, near: Any, row: int, k: int) -> li
     return [(at, alike) for at, alike in pairs if os.path.realpath(images.path(at)) != mine][:k]
 
 
-def _named(images: Manifest, at: int, similarity: float) -> dict[str, Any]:
+def _as_json(images: Manifest, at: int, similarity: float) -> dict[str, Any]:
     label = {} if images.labels is None else {"class": images.classes[images.labels[at]]}
     return {"file": images.paths[at], "similarity": similarity, **label}

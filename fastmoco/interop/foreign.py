@@ -36,12 +36,12 @@ def read(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         head = file.read(4)
     if path.suffix == ".safetensors":
-        content = _guarded(path, lambda: load_file(path))
+        content = _explain_failure(path, lambda: load_file(path))
     elif head == ZIP:
         _verify_zip(path)
-        content = _guarded(path, lambda: _load(path))
+        content = _explain_failure(path, lambda: _load(path))
     elif head[:1] == PICKLE:
-        content = _guarded(path, lambda: _load(path))
+        content = _explain_failure(path, lambda: _load(path))
     else:
         raise ForeignFileError(f"{path} is no PyTorch checkpoint (it starts with {head!r}): give a .pth or .pth.tar")
     if not isinstance(content, dict):
@@ -74,7 +74,7 @@ def _verify_zip(path: Path) -> None:
         raise ForeignFileError(f"{path} is damaged ({bad} does not have its checksum): fetch it again")
 
 
-def _guarded(path: Path, load: Callable[[], Any]) -> Any:
+def _explain_failure(path: Path, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes

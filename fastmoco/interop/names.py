@@ -68,11 +68,11 @@ def inner_network(names: Iterable[str]) -> dict[str, str]:
         if starts:
             prefix = min(starts, key=lambda start: (any(word in start for word in AVERAGES), starts.index(start)))
             rest = {name: name.removeprefix(prefix) for name in present if name.startswith(prefix)}
-            return {_renamed(inner, stages): name for name, inner in rest.items()}
+            return {_torchvision_name(inner, stages): name for name, inner in rest.items()}
     return {}
 
 
-def _renamed(name: str, stages: Mapping[str, str]) -> str:
+def _torchvision_name(name: str, stages: Mapping[str, str]) -> str:
     stage, dot, rest = name.partition(".")
     return stages.get(stage, stage) + dot + rest
 

@@ -48,19 +48,19 @@ def load(source: str | os.PathLike, *, device: str = "auto", untrained: bool = F
     if not place.exists():
         raise UsageError(f"{place}: no such run, checkpoint or file: check the path")
     file = place / checkpoint.MODEL if place.is_dir() else place
-    recipe, weights, step = _exported(file) or _imported(file)
+    recipe, weights, step = _of_export(file) or _of_import(file)
     return pretrained(recipe, None if untrained else weights, 0 if untrained else step, parallel.device)
 
 
-Found = tuple[Recipe, dict[str, Tensor], int]
+Weights = tuple[Recipe, dict[str, Tensor], int]
 
 
-def _imported(file: Path) -> Found:
+def _of_import(file: Path) -> Weights:
     weights = convert(foreign.read(file), Import(file, out=file))
     return weights.recipe, without(QUERY, weights.state), weights.step
 
 
-def _exported(file: Path) -> Found | None:
+def _of_export(file: Path) -> Weights | None:
     """What `export --format safetensors` wrote, whose header has the recipe; None for any other file."""
     if file.suffix != ".safetensors":
         return None

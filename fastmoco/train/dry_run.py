@@ -54,7 +54,7 @@ def estimate(recipe: Recipe, options: Options, preset: str) -> dict[str, Any]:
     facts = {
         "images": len(job.train_set),
         "steps": job.total,
-        "memory": _extrapolated(trials, per_rank),
+        "memory": _extrapolate(trials, per_rank),
         "pairs_per_s": rate,
         "seconds": job.total * job.recipe.batch_size / rate,
     }
@@ -97,7 +97,7 @@ def _seconds(work: Callable[[], object], times: int, device: torch.device) -> fl
     return (time.perf_counter() - started) / times
 
 
-def _extrapolated(trials: list[Trial], pairs: int) -> float:
+def _extrapolate(trials: list[Trial], pairs: int) -> float:
     if len(trials) == 1:
         return trials[0].memory
     first, last = trials
@@ -113,13 +113,13 @@ def _lines(job: Job, world: int, trials: list[Trial], loaded: float, facts: dict
         f"steps: {facts['steps']} of {job.recipe.batch_size} pairs, {job.plan.steps_per_epoch} an epoch, "
         f"{job.recipe.epochs} epochs",
         f"memory: about {facts['memory']:.1f} GiB on {place} for each of {world} rank(s), by batches of {tried}",
-        f"time: about {_shown(facts['seconds'])} at {facts['pairs_per_s']:.1f} pairs/s "
+        f"time: about {_duration(facts['seconds'])} at {facts['pairs_per_s']:.1f} pairs/s "
         f"(each rank alone: step {trials[-1].rate:.1f}, loader {loaded:.1f})",
         "this was a trial: no run was written",
     ]
 
 
-def _shown(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ def statistics(
     partial = torch.empty(pieces * 2 * channels, dtype=torch.float64)
     moments = torch.empty((2, groups, channels), dtype=torch.float32)
     LOOPS[x.dtype].moments(pieces, x=x, vectors=vectors, partial=partial, **split)
-    arguments = {"mean": running_mean, "variance": running_var, "momentum": momentum, "eps": eps}
+    arguments: dict[str, Any] = {"mean": running_mean, "variance": running_var, "momentum": momentum, "eps": eps}
     finish(1, partial=partial, moments=moments, groups=groups, **arguments, **split)
     return moments
 
@@ -117,13 +117,20 @@ def gradients(
     grad_x, grad_residual = torch.empty_like(x), torch.empty_like(x) if dual else None
     pieces = moments.shape[1] * split["splits"]
     vectors = torch.empty(pieces * 9 * split["width"], dtype=torch.float32)
-    tensors = {"grad": masked_sum, "x": x, "grad_x": grad_x, "grad_residual": grad_residual, "sums": sums}
+    tensors: dict[str, Tensor | None] = {
+        "grad": masked_sum,
+        "x": x,
+        "grad_x": grad_x,
+        "grad_residual": grad_residual,
+        "sums": sums,
+    }
     tensors |= {"vectors": vectors, **_by_name(weight, bias, moments, side)}
-    how = {"floor": _floor(relu and not masked), "training": int(training)}
+    how: dict[str, float] = {"floor": _floor(relu and not masked), "training": int(training)}
     LOOPS[x.dtype].gradient(pieces, **tensors, **how, **split)
     # An operator returns no tensor twice.
-    grad_residual, masked_sum = grad_residual if dual else x.new_empty(0), masked_sum if masked else x.new_empty(0)
-    return grad_x, grad_residual, masked_sum, totals
+    if grad_residual is None:
+        grad_residual = x.new_empty(0)
+    return grad_x, grad_residual, masked_sum if masked else x.new_empty(0), totals
 
 
 def sums_of(
@@ -145,10 +152,22 @@ def sums_of(
     vectors = torch.empty(pieces * 8 * split["width"], dtype=torch.float32)
     partial, sums = (torch.empty(size * 3 * channels, dtype=torch.float64) for size in (pieces, groups))
     totals = torch.empty((arrays, channels), dtype=torch.float32)
-    tensors = {"grad": grad, "grad_2": second_grad, "x": x, "y": y, "masked": masked, "partial": partial}
+    tensors: dict[str, Tensor | None] = {
+        "grad": grad,
+        "grad_2": second_grad,
+        "x": x,
+        "y": y,
+        "masked": masked,
+        "partial": partial,
+    }
     by_name = _by_name(weight, bias, moments, side)
     LOOPS[x.dtype].sums(pieces, **tensors, vectors=vectors, floor=_floor(relu), **by_name, **split)
-    arguments = {"moments": moments, "residual_moments": side[3], "channels": channels, "splits": split["splits"]}
+    arguments: dict[str, Any] = {
+        "moments": moments,
+        "residual_moments": side[3],
+        "channels": channels,
+        "splits": split["splits"],
+    }
     finish_sums(1, partial=partial, sums=sums, totals=totals, groups=groups, **arguments)
     return grad if masked is None else masked, sums, totals
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastmoco.cli import main
-from fastmoco.train.dry_run import Trial, _extrapolated, _sizes
+from fastmoco.train.dry_run import Trial, _extrapolate, _sizes
 
 
 def test_it_tells_images_steps_memory_and_time_and_writes_nothing(images: Path, flags, tmp_path: Path, capsys) -> None:
@@ -36,5 +36,5 @@ def test_trials_are_small(recipe, group: int, per_rank: int, sizes: list[int]) -
 
 
 def test_memory_grows_with_the_batch_on_top_of_what_is_fixed() -> None:
-    assert _extrapolated([Trial(32, 1, 2.0), Trial(64, 1, 3.0)], 256) == pytest.approx(9.0)
-    assert _extrapolated([Trial(16, 1, 2.0)], 16) == 2.0
+    assert _extrapolate([Trial(32, 1, 2.0), Trial(64, 1, 3.0)], 256) == pytest.approx(9.0)
+    assert _extrapolate([Trial(16, 1, 2.0)], 16) == 2.0
