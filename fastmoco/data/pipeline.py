@@ -79,12 +79,14 @@ class Decoding(NamedTuple):
 class Pipeline:
     """Iterator of uint8 crops [V, n, S, S, 3] on `device`, one tensor for each request, in order.
 
-    Requests are drawn while earlier ones are being decoded; `batch_size` bounds their n, `views` is their V. On a GPU
-    DALI decodes `joined` requests in one call, because a call has a fixed cost and small ones starve the engine. What
-    cannot be decoded is given to `repair`, and only the requests under way are decoded again; without one it raises
-    DecodeError once all before it are handed out, and ends the iterator; so does an error from `requests`. On a GPU
-    the crops are ordered on the stream current in the calling thread. `kept`, on `device`, has the pixels of the images
-    that are not to be decoded, and takes those of the others.
+    Requests are drawn while earlier ones are being decoded. `batch_size` bounds their n, and `views` is their V. On a
+    GPU DALI decodes `per_call` requests in one call: a call has a fixed cost, and small ones starve the engine. There
+    the crops are ordered on the stream current in the calling thread. `cache`, on `device`, has the pixels of images
+    that need not be decoded, and takes those of the others.
+
+    What cannot be decoded is given to `repair`, and only the requests under way are decoded again. Without `repair`
+    the iterator raises DecodeError once everything before it has been handed out, and ends. An error from `requests` is
+    raised in the same way.
     """
 
     def __init__(

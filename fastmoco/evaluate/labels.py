@@ -74,7 +74,7 @@ def label(images: Manifest, table: Path, classes: Sequence[str] | None = None) -
 
     A path is absolute or relative to the folder of images, with the folder's name in front or without, or a file's name
     alone, with its ending or without, where that is unique. Images that the file does not name are left out. Raises
-    Raises DataError if it names none of them, if a line fits several images or has no class, or if an image gets two;
+    DataError if it names none of them, if a line fits several images or has no class, or if an image gets two;
     UsageError if the file cannot be read.
     """
     names, idle = _classes_of(images, table)
