@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from tiny import TINY
 
 from fastmoco.bench import proof
 from fastmoco.bench.journal import Journal
@@ -15,17 +16,7 @@ from fastmoco.data.batch import Batch
 from fastmoco.recipe import Recipe
 
 CPU = torch.device("cpu")
-RECIPE = Recipe(
-    arch="resnet18",
-    width=0.125,
-    stem="cifar",
-    dim=16,
-    batch_size=16,
-    bn_group=4,
-    crop_size=12,
-    queue_size=40,
-    temperature=0.2,
-)
+RECIPE = Recipe(**TINY)
 
 
 # The origins of the crops are read by a memory bank alone, and the proof's recipe has a queue.

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny import TINY
 from torch import Tensor
 
 from fastmoco.bench.proof import STRAY, differences
@@ -21,17 +22,7 @@ from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 
-RECIPE = Recipe(
-    arch="resnet18",
-    width=0.125,
-    stem="cifar",
-    dim=16,
-    batch_size=16,
-    bn_group=4,
-    crop_size=12,
-    queue_size=40,
-    temperature=0.2,
-)
+RECIPE = Recipe(**TINY)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 

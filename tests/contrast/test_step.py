@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from tiny import TINY
 from torch import Tensor, nn
 
 from fastmoco.contrast.backends import BACKENDS
@@ -20,17 +21,6 @@ from fastmoco.parallel import Parallel
 from fastmoco.presets import PRESETS
 from fastmoco.recipe import Recipe, RecipeError
 
-TINY = dict(
-    arch="resnet18",
-    width=0.125,
-    stem="cifar",
-    dim=16,
-    batch_size=16,
-    bn_group=4,
-    crop_size=12,
-    queue_size=40,
-    temperature=0.2,
-)
 LR = 0.03
 
 

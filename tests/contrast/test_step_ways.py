@@ -5,23 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny import TINY
 
 from fastmoco.contrast.step import Step
 from fastmoco.encoder import BatchNormAct
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 
-RECIPE = Recipe(
-    arch="resnet50",
-    width=0.125,
-    stem="cifar",
-    dim=16,
-    batch_size=16,
-    bn_group=4,
-    crop_size=12,
-    queue_size=40,
-    temperature=0.2,
-)
+RECIPE = Recipe(**TINY | {"arch": "resnet50"})
 
 
 @pytest.fixture(autouse=True)

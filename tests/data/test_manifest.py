@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from data.made_images import encode, write
 
 from fastmoco.data import manifest as manifest_module
 from fastmoco.data.manifest import DataError, Manifest, probe, scan, split
@@ -20,22 +19,6 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     home = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
     return home
-
-
-def encode(format: str = "JPEG", size: tuple[int, int] = (64, 48), mode: str = "RGB", **options: object) -> bytes:
-    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), np.uint8)
-    buffer = io.BytesIO()
-    image = Image.fromarray(pixels)
-    deep = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
-    image = deep if mode == "I;16" else image.convert(mode)
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def write(path: Path, data: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    return path
 
 
 JPEG = encode()
