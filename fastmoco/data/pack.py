@@ -134,7 +134,7 @@ class Packing:
         path = self.out / name
         with atomic.replacing(path) as draft, draft.open("wb") as file:
             last = self._fill(file, first, pool, left_out, bar)
-        digest = _digest_of(path)
+        digest = atomic.sha256(path)
         piece = pieces.read(str(path), str(path), self.options.max_pixels)
         if piece.left_out or len(piece.records) != last - first - len(left_out):
             raise DataError(f"{path}: read again, it does not hold what was written: {piece.left_out[:1]}")
@@ -233,11 +233,3 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)  # of no time and no owner, so that the same images make the same bytes
     info.size = len(data)
     archive.addfile(info, io.BytesIO(data))
-
-
-def _digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        whole = hashlib.sha256()
-        while block := file.read(1 << 20):
-            whole.update(block)
-    return whole.hexdigest()

@@ -8,7 +8,6 @@ bring the backbone: both encoders start from it at step 0, with a fresh projecti
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,7 +100,7 @@ def write(run: ImportedRun, options: Import, images: int | None) -> None:
         "commit": environment.commit(),
         "command": environment.command(),
         "device": "imported",
-        "imported": {"file": options.file.name, "sha256": _sha256(options.file), "notes": run.notes},
+        "imported": {"file": options.file.name, "sha256": atomic.sha256(options.file), "notes": run.notes},
     }
     atomic.write_json(options.out / RECIPE, facts)
 
@@ -234,7 +233,3 @@ def _check_shapes(state: dict[str, Tensor], recipe: Recipe, file: Path, fresh: d
             raise ForeignFileError(f"{file} is damaged: {name} holds infinite or NaN values")
         if value.is_floating_point() and name != "queue":
             state[name] = value.float().contiguous()
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

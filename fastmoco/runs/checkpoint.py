@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastmoco import atomic
 from fastmoco.environment import versions
 from fastmoco.process import crash_points
 
@@ -38,7 +39,6 @@ FORMAT = 1
 MODEL, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
 LATEST, PREFIX = "latest", "step_"
 TEMPORARY, DAMAGED, OLD, COPY = ".writing", ".damaged", ".old", ".copy"
-READ_BYTES = 1 << 22
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)  # what file systems without links answer
 
 
@@ -89,7 +89,7 @@ def save(
         shutil.rmtree(draft, ignore_errors=True)
         raise
     crash_points.reach("renamed")
-    _sync(root)
+    atomic.sync(root)
     _point(root, final.name)
     crash_points.reach("latest set")
     with contextlib.suppress(OSError):  # what should go and stays does no harm
@@ -174,15 +174,15 @@ def _write(draft: Path, step: int, state: Mapping[str, Tensor], meta: Mapping[st
     _write_rest({"tensors": rest, "meta": {**meta, "step": step}}, draft / STATE)
     crash_points.reach("state written")
     for name in (MODEL, STATE):
-        _sync(draft / name)
+        atomic.sync(draft / name)
     manifest: dict[str, Any] = {"format": FORMAT, "step": step, "versions": versions()}
     manifest["files"] = {
-        name: {"bytes": (draft / name).stat().st_size, "sha256": _sha256(draft / name)} for name in (MODEL, STATE)
+        name: {"bytes": (draft / name).stat().st_size, "sha256": atomic.sha256(draft / name)} for name in (MODEL, STATE)
     }
     manifest["seal"] = _seal(manifest)
     (draft / MANIFEST).write_text(_render(manifest))
-    _sync(draft / MANIFEST)
-    _sync(draft)
+    atomic.sync(draft / MANIFEST)
+    atomic.sync(draft)
 
 
 def _on_host(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -230,27 +230,13 @@ def _difference(path: Path, expected: Mapping[str, Any]) -> str | None:
     size = path.stat().st_size
     if size != expected["bytes"]:
         return f"{path.name} has {size} bytes instead of {expected['bytes']}"
-    return None if _sha256(path) == expected["sha256"] else f"{path.name} does not have the SHA-256 it was written with"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+    if atomic.sha256(path) != expected["sha256"]:
+        return f"{path.name} does not have the SHA-256 it was written with"
+    return None
 
 
 def _step(path: Path) -> int:
     return int(path.name[len(PREFIX) :])
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _point(root: Path, name: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastmoco import atomic
 from fastmoco.runs import checkpoint
 from fastmoco.runs.checkpoint import CheckpointError
 
@@ -225,7 +226,7 @@ def test_what_no_permission_lets_us_read_is_not_called_damaged(tmp_path, monkeyp
     path = checkpoint.save(tmp_path, 3, state(3), META)
     for number, expected in ((5, "cannot be read: Input/output error"), (13, None)):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "_sha256", failing(OSError(number, os.strerror(number), "model.safetensors")))
+            patch.setattr(atomic, "sha256", failing(OSError(number, os.strerror(number), "model.safetensors")))
             if expected:
                 assert expected in checkpoint.damage(path)
             else:
