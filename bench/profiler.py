@@ -219,7 +219,7 @@ def costs_of_parts(step: Step, machine: Machine) -> dict[str, Cost]:
         **step.dictionary.costs(rows, work),
     }
     by_part = {name: Cost(*cost, machine.bound(*cost)) for name, cost in single.items()}
-    layers = {
+    layers: dict[str, Callable[..., Any]] = {
         "key encoder": functools.partial(forward_work, keep=False),
         "query encoder": forward_work,
         "backward": backward_work,

@@ -226,6 +226,7 @@ def known_moments(
 ) -> Tensor:
     """fp32 [2, groups, C], mean and 1 / sqrt(variance + eps): of each group, which moves `running`; or of `running`."""
     if not training:
+        assert running is not None, "checked before"
         return torch.stack([running[0], torch.rsqrt(running[1] + eps)])[:, None]
     with torch.no_grad():
         arguments = (*(running or (None, None)), groups, momentum, eps)
@@ -237,7 +238,7 @@ def known_moments(
         return moments
 
 
-def joined_gradients(grad: Tensor | None, second: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def joined_gradients(grad: Tensor | None, second: Tensor | None) -> tuple[Tensor | None, ...]:
     """Two incoming gradients, the second of which may be missing, dense in the layout that the kernels take."""
     grads = [
         g.contiguous(memory_format=torch.channels_last if g.dim() == 4 else torch.contiguous_format)
@@ -349,17 +350,18 @@ def _batch_norm_act(
         raise ValueError("residual_norm needs a residual")
     if residual is not None:
         check_residual(x, residual)
-    if residual_norm is not None:
-        check(residual, *residual_norm, groups, training)
+        if residual_norm is not None:
+            check(residual, *residual_norm, groups, training)
     by = maker(impl, x.device, x.dtype)
     if by == "reference":
-        call = reference.batch_norm_act_twice if twice else reference.batch_norm_act
-        options = {"relu": relu, "momentum": momentum, "eps": eps, "training": training}
-        y = call(x, *norm, groups, residual=residual, residual_norm=residual_norm, **options)
-        return y if twice else (y,)
+        options: dict[str, Any] = {"relu": relu, "momentum": momentum, "eps": eps, "training": training}
+        options |= {"residual": residual, "residual_norm": residual_norm}
+        if twice:
+            return reference.batch_norm_act_twice(x, *norm, groups, **options)
+        return (reference.batch_norm_act(x, *norm, groups, **options),)
     moments = known_moments(x, norm.running, groups, momentum, eps, training, by)
-    side = (residual, None, None, None)
-    if residual_norm is not None:
+    side: tuple[Tensor | None, ...] = (residual, None, None, None)
+    if residual is not None and residual_norm is not None:
         side_moments = known_moments(residual, residual_norm.running, groups, momentum, eps, training, by)
         side = (residual, residual_norm.weight, residual_norm.bias, side_moments)
     y = _Apply.apply(x, norm.weight, norm.bias, moments, *side, relu, training, twice, by)

@@ -43,7 +43,7 @@ def info_nce(
     q = F.normalize(z_q.to(wide), dim=1)
     positive = (q * k.detach().to(wide)).sum(1, keepdim=True)
     negatives = q @ queue.detach().to(wide).T
-    if row_ids is not None:
+    if row_ids is not None and key_ids is not None:
         negatives = negatives.masked_fill(row_ids[:, None] == key_ids[None, :], -math.inf)
     # Joined after the sum over the queue: joining the logits would copy all of them.
     positive_logit = positive[:, 0] / temperature

@@ -46,13 +46,14 @@ class TorchUpdate:
         self._optimizer = torch.optim.SGD(
             list(tensors.q), 0.0, momentum=recipe.sgd_momentum, weight_decay=recipe.weight_decay, fused=True
         )
-        self._optimizer.found_inf = torch.zeros((), device=tensors.q[0].device)
+        self._bad = torch.zeros((), device=tensors.q[0].device)
+        self._optimizer.found_inf = self._bad  # type: ignore[attr-defined]
         _give_velocity(self._optimizer, tensors)
 
     @torch.no_grad()
     def __call__(self, grads: list[Tensor], lr: Tensor, nonfinite: Tensor, scale: Tensor | None) -> None:
         """Advance all tensors, in place."""
-        bad = self._optimizer.found_inf.zero_()
+        bad = self._bad.zero_()
         unscale = torch.ones_like(bad) if scale is None else scale.reciprocal()
         torch._foreach_copy_(self._grads, grads)
         torch._amp_foreach_non_finite_check_and_unscale_(self._grads, bad, unscale)
@@ -61,9 +62,9 @@ class TorchUpdate:
         self._optimizer.step()
         if self._tensors.k:
             # A lerp whose weight is zero after a bad gradient; torch's own takes its weight from the host.
-            way = torch._foreach_sub(self._tensors.q, self._tensors.k)
+            way = torch._foreach_sub(list(self._tensors.q), list(self._tensors.k))
             torch._foreach_mul_(way, (1 - bad) * (1 - self.recipe.ema_momentum))
-            torch._foreach_add_(self._tensors.k, way)
+            torch._foreach_add_(list(self._tensors.k), way)
         _cast(self._casts)
 
 
@@ -134,9 +135,10 @@ def _cast(casts: _Casts) -> None:
 
 
 def _own_gradients(tensors: Tensors) -> list[Tensor]:
-    for q in tensors.q:
-        q.grad = torch.empty_like(q)
-    return [q.grad for q in tensors.q]
+    grads = [torch.empty_like(q) for q in tensors.q]
+    for q, grad in zip(tensors.q, grads, strict=True):
+        q.grad = grad
+    return grads
 
 
 def _give_velocity(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:

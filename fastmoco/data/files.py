@@ -7,9 +7,9 @@ import stat
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,20 +23,23 @@ NO_SOURCE = "neither a folder nor a tar nor a text file with one path a line"
 
 @dataclass
 class Files:
-    """n files, before their headers are read. Columns, because there may be millions."""
+    """n files, before their headers are read. Columns, because there may be millions.
+
+    The columns of numbers are arrays that grow, and NumPy arrays once they are sorted.
+    """
 
     root: str
     """Folder that relative paths start from."""
     paths: list[str] = field(default_factory=list)
     """Path of each, or its name inside its archive."""
-    bytes: Sequence[int] = field(default_factory=lambda: array("q"))
-    times: Sequence[int] = field(default_factory=lambda: array("q"))
+    bytes: Any = field(default_factory=lambda: array("q"))
+    times: Any = field(default_factory=lambda: array("q"))
     """Time of the last change in ns, of the archive where it is in one."""
     labels: list[str | None] = field(default_factory=list)
     """Name of the class, where the source tells."""
     archives: list[str] = field(default_factory=list)
     """Full paths of the archives."""
-    places: Sequence[int] = field(default_factory=lambda: array("q"))
+    places: Any = field(default_factory=lambda: array("q"))
     """Two numbers for each file: archive and offset in it; empty where there is no archive."""
     passed: Counter[str] = field(default_factory=Counter)
     """How many were passed over: hidden ones, and of archives sidecars, by their ending."""
@@ -117,7 +120,8 @@ def with_members(files: Files, archives: list[str], rejected: Rejected) -> Files
 
 
 def _walk(root: str, rejected: Rejected) -> tuple[Files, list[str]]:
-    files, archives = Files(root), []
+    files = Files(root)
+    archives: list[str] = []
     visits: set[tuple[int, int]] = set()
     pending = [""]
     while pending:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -130,7 +130,7 @@ def _cpu_crops(
     views: int,
     threads: int,
     cache: PixelCache | None,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     build = partial(_dali, min(batch_size, CPU_BATCH), threads, None, 1, _decode_graph)
     with ThreadPoolExecutor(threads) as pool:
         run = map if threads == 1 else pool.map
@@ -170,7 +170,7 @@ def _dali_crops(
     decoding: dict[str, object],
     cache: PixelCache | None,
     per_call: int = 1,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     # Tests run it on a CPU too.
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     device_id, decoder = (None, "cpu") if stream is None else (device.index or 0, "mixed")
@@ -316,7 +316,7 @@ def _repair(feed: _Feed, repair: Repair | None, faults: dict[int, str]) -> _Feed
     return again
 
 
-def _faults(build: Callable[[_Feed], DaliPipeline], feed: _Feed, error: RuntimeError, stream: object) -> dict[int, str]:
+def _faults(build: Callable[[_Feed], DaliPipeline], feed: _Feed, error: RuntimeError, stream: Any) -> dict[int, str]:
     # DALI says which sample failed and not why: running out of GPU memory looks the same. So blame the image only if
     # the CPU's decoder fails too, or the GPU fails on it alone while it still works otherwise.
     part, match = feed.pending[0], SAMPLE.search(str(error))
@@ -380,23 +380,23 @@ def _dali(
     kinds = [types.UINT8] + [types.FLOAT] * (inputs - 1)
     with pipe:
         # Without a copy: the feed keeps what it gave until DALI has read it.
-        options = {"batch": True, "dtype": kinds, "ndim": [1] * inputs, "no_copy": True}
+        options: dict[str, Any] = {"batch": True, "dtype": kinds, "ndim": [1] * inputs, "no_copy": True}
         nodes = fn.external_source(source=source, num_outputs=inputs, **options)
         pipe.set_outputs(*graph(*nodes))
     pipe.build()
     return pipe
 
 
-def _decode_graph(encoded: object, *, device: str = "cpu", **options: object) -> tuple:
+def _decode_graph(encoded: Any, *, device: str = "cpu", **options: Any) -> tuple:
     # As torchvision and Pillow do, the orientation that EXIF asks for is ignored.
     return (fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=False, **options),)
 
 
-def _crop_graph(encoded: object, *corners: object, decode: Callable, resize: Callable) -> tuple:
+def _crop_graph(encoded: Any, *corners: Any, decode: Callable, resize: Callable) -> tuple:
     return resize(*decode(encoded), *corners)
 
 
-def _resize_graph(image: object, *corners: object, crop_size: int, at_once: int) -> tuple:
+def _resize_graph(image: Any, *corners: Any, crop_size: int, at_once: int) -> tuple:
     resize = partial(
         fn.resize,
         image,
@@ -443,6 +443,7 @@ def undecodable(
             if data is PIXEL:
                 yield CheckResult(reasons.pop(sample), 0)
             else:
+                assert isinstance(data, np.ndarray), "checked before"
                 span = _span(next(decoded).numpy())
                 # A photograph may be faint, but the numbers of a JPEG are what they are meant to be.
                 faint = span > ONE_COLOUR and data[:2].tobytes() == JPEG

@@ -81,14 +81,15 @@ def _as_dali_reads_it(data: np.ndarray, header: Header, reading: Reading) -> np.
         pixels = _in_range(data, header.pixel_type, reading.value_range)
     elif codec == "pnm" and reading.value_range == "header":
         pixels = _pnm(data.tobytes())
-    if alpha is not None and not ignored:
+    if pixels is not None and alpha is not None and not ignored:
         pixels = compose(pixels, alpha, colour(reading.background))
     return data if pixels is None else _ppm(pixels)
 
 
 def colour(background: str) -> tuple[int, int, int]:
     """Red, green and blue, 0 to 255, of a name in BACKGROUNDS or of "#rrggbb"."""
-    return tuple(bytes.fromhex(BACKGROUNDS.get(background, background)[1:]))
+    red, green, blue = bytes.fromhex(BACKGROUNDS.get(background, background)[1:])
+    return red, green, blue
 
 
 def compose(pixels: np.ndarray, alpha: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:

@@ -108,7 +108,9 @@ class _Contents:
         elif not member.isfile() or member.sparse is not None:
             self.rejected.append((name, "not a regular file" if not member.isfile() else "stored sparsely"))
         elif last == "cls":
-            text = archive.extractfile(member).read().decode(errors="surrogateescape").strip()
+            file = archive.extractfile(member)
+            assert file is not None, "a regular file"
+            text = file.read().decode(errors="surrogateescape").strip()
             if ending in self.classes.setdefault(key, {}):
                 self.rejected.append((name, REPLACED))
             self.classes[key][ending] = sys.intern(text)
@@ -154,14 +156,15 @@ class _Contents:
 
 
 def _read(path: str, status: os.stat_result) -> Members:
-    contents, at = _Contents(), 0
+    contents = _Contents()
+    at: int | None = 0
     try:
         with open(path, "rb") as file:
             while at is not None:
                 file.seek(at)
                 with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
                     for member in archive:
-                        archive.members.clear()  # it would keep a kilobyte for each
+                        archive.members.clear()  # type: ignore[attr-defined]  # it would keep a kilobyte for each
                         contents.add(member, archive)
                     end = archive.offset
                 _check_end(path, end, status.st_size)
@@ -232,7 +235,7 @@ def _cache_path(path: str) -> Path:
 
 def _from_cache(path: Path, state: np.ndarray) -> Members | None:
     data = cache.load(path)
-    if data is None or not np.array_equal(data.get("state"), state):
+    if data is None or not np.array_equal(data.get("state", ()), state):
         return None
     names, classes = cache.unpack(data["names"]), cache.unpack(data["classes"])
     labels = [classes[code] if code >= 0 else None for code in data["labels"].tolist()]
@@ -244,14 +247,14 @@ def _from_cache(path: Path, state: np.ndarray) -> Members | None:
 
 
 def _keep(path: Path, state: np.ndarray, members: Members) -> None:
-    classes = sorted(set(members.labels) - {None})
+    classes = sorted({label for label in members.labels if label is not None})
     number = {name: code for code, name in enumerate(classes)}
     cache.save(
         path,
         state=state,
         names=cache.pack(members.names),
         classes=cache.pack(classes),
-        labels=np.array([number.get(label, -1) for label in members.labels], np.int32),
+        labels=np.array([-1 if label is None else number[label] for label in members.labels], np.int32),
         offsets=members.offsets,
         sizes=members.sizes,
         left_names=cache.pack(name for name, _ in members.rejected),

@@ -60,7 +60,7 @@ class Transform:
         if isinstance(picture, Image.Image):
             return _rgb(picture, self.reading.background)
         if isinstance(picture, (str, os.PathLike)):
-            return self._pixels(Path(picture))
+            return self._decode(Path(picture))
         array = np.asarray(picture)
         if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)) or not array.size:
             raise ValueError(
@@ -68,7 +68,7 @@ class Transform:
             )
         return np.repeat(array[..., None], 3, 2) if array.ndim == 2 else array
 
-    def _pixels(self, path: Path) -> np.ndarray:
+    def _decode(self, path: Path) -> np.ndarray:
         data = rewritten(np.frombuffer(path.read_bytes(), np.uint8), self.reading)
         if isinstance(data, DamagedImage):
             raise DataError(f"{path}: {data}")

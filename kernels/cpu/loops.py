@@ -50,7 +50,9 @@ class Words:
     """
 
     def __init__(self, integers: str, floats: str = "") -> None:
-        names = [(name, ctypes.c_int64, types.int64) for name in ("next pieces " + integers).split()]
+        names: list[tuple[str, Any, Any]] = [
+            (name, ctypes.c_int64, types.int64) for name in ("next pieces " + integers).split()
+        ]
         names += [(name, ctypes.c_double, types.float64) for name in floats.split()]
         self.structure = type("Words", (ctypes.Structure,), {"_fields_": [(name, c) for name, c, _ in names]})
         names.append((f"source_{_source()}", ctypes.c_int64, types.int64))
@@ -80,8 +82,9 @@ class Loop:
         )
         threads = min(torch.get_num_threads(), pieces)
         address, at = self._address, ctypes.addressof(words)
-        if threads > 1 and _parallel() is not None:
-            _parallel()(address, at, threads, 0)
+        parallel = _parallel() if threads > 1 else None
+        if parallel is not None:
+            parallel(address, at, threads, 0)
         else:
             _alone(address)(at)
 
