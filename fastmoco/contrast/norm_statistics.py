@@ -16,7 +16,7 @@ NAMES = ("running_mean", "running_var")
 class Statistics:
     """The running means and variances of all batch norms of `encoders`.
 
-    They become views of one tensor, `joined` [n], in place: the encoders use them as before.
+    They become views of one tensor, `flat` [n], in place: the encoders use them as before.
     """
 
     def __init__(self, *encoders: Encoder) -> None:

@@ -36,7 +36,7 @@ class SaveClock:
 class Saving:
     """Checkpoints of one run: copies of `step` go to a saver on the main rank, and come back from the newest good one.
 
-    `copied` is the newest step of which a copy was made, or that was restored.
+    `copy_step` is the newest step of which a copy was made, or that was restored.
     """
 
     def __init__(self, job: Job, step: Step) -> None:
