@@ -48,7 +48,7 @@ def test_the_torch_profile_writes_a_trace_a_picture_and_a_table(tmp_path, capsys
 
 def test_nothing_is_written_unasked_and_a_terminal_gets_its_width(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(profiler, "measure_machine", lambda *_, **__: TOY)
-    monkeypatch.setattr(profiler.terminal, "shown", lambda text: terminal.fitted(text, 80))
+    monkeypatch.setattr(profiler.terminal, "lay_out", lambda text: terminal.fit(text, 80))
     monkeypatch.chdir(tmp_path)
     assert main(["profile", "v2", *SIZE]) == 0
     shown = capsys.readouterr().out
