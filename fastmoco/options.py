@@ -209,8 +209,8 @@ class EvaluateLinear:
     batch_size: int = 256
     """Images in a batch; the learning rate is scaled linearly with it."""
     lr: float | Literal["auto"] = "auto"
-    """Learning rate for batches of 256. auto takes, of seven from 30 to 0.03, the one that does best on a fifth of the
-    training images, which is held out meanwhile; 30 is the published one."""
+    """Learning rate for batches of 256. auto takes, of seven from 30 to 0.03, the one that does best on training images
+    that are held out, each fifth in turn; 30 is the published one."""
     seed: int = 0
     """Of the classifier's start, the order and the crops."""
     device: Device = "auto"

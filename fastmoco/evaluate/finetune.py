@@ -206,7 +206,7 @@ class Tuning:
             loss = probe.curve[-1]["loss"]
             trials.append(Tried(lr, probe.scores.top1, loss if math.isfinite(loss) else None))
         best = max(trials, key=lambda each: (each.top1, -math.inf if each.loss is None else -each.loss))
-        return Choice(best.lr, len(fitted), len(held), trials)
+        return Choice(best.lr, len(fitted), len(held), tried=trials)
 
     def weights(self) -> dict[str, Tensor]:
         """The backbone as it is now, in fp32, by torchvision's names."""

@@ -40,7 +40,7 @@ from fastmoco.evaluate.classifier import Batches, Probe, Protocol, fit, fit_cach
 from fastmoco.evaluate.features import extract
 from fastmoco.evaluate.labels import both_sides
 from fastmoco.evaluate.probe_files import figures_of, write_probe
-from fastmoco.evaluate.rate import Choice, choose, held_out_split
+from fastmoco.evaluate.rate import Choice, choose, looked_at
 from fastmoco.evaluate.scores import Scores, score
 from fastmoco.kernels.photometric import photometric
 from fastmoco.options import EvaluateLinear
@@ -124,11 +124,8 @@ class Evaluation:
         `fast` says that the features of all training images are needed anyway.
         """
         assert self.train.labels is not None
-        fitted, held = held_out_split(self.train.labels)
-        choice = Choice(self.protocol.lr)
-        if len(held):
-            parts = self._rows(fitted, fast), self._rows(held, fast)
-            choice = choose(*parts, self.classes, self.recipe, self.protocol)
+        features, labels = self._rows(looked_at(self.train.labels), fast)
+        choice = choose(features, labels, self.classes, self.recipe, self.protocol)
         self.protocol = self.protocol._replace(lr=choice.lr)
         return choice
 

@@ -314,7 +314,7 @@ def test_the_rate_is_chosen_and_an_earlier_probe_is_kept(pretrained_run, capsys)
     said = capsys.readouterr().out
     fast, exact = (json.loads((run / f"{name}.json").read_text()) for name in ("linear-fast", "linear"))
     assert fast["rate"] == exact["rate"] and fast["rate"]["lr"] == fast["protocol"]["lr"] == exact["protocol"]["lr"]
-    assert (fast["rate"]["fitted"], fast["rate"]["held_out"], fast["train"]) == (32, 8, 40)
+    assert (fast["rate"]["fitted"], fast["rate"]["held_out"], fast["train"]) == (32, 40, 40)
     assert said.count(f"lr {fast['rate']['lr']:g} chosen among 30 10 3 1 0.3 0.1 0.03: top-1") == 2
     assert main([*argv, "--fast"]) == 0 and "earlier" not in capsys.readouterr().out  # the same figures again
     assert main([*argv, "--fast", "--lr", "30"]) == 0 and main([*argv, "--fast", "--lr", "3"]) == 0
