@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ def _moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     # batch_norm_update_stats returns statistics in the dtype of its running buffers, so pass wide scratch buffers.
     wide = torch.promote_types(x.dtype, torch.float32)
     unused = torch.zeros(2, x.shape[1], dtype=wide, device=x.device)
-    pairs = [torch.batch_norm_update_stats(part, *unused, 1.0) for part in x.chunk(groups)]
+    pairs = [torch.batch_norm_update_stats(part, unused[0], unused[1], 1.0) for part in x.chunk(groups)]
     mean, variance = (torch.stack(rows) for rows in zip(*pairs))
     return mean, variance  # [groups, C], the variance without Bessel's correction
 
@@ -86,7 +87,8 @@ def _affine_act(
     x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, residual_scale: Tensor | None, relu: bool
 ) -> Tensor:
     result = torch.empty_like(x)
-    y, x, residual = (t if t is None else t.movedim(1, -1) for t in (result, x, residual))
+    y, x = result.movedim(1, -1), x.movedim(1, -1)
+    side = None if residual is None else residual.movedim(1, -1)
     per_group = x.shape[0] // scale.shape[0]
     step = max(1, _CACHE_BYTES * x.shape[0] // (x.numel() * scale.element_size()))
     widened = None if x.dtype == scale.dtype else scale.new_empty(step, *x.shape[1:])
@@ -98,10 +100,10 @@ def _affine_act(
             if widened is not None:
                 values = out = widened[: len(values)].copy_(values)
             torch.addcmul(shift[group], values, scale[group], out=out)
-            if residual_scale is not None:
-                out.addcmul_(residual[block], residual_scale[group])
-            elif residual is not None:
-                out.add_(residual[block])
+            if side is not None and residual_scale is not None:
+                out.addcmul_(side[block], residual_scale[group])
+            elif side is not None:
+                out.add_(side[block])
             if relu:
                 out.relu_()
             if widened is not None:
@@ -119,10 +121,10 @@ def _batch_norm_backward(
         torch.ops.aten.native_batch_norm_backward(g, part, weight, None, None, m, i, True, eps, needs)
         for g, part, m, i in zip(grad.chunk(groups), x.chunk(groups), mean, invstd)
     ]
-    grad_x, *grads = zip(*parts)
-    grad_weight, grad_bias = (torch.stack(rows) for rows in grads)
     if whole:
-        return grad_x[0], grad_weight[0], grad_bias[0]
+        return parts[0]
+    _, *grads = zip(*parts)
+    grad_weight, grad_bias = (torch.stack(rows) for rows in grads)
     scale = weight * invstd
     slope = -scale * invstd * grad_weight * (x.shape[1] * groups / x.numel())
     shift = -scale * grad_bias * (x.shape[1] * groups / x.numel()) - slope * mean
@@ -145,8 +147,9 @@ def batch_norm_act(
     training: bool = True,
 ) -> Tensor:
     """ReLU(batch norm(x) + residual or batch norm(residual)), statistics over groups of consecutive samples."""
-    options = {"residual": residual, "residual_norm": residual_norm, "relu": relu, "momentum": momentum, "eps": eps}
-    return batch_norm_act_twice(x, weight, bias, running, groups, **options, training=training)[0]
+    options: dict[str, Any] = {"relu": relu, "momentum": momentum, "eps": eps, "training": training}
+    options |= {"residual": residual, "residual_norm": residual_norm}
+    return batch_norm_act_twice(x, weight, bias, running, groups, **options)[0]
 
 
 def batch_norm_act_twice(
@@ -165,12 +168,13 @@ def batch_norm_act_twice(
 ) -> tuple[Tensor, Tensor]:
     """`batch_norm_act` for two readers of its result, whose gradients are added in its own backward."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    inputs = [(x, weight.to(wide), bias.to(wide), running)]
+    inputs: list[tuple[Any, ...]] = [(x, weight.to(wide), bias.to(wide), running)]
     plain = residual if residual_norm is None else None
     if residual_norm is not None:
         inputs.append((residual, residual_norm[0].to(wide), residual_norm[1].to(wide), residual_norm[2]))
     if not training:
-        y = sum(_eval_batch_norm(t.to(wide), *tensors, eps) for t, *tensors in inputs)
+        terms = [_eval_batch_norm(t.to(wide), weight, bias, statistics, eps) for t, weight, bias, statistics in inputs]
+        y = terms[0] if len(terms) == 1 else terms[0] + terms[1]
         y = y if plain is None else y + plain
         y = (y.relu() if relu else y).to(x.dtype)
         return y, y
