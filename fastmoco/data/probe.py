@@ -131,7 +131,8 @@ def _foreign_name(head: bytes) -> str:
 
 
 def _parse(data: Bytes) -> Header:
-    from nvidia import nvimgcodec  # here, so that what reads no images needs no DALI
+    # Here, so that what reads no images needs no DALI. By its full name: CUDA's wheels have a package `nvidia` too.
+    import nvidia.nvimgcodec as nvimgcodec
 
     try:
         stream = nvimgcodec.CodeStream(data.head)

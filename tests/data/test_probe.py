@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -142,3 +143,14 @@ def test_a_limit_of_pixels_that_pillow_would_not_read_is_refused() -> None:
                 make(wrong)
     # Pillow's own limit, at which it reads no header: a library's change of mind is noticed here.
     assert MOST_PIXELS == 2 * Image.MAX_IMAGE_PIXELS
+
+
+def test_without_dali_the_module_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the wheels of CUDA have a package `nvidia` of their own, in which a name could be looked for."""
+    (tmp_path / "nvidia" / "cublas").mkdir(parents=True)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "nvidia"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(each for each in sys.path if "site-packages" not in each)])
+    path = write(tmp_path / "a.jpg", JPEG)
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'nvidia\.nvimgcodec'"):
+        read_header(path)
