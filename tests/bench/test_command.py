@@ -24,7 +24,11 @@ def test_outputs_are_checked_before_anything_is_measured(name, text, tmp_path, m
 
 @pytest.mark.parametrize(
     ("subject", "more"),
-    [("step", ["--only", "fp32"]), ("loader", []), ("memory", ["--only", "info_nce"])]
+    [
+        ("step", ["--only", "fp32"]),
+        ("loader", ["--skip", "file reader,photometric"]),
+        ("memory", ["--only", "info_nce"]),
+    ]
     + [pytest.param("train", [], marks=pytest.mark.slow), pytest.param("step", [], marks=pytest.mark.slow)],
 )
 def test_a_subject_prints_bound_share_and_baseline_and_its_record_passes_the_schema(
