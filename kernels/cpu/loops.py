@@ -67,7 +67,7 @@ class Loop:
         functools.update_wrapper(self, function)
 
     @functools.cached_property
-    def _address(self) -> int:
+    def _address(self) -> Any:
         signature = types.void(self._words.pointer)
         try:
             self._compiled = numba.cfunc(signature, cache=True, **OPTIONS)(self._function)
@@ -136,7 +136,8 @@ def _pointer(typing_context, address, dtype):
 
 
 def _at(dtype: type) -> Callable:
-    return numba.njit(lambda address: _pointer(address, dtype), inline="always")
+    # numba itself gives an intrinsic its typing context.
+    return numba.njit(lambda address: _pointer(address, dtype), inline="always")  # type: ignore[call-overload,call-arg]
 
 
 # Pointers and not arrays: numba looks whether an array's index is negative, and then LLVM makes no vectors of a loop.
