@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from fastmoco import atomic
 from fastmoco.data.errors import DataError
 
 PART, LOCK = ".part", ".lock"
@@ -55,20 +56,30 @@ class ShardCache:
                 exit_code=2,
             )
         path, part = self.folder / key, self.folder / (key + PART)
-        if self._is_whole(path, size):
-            os.utime(path)
-            return path
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder / (key + LOCK)):
-            if not self._is_whole(path, size):
-                self._make_room(size, key)
-                with part.open("r+b") as file:
-                    fetch(file)
-                    if file.tell() != size:
-                        raise DataError(f"{path}: {file.tell()} of {size} bytes came")
-                os.replace(part, path)
+        if not self._is_whole(path, size):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _locked(self.folder / (key + LOCK)):
+                if not self._is_whole(path, size):
+                    self._make_room(size, key)
+                    with part.open("r+b") as file:
+                        fetch(file)
+                        if file.tell() != size:
+                            raise DataError(f"{path}: {file.tell()} of {size} bytes came")
+                    atomic.sync(part)  # it has had its length all along, and a machine that stops might leave no more
+                    os.replace(part, path)
+        with contextlib.suppress(FileNotFoundError):  # another process needed the room: who reads it fetches it again
             os.utime(path)
         return path
+
+    @contextmanager
+    def held(self, key: str, size: int, fetch: Callable[[BinaryIO], None]) -> Iterator[Path]:
+        """The file that `get` gives; it is not removed while the context lasts."""
+        while True:
+            path = self.get(key, size, fetch)
+            with _locked(self.folder / (key + LOCK), fcntl.LOCK_SH):
+                if self._is_whole(path, size):
+                    yield path
+                    return
 
     def used(self) -> int:
         """Bytes that are taken."""
@@ -98,27 +109,27 @@ class ShardCache:
             for _, each, name in files:
                 if total + size <= self.limit and not name.endswith(PART):
                     continue
-                if name.endswith(PART) and name != key + PART and self._is_fetched(name):
+                if name != key + PART and self._is_held(name):
                     continue
                 (self.folder / name).unlink(missing_ok=True)
                 total -= each
             with (self.folder / (key + PART)).open("wb") as file:
                 file.truncate(size)
 
-    def _is_fetched(self, part: str) -> bool:
-        # A part without a holder of its lock is what a killed process has left.
+    def _is_held(self, name: str) -> bool:
+        # By who fetches it, or reads all of it. A part without a holder is what a killed process has left.
         try:
-            with _locked(self.folder / (part.removesuffix(PART) + LOCK), wait=False):
+            with _locked(self.folder / (name.removesuffix(PART) + LOCK), fcntl.LOCK_EX | fcntl.LOCK_NB):
                 return False
         except BlockingIOError:
             return True
 
 
 @contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[None]:
+def _locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(handle, how)
         yield
     finally:
         os.close(handle)

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 import pytest
 
+from fastmoco.data import shard_cache
 from fastmoco.data.errors import DataError
 from fastmoco.data.shard_cache import ShardCache
 
@@ -49,6 +50,24 @@ def test_the_limit_holds_and_who_was_used_last_stays(tmp_path: Path) -> None:
     reader.close()
     with pytest.raises(DataError, match="a shard of 4e-06 GB does not fit the cache.*--cache-gb"):
         cache.get("ee", 4 * SIZE, filled_with("ee"))
+
+
+def test_a_shard_that_is_read_from_end_to_end_is_not_removed_meanwhile(tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path, 2 * SIZE)
+    with cache.held("aa", SIZE, filled_with("aa")) as path:
+        for key in ("bb", "cc"):
+            cache.get(key, SIZE, filled_with(key))
+        assert path.read_bytes() == b"aa" * 500 and cache.used() == 2 * SIZE
+    cache.get("dd", SIZE, filled_with("dd"))  # the control: nobody needs it any more, and it is the oldest
+    assert not path.exists()
+
+
+def test_bytes_are_on_the_disk_before_a_shard_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part has its length from the first: after a loss of power the file would look whole."""
+    seen = []
+    monkeypatch.setattr(shard_cache.atomic, "sync", lambda path: seen.append((path.read_bytes(), path.name)))
+    path = ShardCache(tmp_path, 2 * SIZE).get("aa", SIZE, filled_with("aa"))
+    assert seen == [(b"aa" * 500, "aa.part")] and path.read_bytes() == b"aa" * 500
 
 
 def test_what_comes_cut_short_or_fails_is_not_kept(tmp_path: Path) -> None:
