@@ -7,6 +7,7 @@ import stat
 import sys
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ import numpy as np
 
 from fastmoco.data import tars
 from fastmoco.data.errors import DataError
+from fastmoco.data.image_table import natural
+
+STRAY_SHARE = 20  # at most one of so many images may stand beside the class folders as a stray
 
 Rejected = list[tuple[str, str]]
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar", ".lz4")
@@ -219,3 +223,34 @@ def _in_another_form(line: str, root: str) -> str:
         if split and os.path.isfile(os.path.join(root, name)):
             return f"a class stands behind a tab, not behind {separator!r}: {name}<tab>CLASS"
     return ""
+
+
+def without_strays(files: Files, good: np.ndarray, rejected: list[tuple[str, str]]) -> np.ndarray:
+    """The images `good`, int64 [m], but for a few in no class beside many in classes; those are added to `rejected`."""
+    # One picture beside class folders must not take all the others their classes.
+    labels = [files.labels[i] for i in good.tolist()]
+    strays = [i for i, label in zip(good.tolist(), labels, strict=True) if label is None]
+    classes = len(set(labels) - {None})
+    if not strays or classes < 2 or len(strays) > max(classes, len(good) // STRAY_SHARE):
+        return good
+    rejected += [(files.paths[i], "in no class, where the others are") for i in strays]
+    return np.setdiff1d(good, strays)
+
+
+def number_classes(
+    labels: list[str | None], classes: Sequence[str] | None, source: str
+) -> tuple[list[str], np.ndarray | None]:
+    """Names of the classes, as given or sorted, and the number of each label, int64 [n]; none where a label is missing.
+
+    Raises DataError if `classes` lacks one that `source` has.
+    """
+    known = [label for label in labels if label is not None]
+    present = set(known)
+    if len(known) < len(labels) or (classes is None and len(present) == 1):
+        return [], None
+    names = list(classes) if classes is not None else sorted(present, key=natural)
+    unknown = sorted(present.difference(names))
+    if unknown:
+        raise DataError(f"{source}: class {unknown[0]!r} is not among the {len(names)} classes of the training part")
+    number = {name: i for i, name in enumerate(names)}
+    return names, np.array([number[label] for label in known], np.int64)

@@ -1,14 +1,16 @@
-"""Millions of images in files that all processes of a machine share: records of 32 bytes and names, mapped into memory.
+"""Millions of images in files that all processes of a machine share: records of 32 bytes, and names.
 
 A table is a folder of four files. `records` holds one RECORD for each image, shard by shard; `names` their names, each
 ended by a zero byte; `shards.npz` what is known of each shard; `left_out.npz` what is no image. Opening it takes the
-same time and memory whatever n is: pages are read where they are asked for, and given back.
+same time and memory whatever n is: rows are read where they are asked for, and the system keeps their pages for all
+processes. They are read, not mapped: a page fault holds Python's lock until the disk has answered, a read does not.
 """
 
 from __future__ import annotations
 
 import hashlib
-import mmap
+import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +24,10 @@ from fastmoco.data.errors import DataError
 
 RECORD = np.dtype([("offset", "<i8"), ("name_end", "<i8"), ("bytes", "<u4"), ("label", "<i4"), ("size", "<i4", (2,))])
 """Where an image begins in its shard, where its name ends in `names`, its bytes, class, height and width."""
+ROW = RECORD.itemsize
 VERSION = 1
-KEPT_ROWS = 2048  # rows whose pages stay mapped: at most 64 kB each
-CHUNK = 1 << 16  # rows that are read at once where all are wanted
+CHUNK = 1 << 16  # names that are read at once where all are wanted
+READ_BYTES = 1 << 24  # read at once at most
 
 
 class Piece(NamedTuple):
@@ -64,6 +67,8 @@ class Column:
         if isinstance(key, slice):
             return self._rows(np.arange(*key.indices(len(self))))
         asked = np.asarray(key)
+        if asked.dtype == bool:
+            asked = np.flatnonzero(asked)
         return self._rows(np.atleast_1d(asked))[0] if asked.ndim == 0 else self._rows(asked)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -86,7 +91,8 @@ class Names(Sequence[str]):
     def __getitem__(self, key: slice) -> list[str]: ...
     def __getitem__(self, key: int | slice) -> str | list[str]:
         if isinstance(key, slice):
-            return [self[i] for i in range(*key.indices(len(self)))]
+            rows = range(len(self))[key]
+            return self._table.names_from(rows.start, rows.stop) if rows.step == 1 else [self[i] for i in rows]
         return self._table.between(*self._table.name_bounds(range(len(self))[key]))[0]
 
     def __iter__(self) -> Iterator[str]:
@@ -135,25 +141,29 @@ class ImageTable:
         number = {name: i for i, name in enumerate(self.classes)}
         self._numbers = np.array([number[name] for name in self.met] if number else [], np.int64)
         self.left_out = LeftOut(folder / "left_out.npz", left_out)
-        count = int(self.starts[-1])
-        if (folder / "records").stat().st_size != count * RECORD.itemsize or (folder / "names").stat().st_size != names:
-            raise DataError(f"{folder} is damaged: remove it, and it is made again")
-        self._maps = [_mapped(folder / name) for name in ("records", "names")]
-        self._records = np.frombuffer(self._maps[0], RECORD)
-        self._names = np.frombuffer(self._maps[1], np.uint8)
-        self._touched = 0
+        self._count = int(self.starts[-1])
+        self._records = self._opened("records", self._count * ROW)
+        self._names = self._opened("names", names)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return self._count
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """RECORD [m] of images int64 [m]."""
-        if np.size(indices) <= KEPT_ROWS:  # asked of the disk at once, not one after the other
-            for page in np.unique(np.asarray(indices) * RECORD.itemsize // mmap.PAGESIZE).tolist():
-                self._maps[0].madvise(mmap.MADV_WILLNEED, page * mmap.PAGESIZE, mmap.PAGESIZE)
-        content = np.asarray(self._records[indices])
-        self._give_back(content.size)
-        return content
+        """RECORD [m] of images int64 [m]; IndexError where there are not so many, DataError where the disk fails."""
+        if not len(indices):
+            return np.empty(0, RECORD)
+        first, last = int(indices.min()), int(indices.max()) + 1
+        if first < 0 or last > len(self):
+            raise IndexError(f"images {first} to {last - 1} of {len(self)}")
+        if last - first == len(indices) and (np.diff(indices) == 1).all():
+            return np.frombuffer(self._read(self._records, first * ROW, last * ROW), RECORD)
+        try:
+            content = b"".join(os.pread(self._records, ROW, at) for at in (indices * ROW).tolist())
+        except OSError as error:
+            raise self._failure(error.strerror) from None
+        if len(content) < len(indices) * ROW:
+            raise self._failure("a file was cut short")
+        return np.frombuffer(content, RECORD)
 
     def paths(self) -> Names:
         """Names of the images."""
@@ -185,28 +195,36 @@ class ImageTable:
 
     def between(self, begin: int, end: int) -> list[str]:
         """Names that stand there."""
-        content = cache.unpack(np.asarray(self._names[begin:end]))
-        self._give_back(1 + (end - begin) // mmap.PAGESIZE)
-        return content
+        return cache.unpack(np.frombuffer(self._read(self._names, begin, end), np.uint8))
 
     def names_from(self, first: int, last: int) -> list[str]:
         """Names of the images from `first` to before `last`."""
         return self.between(self.name_bounds(first)[0], self.name_bounds(last - 1)[1]) if first < last else []
 
-    def _give_back(self, rows: int) -> None:
-        # Pages stay in the system's cache. Mapped, they would count as this process's memory, up to all of the table.
-        self._touched += rows
-        if self._touched >= KEPT_ROWS:
-            self._touched = 0
-            for each in self._maps:
-                each.madvise(mmap.MADV_DONTNEED)
+    def _opened(self, name: str, size: int) -> int:
+        try:
+            handle = os.open(self.folder / name, os.O_RDONLY)
+        except OSError as error:
+            raise self._failure(f"{name}: {error.strerror}") from None
+        weakref.finalize(self, os.close, handle)
+        if os.fstat(handle).st_size != size:
+            raise self._failure(f"{name} was cut short")
+        return handle
 
+    def _read(self, handle: int, begin: int, end: int) -> bytes:
+        parts = []
+        while begin < end:
+            try:
+                parts.append(os.pread(handle, min(READ_BYTES, end - begin), begin))
+            except OSError as error:
+                raise self._failure(error.strerror) from None
+            if not parts[-1]:
+                raise self._failure("a file was cut short")
+            begin += len(parts[-1])
+        return b"".join(parts)
 
-def _mapped(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-    mapped.madvise(mmap.MADV_RANDOM)
-    return mapped
+    def _failure(self, why: str | None) -> DataError:
+        return DataError(f"{self.folder} cannot be read ({why}): remove it, and it is made again")
 
 
 def write(folder: Path, shards: Iterable[tuple[str, int, Piece]]) -> None:
@@ -229,6 +247,7 @@ def write(folder: Path, shards: Iterable[tuple[str, int, Piece]]) -> None:
         if not written.counts or not sum(written.counts):
             raise DataError("no images in the shards", exit_code=2)
         written.save(draft)
+        atomic.remove(folder)  # a damaged one: a folder that is not empty cannot be replaced
 
 
 class _Written:

@@ -33,7 +33,7 @@ from fastmoco.data.pipeline import Decoding, Pipeline
 from fastmoco.data.plan import Plan, centre_boxes
 from fastmoco.data.quarantine import Quarantine
 from fastmoco.data.remote import RemoteShards
-from fastmoco.data.request import UNREADABLE, Repair, Request, fault, read
+from fastmoco.data.request import UNREADABLE, Names, Repair, Request, fault, read
 from fastmoco.data.rewrite import DamagedImage, Reading
 from fastmoco.environment import share_of_cores
 from fastmoco.recipe import Recipe
@@ -94,7 +94,7 @@ class Loader:
         self._views = _dali_views(plan, parallel, loading.threads) if loading.photometric == "dali" else None
         self._exchange_stream = _side_stream(parallel.device) if parallel.world > 1 else None
         cache = PixelCache(loading.decoded_bytes, parallel.device) if loading.decoded_bytes else None
-        source = _Source(images, quarantine, partial(_boxes, plan), parallel.device, Reading.of(plan.recipe), cache)
+        source = ImageSource(images, quarantine, partial(_boxes, plan), parallel.device, Reading.of(plan.recipe), cache)
         self._background = Background(partial(_training, source, plan, steps, loading), loading.prefetch)
 
     @property
@@ -156,7 +156,7 @@ class EvaluationLoader:
         self._length, self._position = len(batches), 0
         self._quarantine = Quarantine(images, max_share=recipe.max_bad_share)
         boxes = partial(_centre, images, recipe.crop_size)
-        source = _Source(images, self._quarantine, boxes, device, Reading.of(recipe))
+        source = ImageSource(images, self._quarantine, boxes, device, Reading.of(recipe))
         self._background = Background(partial(_evaluation, source, recipe, batches, loading), loading.prefetch)
 
     def __len__(self) -> int:
@@ -260,7 +260,7 @@ def _finish(thread: threading.Thread, slots: threading.Semaphore, closed: thread
         thread.join()
 
 
-def _training(source: _Source, plan: Plan, steps: range, loading: Loading) -> Generator:
+def _training(source: ImageSource, plan: Plan, steps: range, loading: Loading) -> Generator:
     mine = slice(plan.rank * plan.per_rank, (plan.rank + 1) * plan.per_rank)
     samples_of_steps = ((step, plan.samples(step)[mine]) for step in announced(source.manifest, plan, steps))
     with _crops(source, samples_of_steps, len(plan.views), plan.per_rank, plan.recipe, loading) as crops_of_steps:
@@ -269,16 +269,24 @@ def _training(source: _Source, plan: Plan, steps: range, loading: Loading) -> Ge
 
 
 def announced(images: Manifest, plan: Plan, steps: range) -> Iterator[int]:
-    """The steps; before each, remote shards of its window and of the next one begin to be fetched."""
+    """The steps; before each, remote shards of its window and of the next one begin to be fetched.
+
+    The next window may be the first one of another epoch. It has to wait where the cache does not hold two windows,
+    because shards that are still wanted would be removed for it; and nothing is fetched that comes after the last step.
+    """
     remote, shards = images.source, images.shards
     if not isinstance(remote, RemoteShards) or plan.recipe.order != "windows" or shards is None:
         yield from steps
         return
     window = len(images) * plan.recipe.window_shards // len(images.archives)
+    both = sorted((shard.bytes for shard in remote.known.values()), reverse=True)[: 2 * plan.recipe.window_shards]
+    if remote.cache is None or sum(both) > remote.cache.limit:
+        window = 0
     last: list[str] = []
     try:
         for step in steps:
-            names = [images.archives[shard] for each in plan.windows(step, ahead=window) for shard in each.tolist()]
+            ahead = min(window, (steps.stop - 1 - step) * plan.recipe.batch_size)
+            names = [images.archives[shard] for each in plan.windows(step, ahead) for shard in each.tolist()]
             if names != last:
                 remote.fetch_ahead(names)
             last = names
@@ -287,7 +295,7 @@ def announced(images: Manifest, plan: Plan, steps: range) -> Iterator[int]:
         remote.close()
 
 
-def _evaluation(source: _Source, recipe: Recipe, batches: list[np.ndarray], loading: Loading) -> Generator:
+def _evaluation(source: ImageSource, recipe: Recipe, batches: list[np.ndarray], loading: Loading) -> Generator:
     if not batches:
         return
     with _crops(source, enumerate(batches), 1, len(batches[0]), recipe, loading) as crops_of_batches:
@@ -297,7 +305,7 @@ def _evaluation(source: _Source, recipe: Recipe, batches: list[np.ndarray], load
 
 @contextmanager
 def _crops(
-    source: _Source,
+    source: ImageSource,
     samples_of_steps: Iterable[tuple[int, np.ndarray]],
     views: int,
     batch: int,
@@ -372,7 +380,7 @@ class Readers:
             self._seconds += (seconds / files - self._seconds) / 8
 
 
-class _Source:
+class ImageSource:
     """What to decode: reads ahead, and puts substitutes in the place of bad samples."""
 
     def __init__(
@@ -413,15 +421,19 @@ class _Source:
 
     def _request(self, step: int, samples: np.ndarray, chunks: Iterator[list]) -> Request:
         encoded = [data for chunk in chunks for data in chunk]
-        names = [self.manifest.path(index) for index in samples.tolist()]
+        names = Names(self.manifest.path, samples)
         return Request(names, encoded, self.manifest.sizes[samples], self.boxes(step, samples), step, samples)
 
     def _read(self, indices: np.ndarray) -> list[np.ndarray | OSError | DamagedImage]:
         cache = () if self.cache is None else self.cache
-        misses = [None if index in cache else index for index in indices.tolist()]
         start = time.perf_counter()
-        contents = [PIXEL if index is None else read(self.manifest, index, self.reading) for index in misses]
-        self.readers.took(time.perf_counter() - start, len(misses) - misses.count(None))
+        # Here and not where batches are planned: these threads may wait for a disk. A table's rows are then in memory.
+        places = [None] * len(indices) if self.manifest.places is None else self.manifest.places[indices].tolist()
+        contents = [
+            PIXEL if index in cache else read(self.manifest, index, self.reading, place)
+            for index, place in zip(indices.tolist(), places, strict=True)
+        ]
+        self.readers.took(time.perf_counter() - start, sum(each is not PIXEL for each in contents))
         return contents
 
     def _refuse_absence(self, request: Request, faults: dict[int, str]) -> None:

@@ -13,9 +13,10 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +24,8 @@ from fastmoco.data import cache as array_cache
 from fastmoco.data import shard_set
 from fastmoco.data.errors import DataError
 from fastmoco.data.file_results import CheckResult, Results
-from fastmoco.data.files import Files, find_sources, with_members
-from fastmoco.data.image_table import ImageTable, Names, natural
+from fastmoco.data.files import Files, find_sources, number_classes, with_members, without_strays
+from fastmoco.data.image_table import ImageTable, Names
 from fastmoco.data.order import ShardRows
 from fastmoco.data.probe import Header, probe
 from fastmoco.data.remote import RemoteShards
@@ -36,7 +37,6 @@ from fastmoco.recipe import TABLE_UP_TO, Recipe
 NAME = "images.npz"  # of a run's own copy
 TRAIN_NAMES, VAL_NAMES = ("train",), ("val", "valid", "validation", "test")
 ONE_COLOUR, SMALL_RANGE = 8, 64  # levels, of 255, that such images span at most; 64 are 14 bits in 16
-STRAY_SHARE = 20  # at most one of so many images may stand beside the class folders as a stray
 FEW = 8  # images, all over a set, that tell whether it is there and is the same
 CHUNK_FILES = 256  # files per task of the header threads
 
@@ -100,9 +100,14 @@ class Manifest:
         index = bisect.bisect_left(self.paths, path)
         return index if index < len(self.paths) and self.paths[index] == path else None
 
-    def read(self, index: int) -> np.ndarray:
-        """The encoded bytes of an image, uint8 [size]; raises OSError if the file cannot be read."""
-        number, offset, size = (-1, 0, -1) if self.places is None else self.places[index].tolist()
+    def read(self, index: int, place: Sequence[int] | None = None) -> np.ndarray:
+        """The encoded bytes of an image, uint8 [size]; raises OSError if the file cannot be read.
+
+        `place` is the image's row of `places`, where the caller has read many at once.
+        """
+        if place is None:
+            place = (-1, 0, -1) if self.places is None else self.places[index].tolist()
+        number, offset, size = place
         if number < 0:
             with open(self.path(index), "rb", buffering=0) as file:
                 return np.frombuffer(file.read(), np.uint8)
@@ -208,6 +213,10 @@ class Manifest:
         paths = [self.paths[row] for row in rows.tolist()]
         return replace(self, paths=paths, sizes=self.sizes[rows], labels=labels, places=places, spans=None)
 
+    def in_memory(self) -> Manifest:
+        """The same images, with every fact of all of them in a list or an array."""
+        return self
+
     def _archive(self, number: int) -> str:
         return os.path.join(self.root, self.archives[number])
 
@@ -268,6 +277,18 @@ class ShardManifest(Manifest):
     def path(self, index: int) -> str:
         """Full path of an image, for messages."""
         return os.path.join(self.root, self.name(index))
+
+    def take(self, indices: Iterable[int]) -> Manifest:
+        """The images with these indices, in their order, under the names of the members."""
+        return Manifest(**self._fields()).take(indices)
+
+    def in_memory(self) -> Manifest:
+        """The same images in lists and arrays, some 300 bytes each: for those who look at all of them anyway."""
+        whole = {"paths": list(self.paths), "sizes": self.sizes[:], "places": self.places[:]}
+        return Manifest(**self._fields() | whole | {"labels": None if self.labels is None else self.labels[:]})
+
+    def _fields(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(Manifest)}
 
     def absence(self) -> str:
         """Why the images cannot be there at all: no folder, or none of a few shards is there; or ""."""
@@ -373,12 +394,12 @@ def scan(
     rejected += [(files.paths[i], results.reasons[results.codes[i]]) for i in bad.tolist()]
     good = np.flatnonzero(results.codes == 0)
     if os.path.isdir(source) or source.endswith(ENDING):
-        good = _without_strays(files, good, rejected)
+        good = without_strays(files, good, rejected)
     if not len(good):
         because = f"; {rejected[0][0]}: {rejected[0][1]}" if rejected else ""
         raise DataError(f"{path}: no images in it ({len(rejected)} files left out{because})", exit_code=2)
     labels = [files.labels[i] for i in good.tolist()]
-    names, numbers = _number(labels, classes, str(path))
+    names, numbers = number_classes(labels, classes, str(path))
     paths = [files.paths[i] for i in good.tolist()] if len(good) < len(files) else files.paths
     manifest = Manifest(files.root, paths, results.sizes[good], numbers, names, sorted(rejected))
     manifest.passed = dict(+files.passed)
@@ -409,8 +430,8 @@ def _sorted_by_path(reader: Source, table: ImageTable, classes: Sequence[str] | 
     files.bytes, files.times, files.places = places[:, 2], np.arange(len(rows)), places[:, :2]
     files.sort()  # the times tell which row went where
     rejected = list(table.left_out)
-    good = _without_strays(files, np.arange(len(files)), rejected)
-    names, numbers = _number([files.labels[i] for i in good.tolist()], classes, reader.root)
+    good = without_strays(files, np.arange(len(files)), rejected)
+    names, numbers = number_classes([files.labels[i] for i in good.tolist()], classes, reader.root)
     paths = [files.paths[i] for i in good.tolist()]
     sizes = np.ascontiguousarray(rows["size"][files.times[good]])
     manifest = Manifest(files.root, paths, sizes, numbers, names, sorted(rejected), int(files.bytes[good].sum()))
@@ -463,28 +484,3 @@ def _decode(decode: Decode, files: Files, results: Results, threads: int | None,
         results.note_decoded(int(missing[count - 1]), result)
         if progress and (count % CHUNK_FILES == 0 or count == len(missing)):
             progress("decode", count, len(missing))
-
-
-def _without_strays(files: Files, good: np.ndarray, rejected: list[tuple[str, str]]) -> np.ndarray:
-    # One picture beside class folders must not take all the others their classes.
-    labels = [files.labels[i] for i in good.tolist()]
-    strays = [i for i, label in zip(good.tolist(), labels, strict=True) if label is None]
-    classes = len(set(labels) - {None})
-    if not strays or classes < 2 or len(strays) > max(classes, len(good) // STRAY_SHARE):
-        return good
-    rejected += [(files.paths[i], "in no class, where the others are") for i in strays]
-    return np.setdiff1d(good, strays)
-
-
-def _number(
-    labels: list[str | None], classes: Sequence[str] | None, source: str
-) -> tuple[list[str], np.ndarray | None]:
-    present = set(labels)
-    if None in present or (classes is None and len(present) == 1):
-        return [], None
-    names = list(classes) if classes is not None else sorted(present, key=natural)
-    unknown = sorted(present.difference(names))
-    if unknown:
-        raise DataError(f"{source}: class {unknown[0]!r} is not among the {len(names)} classes of the training part")
-    number = {name: i for i, name in enumerate(names)}
-    return names, np.array([number[label] for label in labels], np.int64)

@@ -107,10 +107,12 @@ class Plan:
 
     def windows(self, step: int, ahead: int = 0) -> list[np.ndarray]:
         """Shards int64 [at most W] of each window that `step` shows images of, and of those in the `ahead` images after
-        them in the same epoch; nothing where the order has no windows."""
+        them, in the next epoch too; nothing where the order has no windows."""
+        epoch, end = self.epoch(step), self.steps_per_epoch * self.recipe.batch_size
         first = step % self.steps_per_epoch * self.recipe.batch_size
-        last = min(first + self.recipe.batch_size + ahead, self.steps_per_epoch * self.recipe.batch_size)
-        return self._order.windows(self.epoch(step), first, last)
+        last = first + self.recipe.batch_size + ahead
+        following = self._order.windows(epoch + 1, 0, min(last - end, end)) if last > end else []
+        return self._order.windows(epoch, first, min(last, end)) + following
 
     def boxes(self, epoch: int, samples: np.ndarray, view: int) -> np.ndarray:
         """Crop boxes (top, left, height, width), int32 [m, 4]: torchvision's RandomResizedCrop.

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -77,19 +78,21 @@ class RemoteShards:
     def read(self, name: str, offset: int, size: int) -> np.ndarray:
         """Bytes of a shard, from the cache or from the server; raises DataError if the server fails for too long."""
         shard = self.known.get(name)
-        if self.cache is not None and shard is not None:
+        while self.cache is not None and shard is not None:
             data = self.cache.read(self._key(shard), shard.bytes, offset, size)
             if data is not None:
                 return data
-            if self.whole:
-                return self.cache.read_from(self._path_of(shard), offset, size)
+            if not self.whole:
+                break
+            self._fetch(shard)  # and read it then; where room is short another process may have removed it by now
         return np.frombuffer(self._range(name, offset, size), np.uint8)
 
     @contextmanager
     def local(self, shard: Shard) -> Iterator[str]:
         """The shard in the cache, or in a file that lasts as long as the context."""
         if self.cache is not None and shard.bytes <= self.cache.limit:
-            yield str(self._path_of(shard))
+            with self.cache.held(self._key(shard), shard.bytes, partial(self._download, shard)) as path:
+                yield str(path)
             return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "shard.tar")
@@ -108,7 +111,7 @@ class RemoteShards:
             names_ahead, before = set(names), self._asked
             self._asked = names_ahead
             self._ahead = self._ahead or ThreadPoolExecutor(AHEAD, thread_name_prefix="fastmoco-shards")
-            for name in names:
+            for name in dict.fromkeys(names):
                 if name not in before:
                     self._ahead.submit(self._fetch_quietly, name)
 
@@ -121,15 +124,15 @@ class RemoteShards:
 
     def _fetch_quietly(self, name: str) -> None:
         with suppress(Exception):  # who wants it will say so
-            self._path_of(self.known[name])
+            self._fetch(self.known[name])
 
     def _key(self, shard: Shard) -> str:
         text = f"{self.root}/{shard.name}\n{shard.bytes}\n{shard.stamp}"
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
 
-    def _path_of(self, shard: Shard) -> Path:
+    def _fetch(self, shard: Shard) -> None:
         assert self.cache is not None
-        return self.cache.get(self._key(shard), shard.bytes, lambda file: self._download(shard, file))
+        self.cache.get(self._key(shard), shard.bytes, partial(self._download, shard))
 
     def _download(self, shard: Shard, file: BinaryIO) -> None:
         whole = hashlib.sha256()

@@ -6,7 +6,7 @@ A `Part` is what DALI gets in one call: a piece of one batch on a CPU, one or se
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 
@@ -31,16 +31,35 @@ class DecodeError(DataError):
         self.positions, self.names, self.reasons = positions, names, reasons
 
     @classmethod
-    def of(cls, names: list[str], faults: dict[int, str], first: int = 0) -> DecodeError:
+    def of(cls, names: Sequence[str], faults: dict[int, str], first: int = 0) -> DecodeError:
         """The error for `faults`, reasons by position in `names`; these begin at position `first` of the batch."""
         positions = list(faults)
         return cls([first + i for i in positions], [names[i] for i in positions], list(faults.values()))
 
 
+class Names(Sequence[str]):
+    """What images are called in errors, each made where it is asked for: of most batches nobody asks."""
+
+    def __init__(self, name: Callable[[int], str], numbers: np.ndarray) -> None:
+        self._name, self._numbers = name, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, key: int) -> str: ...
+    @overload
+    def __getitem__(self, key: slice) -> Names: ...
+    def __getitem__(self, key: int | slice) -> str | Names:
+        if isinstance(key, slice):
+            return Names(self._name, self._numbers[key])
+        return self._name(int(self._numbers[key]))
+
+
 class Request(NamedTuple):
     """One batch of n images to be decoded and cut into V crops each."""
 
-    names: list[str]
+    names: Sequence[str]
     """What to call each image in an error."""
     encoded: list[np.ndarray | OSError | DamagedImage]
     """Bytes of each image file, uint8, or why they cannot be used; or PIXEL for one that `PixelCache` keeps."""
@@ -107,23 +126,33 @@ def together(requests: Sequence[Request]) -> Part:
     first, total = requests[0], sum(len(request.encoded) for request in requests)
     if len(requests) == 1:
         return Part(first, 0, total)
-    names = [name for request in requests for name in request.names]
     encoded = [data for request in requests for data in request.encoded]
     sizes = np.concatenate([request.sizes for request in requests])
     samples = np.concatenate([request.samples for request in requests])
     boxes = np.concatenate([request.boxes for request in requests], 1)
-    return Part(Request(names, encoded, sizes, boxes, first.step, samples), 0, total, tuple(requests))
+    whole = Part(Request((), encoded, sizes, boxes, first.step, samples), 0, total, tuple(requests))
+
+    def name(position: int) -> str:
+        number, place = _place(whole, position)
+        return requests[number].names[place]
+
+    return whole._replace(request=whole.request._replace(names=Names(name, np.arange(total))))
 
 
 def by_request(part: Part, faults: dict[int, str]) -> dict[int, dict[int, str]]:
     """`faults`, whose positions are those in `part`, by request and by position in that request."""
-    ends = np.cumsum([len(request.encoded) for request in part.requests])
     reasons: dict[int, dict[int, str]] = {}
     for position, reason in faults.items():
-        number = int(np.searchsorted(ends, position, side="right"))
-        begin = 0 if number == 0 else int(ends[number - 1])
-        reasons.setdefault(number, {})[position - begin] = reason
+        number, place = _place(part, position)
+        reasons.setdefault(number, {})[place] = reason
     return reasons
+
+
+def _place(part: Part, position: int) -> tuple[int, int]:
+    """Which request of the part an image is of, and its position there."""
+    begins = np.cumsum([0, *(len(request.encoded) for request in part.requests)])
+    number = int(np.searchsorted(begins, position, side="right")) - 1
+    return number, position - int(begins[number])
 
 
 def some_of(part: Part, positions: list[int]) -> Part:
@@ -167,9 +196,11 @@ def fault(data: np.ndarray | OSError | DamagedImage, size: Sequence[int]) -> str
     return reason
 
 
-def read(manifest: Manifest, index: int, reading: Reading = Reading()) -> np.ndarray | OSError | DamagedImage:
+def read(
+    manifest: Manifest, index: int, reading: Reading = Reading(), place: Sequence[int] | None = None
+) -> np.ndarray | OSError | DamagedImage:
     """The encoded bytes of an image as DALI shall get them, or why there are none."""
     try:
-        return rewritten(manifest.read(index), reading)
+        return rewritten(manifest.read(index, place), reading)
     except OSError as error:
         return error

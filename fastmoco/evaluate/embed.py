@@ -129,7 +129,7 @@ def run(options: Embed) -> None:
 def _images_of(data: Place | Sequence[Place], max_pixels: int) -> tuple[Manifest, np.ndarray]:
     """The images, and their indices in the order that was asked for."""
     if isinstance(data, (str, os.PathLike)):
-        images = manifest.scan(data, max_pixels=max_pixels)
+        images = manifest.scan(data, max_pixels=max_pixels).in_memory()
         if manifest.split(data)[0] != str(data):
             images = dataclasses.replace(images, labels=None, classes=[])  # train and val are no classes
         return images, np.arange(len(images))

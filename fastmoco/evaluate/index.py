@@ -48,7 +48,7 @@ def scan_of(run: Path, data: Path | None, max_pixels: int) -> Manifest:
     source = data or read_facts(run).get("options", {}).get("data")
     if not source:
         raise UsageError(f"{run} does not say what it was trained on: name the images with --data PATH")
-    return manifest.scan(manifest.split(source)[0], max_pixels=max_pixels)
+    return manifest.scan(manifest.split(source)[0], max_pixels=max_pixels).in_memory()
 
 
 def index(source: Source, images: Manifest, store: Path | None = None) -> Index:

@@ -57,11 +57,11 @@ def one_side(
     The table `labels` serves a side whose images it names; another side has to have classes of its own.
     """
     if labels is not None:
-        images = manifest.scan(path, max_pixels=max_pixels)
+        images = manifest.scan(path, max_pixels=max_pixels).in_memory()
         # ImageNet's table names the validation images alone.
         if images.labels is None or _classes_of(images, labels)[0]:
             return label(images, labels, classes)
-    images = manifest.scan(path, classes=classes, max_pixels=max_pixels)
+    images = manifest.scan(path, classes=classes, max_pixels=max_pixels).in_memory()
     if images.labels is None:
         raise UsageError(
             f"{path} has no classes: use one folder per class, a list with classes, or --labels FILE.csv of path,class"

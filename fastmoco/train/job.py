@@ -27,6 +27,7 @@ RUNS = Path("runs")
 FAST_BF16 = ("amx", "bf16 at full rate")
 LEAST_CROP, LARGE_RATE = 12, 10.0  # below and above, a setting is seldom meant
 LEAST_SEEN, MOST_ENLARGED = 8, 2  # pixels that a crop shows, and times that a view enlarges an image
+LOOKED_AT = 1000  # images, all over the set, that tell how large they are: more are not read from a table on a disk
 BRING_BACK = "bring the images back, or say with --data where they are now; nothing was changed"
 DEMO_IMAGES = RUNS / "images"
 
@@ -219,7 +220,9 @@ def _settings_notes(recipe: Recipe, images: Manifest, parallel: Parallel) -> lis
     if recipe.crop_size < LEAST_CROP:
         notes.append(f"warning: views of {recipe.crop_size} pixels show next to nothing: give a larger --crop-size")
     low = recipe.augmentation.crop_scale[0]
-    side = float(np.median(images.sizes.min(1)))
+    count = len(images.sizes)
+    some = np.linspace(0, count - 1, min(LOOKED_AT, count)).astype(np.int64)
+    side = float(np.median(images.sizes[some].min(1)))
     if low**0.5 * side < LEAST_SEEN:
         notes.append(
             f"warning: the smallest crops, {low:.0%} of images whose shorter side is {side:g} pixels, show "

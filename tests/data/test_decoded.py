@@ -99,7 +99,7 @@ def test_batches_are_the_same_and_what_fits_is_read_once(
     expected = draw(photo_manifest, 0)
     reads: Counter[int] = Counter()
     original = Manifest.read
-    monkeypatch.setattr(Manifest, "read", lambda self, i: (reads.update([i]), original(self, i))[1])
+    monkeypatch.setattr(Manifest, "read", lambda self, i, *place: (reads.update([i]), original(self, i, *place))[1])
     budget = int(share * pixels(photo_manifest))
     for options in ({"threads": 1}, {"threads": 3, "prefetch": 5}):
         assert all_equal(draw(photo_manifest, budget, **options), expected)

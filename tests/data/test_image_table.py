@@ -53,6 +53,13 @@ def test_a_table_gives_what_its_pieces_hold(tmp_path: Path) -> None:
     assert table.classes == ["class 0", "class 1", "class 2"]
     assert [table.classes[code] for code in table.labels()[:].tolist()] == labels
     assert table.left_out[3] == ("003.tar/page 3", "not an image") and len(table.left_out) == 4
+    assert paths[4:7] == names[4:7] and paths[70::-30] == names[70::-30] and paths[9:3] == []
+    mask = np.arange(78) % 7 == 3
+    np.testing.assert_array_equal(places[mask], places[:][mask])
+    assert len(sizes[np.empty(0, np.int64)]) == 0
+    for wrong in (78, -1):
+        with pytest.raises(IndexError):
+            sizes[np.array([3, wrong])]
     with pytest.raises(IndexError):
         paths[78]
 
@@ -86,6 +93,17 @@ def test_damage_is_told_before_anything_is_read(tmp_path: Path, harm: str) -> No
     path = table.folder / harm
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(DataError, match="remove it, and it is made again"):
+        ImageTable(table.folder)
+
+
+@pytest.mark.parametrize("harm", ["records", "names"])
+def test_a_file_that_is_gone_or_is_cut_short_later_is_told(tmp_path: Path, harm: str) -> None:
+    table, _ = written(tmp_path / "table", [500])
+    os.truncate(table.folder / harm, 40)
+    with pytest.raises(DataError, match="cut short.*remove it, and it is made again"):
+        table.sizes()[np.array([499, 3])] if harm == "records" else table.paths()[499]
+    (table.folder / harm).unlink()
+    with pytest.raises(DataError, match="No such file.*remove it, and it is made again"):
         ImageTable(table.folder)
 
 

@@ -30,7 +30,7 @@ from fastmoco.data.draws import ORDER_STREAM
 from fastmoco.data.loader import Background, EvaluationLoader, Loader, Loading
 from fastmoco.data.manifest import Manifest, scan
 from fastmoco.data.plan import Plan, centre_boxes
-from fastmoco.data.request import DecodeError
+from fastmoco.data.request import NO_BOXES, DecodeError, together
 from fastmoco.presets import PRESETS
 
 RECIPE = dataclasses.replace(PRESETS["v2"][1], batch_size=32, bn_group=4, crop_size=24)  # 3 steps an epoch
@@ -109,7 +109,8 @@ def test_an_epochs_order_is_computed_once(photo_manifest: Manifest, monkeypatch:
 def test_more_files_are_read_at_once_for_a_gpu_where_they_come_slowly(
     photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch, kind: str, seconds: float, least: int, most: int
 ) -> None:
-    reading, records = [], []
+    """How long a file takes is told, not measured: a busy machine would ask for more readers than an idle one."""
+    reading, records, took = [], [], loader_module.Readers.took
 
     def read(*_: object) -> np.ndarray:
         reading.append(1)
@@ -118,14 +119,28 @@ def test_more_files_are_read_at_once_for_a_gpu_where_they_come_slowly(
         return np.zeros(reading.pop(), np.uint8)
 
     monkeypatch.setattr(Manifest, "read", read)
-    # On a busy machine a read may take longer than it sleeps; the rule that is tried here goes by what it is told.
-    took = loader_module.Readers.took
     monkeypatch.setattr(loader_module.Readers, "took", lambda self, _, files: took(self, seconds * files, files))
-    source = loader_module._Source(photo_manifest, None, lambda *_: np.empty(0), torch.device(kind))
+    source = loader_module.ImageSource(photo_manifest, None, lambda *_: np.empty(0), torch.device(kind))
     with ThreadPoolExecutor(source.readers.most) as readers:
         work = [(step, np.arange(100)) for step in range(4)]
         assert [len(batch_requests.encoded) for batch_requests in source.requests(readers, work)] == [100] * 4
     assert least <= max(records) <= most
+
+
+def test_nobody_asks_what_the_images_of_a_good_batch_are_called(
+    photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a hundred million images the names lie on a disk, and a batch would wait for each of them."""
+    asked, path = [], Manifest.path
+    monkeypatch.setattr(Manifest, "read", lambda *_: np.zeros(3, np.uint8))
+    monkeypatch.setattr(Manifest, "path", lambda self, index: asked.append(index) or path(self, index))
+    source = loader_module.ImageSource(photo_manifest, None, lambda step, samples: NO_BOXES, CPU)
+    with ThreadPoolExecutor(2) as readers:
+        made = list(source.requests(readers, [(step, np.arange(9) + step) for step in range(3)]))
+    part = together(made)
+    assert not asked and len(part.request.names) == 27
+    expected = [path(photo_manifest, index) for request in made for index in request.samples.tolist()]
+    assert [*part.request.names] == expected and [*part.request.rows(slice(8, 20)).names] == expected[8:20]
 
 
 def test_so_many_readers_as_the_time_of_a_file_asks_for() -> None:
@@ -146,7 +161,7 @@ def test_small_batches_are_decoded_several_at_a_time_on_a_gpu(per_rank: int, exp
 
 
 def test_the_files_of_the_next_call_are_read_while_one_is_decoded(photo_manifest: Manifest) -> None:
-    source = loader_module._Source(photo_manifest, None, lambda *_: np.empty(0), CPU)
+    source = loader_module.ImageSource(photo_manifest, None, lambda *_: np.empty(0), CPU)
     for merged_sum in (1, 4):
         log = []
 

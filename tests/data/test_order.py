@@ -189,6 +189,9 @@ def test_windows_are_the_same_on_any_number_of_ranks_and_mix_images_of_one_shard
     # A batch of 32 lies in one window of 75 images, or in two; what follows is told ahead of time.
     assert [len(w) for w in whole.windows(0)] == [3] and [len(w) for w in whole.windows(2)] == [3, 3]
     assert len(whole.windows(0, ahead=75)) == 2
+    end = whole.steps_per_epoch
+    both = (*whole.windows(end - 1), *whole.windows(end, ahead=75 - 32))  # those of the next epoch, too
+    assert [w.tolist() for w in whole.windows(end - 1, ahead=75)] == [w.tolist() for w in both] and len(both) == 3
     with pytest.raises(RecipeError, match="order windows needs images in tar archives.*fastmoco data pack"):
         Plan(recipe, size)
 

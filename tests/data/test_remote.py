@@ -17,10 +17,11 @@ from data.shard_server import ShardServer
 from fastmoco.data import manifest as manifest_module
 from fastmoco.data import remote, shard_set
 from fastmoco.data.batch import Batch
-from fastmoco.data.loader import Loader
+from fastmoco.data.loader import Loader, announced
 from fastmoco.data.manifest import DataError, Manifest, ShardManifest, scan, split
 from fastmoco.data.plan import Plan
 from fastmoco.data.quarantine import Quarantine
+from fastmoco.data.shard_cache import ShardCache
 from fastmoco.data.shard_source import Fetching, as_url, expanded
 from fastmoco.presets import PRESETS
 from fastmoco.recipe import Recipe
@@ -175,6 +176,51 @@ def test_windows_fetch_each_shard_once_a_machine_and_an_epoch(server: ShardServe
     assert min(singly.values()) > 3
 
 
+def test_a_shard_that_another_process_removes_is_fetched_again(
+    server: ShardServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its images are not noted as ones that cannot be read."""
+    far, get, removed = scan(server.url, fetching=Fetching(1)), ShardCache.get, []
+    far.source.whole, expected = True, far.read(0)
+
+    def get_and_lose(*arguments: object) -> Path:
+        path = get(*arguments)
+        if len(removed) < 2:
+            removed.append(path)
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(ShardCache, "get", get_and_lose)
+    for path in far.source.cache.folder.iterdir():
+        path.unlink()
+    np.testing.assert_array_equal(far.read(0), expected)
+    assert len(removed) == 2
+
+
+def test_the_first_window_of_an_epoch_is_fetched_before_its_first_step_and_nothing_after_the_last(
+    server: ShardServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = scan(server.url, fetching=Fetching(1))
+    far.source.whole, said = True, []
+    monkeypatch.setattr(far.source, "fetch_ahead", said.append)
+    plan = Plan(WINDOWS, far.sizes, shards=far.shards)
+    end = plan.steps_per_epoch
+    first = {far.archives[shard] for shard in plan.windows(end)[0].tolist()}
+    for step in announced(far, plan, range(end + 1)):
+        if step == end - 1:
+            assert first <= set(said[-1])
+    said.clear()
+    list(announced(far, plan, range(end)))
+    of_epoch = [far.archives[shard] for each in plan.windows(0, ahead=10**6)[:3] for shard in each.tolist()]
+    assert sorted(of_epoch) == far.archives
+    assert list(dict.fromkeys(name for names in said for name in names)) == of_epoch
+    assert said[-1] == of_epoch[-2:]  # the control: those of the next epoch would follow
+    said.clear()
+    far.source.cache.limit = 3 * max(shard.bytes for shard in far.source.known.values())  # has no room for two windows
+    list(announced(far, plan, range(end + 3)))
+    assert said[0] == of_epoch[:2] and max(map(len, said)) == 4  # where a batch has images of two windows
+
+
 def test_many_images_share_a_table_in_the_order_of_their_shards(
     shards: Path, server: ShardServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +240,16 @@ def test_many_images_share_a_table_in_the_order_of_their_shards(
         again = Manifest.load(tmp_path / "run.npz", source)
         assert same(batches(again, recipe), batches(before, recipe)) and again.others() == again.absence() == ""
         assert again.rejected[:] == [("000002.tar/class 0/page.jpg", "not an image")]
+
+
+@pytest.mark.parametrize("harm", ["records", "shards.npz"])
+def test_a_damaged_table_is_made_again(shards: Path, monkeypatch: pytest.MonkeyPatch, harm: str) -> None:
+    monkeypatch.setattr(manifest_module, "TABLE_UP_TO", 50)
+    monkeypatch.setattr(shard_set, "LARGE_BYTES", 0)
+    first = scan(shards)
+    (first.table.folder / harm).write_bytes(b"damaged")
+    again, third = scan(shards), scan(shards, cache=False)
+    assert again.table.digest == third.table.digest == first.table.digest and list(again.paths) == list(third.paths)
 
 
 def test_shards_that_are_added_are_the_only_ones_read_and_a_run_keeps_its_own(

@@ -106,10 +106,10 @@ def unreadable(count: int, total: int):
     """A reader that fails for `count` of every `total` images."""
     honest = loop.manifest.Manifest.read
 
-    def read(self, index):
+    def read(self, index, *place):
         if index % total < count:
             raise OSError(5, "Input/output error")
-        return honest(self, index)
+        return honest(self, index, *place)
 
     return read
 

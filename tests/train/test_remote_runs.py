@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,9 @@ import torch
 from data.shard_server import ShardServer
 
 from fastmoco.cli import main
-from fastmoco.data import remote
+from fastmoco.data import manifest as manifest_module
+from fastmoco.data import remote, shard_set
+from fastmoco.data.manifest import ShardManifest
 from fastmoco.data.quarantine import NAME as QUARANTINE
 from fastmoco.options import Options, UsageError
 from fastmoco.runs import checkpoint
@@ -104,3 +106,58 @@ def test_what_a_run_began_with_before_there_was_a_choice_goes_on(recipe, images:
     assert equal(tmp_path / "whole", tmp_path / "run")
     assert main([*command, "--order", "keyed"]) == 2  # the control: no other order is taken
     assert np.array_equal(weights(tmp_path / "run")["queue"], weights(tmp_path / "whole")["queue"])
+
+
+@pytest.fixture
+def shards(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The images in archives, whose order is that of the paths."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for part, each in (("train", 8), ("val", 6)):
+        (tmp_path / "set" / part).mkdir(parents=True)
+        paths = sorted((images / part).rglob("*.jpg"), key=str)
+        for number in range(len(paths) // each):
+            with tarfile.open(tmp_path / "set" / part / f"{number}.tar", "w") as archive:
+                for path in paths[number * each :][:each]:
+                    archive.add(path, path.relative_to(images / part))
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def table(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Path]:
+    """Has the archives share a table, as those of more than two million images do."""
+
+    def share() -> Path:
+        monkeypatch.setattr(manifest_module, "TABLE_UP_TO", 5)
+        monkeypatch.setattr(shard_set, "LARGE_BYTES", 0)
+        assert isinstance(manifest_module.scan(shards / "train"), ShardManifest)
+        return shards
+
+    return share
+
+
+@pytest.mark.slow
+def test_a_run_on_a_table_ends_as_one_on_a_list_of_the_same_images(
+    recipe, shards: Path, table: Callable[[], Path], tmp_path: Path
+) -> None:
+    windows = replace(recipe, order="windows", window_shards=2)
+    run(windows, shards, tmp_path / "list", stop_after=6)
+    run(windows, table(), tmp_path / "run", stop_after=4)
+    run(windows, shards, tmp_path / "run", stop_after=6, resume=True)
+    assert equal(tmp_path / "list", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_every_command_takes_a_set_in_a_table(
+    recipe, table: Callable[[], Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder, out = table(), str(tmp_path / "run")
+    run(recipe, folder, tmp_path / "run", stop_after=2)
+    for command in (
+        ["data", "scan", str(folder)],
+        ["evaluate", "knn", out, "--device", "cpu"],
+        ["evaluate", "linear", out, "--fast", "--epochs", "1", "--lr", "1", "--device", "cpu"],
+        ["embed", out, "--data", str(folder / "train"), "--out", str(tmp_path / "features.npz"), "--device", "cpu"],
+        ["duplicates", out, "--device", "cpu"],
+        ["report", out],
+    ):
+        assert main(command) == 0, (command, capsys.readouterr().err)
