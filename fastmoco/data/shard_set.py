@@ -19,11 +19,13 @@ from fastmoco.data import cache, image_table, pieces, probe, tars
 from fastmoco.data.errors import DataError
 from fastmoco.data.files import find_sources
 from fastmoco.data.image_table import ImageTable, Piece
+from fastmoco.data.piece_makers import Makers, Task
 from fastmoco.data.remote import RemoteShards
 from fastmoco.data.shard_source import Fetching, LocalShards, Shard, Source, as_url, indexed, piece_name
-from fastmoco.environment import share_of_cores
+from fastmoco.environment import cores
 
 LARGE_BYTES = 1 << 38  # of local archives, from which on they are looked at shard by shard: some millions of images
+MANY_BYTES = 1 << 30  # of archives, from which on several processes read them: starting these takes half a second
 
 Progress = Callable[[str, int, int], None]
 
@@ -89,11 +91,15 @@ def build(
         if cached and known(source, shard, max_pixels, index) is not None:
             return
         with source.local(shard) as path:
-            made = pieces.read(path, f"{source.root}/{shard.name}", max_pixels)
-        keep(source, shard, made, max_pixels, index)
+            task = Task(path, f"{source.root}/{shard.name}", max_pixels, str(_kept(source, shard)), shard.stamp)
+            makers.make(task)
+        if index is not None:
+            pieces.save(index / piece_name(shard.name), piece(source, shard, max_pixels), shard.stamp, max_pixels)
 
-    # More threads than cores, because a disk or a server answers many requests at once.
-    with ThreadPoolExecutor(2 * share_of_cores()) as pool:
+    # All cores, because the other processes of this machine wait for the table; and more threads than cores, because a
+    # disk or a server answers many requests at once.
+    processes = cores() if sum(shard.bytes for shard in shards) >= MANY_BYTES else 0
+    with Makers(processes) as makers, ThreadPoolExecutor(2 * cores()) as pool:
         waiting = [pool.submit(make, shard) for shard in shards]
         try:
             for done, each in enumerate(waiting, 1):
