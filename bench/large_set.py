@@ -1,14 +1,16 @@
 """`python -m fastmoco.bench.large_set FOLDER`: what 100 million images cost before one of them is read.
 
 FOLDER takes about 65 bytes for each image, and is emptied at the end. Measured are the table of a set of made-up shards
-(build, open, plan of a step, the end of an epoch, restart) in 1 and 8 processes, and the same of a manifest of Python
-strings at the sizes of --lists. Memory is the proportional set size (PSS): a page that 8 processes share counts an
-eighth in each.
+(build, open, plan of a step, all that a loader does for a step but reading and decoding images, the end of an epoch,
+restart) in 1 and 8 processes, and the same of a manifest of Python strings at the sizes of --lists. Cold is what comes
+first, after the system was told to forget the table's pages; warm is the same again.
+Memory is the proportional set size (PSS): a page that 8 processes share counts an eighth in each.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import os
@@ -16,16 +18,20 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fastmoco import environment
 from fastmoco.data import image_table, pieces, shard_set
+from fastmoco.data.batch import assemble
 from fastmoco.data.image_table import RECORD, ImageTable, Piece
+from fastmoco.data.loader import ImageSource
 from fastmoco.data.manifest import Manifest, ShardManifest
 from fastmoco.data.plan import Plan
 from fastmoco.data.shard_source import LocalShards, Shard
@@ -36,6 +42,7 @@ PER_SHARD, CLASSES = 10_000, 1000
 RECIPE = PRESETS["v2"][1]
 STEPS = 200
 MB = 1e6
+NO_IMAGE = np.frombuffer(b"\xff\xd8", np.uint8)  # how a JPEG begins
 
 
 def shards_of(images: int) -> list[Shard]:
@@ -71,23 +78,24 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def planned(images: Manifest, recipe: Recipe) -> dict[str, float]:
-    """Milliseconds of a step's plan: samples, boxes, photometric parameters and places; and at an epoch's end."""
+    """Milliseconds of the plan of a batch (samples, boxes, photometric parameters, places), and of a loader's step.
+
+    The steps of the plan are random ones; those of a loader follow each other, as in a run.
+    """
     first, plan = timed(lambda: _step(Plan(recipe, images.sizes, shards=images.shards), images, 0))
     end = plan.steps_per_epoch
     plan = Plan(recipe, images.sizes, shards=images.shards)
     _step(plan, images, 1)
     some = np.random.default_rng(0).integers(2, end, STEPS).tolist()
-    before = time.process_time()
-    inside = [timed(partial(_step, plan, images, step))[0] for step in some]
-    busy = time.process_time() - before
+    cold, _ = _median_and_busy(some, partial(_step, plan, images))
+    warm, busy = _median_and_busy(some, partial(_step, plan, images))
     turn, _ = timed(lambda: _step(plan, images, end))
-    return {
-        "first_ms": 1e3 * first,
-        "step_ms": 1e3 * float(np.median(inside)),
-        "step_cpu_ms": 1e3 * busy / STEPS,  # which other work on the machine hardly changes
-        "slow_step_ms": 1e3 * float(np.quantile(inside, 0.95)),
-        "epoch_turn_ms": 1e3 * turn,
-    }
+    facts = {"first": first, "cold_step": cold, "step": warm, "step_cpu": busy, "epoch_turn": turn}
+    for name in ("cold_loader_step", "loader_step"):
+        steps = range(end // 2, min(end // 2 + STEPS, end))
+        seconds, busy = _median_and_busy(_loaded(images, plan, steps), lambda _: None)
+        facts |= {name: seconds, f"{name}_cpu": busy}
+    return {f"{name}_ms": 1e3 * seconds for name, seconds in facts.items()}
 
 
 def _step(plan: Plan, images: Manifest, step: int) -> Plan:
@@ -97,6 +105,39 @@ def _step(plan: Plan, images: Manifest, step: int) -> Plan:
     if images.places is not None:
         images.places[samples]
     return plan
+
+
+def _median_and_busy(some: Iterable[int], work: Callable[[int], Any]) -> tuple[float, float]:
+    """Median of the seconds from one to the next, and mean of the processor's, which other work hardly changes."""
+    marks, before = [time.perf_counter()], time.process_time()
+    for each in some:
+        work(each)
+        marks.append(time.perf_counter())
+    return float(np.median(np.diff(marks))), (time.process_time() - before) / (len(marks) - 1)
+
+
+def _loaded(images: Manifest, plan: Plan, steps: range) -> Iterator[int]:
+    """The steps as a loader prepares them, with the same few bytes as every image and nothing decoded."""
+    images = copy.copy(images)
+    images.read = lambda *_: NO_IMAGE  # type: ignore[method-assign]
+
+    def boxes(step: int, samples: np.ndarray) -> np.ndarray:
+        return np.stack([plan.boxes(plan.epoch(step), samples, view) for view in plan.views])
+
+    device, batch = torch.device("cpu"), plan.recipe.batch_size
+    crops = torch.empty(len(plan.views), batch, 1, 1, 3, dtype=torch.uint8)
+    source = ImageSource(images, None, boxes, device)
+    with ThreadPoolExecutor(source.readers.most) as readers:
+        for request in source.requests(readers, ((step, plan.samples(step)) for step in steps)):
+            assemble(plan, request.step, crops, source.origins(request.step, plan.samples(request.step)))
+            yield request.step
+
+
+def forget(folder: Path) -> None:
+    """Have the system drop the pages of a folder's files, so that they are read from the disk again."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def opened(run: Path, source: str, order: str) -> dict[str, float]:
@@ -141,7 +182,10 @@ def of_table(folder: Path, images: int, processes: list[int]) -> dict[str, Any]:
         "run_copy_mb": (folder / "run.npz").stat().st_size / MB,
     }
     for order in ("keyed", "windows"):
-        facts[order] = {count: together(count, folder / "run.npz", str(folder), order) for count in processes}
+        facts[order] = {}
+        for count in processes:
+            forget(target)
+            facts[order][count] = together(count, folder / "run.npz", str(folder), order)
     return facts
 
 
