@@ -418,6 +418,9 @@ def _in_shards(
     shards = reader.shards()
     table = shard_set.table_of(reader, shards, max_pixels, progress, cache)
     if len(table) > TABLE_UP_TO:
+        if classes is not None and table.classes and list(classes) != list(table.classes):
+            other = "its classes are not those of the training part; so many labels are not numbered anew"
+            raise DataError(f"{reader.root}: {other}")
         return ShardManifest.of(reader, table, shards, max_pixels)
     return _sorted_by_path(reader, table, classes)
 

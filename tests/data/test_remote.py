@@ -242,6 +242,15 @@ def test_many_images_share_a_table_in_the_order_of_their_shards(
         assert again.rejected[:] == [("000002.tar/class 0/page.jpg", "not an image")]
 
 
+def test_a_table_of_other_classes_is_refused(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest_module, "TABLE_UP_TO", 50)
+    monkeypatch.setattr(shard_set, "LARGE_BYTES", 0)
+    table = scan(shards)
+    assert np.array_equal(scan(shards, classes=table.classes).labels[:], table.labels[:])
+    with pytest.raises(DataError, match="its classes are not those of the training part"):
+        scan(shards, classes=["another", *table.classes])
+
+
 @pytest.mark.parametrize("harm", ["records", "shards.npz"])
 def test_a_damaged_table_is_made_again(shards: Path, monkeypatch: pytest.MonkeyPatch, harm: str) -> None:
     monkeypatch.setattr(manifest_module, "TABLE_UP_TO", 50)
