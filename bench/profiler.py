@@ -33,10 +33,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastmoco import plots, terminal
 from fastmoco.bench.options import Profile
-from fastmoco.bench.roofline import ACTIVATION_BYTES, backward_work, convolutions, forward_work
+from fastmoco.bench.roofline import ACTIVATION_BYTES, backward_work, convolutions, forward_work, saved
 from fastmoco.bench.size import at_size
 from fastmoco.bench.timeline import STEP, Row, kernels, leaves, seconds_of_parts
-from fastmoco.bench.timing import Machine, measure_machine
+from fastmoco.bench.timing import CPU_NAME, Machine, measure_machine
 from fastmoco.contrast.graph import runner
 from fastmoco.contrast.parts import naming
 from fastmoco.contrast.step import Step
@@ -208,6 +208,8 @@ def costs_of_parts(step: Step, machine: Machine) -> dict[str, Cost]:
     rows, size = recipe.forward_views * recipe.batch_size // step.parallel.world, work.itemsize
     keys = 0 if step.encoder_k is None else rows
     convs = convolutions(build_encoder(recipe), recipe.crop_size)
+    if machine.name == CPU_NAME:
+        convs = saved(convs, rows, work)
     encoders = (step.encoder_q, step.encoder_k)
     copies: list[list[torch.Tensor]] = [[] if each is None else list(each.parameters()) for each in encoders]
     table = TensorTable(*(list(group.values()) for group in (update.q, update.velocity, update.k)), *copies)

@@ -16,15 +16,19 @@ encoder runs forward only. Per image pair: query forward, query backward, key fo
 
 That is a physical bound: `flops` is what a matrix product reaches. No convolution does. With `flops` at the rate that
 convolutions reach, `CONVOLUTION_RATES`, the same sum is a practical bound, which a very good implementation comes near.
+On a CPU both count the multiplications that `kernels.convolution` makes, which Winograd's algorithm has fewer of.
 `forecast.py` makes a table of both, of four GPUs, and of what is expected of ours.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from fastmoco.kernels.convolution import Layer, saving
 
 LEVELS = ("eager", "bnrelu", "stats", "main")  # what fuses more comes later
 ACTIVATION_BYTES = 2
@@ -115,6 +119,16 @@ def convolutions(encoder: nn.Module, pixels: int) -> list[Conv]:
     blocks = _last_in_block([name for name, *_ in layers])
     pools = any(isinstance(module, nn.MaxPool2d) for module in encoder.modules())
     return [_conv(*layer, blocks, pools) for layer in layers]
+
+
+def saved(convs: list[Conv], batch: int, dtype: torch.dtype) -> list[Conv]:
+    """The convolutions with what they multiply on this CPU, in `dtype`: less where Winograd's algorithm is taken."""
+
+    def layer(conv: Conv) -> Layer:
+        inputs = conv.weights // conv.channels // conv.kernel**2
+        return Layer(inputs, conv.channels, conv.kernel, conv.stride, conv.kernel // 2, batch * conv.side**2)
+
+    return [dataclasses.replace(conv, flops=conv.flops / saving(layer(conv), dtype)) for conv in convs]
 
 
 def forward_work(convs: list[Conv], level: str, batch: int, keep: bool = True) -> list[Work]:

@@ -23,9 +23,10 @@ from fastmoco.bench.roofline import (
     CONVOLUTION_RATES,
     LEVELS,
     convolutions,
+    saved,
     seconds_per_pair,
 )
-from fastmoco.bench.timing import Machine, Timing, interleave, measure_convolutions, measure_machine
+from fastmoco.bench.timing import CPU_NAME, Machine, Timing, interleave, measure_convolutions, measure_machine
 from fastmoco.contrast.algorithms import algorithms
 from fastmoco.contrast.graph import GraphMode, runner
 from fastmoco.contrast.step import Step
@@ -130,6 +131,8 @@ def machine_at(device: torch.device, precision: str) -> Machine:
 def pairs_bound(recipe: Recipe, machine: Machine, element_bytes: int, level: str = LEVEL) -> float:
     """Most pairs a second that `machine` could train at a level of fusion, by default that of our kernels."""
     convs = _convolutions(recipe)
+    if machine.name == CPU_NAME:
+        convs = saved(convs, recipe.batch_size, torch.float32 if element_bytes == 4 else torch.bfloat16)
     return 1 / seconds_per_pair(convs, level, recipe.batch_size, machine.flops, machine.bandwidth, element_bytes)
 
 

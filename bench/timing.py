@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fastmoco.kernels.convolution import conv2d
+from fastmoco.kernels.convolution import conv2d, layer_of, saving
 
+CPU_NAME = "cpu"  # of a `Machine` that is no GPU
 SHORTEST_SAMPLE = 0.005  # seconds: the clock and the loop around it stay under 0.1 % of a sample
 FLUSH_BYTES = 256 << 20  # larger than the last cache of any machine we know
 WAKE_SECONDS = 0.3
@@ -172,7 +173,7 @@ def measure_machine(device: torch.device | str, dtype: torch.dtype, *, rounds: i
         device=device,
     )
     torch.set_float32_matmul_precision(before)
-    name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
+    name = torch.cuda.get_device_name(device) if on_gpu else CPU_NAME
     # The best sample: a ceiling is what the machine can do, not what it did on average.
     best = {name: min(timing.samples) for name, timing in times.items()}
     return Machine(name, max(2 * size / best["copy"], 3 * size / best["sum"]), 2 * side**3 / best["product"])
@@ -181,7 +182,8 @@ def measure_machine(device: torch.device | str, dtype: torch.dtype, *, rounds: i
 def measure_convolutions(device: torch.device, dtype: torch.dtype, *, rounds: int = 3) -> float:
     """Operations a second of a 3x3 convolution of 256 channels at 14 pixels, forward and backward, channels-last.
 
-    The one in the middle of a ResNet-50 at 224 pixels, which has as many operations as most of the others.
+    The one in the middle of a ResNet-50 at 224 pixels, which has as many operations as most of the others. Those that
+    Winograd's algorithm saves are not counted.
     """
     channels, side, count = 256, 14, 256 if device.type == "cuda" else 8
     x = torch.randn(count, channels, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
@@ -193,7 +195,9 @@ def measure_convolutions(device: torch.device, dtype: torch.dtype, *, rounds: in
         return torch.autograd.grad(conv2d(x, weight, padding=1), inputs, gradient)
 
     timing = interleave({"both": call}, rounds=rounds, warmup=1, device=device)["both"]
-    return 3 * 2 * 9 * channels**2 * side**2 * count / min(timing.samples)
+    layer = layer_of(x.shape, weight.shape, 1, 1)
+    flops = 3 * 2 * 9 * channels**2 * side**2 * count / (saving(layer, dtype) if device.type == "cpu" else 1)
+    return flops / min(timing.samples)
 
 
 def _wake(work: Callable[[], object]) -> None:

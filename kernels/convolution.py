@@ -1,11 +1,13 @@
-"""Convolution of fp32 and bf16 activations on a CPU, each of its three products by the fastest of three ways.
+"""Convolution of fp32 and bf16 activations on a CPU, each of its three products by the fastest of four ways.
 
 A convolution makes three products: of the input and the weights (forward), of the gradient and the weights (the
-input's gradient), and of the gradient and the input (the weights' gradient). Three ways compute each:
+input's gradient), and of the gradient and the input (the weights' gradient). Four ways compute each:
 
     direct     torch's own convolution, which is oneDNN's
     product    one matrix product, of the weights and the windows of the input laid out as rows [N H W, k k C]
-    widened    in fp32, by the faster of the two others there, of bf16 tensors that are widened before and rounded after
+    widened    in fp32, by the faster of the two above there, of bf16 tensors that are widened before and rounded after
+    winograd   of a 3x3 layer of stride 1, with 2.25 times fewer multiplications in fp32 and 4 times fewer in bf16, by
+               compiled loops and matrix products (`kernels/cpu/winograd.py`)
 
 All accumulate in fp32 and round once to bf16, so that they differ as two orders of a sum differ. Which is fastest
 depends on the instructions of a processor (`Instructions`) and on the layer; `choose` is the rule, and bench/NOTES.md
@@ -18,15 +20,19 @@ memory, so they are copied in runs, and of channels-last weights the matrix is a
 from __future__ import annotations
 
 import functools
+import importlib
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Layer", "choose", "conv2d", "cost", "instructions"]
+from fastmoco.kernels.dispatch import HAS_NUMBA, is_traced
 
-Way = Literal["direct", "product", "widened"]
+__all__ = ["Layer", "choose", "conv2d", "cost", "instructions", "saving"]
+
+Way = Literal["direct", "product", "widened", "winograd"]
 Pass = Literal["forward", "input", "weight"]
 LARGE_WEIGHTS = 2**20  # numbers: 4 MB in fp32, twice the cache of a core
 Instructions = Literal["amx", "bf16 at full rate", "bf16 at half rate", "none"]
@@ -58,8 +64,15 @@ def instructions() -> Instructions:
     return "bf16 at half rate" if "Intel" in str(flags.get("cpu_name")) else "bf16 at full rate"
 
 
-def choose(layer: Layer, product: Pass, by: Instructions, dtype: torch.dtype = torch.bfloat16) -> Way:
-    """The fastest way to make one of the three products of a layer of `dtype`, on a processor with `by`."""
+def choose(
+    layer: Layer, product: Pass, by: Instructions, dtype: torch.dtype = torch.bfloat16, loops: bool = True
+) -> Way:
+    """The fastest way to make one of the three products of a layer of `dtype`, on a processor with `by`.
+
+    `loops`: whether there are compiled ones, which "winograd" needs.
+    """
+    if loops and _by_winograd(layer, by, dtype):
+        return "winograd"
     if dtype == torch.float32:
         # Both are Intel's with AVX-512, and fp32 does without AMX. AMD's run products at half of oneDNN's rate.
         return _in_fp32(layer, product) if by in ("bf16 at half rate", "amx") else "direct"
@@ -68,6 +81,17 @@ def choose(layer: Layer, product: Pass, by: Instructions, dtype: torch.dtype = t
     if by == "bf16 at half rate":
         return _at_half_rate(layer, product)
     return "direct"
+
+
+def _by_winograd(layer: Layer, by: Instructions, dtype: torch.dtype) -> bool:
+    channels = min(layer.inputs, layer.outputs)
+    if (layer.kernel, layer.stride, layer.padding) != (3, 1, 1):
+        return False
+    # Few rows do not pay for the transform of the weights, nor few channels for that of the images.
+    if dtype == torch.float32:
+        many = layer.rows >= max(512, channels) if channels >= 256 else channels >= 128 and layer.rows >= 4096
+        return many and by in ("bf16 at half rate", "amx")
+    return channels >= 64 and layer.rows >= channels // 4 and by == "bf16 at half rate"
 
 
 def _in_fp32(layer: Layer, product: Pass) -> Way:
@@ -92,7 +116,7 @@ def _at_full_rate(layer: Layer, product: Pass) -> Way:
 def _at_half_rate(layer: Layer, product: Pass) -> Way:
     # Multiplications for each number that is widened or rounded; strided, most of the input is only that.
     area = layer.kernel**2 * layer.inputs * layer.outputs
-    worth = area >= 90 * (layer.stride**2 * layer.inputs + layer.outputs)
+    worth = area >= 45 * (layer.stride**2 * layer.inputs + layer.outputs)
     if product == "weight":
         return "product" if layer.rows < 512 else "widened" if worth else "direct"
     # For few rows, widening the weights takes too large a part, unless the product is so much faster in fp32.
@@ -111,7 +135,8 @@ def conv2d(
     if impl not in ("auto", "reference"):
         raise ValueError(f"impl must be auto or reference, not {impl!r}")
     if impl == "auto" and _takes(x, weight):
-        ways = _ways(x.shape, weight.shape, stride, padding, instructions(), x.dtype)
+        loops = HAS_NUMBA and not is_traced(x)
+        ways = _ways(x.shape, weight.shape, stride, padding, instructions(), x.dtype, loops)
         if set(ways[1:]) != {"direct"}:
             return _Convolution.apply(x, weight, ways)
     return F.conv2d(x, weight, stride=stride, padding=padding)
@@ -130,9 +155,17 @@ class _Ways(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def _ways(x: torch.Size, weight: torch.Size, stride: int, padding: int, by: Instructions, dtype: torch.dtype) -> _Ways:
+def _ways(
+    x: torch.Size,
+    weight: torch.Size,
+    stride: int,
+    padding: int,
+    by: Instructions,
+    dtype: torch.dtype,
+    loops: bool,
+) -> _Ways:
     layer = layer_of(x, weight, stride, padding)
-    return _Ways(layer, *(choose(layer, each, by, dtype) for each in ("forward", "input", "weight")))
+    return _Ways(layer, *(choose(layer, each, by, dtype, loops) for each in ("forward", "input", "weight")))
 
 
 def layer_of(x: torch.Size, weight: torch.Size, stride: int, padding: int) -> Layer:
@@ -178,6 +211,8 @@ def forward(x: Tensor, weight: Tensor, layer: Layer, way: Way) -> Tensor:
     """The convolution [N, O, H, W], channels-last, made in the way asked for."""
     if way == "widened":
         return forward(x.float(), weight.float(), layer, _in_fp32(layer, "forward")).to(x.dtype)
+    if way == "winograd":
+        return _winograd().forward(*_laid_out(x, weight), _tile(x))
     if way == "product":
         product = _windows(x, layer.kernel, layer.stride, layer.padding) @ _rows(weight).T
         return _as_images(product, x.shape[0], _side(x.shape[2], layer))
@@ -189,6 +224,8 @@ def input_gradient(grad: Tensor, x: Tensor, weight: Tensor, layer: Layer, way: W
     if way == "widened":
         wide = _in_fp32(layer, "input")
         return input_gradient(grad.float(), x.float(), weight.float(), layer, wide).to(x.dtype)
+    if way == "winograd":
+        return _winograd().input_gradient(*_laid_out(grad, weight), _tile(x))
     if way == "direct":
         return _by_torch(grad, x, weight, layer, (True, False))[0]
     # The convolution of the gradient and the weights mirrored, inputs and outputs exchanged.
@@ -202,11 +239,25 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, layer: Layer, way: 
     if way == "widened":
         wide = _in_fp32(layer, "weight")
         return weight_gradient(grad.float(), x.float(), weight.float(), layer, wide).to(x.dtype)
+    if way == "winograd":
+        return _winograd().weight_gradient(*_laid_out(grad, x), _tile(x))
     if way == "direct":
         return _by_torch(grad, x, weight, layer, (False, True))[1]
     rows = grad.permute(0, 2, 3, 1).reshape(-1, layer.outputs)
     product = rows.T @ _windows(x, layer.kernel, layer.stride, layer.padding)
     return product.view(layer.outputs, layer.kernel, layer.kernel, layer.inputs).permute(0, 3, 1, 2)
+
+
+def _winograd() -> ModuleType:
+    return importlib.import_module("fastmoco.kernels.cpu.winograd")  # which imports numba
+
+
+def _laid_out(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.contiguous(memory_format=torch.channels_last) for tensor in tensors]
+
+
+def _tile(x: Tensor) -> Literal[2, 4]:
+    return 2 if x.dtype == torch.float32 or min(x.shape[2:]) <= 2 else 4
 
 
 def _by_torch(grad: Tensor, x: Tensor, weight: Tensor, layer: Layer, needs: tuple[bool, bool]) -> tuple:
@@ -243,11 +294,20 @@ def _side(side: int, layer: Layer) -> int:
     return (side + 2 * layer.padding - layer.kernel) // layer.stride + 1
 
 
-def cost(layer: Layer, pixels: int, dtype: torch.dtype) -> tuple[int, int]:
+def saving(layer: Layer, dtype: torch.dtype) -> float:
+    """How many times fewer multiplications than a convolution's `conv2d` makes for a layer on this processor.
+
+    1, or what Winograd's algorithm saves where tiles fill the images: then no less is multiplied.
+    """
+    winograd = choose(layer, "forward", instructions(), dtype, HAS_NUMBA) == "winograd"
+    return (2.25 if dtype == torch.float32 else 4.0) if winograd else 1.0
+
+
+def cost(layer: Layer, pixels: int, dtype: torch.dtype) -> tuple[int, float]:
     """(bytes, flops) of the three products of a layer with an input of `pixels` numbers.
 
     Each product reads two of input, weights and output, and writes the third, once.
     """
     weights = layer.outputs * layer.inputs * layer.kernel**2
     numbers = pixels + weights + layer.rows * layer.outputs
-    return 3 * numbers * dtype.itemsize, 6 * layer.rows * weights
+    return 3 * numbers * dtype.itemsize, 6 * layer.rows * weights / saving(layer, dtype)

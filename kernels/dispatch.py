@@ -60,7 +60,9 @@ def maker(impl: Impl, device: torch.device, dtype: torch.dtype) -> Maker:
     if impl != "auto" or device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return "reference"
     if not HAS_NUMBA:
-        warnings.warn("batch norm and augmentation run in plain torch, slower: pip install numba", stacklevel=2)
+        warnings.warn(
+            "batch norm, augmentation and convolutions run in plain torch, slower: pip install numba", stacklevel=2
+        )
     return "loops" if HAS_NUMBA else "reference"
 
 

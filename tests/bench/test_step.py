@@ -74,6 +74,17 @@ def test_a_cpu_that_multiplies_fp32_faster_has_that_for_its_ceiling(monkeypatch)
     step.convolution_rates.cache_clear()
 
 
+def test_the_bound_of_a_cpu_counts_what_winograds_algorithm_multiplies(monkeypatch):
+    """Or a step could be faster than its bound. Where nothing is saved, and on a GPU, all of it counts."""
+    fast = 1e15  # bytes a second: arithmetic alone decides
+    bounds = {}
+    for saving in (1.0, 4.0):
+        monkeypatch.setattr(roofline, "saving", lambda layer, dtype, saving=saving: saving)
+        bounds[saving] = [step.pairs_bound(V2, Machine(name, fast, 1e12), 2) for name in ("cpu", "h100")]
+    assert bounds[1.0][0] == bounds[1.0][1] == bounds[4.0][1]
+    assert bounds[4.0][0] == pytest.approx(4 * bounds[1.0][0], rel=0.01)
+
+
 def test_a_gpu_has_the_published_step_in_every_form_and_ours_by_backend():
     names = set(step.providers(SMALL, torch.device("cuda", 0)))
     assert {"published tf32", "published fp16 autocast", "channels-last fp16 autocast"} <= names

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmoco.kernels import convolution
-from fastmoco.kernels.convolution import Instructions, Layer, choose, conv2d
+from fastmoco.kernels.convolution import Instructions, Layer, choose, conv2d, cost, saving
 
-WAYS = ("direct", "product", "widened")
+WAYS = ("direct", "product", "widened", "winograd")
 KINDS: tuple[Instructions, ...] = ("amx", "bf16 at full rate", "bf16 at half rate", "none")
 # inputs, outputs, kernel, stride, height, width, samples
 SHAPES = [
@@ -67,6 +67,8 @@ def by(monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("way", WAYS)
 def test_error_budget(way: str, shape: tuple[int, ...], by) -> None:
+    if way == "winograd" and shape[2:4] != (3, 1):
+        pytest.skip("for 3x3 layers of stride 1")
     by(way, way if shape[3] == 1 else "direct", way)
     ours = results(*make(shape), function=conv2d)
     assert_within_budget(ours, shape)
@@ -75,17 +77,21 @@ def test_error_budget(way: str, shape: tuple[int, ...], by) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_error_budget_in_fp32(shape: tuple[int, ...], by) -> None:
-    by("product", "product" if shape[3] == 1 else "direct", "product")
+@pytest.mark.parametrize("way", ["product", "winograd"])
+def test_error_budget_in_fp32(way: str, shape: tuple[int, ...], by) -> None:
+    if way == "winograd" and shape[2:4] != (3, 1):
+        pytest.skip("for 3x3 layers of stride 1")
+    by(way, way if shape[3] == 1 else "direct", way)
     ours = results(*make(shape, torch.float32), function=conv2d)
     assert_within_budget(ours, shape, torch.float32)
     assert all(ours[name].is_contiguous(memory_format=torch.channels_last) for name in ("y", "x", "weight"))
 
 
+@pytest.mark.parametrize("way", ["product", "winograd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_do_not_depend_on_where_memory_lies(dtype: torch.dtype, by) -> None:
+def test_results_do_not_depend_on_where_memory_lies(dtype: torch.dtype, way: str, by) -> None:
     """A run that is resumed finds its tensors elsewhere."""
-    by("product", "product", "product")
+    by(way, way, way)
     shape = (96, 64, 3, 1, 5, 3, 7)
     x, weight, stride, padding = make(shape, dtype)
 
@@ -131,9 +137,10 @@ def test_the_budget_rejects_a_wrong_product(by, monkeypatch) -> None:
         assert_within_budget(results(*make(SHAPES[0]), function=conv2d), SHAPES[0])
 
 
+@pytest.mark.parametrize("way", ["product", "winograd"])
 @pytest.mark.parametrize("needs", ["x", "weight"])
-def test_only_the_gradient_that_is_wanted(needs: str, by) -> None:
-    by("direct", "product", "product")
+def test_only_the_gradient_that_is_wanted(needs: str, way: str, by) -> None:
+    by("direct", way, way)
     x, weight, stride, padding = make(SHAPES[0])
     leaf = (x if needs == "x" else weight).requires_grad_()
     conv2d(x, weight, stride=stride, padding=padding).float().sum().backward()
@@ -174,6 +181,19 @@ def test_fake_tensors_have_the_shape(by) -> None:
     assert y.shape == (2, 4, 5, 5) and weight.grad.shape == weight.shape
 
 
+def test_fake_tensors_never_reach_a_compiled_loop(monkeypatch) -> None:
+    """They have no memory: Winograd's algorithm would read at address 0."""
+    monkeypatch.setattr(convolution, "instructions", lambda: "bf16 at half rate")
+    ways, seen = convolution._ways, []
+    monkeypatch.setattr(convolution, "_ways", lambda *given: seen.append(ways(*given)) or seen[-1])
+    shape = (64, 64, 3, 1, 4, 4, 8)
+    conv2d(*make(shape)[:2], padding=1)
+    with FakeTensorMode() as mode:
+        x, weight, *_ = make(shape)
+        conv2d(mode.from_tensor(x), mode.from_tensor(weight), padding=1)
+    assert [each.forward for each in seen] == ["winograd" if convolution.HAS_NUMBA else "widened", "widened"]
+
+
 @pytest.mark.parametrize("by", KINDS)
 def test_the_rule_names_a_way_that_there_is(by: Instructions) -> None:
     """No product for the input's gradient of a strided layer; nothing but torch's where nothing was measured."""
@@ -182,7 +202,9 @@ def test_the_rule_names_a_way_that_there_is(by: Instructions) -> None:
             layer = Layer(inputs, outputs, kernel, stride, kernel // 2, rows)
             ways = {product: choose(layer, product, by) for product in ("forward", "input", "weight")}
             wide = {product: choose(layer, product, by, torch.float32) for product in ways}
-            assert set(ways.values()) <= set(WAYS) and set(wide.values()) <= {"direct", "product"}
+            assert set(ways.values()) <= set(WAYS) and set(wide.values()) <= {"direct", "product", "winograd"}
+            assert (kernel, stride) == (3, 1) or "winograd" not in {*ways.values(), *wide.values()}
+            assert all(choose(layer, product, by, loops=False) != "winograd" for product in ways)
             assert stride == 1 or "product" not in (ways["input"], wide["input"])
             assert by not in ("amx", "none") or set(ways.values()) == {"direct"}
             assert by in ("amx", "bf16 at half rate") or set(wide.values()) == {"direct"}
@@ -202,11 +224,23 @@ def test_the_layers_that_were_measured_in_fp32() -> None:
     }
     assert found == {
         small: ["product"] * 3,
-        wide: ["direct"] * 3,
-        middle: ["direct", "direct", "product"],
+        wide: ["winograd"] * 3,
+        middle: ["winograd"] * 3,
         opening: ["product", "direct", "product"],
         last: ["product"] * 3,
     }
+
+
+def test_what_is_saved_is_what_the_rule_takes(monkeypatch) -> None:
+    """A bound counts what is multiplied: 4 times less in bf16, 2.25 in fp32, and nothing less without the loops."""
+    wide, strided = Layer(256, 256, 3, 1, 1, 6272), Layer(256, 256, 3, 2, 1, 1568)
+    monkeypatch.setattr(convolution, "HAS_NUMBA", True)
+    monkeypatch.setattr(convolution, "instructions", lambda: "bf16 at half rate")
+    assert [saving(wide, dtype) for dtype in (torch.bfloat16, torch.float32)] == [4, 2.25]
+    assert cost(wide, 1, torch.float32)[1] == 6 * 6272 * 256 * 256 * 9 / 2.25
+    assert saving(strided, torch.bfloat16) == 1
+    monkeypatch.setattr(convolution, "HAS_NUMBA", False)
+    assert saving(wide, torch.bfloat16) == 1
 
 
 @pytest.mark.parametrize(
