@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from fastmoco.data.image_table import RECORD, ImageTable, Piece
 from fastmoco.data.plan import Plan
 from fastmoco.presets import PRESETS
 
+SYSTEM_PREAD = os.pread
 V2 = PRESETS["v2"][1]
 
 
@@ -105,6 +107,63 @@ def test_a_file_that_is_gone_or_is_cut_short_later_is_told(tmp_path: Path, harm:
     (table.folder / harm).unlink()
     with pytest.raises(DataError, match="No such file.*remove it, and it is made again"):
         ImageTable(table.folder)
+
+
+class FarDisk:
+    """Takes the place of the system's calls: nothing is in memory, and a wait brings all that was asked for by then."""
+
+    def __init__(self, fault: OSError | None = None, deaf: bool = False) -> None:
+        self.fault, self.deaf = fault, deaf
+        self.asked: set[int] = set()
+        self.here: set[int] = set()
+        self.waits = 0
+
+    def posix_fadvise(self, handle: int, place: int, size: int, advice: int) -> None:
+        assert (size, advice) == (RECORD.itemsize, os.POSIX_FADV_WILLNEED)
+        if self.deaf:
+            raise OSError(errno.EOPNOTSUPP, "takes no advice")
+        self.asked.add(place)
+
+    def pread(self, handle: int, size: int, place: int) -> bytes:
+        if self.fault:
+            raise self.fault
+        if place not in self.here:
+            self.waits, self.here = self.waits + 1, self.here | self.asked | {place}
+        return SYSTEM_PREAD(handle, size, place)
+
+    def stands_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "pread", self.pread)
+        monkeypatch.setattr(os, "posix_fadvise", self.posix_fadvise)
+
+
+def test_rows_that_are_not_in_memory_are_waited_for_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, _ = written(tmp_path / "table", [500, 300])
+    expected, asked = table.rows(np.arange(800)), np.random.default_rng(0).permutation(800)[:256]
+
+    def waits(disk: FarDisk) -> int:
+        disk.stands_in(monkeypatch)
+        np.testing.assert_array_equal(table.rows(asked), expected[asked])
+        return disk.waits
+
+    assert waits(FarDisk()) == 1
+    assert waits(FarDisk(deaf=True)) == 256  # the control: a disk that is asked for one row after the other
+
+
+def test_a_disk_that_fails_while_rows_are_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, _ = written(tmp_path / "table", [50])
+    FarDisk(OSError(errno.EIO, "Input/output error")).stands_in(monkeypatch)
+    with pytest.raises(DataError, match="Input/output error.*remove it, and it is made again"):
+        table.rows(np.array([7, 3]))
+
+
+def test_a_table_that_the_system_has_forgotten_gives_the_same_rows(tmp_path: Path) -> None:
+    table, _ = written(tmp_path / "table", [3000])
+    asked = np.random.default_rng(0).permutation(3000)
+    expected = table.rows(np.arange(3000))[asked]
+    with (table.folder / "records").open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    np.testing.assert_array_equal(table.rows(asked), expected)
 
 
 def resident() -> int:
