@@ -372,6 +372,9 @@ class DataPack:
     images, and those of more than 8 bits, always do."""
     quality: int = 90
     """JPEG quality of images that were shrunk."""
+    shuffle: bool = False
+    """Mix the images over all shards, always in the same way, so that each holds some of every class, as windows of few
+    shards want; left out, they stand in the order of paths."""
     max_pixels: int = Recipe.max_pixels
     """Images of more pixels are left out, as pretrain --max-pixels does."""
 

@@ -6,7 +6,7 @@ import numpy as np
 
 # Which part of the plan a hash belongs to. Appending is safe; renumbering changes every run.
 ORDER_STREAM, BOX_STREAM, PHOTOMETRIC_STREAM, SHUFFLE_STREAM, BANK_STREAM = range(5)
-KEYED_STREAM, SHARD_STREAM, WINDOW_STREAM = range(5, 8)
+KEYED_STREAM, SHARD_STREAM, WINDOW_STREAM, PACK_STREAM = range(5, 9)
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 

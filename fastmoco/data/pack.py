@@ -17,17 +17,20 @@ import itertools
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from fastmoco import atomic
 from fastmoco.data import manifest, pieces, tars
+from fastmoco.data.draws import PACK_STREAM
 from fastmoco.data.errors import DataError
 from fastmoco.data.manifest import Manifest
+from fastmoco.data.order import Permutation
 from fastmoco.data.probe import Bytes, examine
 from fastmoco.data.scan_report import Bar
 from fastmoco.data.shard_source import Shard, piece_name, write_index
@@ -46,7 +49,7 @@ class _PackedShard(NamedTuple):
 
     shard: str
     last: int
-    """Number of the image that the next shard begins with."""
+    """Position of the image that the next shard begins with, in the order of packing."""
     bytes: int
     digest: str
     left_out: list[tuple[str, str]]
@@ -81,6 +84,9 @@ class Packing:
     def __init__(self, images: Manifest, out: Path, options: DataPack) -> None:
         self.images, self.out, self.options = images, out, options
         self.names = member_names(images)
+        self._image: Callable[[np.ndarray], np.ndarray] = lambda positions: positions
+        if options.shuffle and len(images):
+            self._image = Permutation(len(images), PACK_STREAM)
 
     def run(self, bar: Bar) -> list[_PackedShard]:
         """Write what is not there yet, and the index."""
@@ -116,7 +122,8 @@ class Packing:
         for part in self.images.content():
             whole.update(part)
         names = ("shard_mb", "shorter_side", "quality")
-        return {"images": whole.hexdigest()} | {name: getattr(self.options, name) for name in names}
+        head = {"images": whole.hexdigest()} | {name: getattr(self.options, name) for name in names}
+        return head | ({"shuffle": True} if self.options.shuffle else {})
 
     def _is_there(self, line: _PackedShard) -> bool:
         path = self.out / line.shard
@@ -129,7 +136,7 @@ class Packing:
             os.fsync(file.fileno())
 
     def _shard(self, name: str, first: int, pool: ThreadPoolExecutor, bar: Bar) -> _PackedShard:
-        """Write one shard, which begins with image `first`, and read it again."""
+        """Write one shard, which begins with the image at position `first`, and read it again."""
         left_out: list[tuple[str, str]] = []
         path = self.out / name
         with atomic.replacing(path) as draft, draft.open("wb") as file:
@@ -144,28 +151,29 @@ class Packing:
     def _fill(
         self, file: BinaryIO, first: int, pool: ThreadPoolExecutor, left_out: list[tuple[str, str]], bar: Bar
     ) -> int:
-        limit, index = self.options.shard_mb * 10**6, first
+        limit, position = self.options.shard_mb * 10**6, first
         with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, errors="surrogateescape") as archive:
-            for index, data in self._contents(first, pool):
+            for position, index, data in self._contents(first, pool):
                 if isinstance(data, str):
                     left_out.append((self.images.name(index), data))
                     continue
                 if archive.offset and archive.offset + len(data) + 4 * BLOCK > limit:
-                    return index
+                    return position
                 key, _, ending = self.names[index].rpartition(".")
                 if self.options.shorter_side and data.startswith(b"\xff\xd8"):
                     ending = "jpg"
                 _add(archive, f"{key}.{ending}", data)
                 if self.images.labels is not None:
                     _add(archive, f"{key}.cls", str(int(self.images.labels[index])).encode())
-                bar.show("images", index + 1, len(self.images))
-        return index + 1
+                bar.show("images", position + 1, len(self.images))
+        return position + 1
 
-    def _contents(self, first: int, pool: ThreadPoolExecutor) -> Iterator[tuple[int, bytes | str]]:
-        """Each image from `first` on: its bytes, or why it cannot be packed."""
+    def _contents(self, first: int, pool: ThreadPoolExecutor) -> Iterator[tuple[int, int, bytes | str]]:
+        """Position and number of each image from position `first` on, and its bytes, or why it cannot be packed."""
         for at in range(first, len(self.images), AHEAD):
-            rows = range(at, min(at + AHEAD, len(self.images)))
-            yield from zip(rows, pool.map(self._content, rows), strict=True)
+            positions = np.arange(at, min(at + AHEAD, len(self.images)))
+            rows = self._image(positions).tolist()
+            yield from zip(positions.tolist(), rows, pool.map(self._content, rows), strict=True)
 
     def _content(self, index: int) -> bytes | str:
         try:

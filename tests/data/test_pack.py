@@ -98,11 +98,11 @@ class Ended(Exception):
     pass
 
 
-@pytest.mark.parametrize("after", [0, 1, 2])
+@pytest.mark.parametrize(("after", "shuffle"), [(0, False), (1, False), (1, True), (2, False)])
 def test_a_pack_that_ends_half_way_goes_on(
-    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, shuffle: bool
 ) -> None:
-    whole = packed(photo_folder, tmp_path / "whole")
+    whole = packed(photo_folder, tmp_path / "whole", shuffle=shuffle)
     assert len(whole) == 3
     kept, counted = tars.contents, []
 
@@ -114,23 +114,43 @@ def test_a_pack_that_ends_half_way_goes_on(
 
     monkeypatch.setattr(tars, "contents", end)
     with pytest.raises(Ended):
-        packed(photo_folder, tmp_path / "out")
+        packed(photo_folder, tmp_path / "out", shuffle=shuffle)
     monkeypatch.setattr(tars, "contents", lambda path: counted.append(path) or kept(path))
     counted.clear()
-    assert packed(photo_folder, tmp_path / "out") == whole and len(counted) == len(whole) - after
+    assert packed(photo_folder, tmp_path / "out", shuffle=shuffle) == whole and len(counted) == len(whole) - after
     for name in whole:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     counted.clear()
-    packed(photo_folder, tmp_path / "out")
+    packed(photo_folder, tmp_path / "out", shuffle=shuffle)
     assert not counted  # all is there
     (tmp_path / "out" / whole[1]).unlink()
-    packed(photo_folder, tmp_path / "out")
+    packed(photo_folder, tmp_path / "out", shuffle=shuffle)
     assert len(counted) == len(whole) - 1  # a shard that is gone, and those after it, are made again
+
+
+def test_mixed_shards_hold_every_class_and_give_the_batches_of_the_folder(photo_folder: Path, tmp_path: Path) -> None:
+    for number, path in enumerate(sorted(photo_folder.iterdir())):
+        target = tmp_path / "set" / f"class {number * 4 // 104}" / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+
+    def classes_of_the_first(out: Path) -> set[str]:
+        with tarfile.open(out / "000000.tar") as archive:
+            return {name.split("/")[0] for name in archive.getnames()}
+
+    packed(tmp_path / "set", tmp_path / "mixed", shuffle=True)
+    packed(tmp_path / "set", tmp_path / "plain")
+    folder, found = scan(tmp_path / "set", cache=False), scan(tmp_path / "mixed", cache=False)
+    assert classes_of_the_first(tmp_path / "mixed") == set(folder.classes)
+    assert len(classes_of_the_first(tmp_path / "plain")) < 4  # the control
+    assert samples_of(tmp_path / "mixed") == samples_of(tmp_path / "plain")
+    np.testing.assert_array_equal(found.labels, folder.labels)
+    assert same(batches(found), batches(folder))
 
 
 def test_another_folder_or_other_flags_are_refused(photo_folder: Path, dirty: Path, tmp_path: Path) -> None:
     packed(photo_folder, tmp_path / "out")
-    for source, flags in ((dirty, {}), (photo_folder, {"shard_mb": 2})):
+    for source, flags in ((dirty, {}), (photo_folder, {"shard_mb": 2}), (photo_folder, {"shuffle": True})):
         with pytest.raises(UsageError, match="a pack of other images, or with other flags"):
             packed(source, tmp_path / "out", **flags)
     with pytest.raises(UsageError, match="is not empty, and no pack was begun there"):
