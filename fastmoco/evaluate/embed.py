@@ -17,6 +17,7 @@ from fastmoco.data import manifest
 from fastmoco.data.errors import DataError
 from fastmoco.data.loader import Loading
 from fastmoco.data.manifest import Manifest
+from fastmoco.data.shard_source import as_url
 from fastmoco.evaluate.features import encode
 from fastmoco.options import Embed, UsageError, require_new
 from fastmoco.parallel import Parallel
@@ -130,7 +131,7 @@ def _images_of(data: Place | Sequence[Place], max_pixels: int) -> tuple[Manifest
     """The images, and their indices in the order that was asked for."""
     if isinstance(data, (str, os.PathLike)):
         images = manifest.scan(data, max_pixels=max_pixels).in_memory()
-        if manifest.split(data)[0] != str(data):
+        if manifest.split(data)[0] != (as_url(data) or str(data)):
             images = dataclasses.replace(images, labels=None, classes=[])  # train and val are no classes
         return images, np.arange(len(images))
     names = [os.path.abspath(os.fspath(path)) for path in data]

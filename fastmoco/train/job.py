@@ -99,7 +99,7 @@ def places(options: Options, preset: str, parallel: Parallel) -> Options:
         options,
         # Absolute, so that the run finds them when it is resumed from another folder.
         data=_place(options.data or synthetic.make(DEMO_IMAGES)),
-        val=None if options.val is None else Path(os.path.abspath(options.val)),
+        val=None if options.val is None else _place(options.val),
         start_from=None if options.start_from is None else Path(os.path.abspath(options.start_from)),
         out=Path(options.out or fresh(RUNS / preset)),
     )
@@ -146,16 +146,24 @@ def _decide_fetching(images: Manifest, recipe: Recipe) -> list[str]:
     if not isinstance(source, RemoteShards):
         return []
     sizes = sorted((shard.bytes for shard in source.known.values()), reverse=True)
-    room = source.cache.limit if source.cache else 0
+    room = _room(source)
     window = sum(sizes[: recipe.window_shards])
     if recipe.order == "windows" and window > room:
         raise UsageError(
             f"--cache-gb {room / 1e9:g} does not hold a window of {recipe.window_shards} shards ({window / 1e9:.3g} "
             f"GB): give more, best twice as much, or fewer --window-shards"
         )
-    source.whole = recipe.order == "windows" or sum(sizes) <= room
+    source.whole = recipe.order == "windows" or _fits(source)
     how = f"whole, kept in {source.cache.folder}" if source.cache and source.whole else "image by image"
     return [f"{len(sizes)} shards of {sum(sizes) / 1e9:.3g} GB in {source.root}: fetched {how}"]
+
+
+def _room(source: RemoteShards) -> int:
+    return source.cache.limit if source.cache else 0
+
+
+def _fits(source: RemoteShards) -> bool:
+    return sum(shard.bytes for shard in source.known.values()) <= _room(source)
 
 
 def _after_move(images: Manifest) -> list[str]:
@@ -186,9 +194,11 @@ def _validation(
         why = "no val/ folder beside train/, nor --val" if val is None else f"no classes in {images.root}"
         return None, [f"no kNN evaluation: {why}"]
     try:
-        against = manifest.scan(val, classes=images.classes, max_pixels=max_pixels)
+        against = manifest.scan(val, classes=images.classes, max_pixels=max_pixels, fetching=_fetching(options))
     except DataError as error:
         return None, [f"warning: no kNN evaluation: {error}"]
+    if isinstance(against.source, RemoteShards):
+        against.source.whole = _fits(against.source)
     return (None, [f"no kNN evaluation: no classes in {val}"]) if against.labels is None else (against, [])
 
 

@@ -18,8 +18,12 @@ from fastmoco.data import manifest as manifest_module
 from fastmoco.data import remote, shard_set
 from fastmoco.data.manifest import ShardManifest
 from fastmoco.data.quarantine import NAME as QUARANTINE
+from fastmoco.evaluate import embed
 from fastmoco.options import Options, UsageError
+from fastmoco.parallel import Parallel
+from fastmoco.recipe import Recipe
 from fastmoco.runs import checkpoint
+from fastmoco.train.job import places, prepare
 from fastmoco.train.loop import pretrain
 
 pytest.importorskip("aiohttp")
@@ -86,6 +90,23 @@ def test_a_window_without_room_in_the_cache_is_refused(recipe, server: ShardServ
     ):
         run(windows, server.url, tmp_path / "run", cache_gb=0.00001)
     assert not (tmp_path / "run").exists()
+
+
+def test_validation_images_may_lie_behind_a_url_too(recipe, server: ShardServer, tmp_path: Path) -> None:
+    own = Options(data=Path(f"{server.url}/{{0..3}}.tar"), val=Path(f"{server.url}/4.tar"), out=tmp_path / "run")
+    own = places(replace(own, cache_gb=0.01, retry_seconds=3), "demo", Parallel())
+    job = prepare(recipe, own, "demo", Parallel())
+    near = manifest_module.scan(server.folder / "4.tar")
+    assert job.val_set is not None and job.val_set.labels.tolist() == near.labels.tolist()
+    assert [job.val_set.read(i).tobytes() for i in range(8)] == [near.read(i).tobytes() for i in range(len(near))]
+    assert len(job.train_set) == 32 and job.val_set.source.whole
+    assert not prepare(recipe, replace(own, cache_gb=0), "demo", Parallel()).val_set.source.whole  # has no room
+
+
+def test_features_of_images_behind_a_url_keep_their_classes(server: ShardServer) -> None:
+    for place in (server.url, Path(server.url)):  # which has one slash where the URL has two
+        images, _ = embed._images_of(place, Recipe.max_pixels)
+        assert images.labels is not None and images.classes == ["across", "down"]
 
 
 def test_secrets_in_a_url_are_refused_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
