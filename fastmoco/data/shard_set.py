@@ -84,8 +84,12 @@ def build(
     progress: Progress | None = None,
     cached: bool = True,
     index: Path | None = None,
+    processes: int | None = None,
 ) -> None:
-    """Make the pieces that are missing, several shards at a time; keep them in the folder `index` too."""
+    """Make the pieces that are missing, several shards at a time; keep them in the folder `index` too.
+
+    `processes` children read the shards, and with 0 this process does; None is one for each core where it pays.
+    """
 
     def make(shard: Shard) -> None:
         if cached and known(source, shard, max_pixels, index) is not None:
@@ -98,8 +102,9 @@ def build(
 
     # All cores, because the other processes of this machine wait for the table; and more threads than cores, because a
     # disk or a server answers many requests at once.
-    processes = cores() if sum(shard.bytes for shard in shards) >= MANY_BYTES else 0
-    with Makers(processes) as makers, ThreadPoolExecutor(2 * cores()) as pool:
+    if processes is None:
+        processes = cores() if sum(shard.bytes for shard in shards) >= MANY_BYTES else 0
+    with Makers(processes) as makers, ThreadPoolExecutor(2 * max(cores(), processes)) as pool:
         waiting = [pool.submit(make, shard) for shard in shards]
         try:
             for done, each in enumerate(waiting, 1):
