@@ -41,6 +41,7 @@ from fastmoco.kernels.dispatch import (
     cast,
     check_dtype,
     dot,
+    is_traced,
     launch_options,
     machine,
     maker,
@@ -346,8 +347,7 @@ def _empty_views(crops: Tensor, dtype: torch.dtype, channels: int) -> Tensor:
     return crops.new_empty((*crops.shape[:3], channels), dtype=dtype).permute(0, 3, 1, 2)
 
 
-@torch.library.custom_op("fastmoco::photometric", mutates_args=())
-def _photometric(
+def _launch(
     crops: Tensor,
     parameters: Tensor,
     mean: Sequence[float],
@@ -384,7 +384,10 @@ def _on_cpu(by: str) -> Callable[..., Tensor]:
     return loops
 
 
-@_photometric.register_fake
+_operator = torch.library.custom_op("fastmoco::photometric", _launch, mutates_args=())
+
+
+@_operator.register_fake
 def _(crops, parameters, mean, std, dtype, channels, rows, max_sigma, by):
     return _empty_views(crops, dtype, channels)
 
@@ -442,7 +445,8 @@ def photometric(
     _check(crops, parameters, mean, std, dtype, channels, rows, max_sigma)
     by = maker(impl, crops.device, dtype)
     mean, std = [float(value) for value in mean], [float(value) for value in std]
-    return _photometric(crops, parameters, mean, std, dtype, channels, rows, float(max_sigma), by)
+    call = _operator if is_traced(crops) else _launch
+    return call(crops, parameters, mean, std, dtype, channels, rows, float(max_sigma), by)
 
 
 def cost(

@@ -76,11 +76,11 @@ class Step:
         deterministic: bool = False,
         images: int | None = None,
     ) -> None:
-        # torch imports this when the first custom operator runs. That import keeps every calling frame alive, and with
-        # it the first step's autograd graph. So import it here.
-        import torch._dynamo  # noqa: F401
-
         parallel = parallel or Parallel.alone()
+        if parallel.device.type == "cuda" or parallel.world > 1:
+            # torch imports this when the first custom operator or DDP runs. That import keeps every calling frame
+            # alive, and with it the first step's autograd graph. So import it here. A CPU alone needs none of it.
+            import torch._dynamo  # noqa: F401
         recipe.check_ranks(parallel.world)
         build.check_device(recipe, parallel, key_stream=key_stream, apex=update == "apex")
         self.recipe, self.parallel = recipe, parallel
