@@ -4,7 +4,9 @@ The protocol is SimCLR's for few labels (Chen et al., 2020, appendix B.5): Neste
 warm-up, a cosine to zero, crops and flips alone; 60 epochs on 1 % of the labels, 30 on more, but at least LEAST_STEPS
 steps. Batch norm takes its statistics over the whole batch, over all ranks. The published rate is 0.05 for batches of
 256; unless `--lr` says which, it is chosen among RATES by training each for a third of the epochs on four fifths of
-the labelled images and judging it by the last fifth (`rate.held_out_split`).
+the labelled images and judging it by the last fifth (`rate.held_out_split`). A hundred labels leave twenty to judge by,
+which tell little. So where few are held out the rates that are still in the race are tried with the next fifth held
+out, and so on (a race of models, as in Maron and Moore, 1994).
 
 With bf16 the convolutions compute in 16 bits, from fp32 masters that the optimiser moves.
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -36,7 +38,7 @@ from fastmoco.evaluate.labels import both_sides
 from fastmoco.evaluate.linear import training_recipe, warn_of_bad
 from fastmoco.evaluate.options import EvaluateFinetune
 from fastmoco.evaluate.probe_files import figures_of, write_probe
-from fastmoco.evaluate.rate import Choice, Tried, held_out_split
+from fastmoco.evaluate.rate import FOLDS, Choice, Tried, held_out_split
 from fastmoco.evaluate.scores import Scores, score
 from fastmoco.kernels.photometric import photometric
 from fastmoco.parallel import Parallel
@@ -47,6 +49,8 @@ RATES = (0.05, 0.5, 0.15, 0.015, 0.005)  # for batches of 256; the first one is 
 TRIAL = 3  # a rate is tried for one of so many epochs
 EPOCHS, EPOCHS_OF_FEW, FEW = 30, 60, 0.01
 LEAST_STEPS = 300
+ENOUGH = 500  # held-out images: top-1 on them has a standard error of about two points
+MARGIN = 2  # standard errors below the best rate, from which on a rate is out of the race
 LOOKS = 10  # at the validation images, which may be many more than those that train
 MOMENTUM = 0.9
 
@@ -194,19 +198,28 @@ class Tuning:
         return Probe(classifier, curve, scores)
 
     def choose(self, train: Manifest, protocol: Protocol) -> Choice:
-        """The rate of RATES that does best on a fifth of the images, after a third of the epochs on the others."""
+        """The rate of RATES that does best on images held out, after a third of the epochs on the others.
+
+        A fifth of each class is held out, then the next one, until the rates were judged by ENOUGH images or one rate
+        is left. After each fifth those are left out that are MARGIN standard errors worse than the best.
+        """
         assert train.labels is not None
-        fitted, held = held_out_split(train.labels)
-        if not len(held) or len(fitted) < 2 * self.parallel.world:
+        race = {lr: Tried(lr, 0.0, None) for lr in RATES}
+        running, judged, turns, count = list(RATES), 0, 0, 0
+        while len(running) > 1 and turns < FOLDS and judged < ENOUGH:
+            fitted, held = held_out_split(train.labels, turns)
+            if not len(held) or len(fitted) < 2 * self.parallel.world:
+                break
+            count, before, judged, turns = len(fitted), judged, judged + len(held), turns + 1
+            short = protocol.fitting(len(fitted), self.parallel.world, 1, max(1, protocol.epochs // TRIAL))
+            for lr in running:
+                probe = self.fit(train.take(fitted), train.take(held), short._replace(lr=lr), looks=1)
+                race[lr] = _together(race[lr], before, probe, len(held))
+            running = _in_the_race([race[lr] for lr in running], judged)
+        if not turns:
             return Choice(protocol.lr)
-        short = protocol.fitting(len(fitted), self.parallel.world, 1, max(1, protocol.epochs // TRIAL))
-        trials = []
-        for lr in RATES:
-            probe = self.fit(train.take(fitted), train.take(held), short._replace(lr=lr), looks=1)
-            loss = probe.curve[-1]["loss"]
-            trials.append(Tried(lr, probe.scores.top1, loss if math.isfinite(loss) else None))
-        best = max(trials, key=lambda each: (each.top1, -math.inf if each.loss is None else -each.loss))
-        return Choice(best.lr, len(fitted), len(held), tried=trials)
+        best = max((race[lr] for lr in running), key=lambda each: (each.top1, -_or_infinity(each.loss)))
+        return Choice(best.lr, count, judged, turns, list(race.values()))
 
     def weights(self) -> dict[str, Tensor]:
         """The backbone as it is now, in fp32, by torchvision's names."""
@@ -242,6 +255,26 @@ class Tuning:
         features = extract(self.encoder, val, self.recipe, self.parallel, loading=self.loading, normalise=False)
         with torch.no_grad():
             return score(classifier(features[0].to(classifier.weight.dtype)), features[1])
+
+
+def _together(sofar: Tried, before: int, probe: Probe, count: int) -> Tried:
+    """What a rate came to on `before` images, and now on `count` others."""
+    loss = probe.curve[-1]["loss"]
+    old = sofar.loss if before else 0.0
+    top1 = (sofar.top1 * before + probe.scores.top1 * count) / (before + count)
+    if old is None or not math.isfinite(loss):
+        return Tried(sofar.lr, top1, None)
+    return Tried(sofar.lr, top1, (old * before + loss * count) / (before + count))
+
+
+def _in_the_race(tried: Sequence[Tried], judged: int) -> list[float]:
+    best = max(each.top1 for each in tried) / 100
+    error = math.sqrt(best * (1 - best) / judged)
+    return [each.lr for each in tried if each.top1 / 100 >= best - MARGIN * error]
+
+
+def _or_infinity(loss: float | None) -> float:
+    return math.inf if loss is None else loss
 
 
 def _recipe(recipe: Recipe, protocol: Protocol) -> Recipe:

@@ -14,9 +14,11 @@ from fastmoco.data.errors import DataError
 from fastmoco.data.loader import Loading
 from fastmoco.encoder import build_encoder
 from fastmoco.evaluate import finetune, linear
+from fastmoco.evaluate.classifier import Probe
 from fastmoco.evaluate.finetune import Masters, Protocol, Tuning
 from fastmoco.evaluate.fraction import listed, share_of
 from fastmoco.evaluate.options import EvaluateFinetune
+from fastmoco.evaluate.scores import Scores
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.presets import PRESETS
@@ -100,12 +102,36 @@ def test_the_chosen_rate_is_the_best_on_images_held_out(stripes, monkeypatch):
     train, _ = sides(stripes)
     monkeypatch.setattr(finetune, "RATES", (0.05, 0.5, 1e9))
     choice = tuning().choose(train, Protocol(epochs=24, batch_size=20))
-    assert (choice.fitted, choice.held_out) == (32, 8) and [each.lr for each in choice.tried] == [0.05, 0.5, 1e9]
+    assert choice.fitted == 32 and choice.held_out == 8 * choice.folds
+    assert [each.lr for each in choice.tried] == [0.05, 0.5, 1e9]
     assert choice.lr != 1e9 and max(each.top1 for each in choice.tried) == next(
         each.top1 for each in choice.tried if each.lr == choice.lr
     )
     alone = train.take([0, 39])  # of each class one: nothing can be held out
     assert tuning().choose(alone, Protocol(lr=0.07)).lr == 0.07
+
+
+def test_few_held_out_images_decide_nothing_alone(stripes, monkeypatch):
+    """Rates race over the fifths; the bad ones leave early. By the first fifth alone another rate would be taken."""
+    train, _ = sides(stripes)
+    found = {0.05: [75, 75, 75, 75, 75], 0.5: [88, 50, 50, 50, 50], 0.15: [75, 88, 88, 88, 88], 0.005: [12]}
+    monkeypatch.setattr(finetune, "RATES", tuple(found))
+    tried, tuned = [], tuning()
+
+    def fit(train, held, protocol, looks):
+        tried.append(protocol.lr)
+        top1 = found[protocol.lr][tried.count(protocol.lr) - 1]
+        return Probe(torch.nn.Linear(1, 1), [{"loss": 1.0}], Scores(top1, 100.0, [], torch.zeros(0)))
+
+    monkeypatch.setattr(tuned, "fit", fit)
+    choice = tuned.choose(train, Protocol())
+    assert max(found, key=lambda lr: found[lr][0]) == 0.5 and choice.lr == 0.15  # the control: one fifth
+    assert (tried.count(0.005), tried.count(0.15), choice.folds, choice.held_out) == (1, 5, 5, 40)
+    by_rate = {each.lr: each.top1 for each in choice.tried}
+    assert by_rate[0.15] == pytest.approx(np.mean(found[0.15])) and by_rate[0.005] == 12
+    tried.clear()
+    monkeypatch.setattr(finetune, "ENOUGH", 8)
+    assert tuned.choose(train, Protocol()).lr == 0.5 and len(tried) == 4
 
 
 def test_16_bits_have_masters_in_32():
