@@ -17,6 +17,7 @@ import numpy as np
 from fastmoco.data import manifest
 from fastmoco.data.cache import printable
 from fastmoco.data.manifest import DataError, Manifest
+from fastmoco.evaluate.rate import fold_of
 from fastmoco.options import UsageError
 from fastmoco.recipe import Recipe
 from fastmoco.runs.facts import read_facts
@@ -27,7 +28,9 @@ def both_sides(
 ) -> tuple[Manifest, Manifest]:
     """Labelled training and validation images; where `data` is None, those that `run` was trained on.
 
-    Raises UsageError if one side is missing or has no classes, DataError if the labels do not fit.
+    Where no validation images are named and none stand beside the others, a fifth of each class validates and does not
+    train: the same images each time. Raises UsageError if one side is missing or has no classes, DataError if the
+    labels do not fit.
     """
     source = data or read_facts(run)["options"].get("data")
     if source is None:
@@ -35,7 +38,7 @@ def both_sides(
     train, beside = manifest.split(source)
     against = val or beside
     if against is None:
-        raise UsageError(f"{source} has no val/ beside a train/: name labelled images with --val PATH")
+        return _set_aside(one_side(Path(train), labels, max_pixels=max_pixels))
     bank = one_side(Path(train), labels, max_pixels=max_pixels)
     queries = one_side(Path(against), labels, bank.classes, max_pixels)
     if os.path.realpath(bank.root) == os.path.realpath(queries.root):
@@ -47,6 +50,19 @@ def both_sides(
                 file=sys.stderr,
             )
     return bank, queries
+
+
+def _set_aside(images: Manifest) -> tuple[Manifest, Manifest]:
+    assert images.labels is not None
+    validates = fold_of(images.labels) == 0
+    if not validates.any():
+        raise UsageError(f"{images.root} has one image of each class: name labelled images to validate with --val PATH")
+    print(
+        f"note: no val/ beside {images.root}: {validates.sum()} of the {len(images)} images validate and do not train, "
+        f"the same share of each class; name others with --val",
+        file=sys.stderr,
+    )
+    return images.take(np.flatnonzero(~validates)), images.take(np.flatnonzero(validates))
 
 
 def one_side(

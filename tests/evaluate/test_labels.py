@@ -90,8 +90,8 @@ def test_images_that_stand_on_both_sides_are_told(flat, tmp_path, capsys):
 
 def test_both_sides(flat, tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps({"options": {"data": str(flat)}}))
-    with pytest.raises(UsageError, match="--val PATH"):
-        both_sides(tmp_path, None, None, None)
+    with pytest.raises(UsageError, match="one image of each class: .*--val PATH"):
+        both_sides(tmp_path, None, None, table(tmp_path, "a.png,x\nb.png,y\n"))
     with pytest.raises(UsageError, match="--labels FILE.csv"):
         both_sides(tmp_path, None, flat, None)
     train, val = both_sides(tmp_path, None, flat, table(tmp_path, "a.png,x\nb.png,y\n"))
@@ -101,6 +101,26 @@ def test_both_sides(flat, tmp_path):
         both_sides(tmp_path, None, flat, None)
     with pytest.raises(UsageError, match="has no classes"):
         one_side(flat, None, ["x", "y"])
+
+
+def test_without_images_to_validate_a_fifth_of_each_class_is_set_aside(tmp_path, capsys):
+    for name, count in (("a", 10), ("b", 5)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (8, 8)).save(tmp_path / f"images/{name}/{number}.png")
+    train, val = both_sides(tmp_path, tmp_path / "images", None, None)
+    assert np.bincount(train.labels).tolist() == [8, 4] and np.bincount(val.labels).tolist() == [2, 1]
+    assert not set(train.paths) & set(val.paths) and train.classes == val.classes == ["a", "b"]
+    assert "3 of the 15 images validate and do not train" in capsys.readouterr().err
+    assert both_sides(tmp_path, tmp_path / "images", None, None)[1].paths == val.paths
+    capsys.readouterr()
+    (tmp_path / "images").rename(tmp_path / "train")  # the control: where there is a val/, it is taken
+    (tmp_path / "val/a").mkdir(parents=True)
+    (tmp_path / "val/b").mkdir()
+    for name in "ab":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"val/{name}/9.png")
+    train, val = both_sides(tmp_path, tmp_path, None, None)
+    assert (len(train), len(val)) == (15, 2) and "note" not in capsys.readouterr().err
 
 
 @pytest.fixture
