@@ -39,6 +39,8 @@ class Size(NamedTuple):
     """Shorter side of test images in pixels; training draws from 60 % to all of it in eleven steps."""
     regions: int = 512
     """Regions for which the box head is trained, of each image."""
+    proposals: int = 1000
+    """Regions of a test image that the box head looks at."""
 
 
 def torchvision() -> Any:
@@ -117,7 +119,7 @@ def build(encoder: Encoder, recipe: Recipe, classes: int, size: Size, parallel: 
         rpn_pre_nms_top_n_train=12000,
         rpn_pre_nms_top_n_test=6000,
         rpn_post_nms_top_n_train=2000,
-        rpn_post_nms_top_n_test=1000,
+        rpn_post_nms_top_n_test=size.proposals,
         box_roi_pool=torchvision().ops.MultiScaleRoIAlign(["0"], POOLED, 0),  # it takes no other kind, until below
         box_head=head,
         box_predictor=detection.faster_rcnn.FastRCNNPredictor(encoder.feature_dim, classes + 1),
