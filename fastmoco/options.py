@@ -167,7 +167,7 @@ class EvaluateKnn:
     data: Path | None = None
     """Labelled images whose classes vote; left out, those that the run was trained on."""
     val: Path | None = None
-    """Labelled images to classify; left out, the val/ beside train/."""
+    """Labelled images to classify; left out, the val/ beside train/, or a fifth of each class, which does not train."""
     labels: Path | None = None
     """CSV file of path,class for images that stand in no class folders."""
     k: int | None = None
@@ -197,7 +197,7 @@ class EvaluateLinear:
     data: Path | None = None
     """Labelled images to train the classifier on; left out, those that the run was trained on."""
     val: Path | None = None
-    """Labelled images to classify; left out, the val/ beside train/."""
+    """Labelled images to classify; left out, the val/ beside train/, or a fifth of each class, which does not train."""
     labels: Path | None = None
     """CSV file of path,class for images that stand in no class folders."""
     fast: bool = False
@@ -209,7 +209,7 @@ class EvaluateLinear:
     batch_size: int = 256
     """Images in a batch; the learning rate is scaled linearly with it."""
     lr: float | Literal["auto"] = "auto"
-    """Learning rate for batches of 256. auto takes, of seven from 30 to 0.03, the one that does best on training images
+    """Learning rate for batches of 256. auto takes, of nine from 30 to 0.003, the one that does best on training images
     that are held out, each fifth in turn; 30 is the published one."""
     seed: int = 0
     """Of the classifier's start, the order and the crops."""

@@ -8,8 +8,10 @@ takes the centre crop. Afterwards every weight and statistic of the backbone mus
 `--fast` trains the same classifier in the same order on features that are computed once, of centre crops, and kept on
 the device in fp32: minutes instead of hours. `finetune.py` trains the backbone too.
 
-Unless `--lr` says which, the learning rate is chosen on training images that are held out (`rate.py`). The classifier
-is then trained on all of them. The last incomplete batch of an epoch is left out (published: trained on).
+Unless `--lr` says which, the learning rate is chosen on training images that are held out (`rate.py`), under the very
+crops and schedule of the probe: the published one trains the classifiers of all rates side by side, so that choosing
+takes no second pass over the images. The classifier that is kept was trained on all of them. The last incomplete batch
+of an epoch is left out (published: trained on).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +38,21 @@ from fastmoco.data.manifest import Manifest
 from fastmoco.data.plan import Plan
 from fastmoco.data.quarantine import Quarantine
 from fastmoco.encoder import Encoder
-from fastmoco.evaluate.classifier import Batches, Probe, Protocol, fit, fit_cached, new_classifier
+from fastmoco.evaluate.classifier import (
+    NOT_HELD_OUT,
+    Batches,
+    Candidates,
+    Probe,
+    Protocol,
+    Report,
+    fit,
+    fit_cached,
+    nothing_held_out,
+)
 from fastmoco.evaluate.features import extract
 from fastmoco.evaluate.labels import both_sides
 from fastmoco.evaluate.probe_files import figures_of, write_probe
-from fastmoco.evaluate.rate import Choice, choose, looked_at
-from fastmoco.evaluate.scores import Scores, score
+from fastmoco.evaluate.rate import RATES, Choice, choose, fold_of, judge, looked_at
 from fastmoco.kernels.photometric import photometric
 from fastmoco.options import EvaluateLinear
 from fastmoco.parallel import Parallel
@@ -118,62 +129,70 @@ class Evaluation:
         """Those of all training images."""
         return self.features(self.train)
 
-    def choose_rate(self, fast: bool) -> Choice:
-        """Take the rate that does best on held-out training images, and return which and why.
-
-        `fast` says that the features of all training images are needed anyway.
-        """
-        assert self.train.labels is not None
-        features, labels = self._rows(looked_at(self.train.labels), fast)
-        choice = choose(features, labels, self.classes, self.recipe, self.protocol)
-        self.protocol = self.protocol._replace(lr=choice.lr)
-        return choice
-
-    def _rows(self, rows: np.ndarray, fast: bool) -> tuple[Tensor, Tensor]:
-        if not fast:
-            return self.features(self.train.take(rows))
-        features, labels = self.train_features
-        chosen = torch.from_numpy(rows).to(features.device)
-        return features[chosen], labels[chosen]
-
-    def fast(self, report: Callable) -> Probe:
+    def fast(self, report: Report = lambda lines: None) -> Probe:
         """The probe on features of centre crops, computed once."""
         val = self.features(self.val)
         return fit_cached(self.train_features, val, self.classes, self.plan, self.protocol, report)
 
-    def exact(self, report: Callable) -> Probe:
+    def fast_of_best(self, report: Report = lambda lines: None) -> tuple[Probe, Choice]:
+        """The same at the rate that does best on training images held out, and why at that one."""
+        assert self.train.labels is not None
+        features, labels = self.train_features
+        rows = torch.from_numpy(looked_at(self.train.labels)).to(features.device)
+        choice = choose(features[rows], labels[rows], self.classes, self.recipe, self.protocol)
+        self.protocol = self.protocol._replace(lr=choice.lr)
+        return self.fast(report), choice
+
+    def exact(self, report: Report = lambda lines: None) -> Probe:
         """The probe as published. Raises AssertionError if the backbone did not stay bit-equal."""
+        alone = nothing_held_out(len(self.train), self.parallel.device)
+        return self._fit(self._candidates([self.protocol.lr], alone), report)[0]
+
+    def exact_of_best(self, report: Report = lambda lines: None) -> tuple[Probe, Choice]:
+        """The same at the rate that does best on training images held out, and why at that one.
+
+        All rates are trained side by side; each image that a fold holds out is judged by its centre crop. `report` gets
+        the line of the rate that leads.
+        """
+        assert self.train.labels is not None
+        folds = fold_of(self.train.labels)
+        held = np.flatnonzero(folds != NOT_HELD_OUT)
+        if not len(held):
+            return self.exact(report), Choice(self.protocol.lr)
+        candidates = self._candidates(RATES, torch.from_numpy(folds).to(self.parallel.device))
+        sides = *self.features(self.train.take(held)), torch.from_numpy(held).to(self.parallel.device)
+
+        def leader() -> int:
+            return RATES.index(judge(candidates, *sides).lr)
+
+        probes = self._fit(candidates, lambda lines: report([lines[leader()]]))
+        choice = judge(candidates, *sides)
+        self.protocol = self.protocol._replace(lr=choice.lr)
+        return probes[RATES.index(choice.lr)], choice
+
+    def _candidates(self, rates: Sequence[float], folds: Tensor) -> Candidates:
+        return Candidates(self.encoder.feature_dim, self.classes, self.protocol, rates, folds)
+
+    def _fit(self, candidates: Candidates, report: Report) -> list[Probe]:
         before = snapshot(self.encoder)
-        classifier = self._classifier()
-        val, labels = self.features(self.val)  # a frozen backbone gives the same ones after every epoch
-
-        def validate() -> Scores:
-            with torch.no_grad():
-                return score(classifier(val), labels)
-
+        val = self.features(self.val)  # a frozen backbone gives the same ones after every epoch
         self.encoder.eval().requires_grad_(False)
-        probe = self._fit(classifier, list(classifier.parameters()), validate, report)
+        probes = fit(self._batches(), candidates, self.plan.steps_per_epoch, val, report)
         assert not changes(before, self.encoder), f"the probe changed the backbone: {changes(before, self.encoder)}"
-        return probe
+        return probes
 
-    def _classifier(self) -> nn.Linear:
-        return new_classifier(self.encoder.feature_dim, self.classes, self.protocol.seed, self.parallel.device)
-
-    def _fit(self, classifier: nn.Linear, parameters: list, validate: Callable[[], Scores], report: Callable) -> Probe:
+    def _batches(self) -> Batches:
         steps = self.protocol.epochs * self.plan.steps_per_epoch
         labels = torch.from_numpy(self.train.labels).to(self.parallel.device)
         colours = self.recipe.augmentation
         quarantine = Quarantine(self.train, max_share=self.recipe.max_bad_share)
         with Loader(self.train, self.plan, self.parallel, range(steps), self.loading, quarantine) as loader:
-
-            def batches() -> Batches:
-                for batch in loader:
-                    warn_of_bad(quarantine)
-                    views = photometric(batch.query_crops, batch.query_parameters, colours.mean, colours.std)
-                    origins = quarantine.replace(batch.step, batch.sample)  # a substitute comes with its own label
-                    yield self.encoder.features(views), labels[torch.from_numpy(origins).to(labels.device)]
-
-            return fit(batches(), classifier, parameters, self.protocol, self.plan.steps_per_epoch, validate, report)
+            for batch in loader:
+                warn_of_bad(quarantine)
+                views = photometric(batch.query_crops, batch.query_parameters, colours.mean, colours.std)
+                origins = quarantine.replace(batch.step, batch.sample)  # a substitute comes with its own label
+                images = torch.from_numpy(origins).to(labels.device)
+                yield self.encoder.features(views), labels[images], images
 
 
 def warn_of_bad(quarantine: Quarantine) -> None:
@@ -198,14 +217,8 @@ def run(options: EvaluateLinear) -> None:
         f"after step {step}"
     )
     began = time.perf_counter()
-    choice = evaluation.choose_rate(options.fast) if options.lr == "auto" else None
+    probe, choice = _train(evaluation, options.fast, options.lr == "auto")
     protocol = evaluation.protocol
-    print(choice or f"lr {protocol.lr:g} for batches of 256")
-    print(
-        f"{protocol.epochs} epochs of batches of {protocol.batch_size}, at a rate of {protocol.rate(0):g}", flush=True
-    )
-    with tqdm(total=protocol.epochs, unit="epoch", disable=None) as bar:
-        probe = (evaluation.fast if options.fast else evaluation.exact)(lambda line: _tell(bar, line, protocol.epochs))
     facts: dict[str, Any] = {
         "step": step,
         "protocol": protocol._asdict(),
@@ -223,6 +236,22 @@ def run(options: EvaluateLinear) -> None:
     )
     if hint := rate_hint(probe, protocol, len(train.classes)):
         print(hint)
+
+
+def _train(evaluation: Evaluation, fast: bool, auto: bool) -> tuple[Probe, Choice | None]:
+    protocol = evaluation.protocol
+    rates = f"lr auto, {len(RATES)} rates side by side" if auto else f"lr {protocol.lr:g} for batches of 256"
+    print(f"{protocol.epochs} epochs of batches of {protocol.batch_size}; {rates}", flush=True)
+    with tqdm(total=protocol.epochs, unit="epoch", disable=None) as bar:
+
+        def tell(lines: list[dict[str, float]]) -> None:
+            _tell(bar, lines[0], protocol.epochs)
+
+        if not auto:
+            return (evaluation.fast if fast else evaluation.exact)(tell), None
+        probe, choice = (evaluation.fast_of_best if fast else evaluation.exact_of_best)(tell)
+    print(choice)
+    return probe, choice
 
 
 def rate_hint(probe: Probe, protocol: Protocol, classes: int) -> str:

@@ -74,7 +74,7 @@ class EvaluateFinetune:
     data: Path | None = None
     """Labelled images to train on; left out, those that the run was trained on."""
     val: Path | None = None
-    """Labelled images to classify; left out, the val/ beside train/."""
+    """Labelled images to classify; left out, the val/ beside train/, or a fifth of each class, which does not train."""
     labels: Path | None = None
     """CSV file of path,class for images that stand in no class folders."""
     fraction: float = 1.0
@@ -89,7 +89,8 @@ class EvaluateFinetune:
     """Images in a batch, over all ranks; the learning rate is scaled linearly with it."""
     lr: float | Literal["auto"] = "auto"
     """Learning rate for batches of 256. auto tries five from 0.5 to 0.005 for a third of the epochs each, and takes the
-    one that does best on a fifth of the training images, which is held out meanwhile; 0.05 is the published one."""
+    one that does best on a fifth of the training images, which is held out meanwhile; where these are few, the best
+    rates are tried again with other fifths. 0.05 is the published one."""
     lr_head: float | None = None
     """That of the classifier; left out, the same."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -159,7 +159,7 @@ def evaluation(sides, **protocol) -> Evaluation:
 def test_the_backbone_is_bit_equal_after_the_probe(sides):
     probe_of = evaluation(sides)
     before = snapshot(probe_of.encoder)
-    probe = probe_of.exact(lambda line: None)
+    probe = probe_of.exact()
     assert changes(before, probe_of.encoder) == [] and len(probe.curve) == 3
     start = new_classifier(probe_of.encoder.feature_dim, 2, 0, torch.device("cpu"))
     assert not torch.equal(probe.classifier.weight, start.weight), "nothing was trained"
@@ -170,7 +170,7 @@ def test_a_backbone_in_training_mode_is_noticed(sides, monkeypatch):
     probe_of = evaluation(sides)
     monkeypatch.setattr(probe_of.encoder, "eval", lambda: probe_of.encoder.train())
     with pytest.raises(AssertionError, match="the probe changed the backbone.*running_mean"):
-        probe_of.exact(lambda line: None)
+        probe_of.exact()
 
 
 def test_exact_and_fast_agree_where_there_is_nothing_to_augment(sides, monkeypatch):
@@ -186,9 +186,21 @@ def test_exact_and_fast_agree_where_there_is_nothing_to_augment(sides, monkeypat
         return parameters
 
     monkeypatch.setattr(Plan, "photometric", unflipped)
-    exact = evaluation(sides, lr=1.0).exact(lambda line: None)
-    fast = evaluation(sides, lr=1.0).fast(lambda line: None)
+    exact = evaluation(sides, lr=1.0).exact()
+    fast = evaluation(sides, lr=1.0).fast()
     torch.testing.assert_close(exact.classifier.weight, fast.classifier.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_the_rate_that_was_chosen_gives_the_probe_of_that_rate(sides):
+    """The published probe trains all rates in one pass; what it keeps is what `--lr` of that rate gives."""
+    probe_of = evaluation(sides)
+    probe, choice = probe_of.exact_of_best()
+    assert probe_of.protocol.lr == choice.lr and len(choice.tried) == 9
+    again = evaluation(sides, lr=choice.lr).exact()
+    torch.testing.assert_close(probe.classifier.weight, again.classifier.weight, rtol=1e-4, atol=1e-6)
+    assert [line["lr"] for line in probe.curve] == [line["lr"] for line in again.curve]
+    other = evaluation(sides, lr=10 * choice.lr).exact()
+    assert not torch.allclose(probe.classifier.weight, other.classifier.weight, rtol=1e-2)  # the control
 
 
 @pytest.fixture
@@ -207,10 +219,10 @@ def test_one_bad_file_is_named_and_replaced(with_a_bad_file, monkeypatch):
     assert (train.paths[bad + 1], train.labels[bad + 1]) == ("down/0.jpg", 1 - train.labels[bad])
     labels = []
     real = F.cross_entropy
-    monkeypatch.setattr(classifier.F, "cross_entropy", lambda x, y: labels.append(y) or real(x, y))
+    monkeypatch.setattr(classifier.F, "cross_entropy", lambda x, y, **how: labels.append(y) or real(x, y, **how))
     probe_of = evaluation(with_a_bad_file, lr=1.0, batch_size=40, epochs=2)
     with pytest.warns(UserWarning, match="across/9.jpg: .*; training on down/0.jpg in its place") as warned:
-        probe = probe_of.exact(lambda line: None)
+        probe = probe_of.exact()
     assert len(probe.curve) == 2 and len([each for each in warned if "training on" in str(each.message)]) == 1
     # The substitute's pixels come with the substitute's label: 19 of one class and 21 of the other.
     assert [int(each.sum()) for each in labels] == [21 if train.labels[bad] == 0 else 19] * 2
@@ -220,13 +232,13 @@ def test_without_a_quarantine_one_bad_file_ends_the_probe(with_a_bad_file, monke
     """The control."""
     monkeypatch.setattr(linear, "Quarantine", lambda manifest, max_share: None)
     with pytest.raises(DecodeError, match="across/9.jpg"):
-        evaluation(with_a_bad_file, batch_size=40).exact(lambda line: None)
+        evaluation(with_a_bad_file, batch_size=40).exact()
 
 
 def test_good_files_make_no_warning(sides):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        evaluation(sides, epochs=1).exact(lambda line: None)
+        evaluation(sides, epochs=1).exact()
 
 
 @pytest.fixture(scope="module")
@@ -313,9 +325,11 @@ def test_the_rate_is_chosen_and_an_earlier_probe_is_kept(pretrained_run, capsys)
     assert main([*argv, "--fast"]) == 0 and main(argv) == 0
     said = capsys.readouterr().out
     fast, exact = (json.loads((run / f"{name}.json").read_text()) for name in ("linear-fast", "linear"))
-    assert fast["rate"] == exact["rate"] and fast["rate"]["lr"] == fast["protocol"]["lr"] == exact["protocol"]["lr"]
-    assert (fast["rate"]["fitted"], fast["rate"]["held_out"], fast["train"]) == (32, 40, 40)
-    assert said.count(f"lr {fast['rate']['lr']:g} chosen among 30 10 3 1 0.3 0.1 0.03: top-1") == 2
+    for figures in (fast, exact):
+        assert figures["rate"]["lr"] == figures["protocol"]["lr"] == pytest.approx(figures["curve"][0]["lr"] * 256 / 40)
+        assert (figures["rate"]["fitted"], figures["rate"]["held_out"], figures["train"]) == (32, 40, 40)
+        assert f"lr {figures['rate']['lr']:g} chosen among 30 10 3 1 0.3 0.1 0.03 0.01 0.003: top-1" in said
+    assert fast["rate"]["tried"] != exact["rate"]["tried"], "the published probe was judged by centre crops alone"
     assert main([*argv, "--fast"]) == 0 and "earlier" not in capsys.readouterr().out  # the same figures again
     assert main([*argv, "--fast", "--lr", "30"]) == 0 and main([*argv, "--fast", "--lr", "3"]) == 0
     assert "earlier evaluation are kept as" in capsys.readouterr().out
