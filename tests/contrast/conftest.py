@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.data.plan import FLIP, GRAY, ORDER, SIGMA, Plan, route
+from fastmoco.kernels import convolution
 from fastmoco.recipe import Recipe
 
 IMAGES = 48
@@ -109,3 +110,13 @@ def fake_apex() -> dict[str, SimpleNamespace]:
         "apex.multi_tensor_apply": applier,
         "amp_C": SimpleNamespace(multi_tensor_axpby=multi_tensor_axpby),
     }
+
+
+@pytest.fixture
+def by_winograd(monkeypatch: pytest.MonkeyPatch):
+    """Every 3x3 convolution of stride 1 by Winograd's algorithm, of however few channels and on any CPU."""
+    pytest.importorskip("numba")
+    monkeypatch.setattr(convolution, "_by_winograd", lambda layer, *_: layer[2:5] == (3, 1, 1))
+    convolution._ways.cache_clear()
+    yield
+    convolution._ways.cache_clear()

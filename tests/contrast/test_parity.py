@@ -200,3 +200,9 @@ def test_fp32_strays_no_further_than_plain_fp32(
         errors += torch.stack([(mine - exact).abs(), (ours.dictionary.queue.keys - keys).abs().max()])
         budget += torch.stack([(plain.detach() - exact).abs(), (theirs.queue.T - keys).abs().max()])
     assert (errors <= 2 * budget + 1e-6).all(), f"{errors} against {budget}"
+
+
+def test_winograds_algorithm_strays_no_further_either(
+    make_batch: Callable, make_crops: Callable, monkeypatch: pytest.MonkeyPatch, by_winograd: None
+) -> None:
+    test_fp32_strays_no_further_than_plain_fp32("v2", make_batch, make_crops, monkeypatch)

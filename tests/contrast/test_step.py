@@ -353,6 +353,20 @@ def test_resume_is_bit_exact(precision: str, make_batch: Callable) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_is_bit_exact_by_winograds_algorithm(precision: str, make_batch: Callable, by_winograd) -> None:
+    test_resume_is_bit_exact(precision, make_batch)
+
+
+def test_winograds_algorithm_is_another_order_of_sums(make_batch: Callable, request: pytest.FixtureRequest) -> None:
+    """That the fixture takes effect, or the test before it shows nothing."""
+    recipe = tiny()
+    plain = Step(recipe, Parallel(), "fp32").step(make_batch(recipe, 0), LR).loss
+    request.getfixturevalue("by_winograd")
+    ours = Step(recipe, Parallel(), "fp32").step(make_batch(recipe, 0), LR).loss
+    assert ours != plain and abs(ours - plain) < 1e-4 * plain
+
+
 @pytest.mark.parametrize("lost", ["velocity.conv1.weight", "queue", "queue_pointer", "encoder_k.conv1.weight"])
 def test_everything_in_the_state_matters(lost: str, make_batch: Callable) -> None:
     """Control of the resume: with one tensor as at the start, the next two steps come out otherwise."""
