@@ -7,7 +7,7 @@ A, B and G of Toom and Cook's algorithm for n points
     input's gradient    dx = A' [(G w' G') * (B' dy B)] A      of the weights mirrored, summed over output channels
     weights' gradient   dw = G' [(B' x B) * (A dy A')] G       the adjoint of the forward pass, summed over tiles
 
-where * is the product of places, so that each sum is n n matrix products of [tiles, C] and [C, O]. They make
+where * multiplies number by number, so that each sum is n n matrix products of [tiles, C] and [C, O]. They make
 m m 9 / (n n) times fewer multiplications than the convolution: 2.25 for m = 2, 4 for m = 4. In return what is
 multiplied has n n / (m m) times as many numbers as the input: 4 for m = 2, 2.25 for m = 4.
 
@@ -34,7 +34,7 @@ from fastmoco.kernels.cpu.loops import Loop, Words, floats, halves, loop, narrow
 
 Tile = Literal[2, 4]
 RUN = 64  # channels that are transformed at once
-MOST = 36  # numbers of a tile's window
+MOST = 36  # numbers of a window, n n
 CHUNK = 2**21  # numbers that are multiplied at once, about: 8 MB stay in the caches of two cores
 
 HALF, QUARTER, EIGHTH = np.float32(1 / 2), np.float32(1 / 4), np.float32(1 / 8)
@@ -118,7 +118,7 @@ def _output4(s, i, p, t, j, q):
 
 
 @part
-def _weight2(s, i, p, t, j, q):
+def _filter2(s, i, p, t, j, q):
     a, b, c = s[i], s[i + p], s[i + 2 * p]
     t[j] = a
     t[j + q] = HALF * ((a + c) + b)
@@ -127,7 +127,7 @@ def _weight2(s, i, p, t, j, q):
 
 
 @part
-def _weight4(s, i, p, t, j, q):
+def _filter4(s, i, p, t, j, q):
     a, b, c = s[i], s[i + p], s[i + 2 * p]
     t[j] = a
     t[j + q] = THIRD * (b + (a + c))
@@ -138,7 +138,7 @@ def _weight4(s, i, p, t, j, q):
 
 
 @part
-def _back2(s, i, p, t, j, q):
+def _filter_gradient2(s, i, p, t, j, q):
     a, b, c, d = s[i], s[i + p], s[i + 2 * p], s[i + 3 * p]
     t[j] = a + HALF * (b + c)
     t[j + q] = HALF * (b - c)
@@ -146,7 +146,7 @@ def _back2(s, i, p, t, j, q):
 
 
 @part
-def _back4(s, i, p, t, j, q):
+def _filter_gradient4(s, i, p, t, j, q):
     a, b, c = s[i], s[i + p], s[i + 2 * p]
     d, e, f = s[i + 3 * p], s[i + 4 * p], s[i + 5 * p]
     outer, inner, far = THIRD * (b - c), THIRD * (b + c), FOUR * FIFTEENTH
@@ -173,8 +173,8 @@ def _both(transform: Callable, size: int, to: int) -> Callable:
 _inputs2, _inputs4 = _both(_input2, 4, 4), _both(_input4, 6, 6)
 _gradients2, _gradients4 = _both(_gradient2, 2, 4), _both(_gradient4, 4, 6)
 _outputs2, _outputs4 = _both(_output2, 4, 2), _both(_output4, 6, 4)
-_weights2, _weights4 = _both(_weight2, 3, 4), _both(_weight4, 3, 6)
-_backs2, _backs4 = _both(_back2, 4, 3), _both(_back4, 6, 3)
+_filters2, _filters4 = _both(_filter2, 3, 4), _both(_filter4, 3, 6)
+_filter_gradients2, _filter_gradients4 = _both(_filter_gradient2, 4, 3), _both(_filter_gradient4, 6, 3)
 
 
 @part
@@ -193,30 +193,30 @@ def _read(x, image, top, left, side, a, first, count, s):
 
 
 @part
-def _write(v, places, out, row, rows, channels, first, count):
-    """A row of each place: `out` is [places, rows, channels]."""
-    for k in range(places):
+def _write(v, points, out, row, rows, channels, first, count):
+    """A row of each of n n matrices: `out` is [points, rows, channels]."""
+    for k in range(points):
         start = (k * rows + row) * channels + first
         for c in range(count):
             out[start + c] = v[k * RUN + c]
 
 
 @part
-def _collect(m, places, row, rows, channels, first, count, s):
-    for k in range(places):
+def _collect(m, points, row, rows, channels, first, count, s):
+    for k in range(points):
         start = (k * rows + row) * channels + first
         for c in range(count):
             s[k * RUN + c] = m[start + c]
 
 
-# Of images, or of their gradients, to n n places. A piece is a row of tiles of an image.
+# The transforms of images and of their gradients, to fp32 [n n, tiles, C]. A piece is a row of tiles of an image.
 
-PLACES = Words("x places images height width channels tile gradient")
+IMAGES = Words("x transformed images height width channels tile gradient")
 
 
 @part
-def _to_places(words, a, x):
-    s, t, v, out = _room(), _room(), _room(), floats(a.places)
+def _data_transform(words, a, x):
+    s, t, v, out = _room(), _room(), _room(), floats(a.transformed)
     down, across = (a.height + a.tile - 1) // a.tile, (a.width + a.tile - 1) // a.tile
     piece = take(words)
     while piece < a.pieces:
@@ -236,24 +236,24 @@ def _to_places(words, a, x):
                 else:
                     _read(x, image, top - 1, left - 1, 6, a, first, count, s)
                     _inputs4(s, t, v, count)
-                places = (a.tile + 2) * (a.tile + 2)
-                _write(v, places, out, piece * across + tile, a.images * down * across, a.channels, first, count)
+                points = (a.tile + 2) * (a.tile + 2)
+                _write(v, points, out, piece * across + tile, a.images * down * across, a.channels, first, count)
         piece = take(words)
 
 
-@loop(PLACES)
-def to_places_fp32(words):
+@loop(IMAGES)
+def data_transform_fp32(words):
     a = numba.carray(words, 1)[0]
-    _to_places(words, a, floats(a.x))
+    _data_transform(words, a, floats(a.x))
 
 
-@loop(PLACES)
-def to_places_bf16(words):
+@loop(IMAGES)
+def data_transform_bf16(words):
     a = numba.carray(words, 1)[0]
-    _to_places(words, a, halves(a.x))
+    _data_transform(words, a, halves(a.x))
 
 
-# And back to images.
+# The transform back to images.
 
 
 @part
@@ -266,8 +266,8 @@ def _draw(v, y, image, top, left, side, a, first, count):
 
 
 @part
-def _to_images(words, a, y):
-    s, t, v, m = _room(), _room(), _room(), floats(a.places)
+def _inverse_transform(words, a, y):
+    s, t, v, m = _room(), _room(), _room(), floats(a.transformed)
     down, across = (a.height + a.tile - 1) // a.tile, (a.width + a.tile - 1) // a.tile
     piece = take(words)
     while piece < a.pieces:
@@ -286,26 +286,27 @@ def _to_images(words, a, y):
         piece = take(words)
 
 
-@loop(PLACES)
-def to_images_fp32(words):
+@loop(IMAGES)
+def inverse_transform_fp32(words):
     a = numba.carray(words, 1)[0]
-    _to_images(words, a, floats(a.x))
+    _inverse_transform(words, a, floats(a.x))
 
 
-@loop(PLACES)
-def to_images_bf16(words):
+@loop(IMAGES)
+def inverse_transform_bf16(words):
     a = numba.carray(words, 1)[0]
-    _to_images(words, a, halves(a.x))
+    _inverse_transform(words, a, halves(a.x))
 
 
-# Of weights [outputs, 3, 3, channels] to places, mirrored or not, and back. A piece is an output.
+# The transforms of weights [O, 3, 3, C] to fp32 [n n, O, C], mirrored or not, and of these to a gradient of weights. A
+# piece is an output.
 
-WEIGHTS = Words("weight places outputs channels tile mirrored")
+FILTERS = Words("weight transformed outputs channels tile mirrored")
 
 
 @part
-def _weight_to_places(words, a, weight):
-    s, t, v, out = _room(), _room(), _room(), floats(a.places)
+def _filter_transform(words, a, weight):
+    s, t, v, out = _room(), _room(), _room(), floats(a.transformed)
     piece = take(words)
     while piece < a.pieces:
         for first in range(0, a.channels, RUN):
@@ -315,38 +316,38 @@ def _weight_to_places(words, a, weight):
                 for c in range(count):
                     s[k * RUN + c] = widen(weight[start + c])
             if a.tile == 2:
-                _weights2(s, t, v, count)
+                _filters2(s, t, v, count)
             else:
-                _weights4(s, t, v, count)
+                _filters4(s, t, v, count)
             _write(v, (a.tile + 2) * (a.tile + 2), out, piece, a.outputs, a.channels, first, count)
         piece = take(words)
 
 
-@loop(WEIGHTS)
-def weight_to_places_fp32(words):
+@loop(FILTERS)
+def filter_transform_fp32(words):
     a = numba.carray(words, 1)[0]
-    _weight_to_places(words, a, floats(a.weight))
+    _filter_transform(words, a, floats(a.weight))
 
 
-@loop(WEIGHTS)
-def weight_to_places_bf16(words):
+@loop(FILTERS)
+def filter_transform_bf16(words):
     a = numba.carray(words, 1)[0]
-    _weight_to_places(words, a, halves(a.weight))
+    _filter_transform(words, a, halves(a.weight))
 
 
 @part
-def _places_to_weight(words, a, weight):
-    s, t, v, m = _room(), _room(), _room(), floats(a.places)
+def _filter_gradient(words, a, weight):
+    s, t, v, m = _room(), _room(), _room(), floats(a.transformed)
     piece = take(words)
     while piece < a.pieces:
         for first in range(0, a.channels, RUN):
             count = min(RUN, a.channels - first)
             if a.tile == 2:
                 _collect(m, 16, piece, a.outputs, a.channels, first, count, s)
-                _backs2(s, t, v, count)
+                _filter_gradients2(s, t, v, count)
             else:
                 _collect(m, 36, piece, a.outputs, a.channels, first, count, s)
-                _backs4(s, t, v, count)
+                _filter_gradients4(s, t, v, count)
             for k in range(9):
                 start = (piece * 9 + k) * a.channels + first
                 for c in range(count):
@@ -354,74 +355,74 @@ def _places_to_weight(words, a, weight):
         piece = take(words)
 
 
-@loop(WEIGHTS)
-def places_to_weight_fp32(words):
+@loop(FILTERS)
+def filter_gradient_fp32(words):
     a = numba.carray(words, 1)[0]
-    _places_to_weight(words, a, floats(a.weight))
+    _filter_gradient(words, a, floats(a.weight))
 
 
-@loop(WEIGHTS)
-def places_to_weight_bf16(words):
+@loop(FILTERS)
+def filter_gradient_bf16(words):
     a = numba.carray(words, 1)[0]
-    _places_to_weight(words, a, halves(a.weight))
+    _filter_gradient(words, a, halves(a.weight))
 
 
 class Loops(NamedTuple):
     """The loops over activations and weights of one type."""
 
-    to_places: Loop
-    to_images: Loop
-    weight_to_places: Loop
-    places_to_weight: Loop
+    data_transform: Loop
+    inverse_transform: Loop
+    filter_transform: Loop
+    filter_gradient: Loop
 
 
 LOOPS = {
-    torch.float32: Loops(to_places_fp32, to_images_fp32, weight_to_places_fp32, places_to_weight_fp32),
-    torch.bfloat16: Loops(to_places_bf16, to_images_bf16, weight_to_places_bf16, places_to_weight_bf16),
+    torch.float32: Loops(data_transform_fp32, inverse_transform_fp32, filter_transform_fp32, filter_gradient_fp32),
+    torch.bfloat16: Loops(data_transform_bf16, inverse_transform_bf16, filter_transform_bf16, filter_gradient_bf16),
 }
 
 
 def forward(x: Tensor, weight: Tensor, tile: Tile) -> Tensor:
     """The convolution [N, O, H, W] of x [N, C, H, W] and weight [O, C, 3, 3], padding 1; all channels-last."""
-    return _convolve(x, _of_weights(weight, tile, mirrored=False).transpose(1, 2), tile)
+    return _convolve(x, _transformed_filters(weight, tile, mirrored=False).transpose(1, 2), tile)
 
 
 def input_gradient(grad: Tensor, weight: Tensor, tile: Tile) -> Tensor:
     """The gradient [N, C, H, W] of x from that of the output, [N, O, H, W]."""
-    return _convolve(grad, _of_weights(weight, tile, mirrored=True), tile)
+    return _convolve(grad, _transformed_filters(weight, tile, mirrored=True), tile)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, tile: Tile) -> Tensor:
     """The gradient [O, C, 3, 3] of the weights."""
     total: Tensor | None = None
     for of_grad, of_x in zip(_parts(grad, x.shape[1], tile), _parts(x, grad.shape[1], tile), strict=True):
-        factors = _of_images(of_grad, tile, gradient=True).transpose(1, 2), _of_images(of_x, tile)
+        factors = _transformed_images(of_grad, tile, gradient=True).transpose(1, 2), _transformed_images(of_x, tile)
         total = torch.bmm(*factors) if total is None else total.baddbmm_(*factors)
     assert total is not None, "a batch is not empty"
     outputs, channels = total.shape[1:]
-    weight = torch.empty(outputs, 3, 3, channels, dtype=x.dtype)
+    weight = x.new_empty(outputs, 3, 3, channels)
     sizes = {"outputs": outputs, "channels": channels, "tile": tile, "mirrored": 0}
-    LOOPS[x.dtype].places_to_weight(outputs, weight=weight, places=total, **sizes)
+    LOOPS[x.dtype].filter_gradient(outputs, weight=weight, transformed=total, **sizes)
     return weight.permute(0, 3, 1, 2)
 
 
 def _convolve(x: Tensor, factor: Tensor, tile: Tile) -> Tensor:
     samples, _, height, width = x.shape
-    y = torch.empty(samples, height, width, factor.shape[2], dtype=x.dtype).permute(0, 3, 1, 2)
+    y = x.new_empty(samples, height, width, factor.shape[2]).permute(0, 3, 1, 2)
     for of_x, of_y in zip(_parts(x, factor.shape[2], tile), _parts(y, factor.shape[1], tile), strict=True):
         pieces, sizes = _sizes(of_y, tile)
-        places = torch.bmm(_of_images(of_x, tile), factor)
-        LOOPS[x.dtype].to_images(pieces, x=of_y, places=places, **sizes)
+        products = torch.bmm(_transformed_images(of_x, tile), factor)
+        LOOPS[x.dtype].inverse_transform(pieces, x=of_y, transformed=products, **sizes)
     return y
 
 
 def _parts(x: Tensor, others: int, tile: Tile) -> Iterator[Tensor]:
-    # So many samples that their places, and those of as many images of `others` channels, are a chunk; or as many
-    # numbers as the weights' places, which every chunk reads.
+    # So many samples that what they are transformed to, and as many of `others` channels, is a chunk; or as many
+    # numbers as the weights are transformed to, which every chunk reads.
     samples, channels, height, width = x.shape
-    places = (tile + 2) ** 2
-    each = places * -(-height // tile) * -(-width // tile) * (channels + others)
-    count = -(-samples * each // max(CHUNK, places * channels * others))
+    points = (tile + 2) ** 2
+    each = points * -(-height // tile) * -(-width // tile) * (channels + others)
+    count = -(-samples * each // max(CHUNK, points * channels * others))
     return iter(x.split(-(-samples // count)))
 
 
@@ -431,16 +432,17 @@ def _sizes(x: Tensor, tile: Tile) -> tuple[int, dict[str, int]]:
     return samples * -(-height // tile), sizes
 
 
-def _of_images(x: Tensor, tile: Tile, gradient: bool = False) -> Tensor:
+def _transformed_images(x: Tensor, tile: Tile, gradient: bool = False) -> Tensor:
     pieces, sizes = _sizes(x, tile)
-    places = torch.empty((tile + 2) ** 2, pieces * -(-x.shape[3] // tile), x.shape[1])
-    LOOPS[x.dtype].to_places(pieces, x=x, places=places, gradient=int(gradient), **sizes)
-    return places
+    shape = (tile + 2) ** 2, pieces * -(-x.shape[3] // tile), x.shape[1]
+    transformed = x.new_empty(shape, dtype=torch.float32)
+    LOOPS[x.dtype].data_transform(pieces, x=x, transformed=transformed, gradient=int(gradient), **sizes)
+    return transformed
 
 
-def _of_weights(weight: Tensor, tile: Tile, mirrored: bool) -> Tensor:
+def _transformed_filters(weight: Tensor, tile: Tile, mirrored: bool) -> Tensor:
     outputs, channels = weight.shape[:2]
-    places = torch.empty((tile + 2) ** 2, outputs, channels)
+    transformed = weight.new_empty(((tile + 2) ** 2, outputs, channels), dtype=torch.float32)
     sizes = {"outputs": outputs, "channels": channels, "tile": tile, "mirrored": int(mirrored)}
-    LOOPS[weight.dtype].weight_to_places(outputs, weight=weight, places=places, **sizes)
-    return places
+    LOOPS[weight.dtype].filter_transform(outputs, weight=weight, transformed=transformed, **sizes)
+    return transformed

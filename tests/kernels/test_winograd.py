@@ -98,10 +98,11 @@ def test_transforms_have_the_bits_of_one_thread(dtype: torch.dtype, tile: winogr
 
     def bits(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
-        places = winograd._of_images(x, tile)
+        transformed = winograd._transformed_images(x, tile)
         image, count = torch.empty_like(x), winograd._sizes(x, tile)
-        winograd.LOOPS[dtype].to_images(count[0], x=image, places=places, **count[1])
-        return [places, image, winograd._of_weights(weight, tile, mirrored=True), winograd._of_images(x, tile, True)]
+        winograd.LOOPS[dtype].inverse_transform(count[0], x=image, transformed=transformed, **count[1])
+        filters = winograd._transformed_filters(weight, tile, mirrored=True)
+        return [transformed, image, filters, winograd._transformed_images(x, tile, gradient=True)]
 
     before = torch.get_num_threads()
     try:
@@ -109,6 +110,17 @@ def test_transforms_have_the_bits_of_one_thread(dtype: torch.dtype, tile: winogr
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_the_process_may_have_another_default_dtype() -> None:
+    tensors = make((2, 8, 8, 5, 5), torch.bfloat16)
+    expected = ours(*tensors, 4)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = ours(*tensors, 4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(found[name], expected[name]) for name in PRODUCTS)
 
 
 @pytest.mark.parametrize("tile", [2, 4])
@@ -123,7 +135,9 @@ def test_what_is_not_finite_stays_in_its_image(tile: winograd.Tile) -> None:
 @pytest.mark.parametrize("tile", [2, 4])
 def test_the_budget_rejects_weights_that_are_not_mirrored(tile: winograd.Tile, monkeypatch) -> None:
     tensors = make((2, 8, 8, 5, 5), torch.bfloat16)
-    of_weights = winograd._of_weights
-    monkeypatch.setattr(winograd, "_of_weights", lambda weight, size, mirrored: of_weights(weight, size, False))
+    transformed_filters = winograd._transformed_filters
+    monkeypatch.setattr(
+        winograd, "_transformed_filters", lambda weight, size, mirrored: transformed_filters(weight, size, False)
+    )
     with pytest.raises(AssertionError, match="input: "):
         assert_within_budget(ours(*tensors, tile), tensors)
