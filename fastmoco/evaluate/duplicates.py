@@ -67,7 +67,7 @@ def run(options: Duplicates) -> None:
     if options.keep is not None:
         _write_list(options.keep, bank.images, families)
     print(
-        f"{len(families)} groups of near-duplicates among {len(rows)} images, {more} images more than groups; "
+        f"{len(families)} groups of near-duplicates among {len(rows)} images, {len(rows) - more} with one of a group; "
         f"similarity at least {threshold:.3f} ({facts['threshold_from']}), usual for the nearest other image "
         f"{usual:.3f}; see {out / 'duplicates'}.json" + (" and .png" if sheet else "")
     )

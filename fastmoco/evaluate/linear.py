@@ -278,12 +278,19 @@ def _tell(bar: tqdm, line: dict[str, float], epochs: int) -> None:
 
 
 def _agreement(folder: Path, evaluation: Evaluation, step: int, pair: list[str]) -> float | None:
-    """Percent of the validation images that the exact and the fast classifier of this step put in the same class."""
-    predictions = []
+    """Percent of the validation images that the exact and the fast classifier put in the same class.
+
+    None unless both are of this step, and were trained and judged on the same images.
+    """
+    predictions, sets = [], set()
     features, _ = evaluation.features(evaluation.val)
     for name in pair:
         weights, facts = folder / f"{name}.safetensors", folder / f"{name}.json"
-        if not weights.is_file() or json.loads(facts.read_text())["step"] != step:
+        if not weights.is_file():
+            return None
+        figures = json.loads(facts.read_text())
+        sets.add(tuple(figures[key] for key in ("data", "train", "val", "queries")))
+        if figures["step"] != step or len(sets) > 1:
             return None
         classifier = load_file(weights, device=str(features.device))
         if len(classifier["fc.bias"]) != evaluation.classes:

@@ -270,6 +270,10 @@ def test_the_commands_write_figures_pictures_and_weights(pretrained_run, capsys)
     assert main(argv) == 0
     assert main([*argv, "--fast"]) == 0
     assert "fast and exact agree on" in capsys.readouterr().out
+    elsewhere = shutil.copytree(pretrained_run, pretrained_run.parent / "elsewhere", symlinks=True)
+    others = json.loads((pretrained_run / "recipe.json").read_text())["options"]["data"] + "/train"
+    assert main([*argv[:2], str(elsewhere), *argv[3:], "--fast", "--data", others]) == 0
+    assert "agree on" not in capsys.readouterr().out  # two probes of different images have nothing to agree on
     assert main(["evaluate", "knn", str(pretrained_run), "--k", "3", "--threads", "1", "--device", "cpu"]) == 0
     figures = json.loads((pretrained_run / "linear.json").read_text())
     assert figures["backbone"] == "bit-equal after the probe" and len(figures["curve"]) == 4
