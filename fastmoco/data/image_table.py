@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -27,7 +28,7 @@ RECORD = np.dtype([("offset", "<i8"), ("name_end", "<i8"), ("bytes", "<u4"), ("l
 """Where an image begins in its shard, where its name ends in `names`, its bytes, class, height and width."""
 ROW = RECORD.itemsize
 VERSION = 1
-CHUNK = 1 << 16  # names that are read at once where all are wanted
+CHUNK = 1 << 16  # names that are read at once where all are wanted; rows that are kept at most
 READ_BYTES = 1 << 24  # read at once at most
 
 
@@ -121,6 +122,12 @@ class LeftOut(Sequence[tuple[str, str]]):
         return self._all[key]
 
 
+class _LastRows(threading.local):
+    """What each thread asked for last: the sizes of a step are wanted for one view after the other, and its places."""
+
+    indices, rows = np.empty(0, np.int64), np.empty(0, RECORD)
+
+
 class ImageTable:
     """A table that is there; DataError where its files are missing, cut short or of another version.
 
@@ -143,6 +150,7 @@ class ImageTable:
         self._numbers = np.array([number[name] for name in self.met] if number else [], np.int64)
         self.left_out = LeftOut(folder / "left_out.npz", left_out)
         self._count = int(self.starts[-1])
+        self._last = _LastRows()
         self._records = self._opened("records", self._count * ROW)
         self._names = self._opened("names", names)
 
@@ -158,6 +166,9 @@ class ImageTable:
             raise IndexError(f"images {first} to {last - 1} of {len(self)}")
         if last - first == len(indices) and (np.diff(indices) == 1).all():
             return np.frombuffer(self._read(self._records, first * ROW, last * ROW), RECORD)
+        last_asked = self._last
+        if np.array_equal(last_asked.indices, indices):
+            return last_asked.rows
         places = (indices * ROW).tolist()
         self._ask_for(places)
         try:
@@ -166,7 +177,10 @@ class ImageTable:
             raise self._failure(error.strerror) from None
         if len(content) < len(indices) * ROW:
             raise self._failure("a file was cut short")
-        return np.frombuffer(content, RECORD)
+        rows = np.frombuffer(content, RECORD)
+        if len(rows) <= CHUNK:
+            last_asked.indices, last_asked.rows = indices.copy(), rows
+        return rows
 
     def _ask_for(self, places: list[int]) -> None:
         """Have the system begin to read all these rows, so that one wait is enough where they are not in memory."""

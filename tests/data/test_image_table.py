@@ -140,13 +140,26 @@ def test_rows_that_are_not_in_memory_are_waited_for_together(tmp_path: Path, mon
     table, _ = written(tmp_path / "table", [500, 300])
     expected, asked = table.rows(np.arange(800)), np.random.default_rng(0).permutation(800)[:256]
 
-    def waits(disk: FarDisk) -> int:
+    def waits(disk: FarDisk, asked: np.ndarray) -> int:
         disk.stands_in(monkeypatch)
         np.testing.assert_array_equal(table.rows(asked), expected[asked])
         return disk.waits
 
-    assert waits(FarDisk()) == 1
-    assert waits(FarDisk(deaf=True)) == 256  # the control: a disk that is asked for one row after the other
+    assert waits(FarDisk(), asked) == 1
+    assert waits(FarDisk(), asked) == 0  # every view of a step asks for the same rows
+    assert waits(FarDisk(deaf=True), asked[::-1]) == 256  # the control: one row after the other
+
+
+def test_columns_are_those_of_the_rows_that_are_asked_for(tmp_path: Path) -> None:
+    """Also where the same array asks for others, or what it got before was written to."""
+    table, parts = written(tmp_path / "table", [50])
+    sizes, asked = table.sizes(), np.array([7, 3, 20])
+    first = sizes[asked]
+    first[:], asked[0] = 0, 9
+    np.testing.assert_array_equal(sizes[asked], parts[0].records["size"][[9, 3, 20]])
+    np.testing.assert_array_equal(table.places()[asked][:, 1], parts[0].records["offset"][[9, 3, 20]])
+    sizes[asked][:] = 0
+    np.testing.assert_array_equal(sizes[asked], parts[0].records["size"][[9, 3, 20]])
 
 
 def test_a_disk_that_fails_while_rows_are_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
