@@ -29,10 +29,7 @@ def write(job: Job, precision: str, step: int) -> None:
     facts: dict[str, Any] = {
         "preset": job.preset,
         "recipe": job.recipe.as_dict(),
-        "options": {
-            name: (as_url(value) or str(value)) if isinstance(value, Path) else value
-            for name, value in dataclasses.asdict(job.options).items()
-        },
+        "options": _told(job),
         "ranks": job.parallel.world,
         "images": len(job.train_set),
         "steps": job.total,
@@ -52,6 +49,14 @@ def write(job: Job, precision: str, step: int) -> None:
     else:
         _create(job.out, job.options.resume or is_restart())
     atomic.write_json(path, facts)
+
+
+def _told(job: Job) -> dict[str, Any]:
+    """The options, with places as text: pathlib makes one slash of a URL's two."""
+    options = dataclasses.asdict(job.options)
+    return {
+        name: (as_url(value) or str(value)) if isinstance(value, Path) else value for name, value in options.items()
+    }
 
 
 def announcement(job: Job, precision: str, step: int) -> Iterator[str]:
@@ -74,7 +79,8 @@ def _changes(job: Job) -> str:
     preset = PRESETS[job.preset][1] if job.preset in PRESETS else Recipe()
     recipe, usual, options = _flat(job.recipe.as_dict()), _flat(preset.as_dict()), dataclasses.asdict(job.options)
     changes = {name: value for name, value in recipe.items() if value != usual[name]}
-    changes |= {name: value for name, value in options.items() if value != getattr(Options(), name, None)}
+    told = _told(job)
+    changes |= {name: told[name] for name, value in options.items() if value != getattr(Options(), name, None)}
     for name in ("out", "resume"):  # told in lines of their own
         changes.pop(name, None)
     if preset.order_of(len(job.train_set)) == job.recipe.order:

@@ -25,6 +25,7 @@ from fastmoco.recipe import Recipe
 from fastmoco.runs import checkpoint
 from fastmoco.train.job import places, prepare
 from fastmoco.train.loop import pretrain
+from fastmoco.train.record import announcement
 
 pytest.importorskip("aiohttp")
 
@@ -100,6 +101,7 @@ def test_validation_images_may_lie_behind_a_url_too(recipe, server: ShardServer,
     assert job.val_set is not None and job.val_set.labels.tolist() == near.labels.tolist()
     assert [job.val_set.read(i).tobytes() for i in range(8)] == [near.read(i).tobytes() for i in range(len(near))]
     assert len(job.train_set) == 32 and job.val_set.source.whole
+    assert f"data {server.url}/{{0..3}}.tar, val {server.url}/4.tar" in next(announcement(job, "fp32", 0))
     assert not prepare(recipe, replace(own, cache_gb=0), "demo", Parallel()).val_set.source.whole  # has no room
 
 
