@@ -43,9 +43,11 @@ class Store:
         self.shards = shards
 
     def fill(self) -> None:
-        """Put the shards there."""
+        """Put the shards there, and nothing else: what moto keeps outlives a server."""
         store = s3fs.S3FileSystem(skip_instance_cache=True)
-        store.makedirs("bucket", exist_ok=True)  # what moto keeps outlives a server
+        if store.exists("bucket"):
+            store.rm("bucket", recursive=True)
+        store.makedirs("bucket")
         for path in self.shards.iterdir():
             store.pipe(f"bucket/set/{path.name}", path.read_bytes())
         self.asked.clear()
