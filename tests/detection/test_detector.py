@@ -108,6 +108,7 @@ def ap50(model: torch.nn.Module, pictures: list) -> float:
 def test_it_learns_the_made_set_and_nothing_from_shuffled_labels(kit):
     """From random weights; the control has the same boxes with the labels of other images."""
     pytest.importorskip("torchvision")
+    train(kit, 1)  # numba compiles its loops, once on a machine
     began = time.process_time()
     model, pictures = train(kit, STEPS)
     learnt = ap50(model, pictures)
