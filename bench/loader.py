@@ -262,10 +262,7 @@ def _resizing(recipe: Recipe, manifest: Manifest) -> Iterator[Callable[[], None]
     with ThreadPoolExecutor(cores()) as pool:
 
         def batch() -> None:
-            crops = torch.empty(2, len(decoded), size, size, 3, dtype=torch.uint8)
-            waiting = iter(range(len(decoded)))
-            for _ in pool.map(partial(cut, crops, 0, boxes, decoded), [waiting] * cores()):
-                pass
+            cut(decoded, boxes, torch.empty(2, len(decoded), size, size, 3, dtype=torch.uint8), pool, cores())
 
         yield batch
 

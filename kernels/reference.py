@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -299,3 +300,30 @@ def _scores(z: Tensor, keys: Tensor, scale: Tensor, temperature: float) -> tuple
 def _through_normalise(z: Tensor, q: Tensor, gradient: Tensor) -> Tensor:
     norm = z.to(q.dtype).norm(dim=1, keepdim=True).clamp_min(1e-12)
     return (gradient - q * (q * gradient).sum(1, keepdim=True)) / norm
+
+
+def resize_box(image: np.ndarray, box: Sequence[int], square: Tensor) -> None:
+    """Resize the box (top, left, height, width) of `image` uint8 [H, W, 3] into `square` uint8 [3, S, S], in place.
+
+    Bilinear with antialiasing, as Pillow and torchvision do it. `square` may have any strides.
+    """
+    top, left, height, width = box
+    # Copied by NumPy, and resized by what F.interpolate calls, straight to its place. Were a copy left to torch, each
+    # thread that calls this would start OpenMP threads, more than there are cores, and those of the training step
+    # would go to sleep at every operation.
+    cut = np.require(image[top : top + height, left : left + width], requirements=["C", "W"])
+    planes = torch.from_numpy(cut).permute(2, 0, 1)[None]
+    torch.ops.aten._upsample_bilinear2d_aa.out(planes, square.shape[1:], False, out=square[None])
+
+
+def resizing(images: Sequence[Tensor], boxes: np.ndarray, crops: Tensor) -> Callable[[], None]:
+    """Work for one or several threads, which take the next image when they are done: see `fastmoco.kernels.resize`."""
+    waiting = iter(range(len(images)))
+
+    def work() -> None:
+        for i in waiting:
+            image = images[i].numpy()
+            for view, box in enumerate(boxes[:, i].tolist()):
+                resize_box(image, box, crops[view, i].permute(2, 0, 1))
+
+    return work

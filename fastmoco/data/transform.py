@@ -15,6 +15,7 @@ from torch import Tensor
 from fastmoco.data.errors import DataError
 from fastmoco.data.plan import centre_boxes
 from fastmoco.data.rewrite import DamagedImage, Reading, colour, compose, rewritten
+from fastmoco.kernels.reference import resize_box
 from fastmoco.recipe import Recipe
 
 Picture = Image.Image | np.ndarray | str | os.PathLike
@@ -77,20 +78,6 @@ class Transform:
                 return _rgb(image, self.reading.background)
         except (OSError, SyntaxError, ValueError) as error:  # how Pillow says that something is no image, or damaged
             raise DataError(f"{path}: not an image, or damaged: cannot be decoded") from error
-
-
-def resize_box(image: np.ndarray, box: list[int], square: Tensor) -> None:
-    """Resize the box (top, left, height, width) of `image` uint8 [H, W, 3] into `square` uint8 [3, S, S], in place.
-
-    Bilinear with antialiasing, as Pillow and torchvision do it. `square` may have any strides.
-    """
-    top, left, height, width = box
-    # Copied by NumPy, and resized by what F.interpolate calls, straight to its place. Were a copy left to torch, each
-    # thread that calls this would start OpenMP threads, more than there are cores, and those of the training step
-    # would go to sleep at every operation.
-    cut = np.require(image[top : top + height, left : left + width], requirements=["C", "W"])
-    planes = torch.from_numpy(cut).permute(2, 0, 1)[None]
-    torch.ops.aten._upsample_bilinear2d_aa.out(planes, square.shape[1:], False, out=square[None])
 
 
 def _rgb(image: Image.Image, background: str) -> np.ndarray:

@@ -75,11 +75,22 @@ class Loop:
             self._compiled = numba.cfunc(signature, **OPTIONS)(self._function)
         return self._compiled.address
 
-    def __call__(self, pieces: int, **arguments: Any) -> None:
-        """Run all pieces; tensors are passed by their address, None as 0."""
-        words = self._words.structure(
+    def _filled(self, pieces: int, arguments: dict[str, Any]) -> ctypes.Structure:
+        return self._words.structure(
             pieces=pieces, **{name: _word(value) for name, value in arguments.items() if value is not None}
         )
+
+    def shared(self, pieces: int, **arguments: Any) -> Callable[[], None]:
+        """The loop for threads of Python, not torch's: each that calls the result does pieces while there are any.
+
+        What `arguments` point to must be there until then.
+        """
+        words, run = self._filled(pieces, arguments), _alone(self._address)
+        return lambda: run(ctypes.addressof(words))
+
+    def __call__(self, pieces: int, **arguments: Any) -> None:
+        """Run all pieces; tensors are passed by their address, None as 0."""
+        words = self._filled(pieces, arguments)
         threads = min(torch.get_num_threads(), pieces)
         address, at = self._address, ctypes.addressof(words)
         parallel = _parallel() if threads > 1 else None
