@@ -1,6 +1,7 @@
 """The command line: its surface is frozen in golden files, its help is instant, its mistakes are one line."""
 
 import ast
+import gc
 import importlib.util
 import json
 import os
@@ -79,6 +80,28 @@ def test_every_row_of_the_table_can_be_loaded():
         module, function = command.run.split(":")
         assert callable(getattr(importlib.import_module(module), function)), name
         assert is_dataclass(cli.load(command.options)), name
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_a_command_is_imported_without_looking_for_garbage(collecting, tmp_path, monkeypatch):
+    """Nor is what was imported looked at while the command runs; afterwards the collector is as it was before."""
+    name = f"imported_{collecting}"
+    (tmp_path / f"{name}.py").write_text(
+        "import gc\nwhile_imported = gc.isenabled()\n"
+        "def run(options):\n    global then\n    then = gc.isenabled(), gc.get_freeze_count() > 1000\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(COMMANDS, "env", COMMANDS["env"]._replace(run=f"{name}:run"))
+    if not collecting:
+        gc.disable()
+    try:
+        assert main(["env"]) == 0
+        module = sys.modules[name]
+        assert (module.while_imported, *module.then) == (False, collecting, True)
+        assert main(["env", "--no-such-flag"]) == 2
+        assert (gc.isenabled(), gc.get_freeze_count()) == (collecting, 0)
+    finally:
+        gc.enable()
 
 
 def test_help_of_every_command_is_instant_and_imports_no_torch():

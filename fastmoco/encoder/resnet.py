@@ -142,7 +142,8 @@ class Encoder(nn.Module):
             self.fc = projection(head, entry, dim, bn_group)
         self.feature_dim = entry
         self._norms = [module for module in self.modules() if isinstance(module, BatchNormAct)]
-        self.to_empty(device="cpu")
+        # Not by to_empty: its empty_like of a meta tensor is Python code that imports sympy, 0.3 s.
+        self._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
         self._reset(generator, zero_init)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

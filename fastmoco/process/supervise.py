@@ -35,7 +35,7 @@ def torchrun(argv: Sequence[str], patience: float) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import get_args_parser, run
 
-    atexit.register(gc.freeze)  # as in train/loop.py
+    atexit.register(gc.freeze)  # as in cli.py
     saved = False
     try:
         with tempfile.TemporaryDirectory() as folder, _stopped_ranks(patience or math.inf) as stops:

@@ -6,7 +6,6 @@ The loop decides when things happen; what a step is stands in `contrast/step.py`
 
 from __future__ import annotations
 
-import atexit
 import gc
 import shutil
 import sys
@@ -56,7 +55,6 @@ FIRST_MINUTE = (
 
 def run(command: Pretrain) -> int:
     """`pretrain PRESET`: exit code 0, or 143 where the run was asked to stop."""
-    atexit.register(gc.freeze)  # or the interpreter, as it ends, searches all that torch has made: a second or two
     summary = pretrain(command.recipe, command.options, command.preset)
     if summary["stopped"]:
         note_saved()
@@ -139,7 +137,7 @@ class Run:
         """Train to the end, or until asked to stop; save, evaluate, sum up."""
         self.request = request
         try:
-            with Watchdog(self._watchdog_seconds(), request) as self.watchdog:
+            with _controlled_gc(), Watchdog(self._watchdog_seconds(), request) as self.watchdog:
                 stopped = self._train() or self._evaluate_last()
                 return self._finish(stopped)
         finally:
@@ -158,7 +156,7 @@ class Run:
         if self.options.on_nonfinite == "rollback" and self.position == 0:
             self.saving.copy_step = -1  # so that there is a state to go back to
             self._save()
-        with _controlled_gc(), _short_turns():
+        with _short_turns():
             while True:
                 try:
                     stopped = self._to_the_end()
