@@ -66,8 +66,9 @@ class Options:
     """Where these shards are kept; left out, ~/.cache/fastmoco/shards."""
     retry_seconds: float = 300.0
     """Seconds that a remote --data may not answer, or answer wrongly, before the run stops."""
-    decoded_cache: float = 0.0
-    """GB of decoded images that each rank keeps in memory, its GPU's where it has one, so as to decode them once."""
+    decoded_cache: float | None = None
+    """GB of decoded images that each rank keeps in memory, its GPU's where it has one, so as to decode them once; left
+    out, all on a CPU where they take at most 0.256 GB, else none."""
     quarantine: bool = True
     """Replace images that turn out to be bad, and list them in RUN/quarantine.jsonl; without it the first one stops
     the run."""
@@ -116,7 +117,8 @@ class Options:
         at_least |= {"cache_gb": 0, "retry_seconds": 0}
         at_least |= {"keep_every": 0, "watchdog_seconds": 0, "decoded_cache": 0}
         for name, low in at_least.items():
-            require(getattr(self, name) >= low, name, getattr(self, name), f"use a number of at least {low}")
+            value = getattr(self, name)
+            require(value is None or value >= low, name, value, f"use a number of at least {low}")
         if self.stop_after is not None:
             require(self.stop_after >= 1, "stop_after", self.stop_after, "use a number of at least 1")
         load = self.hw_decoder_load

@@ -11,8 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmoco.data.plan import Sizes
+
+SMALL = 256 * 10**6  # bytes: a CPU keeps the images of a set that takes no more, unless it is told otherwise
+SIZES_AT_ONCE = 4096
 # A PPM image of one pixel, for a decoder to decode in the place of what it should not.
 PIXEL = np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8)
+
+
+def bytes_decoded(sizes: Sizes, most: int) -> int:
+    """Bytes of all images of `sizes` int32 [n, 2] once decoded, or `most` if they take more."""
+    total = 0
+    for at in range(0, len(sizes), SIZES_AT_ONCE):
+        total += 3 * int(sizes[at : at + SIZES_AT_ONCE].astype(np.int64).prod(1).sum())
+        if total >= most:  # of a large set no more rows are read
+            return most
+    return total
 
 
 class PixelCache:

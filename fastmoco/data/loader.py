@@ -411,9 +411,12 @@ class ImageSource:
         reading: deque = deque()
         for step, samples in samples_of_steps:
             origins = self.origins(step, samples)
-            # The readers are shared by the batches of one call.
-            chunks = np.array_split(origins, min(-(-self.readers.count // per_call), len(origins)))
-            reading.append((step, origins, readers.map(self._read, chunks)))
+            if self.cache is not None and all(sample in self.cache for sample in origins.tolist()):
+                reading.append((step, origins, iter([[PIXEL] * len(origins)])))
+            else:
+                # The readers are shared by the batches of one call.
+                chunks = np.array_split(origins, min(-(-self.readers.count // per_call), len(origins)))
+                reading.append((step, origins, readers.map(self._read, chunks)))
             if len(reading) > READ_AHEAD * per_call:
                 yield self._request(*reading.popleft())
         while reading:

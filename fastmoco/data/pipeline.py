@@ -133,17 +133,23 @@ def _cpu_crops(
     cache: PixelCache | None,
 ) -> Generator[Tensor, None, None]:
     build = partial(_dali, min(batch_size, CPU_BATCH), threads, None, 1, _decode_graph)
+
+    def decoded(several: Iterator[Request]) -> Iterator[tuple[Part, Sequence[Tensor]]]:
+        for part, (images,) in _outputs(build, _Feed(small_parts(several), _encoded), repair):
+            yield part, _tensors(images)
+
     with ThreadPoolExecutor(threads) as pool:
-        for part, (images,) in _outputs(build, _Feed(small_parts(requests), _encoded), repair):
-            request, first, total, _ = part
-            if first == 0:
-                crops = torch.empty(views, total, crop_size, crop_size, 3, dtype=torch.uint8)
-            decoded = _tensors(images)
-            if cache is not None:
-                decoded = cache.complete(request.samples, request.encoded, decoded)
-            cut(decoded, request.boxes, crops[:, first : first + len(decoded)], pool, threads)
-            if first + len(decoded) == total:
-                yield crops
+        # Batches that are kept whole pass DALI by. Its pipeline ends before the first of them.
+        for is_kept, several in itertools.groupby(requests, lambda request: request.is_kept):
+            parts = ((together([request]), ()) for request in several) if is_kept else decoded(several)
+            for (request, first, total, _), images in parts:
+                if first == 0:
+                    crops = torch.empty(views, total, crop_size, crop_size, 3, dtype=torch.uint8)
+                if cache is not None:
+                    images = cache.complete(request.samples, request.encoded, images)
+                cut(images, request.boxes, crops[:, first : first + len(images)], pool, threads)
+                if first + len(images) == total:
+                    yield crops
 
 
 def cut(images: Sequence[Tensor], boxes: np.ndarray, crops: Tensor, pool: ThreadPoolExecutor, threads: int) -> None:

@@ -71,6 +71,11 @@ class Request(NamedTuple):
     """Which batch this is, and `samples` int64 [n] which images they are: for the repair."""
     samples: np.ndarray = NO_SAMPLES
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether `PixelCache` keeps all of its images."""
+        return all(data is PIXEL for data in self.encoded)
+
     def rows(self, rows: slice) -> Request:
         """The same request for some of its images."""
         names, encoded, sizes, boxes, step, samples = self

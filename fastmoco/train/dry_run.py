@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
 from fastmoco.contrast.step import Step
-from fastmoco.data.loader import Loader
+from fastmoco.data.decoded import bytes_decoded
+from fastmoco.data.loader import Loader, Loading
+from fastmoco.data.manifest import Manifest
 from fastmoco.data.noise import noise_batch
 from fastmoco.data.plan import Plan
 from fastmoco.options import Options
@@ -22,6 +24,7 @@ from fastmoco.train.metrics import memory
 
 LEAST = 32  # pairs in the smaller batch where batch norm asks for no more
 STEPS, BATCHES = 2, 4  # that are timed, after one that is not
+UNTIL_KEPT = 8  # batches of the same images after which all of them are kept, and none is under way from before
 TINY_RATE = 1e-6
 
 
@@ -48,17 +51,18 @@ def estimate(recipe: Recipe, options: Options, preset: str) -> dict[str, Any]:
     job = prepare(recipe, places(options, preset, parallel), preset, parallel)
     per_rank = job.recipe.check_ranks(world)
     trials = [_trial(job, pairs) for pairs in _sizes(job.recipe, per_rank)]
-    loaded = _rate_of_loader(job, trials[-1].pairs)
+    kept = bytes_decoded(job.train_set.sizes, job.loading.decoded_bytes)
+    loaded = _rate_of_loader(job, trials[-1].pairs, kept)
     ours = trials[-1].rate
     rate = world * (min(ours, loaded) if parallel.device.type == "cuda" else 1 / (1 / ours + 1 / loaded))
     facts = {
         "images": len(job.train_set),
         "steps": job.total,
-        "memory": _extrapolate(trials, per_rank),
+        "memory": _extrapolate(trials, per_rank) + kept / 2**30,
         "pairs_per_s": rate,
         "seconds": job.total * job.recipe.batch_size / rate,
     }
-    for line in _lines(job, world, trials, loaded, facts):
+    for line in _lines(job, world, trials, loaded, kept, facts):
         print(line)
     return facts
 
@@ -69,7 +73,7 @@ def _sizes(recipe: Recipe, per_rank: int) -> list[int]:
 
 
 def _small(recipe: Recipe, pairs: int) -> Recipe:
-    return dataclasses.replace(recipe, batch_size=pairs, lr=TINY_RATE)
+    return replace(recipe, batch_size=pairs, lr=TINY_RATE)
 
 
 def _trial(job: Job, pairs: int) -> Trial:
@@ -80,20 +84,30 @@ def _trial(job: Job, pairs: int) -> Trial:
     return Trial(pairs, pairs / seconds, memory(parallel.device))
 
 
-def _rate_of_loader(job: Job, pairs: int) -> float:
-    plan = Plan(_small(job.recipe, pairs), job.train_set.sizes)
-    with Loader(job.train_set, plan, job.parallel, range(BATCHES + 1), job.loading) as loader:
-        return pairs / _seconds(lambda: next(loader), BATCHES, job.parallel.device)
+def _rate_of_loader(job: Job, pairs: int, kept: int) -> float:
+    """Pairs a second over all epochs: where all images are kept decoded, in the later ones they are but cut."""
+    decoding = _rate(job, job.train_set, pairs, replace(job.loading, decoded_bytes=0))
+    if kept < bytes_decoded(job.train_set.sizes, kept + 1):
+        return decoding
+    few = job.train_set.take(range(pairs))
+    cutting = _rate(job, few, pairs, replace(job.loading, decoded_bytes=bytes_decoded(few.sizes, kept)), UNTIL_KEPT)
+    return job.recipe.epochs / (1 / decoding + (job.recipe.epochs - 1) / cutting)
 
 
-def _seconds(work: Callable[[], object], times: int, device: torch.device) -> float:
-    """Of one call, after a first one that is not counted."""
+def _rate(job: Job, images: Manifest, pairs: int, loading: Loading, first: int = 1) -> float:
+    plan = Plan(_small(job.recipe, pairs), images.sizes)
+    with Loader(images, plan, job.parallel, range(BATCHES + first), loading) as loader:
+        return pairs / _seconds(lambda: next(loader), BATCHES, job.parallel.device, first)
+
+
+def _seconds(work: Callable[[], object], times: int, device: torch.device, first: int = 1) -> float:
+    """Of one call, after `first` ones that are not counted."""
     started = 0.0
-    for number in range(times + 1):
+    for number in range(first + times):
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        started = started if number else time.perf_counter()
+        started = started if number >= first else time.perf_counter()
     return (time.perf_counter() - started) / times
 
 
@@ -104,7 +118,7 @@ def _extrapolate(trials: list[Trial], pairs: int) -> float:
     return last.memory + (last.memory - first.memory) / (last.pairs - first.pairs) * (pairs - last.pairs)
 
 
-def _lines(job: Job, world: int, trials: list[Trial], loaded: float, facts: dict[str, Any]) -> list[str]:
+def _lines(job: Job, world: int, trials: list[Trial], loaded: float, kept: int, facts: dict[str, Any]) -> list[str]:
     place = "its GPU" if job.parallel.device.type == "cuda" else "the CPU"
     tried = " and ".join(str(trial.pairs) for trial in trials)
     return [
@@ -112,7 +126,8 @@ def _lines(job: Job, world: int, trials: list[Trial], loaded: float, facts: dict
         f"images: {facts['images']} in {job.train_set.root}",
         f"steps: {facts['steps']} of {job.recipe.batch_size} pairs, {job.plan.steps_per_epoch} an epoch, "
         f"{job.recipe.epochs} epochs",
-        f"memory: about {facts['memory']:.1f} GiB on {place} for each of {world} rank(s), by batches of {tried}",
+        f"memory: about {facts['memory']:.1f} GiB on {place} for each of {world} rank(s), by batches of {tried}"
+        + (f"; {kept / 1e9:.2g} GB of it for decoded images (--decoded-cache)" if kept else ""),
         f"time: about {_duration(facts['seconds'])} at {facts['pairs_per_s']:.1f} pairs/s "
         f"(each rank alone: step {trials[-1].rate:.1f}, loader {loaded:.1f})",
         "this was a trial: no run was written",

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmoco.data import manifest, synthetic
+from fastmoco.data.decoded import SMALL, bytes_decoded
 from fastmoco.data.errors import DataError
 from fastmoco.data.loader import Loading
 from fastmoco.data.manifest import Manifest, ShardManifest
@@ -77,8 +78,17 @@ class Job:
             prefetch=self.options.prefetch,
             hw_decoder_load=self.options.decoder_load,
             photometric=self.options.photometric,
-            decoded_bytes=int(self.options.decoded_cache * 1e9),
+            decoded_bytes=self._decoded_bytes,
         )
+
+    @cached_property
+    def _decoded_bytes(self) -> int:
+        if self.options.decoded_cache is not None:
+            return int(self.options.decoded_cache * 1e9)
+        if self.parallel.device.type != "cpu":
+            return 0
+        size = bytes_decoded(self.train_set.sizes, SMALL + 1)
+        return size if size <= SMALL else 0
 
 
 def prepare(recipe: Recipe, options: Options, preset: str, parallel: Parallel) -> Job:

@@ -20,8 +20,9 @@ from PIL import Image
 
 from fastmoco.data import loader as loader_module
 from fastmoco.data import pipeline as pipeline_module
+from fastmoco.data import request as request_module
 from fastmoco.data.batch import Batch
-from fastmoco.data.decoded import PIXEL, PixelCache
+from fastmoco.data.decoded import PIXEL, SMALL, PixelCache, bytes_decoded
 from fastmoco.data.loader import Loader, Loading
 from fastmoco.data.manifest import Manifest, scan
 from fastmoco.data.pipeline import Pipeline
@@ -31,6 +32,7 @@ from fastmoco.data.request import DecodeError, Request
 from fastmoco.options import Options, UsageError
 from fastmoco.presets import PRESETS
 from fastmoco.runs import checkpoint
+from fastmoco.train.job import Job
 from fastmoco.train.loop import pretrain
 
 RECIPE = dataclasses.replace(PRESETS["v2"][1], batch_size=40, bn_group=4, crop_size=24, max_bad_share=0.1)
@@ -132,11 +134,49 @@ def test_what_is_kept_is_never_decoded_again(
     draw(photo_manifest, pixels(photo_manifest))
     assert all(arguments)  # DALI is given no batch without an image
     assert sum(data is not PIXEL for batch in arguments for data in batch) < 2 * len(photo_manifest)
-    assert arguments[-1] == [PIXEL]
+    if cutter == "dali":
+        assert len(arguments[-1]) == 1 and arguments[-1][0] is PIXEL
     arguments.clear()
     draw(photo_manifest, 0)
     # The control; DALI's one pipeline gets images and boxes together.
     assert sum(map(len, arguments)) == (15 * RECIPE.batch_size if cutter == "torch" else 0)
+
+
+def test_batches_that_are_kept_whole_are_cut_and_nothing_else(
+    photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file is read, no header looked at, no DALI called once an epoch is over and what was under way is done."""
+    images = photo_manifest.take(range(80))  # two batches, and none left over
+    expected, calls = draw(images, 0), Counter()
+
+    def count(module: Any, name: str) -> None:
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, **named: (calls.update([name]), original(*given, **named))[1])
+
+    for module, name in ((loader_module, "read"), (request_module, "examine"), (pipeline_module, "_encoded")):
+        count(module, name)
+    plan, result, seen = Plan(RECIPE, images.sizes), [], []
+    with Loader(images, plan, ALONE, STEPS, Loading(2, 1, decoded_bytes=pixels(images))) as loader:
+        for batch in loader:
+            result.append(batch)
+            seen.append(Counter(calls))
+    assert all_equal(result, expected)
+    assert seen[8] == seen[-1] and set(calls) == {"read", "examine", "_encoded"}
+    calls.clear()
+    draw(images, 0)
+    assert calls["read"] == calls["examine"] == 15 * RECIPE.batch_size  # the control
+
+
+def test_batches_may_be_kept_whole_or_not_in_any_turn(
+    photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, pipelines = dataclasses.replace(RECIPE, batch_size=2, bn_group=2), []
+    original = pipeline_module._dali
+    monkeypatch.setattr(pipeline_module, "_dali", lambda *given: pipelines.append(given) or original(*given))
+    images = photo_manifest.take(range(40))
+    budgets = 0, pixels(images) // 2
+    expected, drawn = (batches(images, recipe, range(60), decoded_bytes=budget, threads=1) for budget in budgets)
+    assert all_equal(drawn, expected) and len(pipelines) > 4  # one for each turn away from what is kept
 
 
 def test_dalis_cutter_is_not_the_one_of_torch(photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,12 +275,41 @@ def test_wrong_uses() -> None:
         Options(decoded_cache=-1)
 
 
+def test_how_much_a_set_takes_once_decoded(photo_manifest: Manifest) -> None:
+    sizes, whole = photo_manifest.sizes, pixels(photo_manifest)
+    assert bytes_decoded(sizes, 10**9) == bytes_decoded(sizes, whole) == whole
+    assert bytes_decoded(sizes, 1000) == 1000 and bytes_decoded(sizes, 0) == bytes_decoded(sizes[:0], 9) == 0
+    wide = np.full((10_000, 2), 40_000, np.int32)  # beyond 32 bits, and in several readings
+    assert bytes_decoded(wide, 10**15) == 10_000 * 3 * 40_000**2
+
+
+@pytest.mark.parametrize(
+    ("device", "chosen", "side", "expected"),
+    [
+        ("cpu", None, 100, 60_000),
+        ("cpu", None, 6531, 3 * 2 * 6531**2),
+        ("cpu", None, 6533, 0),  # 0.256074 GB
+        ("cpu", 0.0, 100, 0),
+        ("cpu", 0.5, 6533, 500_000_000),
+        ("cuda", None, 100, 0),
+        ("cuda", 0.5, 100, 500_000_000),
+    ],
+)
+def test_a_cpu_keeps_small_sets_unless_told_otherwise(
+    photo_manifest: Manifest, device: str, chosen: float | None, side: int, expected: int
+) -> None:
+    images = dataclasses.replace(photo_manifest.take(range(2)), sizes=np.full((2, 2), side, np.int32))
+    where: Any = SimpleNamespace(device=torch.device(device))
+    job = Job("v2", RECIPE, Options(decoded_cache=chosen, threads=1), where, images, None, ())
+    assert job.loading.decoded_bytes == expected and 3 * 2 * 6531**2 <= SMALL < 3 * 2 * 6533**2
+
+
 def test_a_run_is_bit_equal_to_one_without(photo_folder: Path, tmp_path: Path) -> None:
     recipe = dataclasses.replace(
         PRESETS["demo"][1], width=0.125, crop_size=16, batch_size=40, bn_group=4, queue_size=80, epochs=3
     )
     states = []
-    for cache in (0.0, 0.01):
+    for cache in (0.0, None):
         out = tmp_path / f"run{cache}"
         pretrain(recipe, Options(data=photo_folder, out=out, device="cpu", threads=1, knn=False, decoded_cache=cache))
         states.append(checkpoint.load(checkpoint.latest(out)).state)

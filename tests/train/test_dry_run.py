@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 from fastmoco.cli import main
+from fastmoco.data.decoded import bytes_decoded
+from fastmoco.options import Options
+from fastmoco.parallel import Parallel
+from fastmoco.train import dry_run
 from fastmoco.train.dry_run import Trial, _extrapolate, _sizes
+from fastmoco.train.job import prepare
 
 
 def test_it_tells_images_steps_memory_and_time_and_writes_nothing(images: Path, flags, tmp_path: Path, capsys) -> None:
@@ -17,8 +22,22 @@ def test_it_tells_images_steps_memory_and_time_and_writes_nothing(images: Path, 
     assert main(["pretrain", "demo", *flags, *where, "--out", str(tmp_path / "run"), "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert f"images: 40 in {images}/train" in said and "steps: 30 of 8 pairs, 5 an epoch, 6 epochs" in said
-    assert "by batches of 4 and 8" in said and "pairs/s" in said and "no run was written" in said
+    assert "by batches of 4 and 8; 0." in said and "GB of it for decoded images (--decoded-cache)" in said
+    assert "pairs/s" in said and "no run was written" in said
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_later_epochs_of_a_kept_set_are_cut_and_not_decoded(
+    images: Path, recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = {8: 100.0, 40: 20.0}  # of the few images that stand for later epochs, and of the first
+    monkeypatch.setattr(dry_run, "_rate", lambda job, images, *rest: rates[len(images)])
+    for cache, expected in ((None, 6 / (1 / 20 + 5 / 100)), (0.0, 20.0), (1e-6, 20.0)):
+        options = Options(data=images, device="cpu", threads=1, decoded_cache=cache)
+        options = replace(options, out=tmp_path / "run")
+        job = prepare(replace(recipe, epochs=6), options, "demo", Parallel())
+        kept = bytes_decoded(job.train_set.sizes, job.loading.decoded_bytes)
+        assert dry_run._rate_of_loader(job, 8, kept) == pytest.approx(expected)
 
 
 def test_a_run_that_cannot_start_is_refused_as_the_run_itself(images: Path, flags, tmp_path: Path, capsys) -> None:
