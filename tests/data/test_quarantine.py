@@ -374,7 +374,7 @@ def test_files_harmed_while_a_whole_run_reads_them(
                 _harm(data / name, harm)
 
     monkeypatch.setattr(crash_points, "reach", reach)
-    pretrain(recipe, options(data, out, log_every=1))
+    pretrain(recipe, options(data, out, log_every=1, decoded_cache=0))
     monkeypatch.undo()
     output, records = capsys.readouterr().err, files(out / "quarantine.jsonl")
     assert [line["step"] for line in figures(out)] == list(range(1, 13))
@@ -405,7 +405,7 @@ def test_2000_files_of_which_ten_are_broken(
     full = scan(data, decode=undecodable, cache=False)  # training must not know what it found
     assert {path for path, _ in full.rejected} == broken and len(full) == 1990
     recipe = dataclasses.replace(SMALL, max_bad_share=0.01)
-    pretrain(recipe, options(data, out, log_every=1))
+    pretrain(recipe, options(data, out, log_every=1, decoded_cache=0))
     output, records = capsys.readouterr().err, files(out / "quarantine.jsonl")
     left_out = {path for path, _ in scan(data).rejected}
     assert len(left_out) == 6 and "6 files were left out" in output
