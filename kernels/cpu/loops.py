@@ -152,8 +152,10 @@ def _at(dtype: type) -> Callable:
 
 
 # Pointers and not arrays: numba looks whether an array's index is negative, and then LLVM makes no vectors of a loop.
-floats, halves, bytes_, longs, doubles = map(_at, (np.float32, np.uint16, np.uint8, np.int64, np.float64))
-"""Pointers to numbers at an address: fp32, bf16 as its bits, uint8, int64, fp64."""
+floats, halves, bytes_, whole, longs, doubles = map(
+    _at, (np.float32, np.uint16, np.uint8, np.int32, np.int64, np.float64)
+)
+"""Pointers to numbers at an address: fp32, bf16 as its bits, uint8, int32, int64, fp64."""
 
 
 @intrinsic

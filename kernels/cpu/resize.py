@@ -20,7 +20,7 @@ from numba import types
 from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
-from fastmoco.kernels.cpu.loops import Words, bytes_, doubles, halves, longs, loop, part, take
+from fastmoco.kernels.cpu.loops import Words, bytes_, doubles, longs, loop, part, take, whole
 
 ROWS, LANES = 4, 16  # that go along together; bytes of four pixels
 MOST_DIGITS, LARGEST = 22, 1 << 15  # binary digits behind the point of a weight; what all weights stay below
@@ -60,15 +60,22 @@ def _all(typing_context, number):
 
 @intrinsic
 def _add(typing_context, total, address, weight):
-    """`total` and the 16 bytes at `address`, each times `weight`, below 2^15."""
+    """`total` and the 16 bytes at `address`, each times the int32 at the address `weight`.
+
+    LLVM is told that it is below 2^15: then there are instructions that multiply and add at once.
+    """
 
     def generate(context, builder, signature, arguments):
         total, address, weight = arguments
         pointer = builder.inttoptr(address, ir.VectorType(ir.IntType(8), LANES).as_pointer())
         pixels = builder.zext(builder.load(pointer, align=1), total.type)
-        return builder.add(total, builder.mul(pixels, builder.sext(_splat(builder, weight), total.type)))
+        word = ir.IntType(32)
+        number = builder.load(builder.inttoptr(weight, word.as_pointer()), align=4)
+        bounds = [ir.Constant(word, bound) for bound in (0, LARGEST)]
+        number.set_metadata("range", builder.module.add_metadata(bounds))
+        return builder.add(total, builder.mul(pixels, _splat(builder, number)))
 
-    return sums(sums, types.int64, types.uint16), generate
+    return sums(sums, types.int64, types.int64), generate
 
 
 def _as_bytes(builder, total, digits):
@@ -167,21 +174,21 @@ def _weigh(length, size, exact, begins, counts, weights, taps):
         digits += 1
     for i in range(size):
         for k in range(counts[i]):
-            weights[i * taps + k] = np.uint16(np.int64(0.5 + exact[i * taps + k] * (1 << digits)))
+            whole(weights)[i * taps + k] = np.int32(0.5 + exact[i * taps + k] * (1 << digits))
     return np.int32(digits)
 
 
 @part
 def _weave(source, pitch, row, last, width, woven):
     """Rows `row` to `row` + 3, or the last one again, pixel by pixel at the address `woven`; the fourth byte is any."""
-    whole = 0  # pixels of which all four rows are there, and 16 bytes of each row
+    four = 0  # pixels of which all four rows are there, and 16 bytes of each row
     if row + ROWS <= last + 1:
-        while whole + 6 <= width:
-            _weave_pixels(woven + LANES * whole, source + row * pitch + 3 * whole, pitch)
-            whole += 4
+        while four + 6 <= width:
+            _weave_pixels(woven + LANES * four, source + row * pitch + 3 * four, pitch)
+            four += 4
     for lane in range(ROWS):
         start, place = source + min(row + lane, last) * pitch, woven + 4 * lane
-        for x in range(whole, width - 1):
+        for x in range(four, width - 1):
             _copy(place + LANES * x, start + 3 * x)
         pixel, end = bytes_(place + LANES * (width - 1)), bytes_(start + 3 * (width - 1))
         for channel in range(3):  # of the last one in the image nothing follows
@@ -194,7 +201,7 @@ def _along_rows(woven, size, target, pitch, begins, counts, weights, taps, digit
     for x in range(size):
         total, place = _all(half), woven + LANES * begins[x]
         for k in range(counts[x]):
-            total = _add(total, place + LANES * k, weights[x * taps + k])
+            total = _add(total, place + LANES * k, weights + 4 * (x * taps + k))
         _put_pixels(total, digits, target + 3 * x, pitch)
 
 
@@ -204,7 +211,7 @@ def _along_columns(source, pitch, target, chunks, count, weights, digits):
     for chunk in range(chunks):
         total = _all(half)
         for k in range(count):
-            total = _add(total, source + k * pitch + LANES * chunk, weights[k])
+            total = _add(total, source + k * pitch + LANES * chunk, weights + 4 * k)
         _put(total, digits, target + LANES * chunk)
 
 
@@ -214,7 +221,7 @@ def _resize(a, box, source, source_pitch, crop, room):
     size, pitch, height, width = a.size, 3 * a.size + LANES, box[2], box[3]
     taps = _taps(a.longest, size)
     woven, narrow, line = room[0], room[1], room[2]
-    exact, begins, counts, weights = doubles(room[3]), longs(room[4]), longs(room[5]), halves(room[6])
+    exact, begins, counts, weights = doubles(room[3]), longs(room[4]), longs(room[5]), room[6]
     source += box[0] * source_pitch + 3 * box[1]
     if width != size:
         digits = _weigh(width, size, exact, begins, counts, weights, taps)
@@ -231,7 +238,7 @@ def _resize(a, box, source, source_pitch, crop, room):
             _copy_row(narrow + y * pitch, source + y * source_pitch, 3 * size)
     digits = _weigh(height, size, exact, begins, counts, weights, taps)
     for y in range(size):
-        rows, own = narrow + begins[y] * pitch, halves(room[6] + 2 * y * taps)
+        rows, own = narrow + begins[y] * pitch, weights + 4 * y * taps
         _along_columns(rows, pitch, line, (3 * size + LANES - 1) // LANES, counts[y], own, digits)
         _copy_row(crop + 3 * size * y, line, 3 * size)
 
@@ -257,7 +264,7 @@ def _resize_all(words):
     # Woven rows, the box with narrowed rows, one row of the crop; exact weights, begins, counts, weights.
     numbers = size * taps
     pixels = (LANES * a.longest, (a.longest + ROWS) * pitch, pitch)
-    lengths = (*pixels, 8 * numbers, 8 * size, 8 * size, 2 * numbers)
+    lengths = (*pixels, 8 * numbers, 8 * size, 8 * size, 4 * numbers)
     memory, room = np.empty(sum(lengths) // 8 + len(lengths), np.float64), np.empty(len(lengths), np.int64)
     room[0] = memory.ctypes.data
     for i in range(1, len(lengths)):
