@@ -5,6 +5,7 @@ Who comes first stays. An epoch shows every image once, in a new order, so putti
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,7 +34,7 @@ class PixelCache:
     """Pixels by sample, in one block of `budget` bytes on `device`.
 
     A GPU's memory is taken at once, a CPU's as the block fills. Raises ValueError if so much cannot be had, or not even
-    promised. One thread may fill it while others look.
+    promised. Threads may fill it at once, and look meanwhile.
     """
 
     def __init__(self, budget: int, device: torch.device = torch.device("cpu")) -> None:
@@ -45,6 +46,7 @@ class PixelCache:
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # until what used this memory before is done with it
         self._images: dict[int, Tensor] = {}
+        self._filling = threading.Lock()
         self.fill = 0
         """Bytes that are taken."""
 
@@ -60,11 +62,12 @@ class PixelCache:
 
     def put(self, sample: int, image: Tensor) -> None:
         """Keep a copy of uint8 [H, W, 3], unless it is there or does not fit."""
-        end = self.fill + image.numel()
-        if sample in self._images or end > len(self._block):
-            return
-        self._images[sample] = self._block[self.fill : end].view(image.shape).copy_(image)
-        self.fill = end
+        with self._filling:
+            end = self.fill + image.numel()
+            if sample in self._images or end > len(self._block):
+                return
+            self._images[sample] = self._block[self.fill : end].view(image.shape).copy_(image)
+            self.fill = end
 
     def complete(self, samples: np.ndarray, encoded: Sequence[object], images: Sequence[Tensor]) -> list[Tensor]:
         """Fill the gaps: the kept image where `encoded` holds PIXEL, else the next decoded one, which is kept."""

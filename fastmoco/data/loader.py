@@ -8,7 +8,6 @@ turns out to be bad is replaced in the batch that it spoils, and from then on (`
 from __future__ import annotations
 
 import atexit
-import math
 import threading
 import time
 import warnings
@@ -17,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -33,7 +32,7 @@ from fastmoco.data.pipeline import Decoding, Pipeline
 from fastmoco.data.plan import Plan, centre_boxes
 from fastmoco.data.quarantine import Quarantine
 from fastmoco.data.remote import RemoteShards
-from fastmoco.data.request import UNREADABLE, Names, Repair, Request, fault, read
+from fastmoco.data.request import UNREADABLE, Names, Readers, Repair, Request, fault, read
 from fastmoco.data.rewrite import DamagedImage, Reading
 from fastmoco.environment import share_of_cores
 from fastmoco.recipe import Recipe
@@ -46,7 +45,6 @@ READERS = 16  # threads that read files; they wait for the disk, not for a core
 # On a GPU at least and at most. Rate = readers / latency of one file: 64 at 10 ms give 6,400 files/s. When files come
 # from a cache, many threads spend more time on handing Python's lock to each other than on reading.
 GPU_READERS = (8, 64)
-FILES_PER_SECOND = 8000  # that readers for a GPU should be able to fetch: more than it decodes
 READ_AHEAD = 1  # calls of DALI whose files are being read while another is decoded
 DECODED_AT_ONCE = 128  # images in a call of DALI for a GPU at least; smaller batches are decoded several at a time
 EVALUATION_BATCH = 256
@@ -67,6 +65,8 @@ class Loading:
     """Whether the step computes the views from crops (kernel), or the loader does (dali)."""
     decoded_bytes: int = 0
     """Memory for decoded images, so that later epochs need not decode them again."""
+    kept: PixelCache | None = None
+    """These images, on a CPU, where several loaders share them; else a loader that trains has its own."""
 
 
 class Loader:
@@ -93,8 +93,10 @@ class Loader:
         self._parallel = parallel
         self._views = _dali_views(plan, parallel, loading.threads) if loading.photometric == "dali" else None
         self._exchange_stream = _side_stream(parallel.device) if parallel.world > 1 else None
-        cache = PixelCache(loading.decoded_bytes, parallel.device) if loading.decoded_bytes else None
-        source = ImageSource(images, quarantine, partial(_boxes, plan), parallel.device, Reading.of(plan.recipe), cache)
+        if loading.decoded_bytes and loading.kept is None:
+            loading = replace(loading, kept=PixelCache(loading.decoded_bytes, parallel.device))
+        boxes = partial(_boxes, plan)
+        source = ImageSource(images, quarantine, boxes, parallel.device, Reading.of(plan.recipe), loading.kept)
         self._background = Background(partial(_training, source, plan, steps, loading), loading.prefetch)
 
     @property
@@ -156,7 +158,7 @@ class EvaluationLoader:
         self._length, self._position = len(batches), 0
         self._quarantine = Quarantine(images, max_share=recipe.max_bad_share)
         boxes = partial(_centre, images, recipe.crop_size)
-        source = ImageSource(images, self._quarantine, boxes, device, Reading.of(recipe))
+        source = ImageSource(images, self._quarantine, boxes, device, Reading.of(recipe), loading.kept)
         self._background = Background(partial(_evaluation, source, recipe, batches, loading), loading.prefetch)
 
     def __len__(self) -> int:
@@ -357,27 +359,6 @@ def _boxes(plan: Plan, step: int, samples: np.ndarray) -> np.ndarray:
 
 def _centre(manifest: Manifest, crop_size: int, _: int, samples: np.ndarray) -> np.ndarray:
     return centre_boxes(manifest.sizes[samples], crop_size)[None]
-
-
-class Readers:
-    """How many threads read files: enough for FILES_PER_SECOND at the time that a file takes to come, within bounds.
-
-    The time is a running mean over the last reads of all threads.
-    """
-
-    def __init__(self, least: int, most: int) -> None:
-        self.least, self.most = least, most
-        self._seconds = 0.0  # that a file takes
-
-    @property
-    def count(self) -> int:
-        """Threads that the next batch is dealt out to."""
-        return min(self.most, max(self.least, math.ceil(FILES_PER_SECOND * self._seconds)))
-
-    def took(self, seconds: float, files: int) -> None:
-        """A thread has read so many files in so much time."""
-        if files:
-            self._seconds += (seconds / files - self._seconds) / 8
 
 
 class ImageSource:

@@ -5,6 +5,7 @@ A `Part` is what DALI gets in one call: a piece of one batch on a CPU, one or se
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, overload
 
@@ -18,6 +19,7 @@ from fastmoco.data.rewrite import DamagedImage, Reading, rewritten
 from fastmoco.recipe import MOST_PIXELS
 
 CPU_BATCH = 32  # images decoded at once on a CPU; bounds the memory that decoded images take
+FILES_PER_SECOND = 8000  # that readers for a GPU should be able to fetch: more than it decodes
 UNREADABLE = "cannot be read"
 NO_SAMPLES, NO_BOXES = np.empty(0, np.int64), np.empty((0, 0, 4), np.int32)
 
@@ -209,3 +211,24 @@ def read(
         return rewritten(manifest.read(index, place), reading)
     except OSError as error:
         return error
+
+
+class Readers:
+    """How many threads read files: enough for FILES_PER_SECOND at the time that a file takes to come, within bounds.
+
+    The time is a running mean over the last reads of all threads.
+    """
+
+    def __init__(self, least: int, most: int) -> None:
+        self.least, self.most = least, most
+        self._seconds = 0.0  # that a file takes
+
+    @property
+    def count(self) -> int:
+        """Threads that the next batch is dealt out to."""
+        return min(self.most, max(self.least, math.ceil(FILES_PER_SECOND * self._seconds)))
+
+    def took(self, seconds: float, files: int) -> None:
+        """A thread has read so many files in so much time."""
+        if files:
+            self._seconds += (seconds / files - self._seconds) / 8

@@ -75,16 +75,25 @@ def kept_as(device: torch.device) -> torch.dtype:
 
 
 def evaluate(
-    encoder: Encoder, train: Manifest, val: Manifest, recipe: Recipe, parallel: Parallel, **options: Any
+    encoder: Encoder,
+    train: Manifest,
+    val: Manifest,
+    recipe: Recipe,
+    parallel: Parallel,
+    *,
+    loading: Loading = Loading(),
+    val_loading: Loading | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """kNN of `encoder` with the labelled images of `train` voting on those of `val`; all ranks call this.
 
-    `options` are those of `features.encode`; the recipe says which features are compared.
+    `loading` is how images are loaded, those of `val` too unless `val_loading` is given. `options` are the others of
+    `features.encode`; the recipe says which features are compared.
     Returns top1 and top5 in percent, k, temperature, the number of classes and of images on either side.
     """
     options = {"features": recipe.knn_features, "dtype": kept_as(parallel.device), **options}
-    bank, bank_labels = extract(encoder, train, recipe, parallel, **options)
-    queries, labels = extract(encoder, val, recipe, parallel, **options)
+    bank, bank_labels = extract(encoder, train, recipe, parallel, loading=loading, **options)
+    queries, labels = extract(encoder, val, recipe, parallel, loading=val_loading or loading, **options)
     classes = len(train.classes)
     top1, top5 = knn_accuracy(bank, bank_labels, queries, labels, recipe.knn_k, recipe.knn_temperature, classes)
     facts = {"k": min(recipe.knn_k, len(bank)), "temperature": recipe.knn_temperature, "classes": classes}

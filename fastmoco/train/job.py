@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmoco.data import manifest, synthetic
-from fastmoco.data.decoded import SMALL, bytes_decoded
+from fastmoco.data.decoded import SMALL, PixelCache, bytes_decoded
 from fastmoco.data.errors import DataError
 from fastmoco.data.loader import Loading
 from fastmoco.data.manifest import Manifest, ShardManifest
@@ -89,6 +89,20 @@ class Job:
             return 0
         size = bytes_decoded(self.train_set.sizes, SMALL + 1)
         return size if size <= SMALL else 0
+
+    def loading_with_memory(self) -> tuple[Loading, Loading]:
+        """`loading` of `train_set` and of `val_set`, each with one place for decoded images, for all loaders of a run.
+
+        Only on a CPU: on a GPU each loader works on a stream of its own, and does not wait for what another one keeps.
+        """
+        loading, device = self.loading, self.parallel.device
+        if not loading.decoded_bytes or device.type != "cpu":
+            return loading, loading
+        train = bytes_decoded(self.train_set.sizes, loading.decoded_bytes)
+        rest = (SMALL if self.options.decoded_cache is None else loading.decoded_bytes) - train
+        val = 0 if self.val_set is None else bytes_decoded(self.val_set.sizes, rest)
+        train_loading, val_loading = (dataclasses.replace(loading, kept=PixelCache(size)) for size in (train, val))
+        return train_loading, val_loading
 
 
 def prepare(recipe: Recipe, options: Options, preset: str, parallel: Parallel) -> Job:

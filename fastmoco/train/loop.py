@@ -82,6 +82,7 @@ class Run:
     def __init__(self, recipe: Recipe, options: Options, preset: str, parallel: Parallel) -> None:
         job = prepare(recipe, options, preset, parallel)
         self.job, self.options, self.parallel, self.recipe, self.plan = job, options, parallel, job.recipe, job.plan
+        self.loading, self.val_loading = job.loading_with_memory()
         self.quarantine = None
         if options.quarantine:
             self.quarantine = Quarantine(job.train_set, job.out / quarantine.NAME, job.recipe.max_bad_share)
@@ -191,7 +192,7 @@ class Run:
     def _steps(self) -> bool:
         vote, pace = Vote(self.parallel), Pace(self.parallel.device)
         job, steps = self.job, range(self.position, self.job.last)
-        with Loader(job.train_set, job.plan, self.parallel, steps, job.loading, self.quarantine) as loader:
+        with Loader(job.train_set, job.plan, self.parallel, steps, self.loading, self.quarantine) as loader:
             self.watch.skip()
             for batch in self._time_batches(loader):
                 self._tell_quarantine()
@@ -340,7 +341,8 @@ class Run:
                 self.job.val_set,
                 self.recipe,
                 self.parallel,
-                loading=self.job.loading,
+                loading=self.loading,
+                val_loading=self.val_loading,
                 progress=self._stop_between,
             )
         except (DataError, torch.OutOfMemoryError) as error:  # it only watches

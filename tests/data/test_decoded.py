@@ -8,6 +8,8 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +25,7 @@ from fastmoco.data import pipeline as pipeline_module
 from fastmoco.data import request as request_module
 from fastmoco.data.batch import Batch
 from fastmoco.data.decoded import PIXEL, SMALL, PixelCache, bytes_decoded
-from fastmoco.data.loader import Loader, Loading
+from fastmoco.data.loader import EvaluationLoader, Loader, Loading
 from fastmoco.data.manifest import Manifest, scan
 from fastmoco.data.pipeline import Pipeline
 from fastmoco.data.plan import Plan
@@ -302,6 +304,64 @@ def test_a_cpu_keeps_small_sets_unless_told_otherwise(
     where: Any = SimpleNamespace(device=torch.device(device))
     job = Job("v2", RECIPE, Options(decoded_cache=chosen, threads=1), where, images, None, ())
     assert job.loading.decoded_bytes == expected and 3 * 2 * 6531**2 <= SMALL < 3 * 2 * 6533**2
+
+
+@pytest.mark.parametrize(
+    ("device", "chosen", "val", "sizes"),
+    [
+        ("cpu", None, 2, (60000, 60000)),
+        ("cpu", None, 0, (60000, 0)),
+        ("cpu", 0.00007, 2, (60000, 10000)),  # those that train come first
+        ("cpu", 0.00005, 2, (50000, 0)),
+        ("cpu", 0.0, 2, ()),
+        ("cuda", 0.5, 2, ()),
+    ],
+)
+def test_a_run_on_a_cpu_has_one_place_for_the_images_of_each_set(
+    photo_manifest: Manifest, device: str, chosen: float | None, val: int, sizes: tuple[int, ...]
+) -> None:
+    images = dataclasses.replace(photo_manifest.take(range(2)), sizes=np.full((2, 2), 100, np.int32))
+    where: Any = SimpleNamespace(device=torch.device(device))
+    job = Job("v2", RECIPE, Options(decoded_cache=chosen, threads=1), where, images, images if val else None, ())
+    both = job.loading_with_memory()
+    kept = [each.kept for each in both if each.kept is not None]
+    assert [dataclasses.replace(loading, kept=None) for loading in both] == [job.loading] * 2
+    assert tuple(len(each._block) for each in kept) == sizes
+
+
+def test_loaders_that_share_a_cache_decode_an_image_once(
+    photo_manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation before training, and another one after it: all crops are those of loaders without."""
+    read: list[int] = []
+    original = Manifest.read
+    monkeypatch.setattr(Manifest, "read", lambda self, i, *place: (read.append(i), original(self, i, *place))[1])
+
+    def all_of(kept: PixelCache | None) -> list[list[Any]]:
+        loading = Loading(threads=2, kept=kept)
+        evaluate = partial(EvaluationLoader, photo_manifest, RECIPE, CPU, batch_size=37, loading=loading)
+        before = [crops for crops, _ in evaluate()]
+        training = list(Loader(photo_manifest, Plan(RECIPE, photo_manifest.sizes), ALONE, STEPS, loading))
+        return [before, training, [crops for crops, _ in evaluate()]]
+
+    expected = all_of(None)
+    assert len(read) > 2 * len(photo_manifest)  # the control
+    read.clear()
+    before, training, after = all_of(PixelCache(pixels(photo_manifest)))
+    assert all_equal(training, expected[1])
+    assert all(map(torch.equal, before + after, expected[0] + expected[2]))
+    assert sorted(read) == list(range(len(photo_manifest)))
+
+
+def test_threads_fill_it_at_once() -> None:
+    """Each image is whole, and at a place of its own; with the lock left out, two of them share one."""
+    rows = [image(8, 8, value) for value in range(200)]
+    cache = PixelCache(len(rows) * rows[0].numel())
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(cache.put, [*range(200)] * 3, rows * 3))
+    assert cache.fill == len(rows) * rows[0].numel() and len(cache) == 200
+    kept = cache.complete(np.arange(200), [PIXEL] * 200, [])
+    assert all(map(torch.equal, kept, rows))
 
 
 def test_a_run_is_bit_equal_to_one_without(photo_folder: Path, tmp_path: Path) -> None:
