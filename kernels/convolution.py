@@ -7,7 +7,7 @@ input's gradient), and of the gradient and the input (the weights' gradient). Fo
     product    one matrix product, of the weights and the windows of the input laid out as rows [N H W, k k C]
     widened    in fp32, by the faster of the two above there, of bf16 tensors that are widened before and rounded after
     winograd   of a 3x3 layer of stride 1, with 2.25 times fewer multiplications in fp32 and 4 times fewer in bf16, by
-               compiled loops and matrix products (`kernels/cpu/winograd.py`)
+               compiled loops and, for many channels, matrix products (`kernels/cpu/winograd.py`)
 
 All accumulate in fp32 and round once to bf16, so that they differ as two orders of a sum differ. Which is fastest
 depends on the instructions of a processor (`Instructions`) and on the layer; `choose` is the rule, and bench/NOTES.md
@@ -84,14 +84,15 @@ def choose(
 
 
 def _by_winograd(layer: Layer, by: Instructions, dtype: torch.dtype) -> bool:
-    channels = min(layer.inputs, layer.outputs)
-    if (layer.kernel, layer.stride, layer.padding) != (3, 1, 1):
+    sizes = (layer.inputs, layer.outputs)
+    if (layer.kernel, layer.stride, layer.padding) != (3, 1, 1) or any(channels % 16 for channels in sizes):
         return False
     # Few rows do not pay for the transform of the weights, nor few channels for that of the images.
+    channels, by_blocks = min(sizes), max(sizes) <= 128
     if dtype == torch.float32:
-        many = layer.rows >= max(512, channels) if channels >= 256 else channels >= 128 and layer.rows >= 4096
+        many = channels >= 32 and layer.rows >= (512 if by_blocks else max(512, channels))
         return many and by in ("bf16 at half rate", "amx")
-    return channels >= 64 and layer.rows >= channels // 4 and by == "bf16 at half rate"
+    return layer.rows >= (2 * channels if by_blocks else channels // 4) and by == "bf16 at half rate"
 
 
 def _in_fp32(layer: Layer, product: Pass) -> Way:

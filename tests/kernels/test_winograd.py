@@ -8,8 +8,16 @@ from torch import Tensor
 pytest.importorskip("numba")
 from fastmoco.kernels.cpu import winograd
 
-# samples, inputs, outputs, height, width: less than a tile, odd sides, more channels than are transformed at once
-SHAPES = [(2, 3, 5, 1, 1), (3, 8, 4, 5, 7), (2, 70, 66, 4, 9), (1, 64, 130, 2, 3), (5, 17, 16, 8, 8)]
+# samples, inputs, outputs, height, width: less than a tile, odd sides, columns of channels in ones and in twos, several
+# blocks of tiles; by matrix products, with the last columns fewer than are copied together
+SHAPES = [
+    (2, 16, 48, 1, 1),
+    (3, 32, 16, 5, 7),
+    (9, 48, 32, 9, 13),
+    (5, 64, 128, 4, 9),
+    (3, 144, 160, 6, 5),
+    (2, 16, 272, 8, 8),
+]
 KINDS = [(torch.float32, 2), (torch.bfloat16, 2), (torch.bfloat16, 4)]
 PRODUCTS = ("forward", "input", "weight")
 
@@ -85,24 +93,26 @@ def test_large_tiles_keep_fp32s_digits_but_for_a_factor_of_eight() -> None:
 
 @pytest.mark.parametrize(("dtype", "tile"), KINDS)
 def test_several_chunks_are_one_batch(dtype: torch.dtype, tile: winograd.Tile, monkeypatch) -> None:
-    tensors = make((5, 8, 6, 6, 5), dtype)
+    tensors = make((9, 144, 160, 6, 5), dtype)
     monkeypatch.setattr(winograd, "CHUNK", 1)
-    parts = [len(part) for part in winograd._parts(tensors[0], 6, tile)]
-    assert sum(parts) == 5 and len(parts) > 1
+    parts = [len(part) for part in winograd._parts(tensors[0], 16, tile)]
+    assert sum(parts) == 9 and len(parts) > 1
+    monkeypatch.setattr(winograd, "_parts", lambda x, *_: iter(x.split(parts)))
     assert_within_budget(ours(*tensors, tile), tensors)
 
 
 @pytest.mark.parametrize(("dtype", "tile"), KINDS)
-def test_transforms_have_the_bits_of_one_thread(dtype: torch.dtype, tile: winograd.Tile) -> None:
-    x, weight, _ = make((5, 70, 66, 9, 7), dtype)
+def test_threads_do_not_change_a_bit(dtype: torch.dtype, tile: winograd.Tile) -> None:
+    """Block by block of anything; of matrix products, whose sums are a library's, of the transforms."""
+    blocks, (x, weight, _) = make((40, 32, 48, 9, 7), dtype), make((5, 144, 160, 9, 7), dtype)
 
     def bits(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
-        transformed = winograd._transformed_images(x, tile)
-        image, count = torch.empty_like(x), winograd._sizes(x, tile)
-        winograd.LOOPS[dtype].inverse_transform(count[0], x=image, transformed=transformed, **count[1])
-        filters = winograd._transformed_filters(weight, tile, mirrored=True)
-        return [transformed, image, filters, winograd._transformed_images(x, tile, gradient=True)]
+        transformed, image = winograd._transformed_images(x, tile), torch.empty_like(x)
+        winograd._transform_back(transformed, image, tile)
+        filters = [winograd._filters_for_products(weight, tile, mirrored) for mirrored in (False, True)]
+        gradient = winograd._transformed_images(x, tile, gradient=True)
+        return [*ours(*blocks, tile).values(), transformed, image, *filters, gradient]
 
     before = torch.get_num_threads()
     try:
@@ -113,7 +123,7 @@ def test_transforms_have_the_bits_of_one_thread(dtype: torch.dtype, tile: winogr
 
 
 def test_the_process_may_have_another_default_dtype() -> None:
-    tensors = make((2, 8, 8, 5, 5), torch.bfloat16)
+    tensors = make((2, 16, 16, 5, 5), torch.bfloat16)
     expected = ours(*tensors, 4)
     torch.set_default_dtype(torch.float64)
     try:
@@ -126,7 +136,7 @@ def test_the_process_may_have_another_default_dtype() -> None:
 @pytest.mark.parametrize("tile", [2, 4])
 def test_what_is_not_finite_stays_in_its_image(tile: winograd.Tile) -> None:
     """Training stops at a loss that is NaN: it must be one, and no other image's results may suffer."""
-    x, weight, _ = make((3, 8, 8, 6, 6), torch.bfloat16)
+    x, weight, _ = make((3, 16, 16, 6, 6), torch.bfloat16)
     x[1, 2, 3, 3] = float("inf")
     y = winograd.forward(x, weight, tile)
     assert y[[0, 2]].isfinite().all() and not y[1, :, 2:5, 2:5].isfinite().any()
@@ -134,10 +144,9 @@ def test_what_is_not_finite_stays_in_its_image(tile: winograd.Tile) -> None:
 
 @pytest.mark.parametrize("tile", [2, 4])
 def test_the_budget_rejects_weights_that_are_not_mirrored(tile: winograd.Tile, monkeypatch) -> None:
-    tensors = make((2, 8, 8, 5, 5), torch.bfloat16)
-    transformed_filters = winograd._transformed_filters
-    monkeypatch.setattr(
-        winograd, "_transformed_filters", lambda weight, size, mirrored: transformed_filters(weight, size, False)
-    )
+    tensors = make((2, 16, 16, 5, 5), torch.bfloat16)
+    transform = winograd._transform_filters
+    unmirrored = lambda *given: transform(*(False if each is True else each for each in given))  # noqa: E731
+    monkeypatch.setattr(winograd, "_transform_filters", unmirrored)
     with pytest.raises(AssertionError, match="input: "):
         assert_within_budget(ours(*tensors, tile), tensors)
