@@ -193,7 +193,7 @@ class Recipe:
     seed: int = 0
     """The one seed: of initialisation, sample order, boxes, photometric draws and shuffles."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """Numbers of the encoders; auto is bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
+    """Numbers of the encoders; auto is bf16 on a GPU or CPU that has it, fp16 on an older GPU, fp32 on another CPU."""
 
     knn_k: int = 200
     """Neighbours of the kNN evaluation."""

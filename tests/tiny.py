@@ -10,4 +10,5 @@ TINY = {
     "crop_size": 12,
     "queue_size": 40,
     "temperature": 0.2,
+    "precision": "fp32",  # the same numbers on every processor: "auto" is what it has
 }

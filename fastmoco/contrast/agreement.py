@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmoco.contrast.step import Step
+from fastmoco.contrast.update import PRECISIONS
 from fastmoco.data.plan import Plan
 from fastmoco.parallel import Parallel
 
@@ -84,11 +85,15 @@ def compare(parallel: Parallel, facts: Mapping[str, Tensor | int]) -> None:
 
 
 def check(step: Step, plan: Plan, at: int) -> None:
-    """Raises DisagreementError if dictionary, weights, velocity or plan of step `at` differ. All ranks call this."""
+    """Raises DisagreementError if precision, dictionary, weights, velocity or plan of step `at` differ.
+
+    All ranks call this.
+    """
     if step.parallel.world == 1:
         return
     update = step.update
-    facts = {name.replace("_", " "): digest(value) for name, value in step.dictionary.tensors().items()}
+    facts: dict[str, Tensor | int] = {"precision": list(PRECISIONS).index(step.precision)}  # of "auto", what a rank has
+    facts |= {name.replace("_", " "): digest(value) for name, value in step.dictionary.tensors().items()}
     groups = {"query encoder": update.q, "key encoder": update.k, "velocity": update.velocity}
     facts |= {name: digest(*group.values()) for name, group in groups.items() if group}
     compare(step.parallel, facts | {"plan": plan_digest(plan, at)})

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastmoco.contrast.backends import BACKENDS, Backend
 from fastmoco.contrast.lars import Lars
 from fastmoco.encoder import Encoder
+from fastmoco.kernels.convolution import instructions
 from fastmoco.kernels.tensor_table import Tensors
 from fastmoco.recipe import Recipe
 
@@ -44,10 +45,10 @@ PRECISIONS: dict[Precision, Numbers] = {
 
 
 def resolve_precision(precision: str, device: torch.device) -> Precision:
-    """`precision` with "auto" resolved: bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU.
+    """`precision` with "auto" resolved: bf16 on a GPU or CPU that has it, fp16 on an older GPU, fp32 on another CPU.
 
-    Some CPUs compute bf16 at half of fp32's rate, and whether it costs a CPU's run accuracy is not settled
-    (bench/NOTES.md).
+    A CPU has it with AVX-512 bf16 or AMX. It costs no accuracy there (bench/NOTES.md). Raises ValueError on another
+    name.
     """
     if precision != "auto":
         for name in PRECISIONS:
@@ -55,7 +56,7 @@ def resolve_precision(precision: str, device: torch.device) -> Precision:
                 return name
         raise ValueError(f"precision is {precision!r}: use auto, fp32, tf32, bf16 or fp16")
     if device.type != "cuda":
-        return "fp32"
+        return "fp32" if instructions() == "none" else "bf16"
     return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
 
 

@@ -19,13 +19,11 @@ from fastmoco.data.plan import Plan
 from fastmoco.data.remote import RemoteShards
 from fastmoco.data.shard_source import Fetching, as_url
 from fastmoco.environment import share_of_cores
-from fastmoco.kernels.convolution import instructions
 from fastmoco.options import Options, UsageError, check_places, is_restart
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 
 RUNS = Path("runs")
-FAST_BF16 = ("amx", "bf16 at full rate")
 LEAST_CROP, LARGE_RATE = 12, 10.0  # below and above, a setting is seldom meant
 LEAST_SEEN, MOST_ENLARGED = 8, 2  # pixels that a crop shows, and times that a view enlarges an image
 LOOKED_AT = 1000  # images, all over the set, that tell how large they are: more are not read from a table on a disk
@@ -245,10 +243,8 @@ def _queue_notes(original: Recipe, final: Recipe, images: int) -> list[str]:
 
 
 def _settings_notes(recipe: Recipe, images: Manifest, parallel: Parallel) -> list[str]:
-    """Warnings of settings that are allowed, and seldom meant; and what would be faster."""
+    """Warnings of settings that are allowed, and seldom meant."""
     notes = []
-    if recipe.precision == "auto" and parallel.device.type == "cpu" and instructions() in FAST_BF16:
-        notes.append("auto precision is fp32 on a CPU; --precision bf16 would be faster on this one")
     if recipe.precision == "fp16" and parallel.device.type == "cpu":
         notes.append("warning: a CPU computes fp16 many times slower than fp32: use --precision fp32")
     if recipe.crop_size < LEAST_CROP:

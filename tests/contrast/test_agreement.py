@@ -60,6 +60,8 @@ def with_one_changed_key(parallel: Parallel, make_batch: Callable, culprit: int,
             step.dictionary.queue.pointer += 1
         if what == "query encoder":
             step.update.q["fc.weight"][0, 0] += 1e-3
+        if what == "precision":
+            step.precision = "bf16"
         if what == "plan":
             plan.sizes[plan.samples(2)[0]] += 16
     try:
@@ -69,7 +71,7 @@ def with_one_changed_key(parallel: Parallel, make_batch: Callable, culprit: int,
     return ""
 
 
-@pytest.mark.parametrize("what", ["nothing", "queue", "queue pointer", "query encoder", "plan"])
+@pytest.mark.parametrize("what", ["nothing", "precision", "queue", "queue pointer", "query encoder", "plan"])
 def test_a_rank_with_one_changed_key_is_named_by_all(what: str, run_ranks: Callable, make_batch: Callable) -> None:
     message = run_ranks(4, with_one_changed_key, make_batch, 2, what)
     expected = "" if what == "nothing" else f"{what}: rank 2 differs from rank 0: "

@@ -4,6 +4,7 @@ import copy
 import math
 import sys
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from fastmoco.contrast.update import (
     resolve_precision,
 )
 from fastmoco.encoder import Encoder, build_encoder
+from fastmoco.kernels.convolution import Instructions
 from fastmoco.options import UsageError
 from fastmoco.recipe import Recipe
 
@@ -165,7 +167,7 @@ def test_the_scale_has_bounds() -> None:
 
 @pytest.mark.parametrize(
     ("asked", "device", "capability", "expected"),
-    [("auto", "cpu", None, "fp32"), ("auto", "cuda", (8, 0), "bf16"), ("auto", "cuda", (7, 5), "fp16")]
+    [("auto", "cuda", (8, 0), "bf16"), ("auto", "cuda", (7, 5), "fp16")]
     + [("auto", "cuda", (10, 0), "bf16"), ("tf32", "cpu", None, "tf32"), ("fp32", "cuda", (9, 0), "fp32")],
 )
 def test_auto_takes_what_the_device_has(
@@ -173,6 +175,13 @@ def test_auto_takes_what_the_device_has(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert resolve_precision(asked, torch.device(device)) == expected
+
+
+@pytest.mark.parametrize("by", get_args(Instructions))
+def test_auto_on_a_cpu_is_bf16_where_it_has_the_instructions(by: Instructions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastmoco.contrast.update.instructions", lambda: by)
+    assert resolve_precision("auto", CPU) == ("fp32" if by == "none" else "bf16")
+    assert resolve_precision("fp32", CPU) == "fp32" and resolve_precision("bf16", CPU) == "bf16"
 
 
 def test_an_unknown_precision_is_named() -> None:
