@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -72,13 +74,27 @@ def measure(
     )
 
     def record_of(rows: Sequence[Row], journal: Journal, **more: object) -> Record:
+        if options.busy:
+            rows = [dataclasses.replace(row, config={**row.config, "busy": options.busy}) for row in rows]
         return record_files.record(subject, rows, {**circumstances, **journal.facts(), **more}, timing)
 
     clocks = Clocks(device) if device.type == "cuda" else None
     journal = Journal(lambda so_far: keep(record_of(so_far.rows, so_far, unfinished=True)), clocks)
-    rows = SUBJECTS[subject](options, recipe, device, rounds, journal)
+    with _busy(options.busy):
+        rows = SUBJECTS[subject](options, recipe, device, rounds, journal)
     journal.keep(rows)  # subjects that keep no journal of their own have their clocks read at least once
     return record_of(rows, journal)
+
+
+@contextmanager
+def _busy(processes: int) -> Iterator[None]:
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def write(options: Bench, records: list[Record]) -> None:

@@ -60,11 +60,14 @@ class Bench:
     """Measure this precision only."""
     data: Path | None = None
     """Images for loader and train; left out, made for the occasion."""
+    busy: int = 0
+    """Other processes that keep a core busy meanwhile, as on a machine that is shared."""
     model: bool = False
     """With scaling: instead of measuring, count what a step sends between 8, 64 and 512 GPUs."""
 
     def __post_init__(self) -> None:
         require(self.rounds >= 0, "rounds", self.rounds, "use a number of at least 0")
+        require(self.busy >= 0, "busy", self.busy, "use a number of at least 0")
         if self.model and self.subjects != ("scaling",):
             raise UsageError("--model belongs to one subject: bench scaling --model")
 

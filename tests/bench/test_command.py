@@ -1,11 +1,14 @@
 """The commands of bench: sizes, subjects, files; small enough to run everywhere."""
 
+import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastmoco.bench import command, record_files
+from fastmoco.bench.options import Bench
 from fastmoco.bench.record_files import Row
 from fastmoco.cli import main
 
@@ -69,6 +72,32 @@ def test_only_chooses_providers_and_names_them_where_none_is_left(capsys, tmp_pa
     assert main(["bench", "step", *TINY, "--only", "fp32", "--skip", "fp32"]) == 2
     assert main(["bench", "step", *TINY, "--only", "nonsense"]) == 2
     assert "published fp32; published bf16 autocast" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_busy_processes_run_while_a_subject_is_measured_and_not_after(fails, monkeypatch, tmp_path):
+    """Rows say so, and are not those of a machine without them; also where the measurement fails."""
+    started: list[subprocess.Popen] = []
+
+    class Spy(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            if "while True: pass" in self.args:
+                started.append(self)
+
+    def measured(*_: object) -> list[Row]:
+        assert len(started) == 2 and all(each.poll() is None for each in started)
+        if fails:
+            raise ValueError("no figure")
+        return [Row("step", "ours", "pairs/s", (1.0, 2.0), {"px": 16})]
+
+    monkeypatch.setattr(command.subprocess, "Popen", Spy)
+    monkeypatch.setitem(command.SUBJECTS, "step", measured)
+    file = tmp_path / "a.json"
+    with pytest.raises(ValueError, match="no figure") if fails else nullcontext():
+        command.run(Bench(("step",), json=file, device="cpu", busy=2))
+        assert record_files.load(file)[0].rows[0].config == {"px": 16, "busy": 2}
+    assert all(each.poll() is not None for each in started)
 
 
 def save_record(path: Path, scale: float, batch: int = 32) -> str:
