@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from data.shard_server import ShardServer
@@ -128,7 +127,7 @@ def test_what_a_run_began_with_before_there_was_a_choice_goes_on(recipe, images:
     assert main([*command, "--no-knn", "--stop-after", "8"]) == 0
     assert equal(tmp_path / "whole", tmp_path / "run")
     assert main([*command, "--order", "keyed"]) == 2  # the control: no other order is taken
-    assert np.array_equal(weights(tmp_path / "run")["queue"], weights(tmp_path / "whole")["queue"])
+    assert torch.equal(weights(tmp_path / "run")["queue"], weights(tmp_path / "whole")["queue"])
 
 
 @pytest.fixture
