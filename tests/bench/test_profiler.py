@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 def test_the_torch_profile_writes_a_trace_a_picture_and_a_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(profiler, "measure_machine", lambda *_, **__: TOY)
-    assert main(["profile", "v2", *SIZE, "--out", str(tmp_path), "--rows", "5"]) == 0
+    assert main(["profile", "v2", *SIZE, "--precision", "fp32", "--out", str(tmp_path), "--rows", "5"]) == 0
     output = capsys.readouterr().out
     parts, kernels = output.split("| kernel |")
     assert all(f"| {part} |" in parts for part in PARTS) and kernels.count("\n|") == 1 + 5

@@ -23,6 +23,7 @@ RECIPE = Recipe(
     stem="cifar",
     head="mlp",
     dim=16,
+    precision="fp32",
     batch_size=8,
     bn_group=8,
     crop_size=12,
