@@ -109,6 +109,25 @@ def _launch_apply(
     return y
 
 
+def _launch_forward(
+    x: Tensor,
+    norm: Norm,
+    residual: Tensor | None,
+    residual_norm: Norm | None,
+    groups: int,
+    relu: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The result in training, its moments, and those of the residual in the dual form; running statistics move."""
+    moments = _KERNELS.statistics(x, *(norm.running or (None, None)), groups, momentum, eps)
+    side: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    if residual is not None and residual_norm is not None:
+        running = residual_norm.running or (None, None)
+        side = (*residual_norm[:2], _KERNELS.statistics(residual, *running, groups, momentum, eps))
+    return _launch_apply(x, norm.weight, norm.bias, moments, residual, *side, relu), moments, side[2]
+
+
 def launch_finish_sums(partial: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of each group [arrays, groups, C] and of all [arrays, C] of partials [arrays, groups, splits, C].
 
@@ -211,6 +230,7 @@ def _operators(name: str, launch: Passes) -> Passes:
 _KERNELS = Passes(_launch_statistics, _launch_apply, _launch_gradients)
 _LOOPS = Passes(*(by_loops(launch, "batch_norm") for launch in _KERNELS))
 LAUNCHES = {"triton": _KERNELS, "loops": _LOOPS}
+FORWARD = {"triton": _launch_forward, "loops": by_loops(_launch_forward, "batch_norm")}
 OPERATORS = {
     "triton": _operators("fastmoco::batch_norm", _KERNELS),
     "loops": _operators("fastmoco::cpu_batch_norm", _LOOPS),
@@ -248,14 +268,29 @@ def joined_gradients(grad: Tensor | None, second: Tensor | None) -> tuple[Tensor
     return (*grads, None, None)[:2]
 
 
+def _forward(
+    by: Maker, x: Tensor, norm: Norm, residual: Tensor | None, residual_norm: Norm | None, *how: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`_launch_forward` by whoever makes it, where nothing is traced."""
+    with torch.no_grad():
+        results = FORWARD[by](x, norm, residual, residual_norm, *how)
+    for each in (norm, residual_norm):
+        if each is not None and each.running is not None:
+            torch.autograd.graph.increment_version(each.running)
+    return results
+
+
 class _Apply(torch.autograd.Function):
-    """Normalise by given moments, add, clip. In training the gradient takes the moments for statistics of x."""
+    """Normalise by given moments, add, clip. In training the gradient takes the moments for statistics of x.
+
+    `made` holds the result where it was made together with the moments, and is empty otherwise.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, moments, residual, residual_weight, residual_bias, residual_moments, *how):
-        relu, training, twice, by = how
+        relu, training, twice, by, made = how
         side = (residual, residual_weight, residual_bias, residual_moments)
-        y = _passes(by, x).apply(x, weight, bias, moments, *side, relu)
+        y = made.pop() if made else _passes(by, x).apply(x, weight, bias, moments, *side, relu)
         ctx.plain = residual is not None and residual_moments is None
         ctx.relu, ctx.training, ctx.by = relu, training, by
         ctx.save_for_backward(
@@ -269,14 +304,14 @@ class _Apply(torch.autograd.Function):
     def backward(ctx, grad, second=None):
         grad, second = joined_gradients(grad, second)
         if grad is None:
-            return (None,) * 12
+            return (None,) * 13
         call = _passes(ctx.by, grad).gradients
         grad_x, grad_residual, masked_sum, totals = call(grad, second, *ctx.saved_tensors, ctx.relu, ctx.training)
         bias, weight, *residual_weight = totals.unbind()
         side = (masked_sum if masked_sum.numel() else grad, None, None) if ctx.plain else (None, None, None)
         if residual_weight:  # a bias gradient of its own: both may be changed in place
             side = (grad_residual, residual_weight[0], bias.clone())
-        return grad_x, weight, bias, None, *side, None, None, None, None, None
+        return grad_x, weight, bias, None, *side, *(None,) * 6
 
 
 def batch_norm_act(
@@ -359,12 +394,16 @@ def _batch_norm_act(
         if twice:
             return reference.batch_norm_act_twice(x, *norm, groups, **options)
         return (reference.batch_norm_act(x, *norm, groups, **options),)
-    moments = known_moments(x, norm.running, groups, momentum, eps, training, by)
-    side: tuple[Tensor | None, ...] = (residual, None, None, None)
-    if residual is not None and residual_norm is not None:
-        side_moments = known_moments(residual, residual_norm.running, groups, momentum, eps, training, by)
-        side = (residual, residual_norm.weight, residual_norm.bias, side_moments)
-    y = _Apply.apply(x, norm.weight, norm.bias, moments, *side, relu, training, twice, by)
+    made: list[Tensor] = []
+    if training and not is_traced(x):
+        y, moments, side_moments = _forward(by, x, norm, residual, residual_norm, groups, relu, momentum, eps)
+        made.append(y)
+    else:
+        moments, side_moments = known_moments(x, norm.running, groups, momentum, eps, training, by), None
+        if residual is not None and residual_norm is not None:
+            side_moments = known_moments(residual, residual_norm.running, groups, momentum, eps, training, by)
+    side = (*(residual_norm or (None, None))[:2], side_moments)
+    y = _Apply.apply(x, norm.weight, norm.bias, moments, residual, *side, relu, training, twice, by, made)
     return y if twice else (y,)
 
 

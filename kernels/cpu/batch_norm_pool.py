@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastmoco.kernels.cpu.batch_norm import sums_of
-from fastmoco.kernels.cpu.batch_norm_loops import affine, slopes
+from fastmoco.kernels.cpu.batch_norm_gradient_loops import slopes
+from fastmoco.kernels.cpu.batch_norm_loops import affine
 from fastmoco.kernels.cpu.loops import (
     Loop,
     Words,
@@ -36,7 +37,7 @@ NEVER = 255  # no place
 # scale, the scale's sign; of a window the largest value times the sign, that value, and its place.
 POOL = Words(
     "x y peaks places weight bias moments residual_weight residual_bias residual_moments vectors "
-    "height across channels width splits"
+    "height across channels width splits groups"
 )
 
 
@@ -129,7 +130,9 @@ def _pool_fp32(words):
 
 
 # `vectors` fp32 [pieces, 3, C]: slopes of the gradient and of x, and shift; `rows` are those of x in a group.
-UNPOOL = Words("grad places x grad_x weight moments sums vectors height across channels width splits rows training")
+UNPOOL = Words(
+    "grad places x grad_x weight moments sums vectors height across channels width splits groups rows training"
+)
 
 
 @part
@@ -239,5 +242,6 @@ def gradients(
 
 def _sizes(x: Tensor, moments: Tensor) -> dict[str, int]:
     samples, channels, height, width = x.shape
-    splits = samples // moments.shape[1]
-    return {"height": height, "across": width, "channels": channels, "width": channels, "splits": splits}
+    groups = moments.shape[1]
+    sizes = {"height": height, "across": width, "channels": channels, "width": channels}
+    return sizes | {"splits": samples // groups, "groups": groups}

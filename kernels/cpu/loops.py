@@ -46,12 +46,12 @@ def _source() -> str:
 class Words:
     """Named arguments of a loop, each of 8 bytes: `integers`, which are addresses or whole numbers, then `floats`.
 
-    Two come before them: the number of the next piece, and that of all pieces.
+    Three come before them: the number of the next piece, that of pieces done, and that of all pieces.
     """
 
     def __init__(self, integers: str, floats: str = "") -> None:
         names: list[tuple[str, Any, Any]] = [
-            (name, ctypes.c_int64, types.int64) for name in ("next pieces " + integers).split()
+            (name, ctypes.c_int64, types.int64) for name in ("next ended pieces " + integers).split()
         ]
         names += [(name, ctypes.c_double, types.float64) for name in floats.split()]
         self.structure = type("Words", (ctypes.Structure,), {"_fields_": [(name, c) for name, c, _ in names]})
@@ -125,15 +125,29 @@ def _alone(address: int) -> Callable:
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
 
 
-@intrinsic
-def take(typing_context, words):
-    """The number of the next piece of `words`, which nobody else gets."""
+def _count(word: int, order: str) -> Any:
+    @intrinsic
+    def count(typing_context, words):
+        def generate(context, builder, signature, arguments):
+            counter = builder.gep(
+                builder.bitcast(arguments[0], ir.IntType(64).as_pointer()), [ir.Constant(ir.IntType(64), word)]
+            )
+            return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), order)
 
-    def generate(context, builder, signature, arguments):
-        counter = builder.bitcast(arguments[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+        return types.int64(words), generate
 
-    return types.int64(words), generate
+    return count
+
+
+take = _count(0, "monotonic")
+"""The number of the next piece of `words`, which nobody else gets."""
+_end = _count(1, "acq_rel")
+
+
+@part
+def last(words, pieces):
+    """To be called once after each piece: whether all others have ended, so that what they wrote can be read."""
+    return _end(words) == pieces - 1
 
 
 @intrinsic

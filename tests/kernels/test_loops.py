@@ -88,6 +88,17 @@ def test_any_number_of_threads_gives_the_same_bits(name: str, threads) -> None:
         assert same(CASES[name](), alone), count
 
 
+@pytest.mark.parametrize(
+    ("groups", "count", "whole"),
+    [(8, 1, True), (8, 2, True), (8, 3, False), (8, 8, True), (9, 2, True), (3, 2, False), (1, 2, False)],
+)
+def test_a_thread_owns_whole_groups_where_they_keep_all_busy(groups: int, count: int, whole: bool, threads) -> None:
+    """So above 1, 2 and 8 threads own whole groups, and 3 take pieces of them; groups that no cache holds are cut."""
+    torch.set_num_threads(count)
+    assert cpu_batch_norm._by_groups(torch.empty(groups, 24, 35, 37), groups) == whole
+    assert not cpu_batch_norm._by_groups(torch.empty(groups, 2**20 + 1, device="meta"), groups)
+
+
 def test_bits_would_show_another_order_of_sums(monkeypatch) -> None:
     """Control: cut into other pieces, as a cut by the number of threads would be, sums round otherwise."""
     alone = CASES["none float32"]()
