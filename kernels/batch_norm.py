@@ -271,7 +271,6 @@ def joined_gradients(grad: Tensor | None, second: Tensor | None) -> tuple[Tensor
 def _forward(
     by: Maker, x: Tensor, norm: Norm, residual: Tensor | None, residual_norm: Norm | None, *how: Any
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`_launch_forward` by whoever makes it, where nothing is traced."""
     with torch.no_grad():
         results = FORWARD[by](x, norm, residual, residual_norm, *how)
     for each in (norm, residual_norm):
