@@ -90,6 +90,7 @@ class Run:
             self.step = Step(
                 job.recipe,
                 parallel,
+                record.precision_before(job),
                 encoder=options.encoder,
                 update=options.update,
                 key_stream=options.key_stream,

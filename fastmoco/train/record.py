@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastmoco import atomic, environment
+from fastmoco.contrast.update import Precision
 from fastmoco.data.shard_source import as_url
 from fastmoco.options import Options, UsageError, is_restart
 from fastmoco.parallel import Parallel
@@ -49,6 +50,18 @@ def write(job: Job, precision: str, step: int) -> None:
     else:
         _create(job.out, job.options.resume or is_restart())
     atomic.write_json(path, facts)
+
+
+def precision_before(job: Job) -> Precision | None:
+    """What "auto" was where a run on CPUs began; None where it is to be asked of this device.
+
+    Every CPU computes in what another one chose, and a run that goes on elsewhere stays the same run.
+    """
+    goes_on = job.options.resume and (job.out / RECIPE).exists()
+    if not goes_on or job.recipe.precision != "auto" or job.parallel.device.type != "cpu":
+        return None
+    before = read_facts(job.out).get("precision")
+    return before if before in ("fp32", "bf16") else None
 
 
 def _told(job: Job) -> dict[str, Any]:

@@ -100,6 +100,17 @@ def test_runs_resumed_in_a_new_process_are_bit_equal(images, recipe, whole, tmp_
         assert differing(final(out), final(whole)) == []
 
 
+@pytest.mark.parametrize(("first", "then"), [("none", "amx"), ("bf16 at half rate", "none")])
+def test_a_run_goes_on_in_its_precision_on_another_processor(first, then, images, recipe, tmp_path, monkeypatch):
+    """Which has bf16 where the one it began on had none, or the other way round; a new run there takes the other."""
+    auto, precisions = replace(recipe, precision="auto"), []
+    for by, out, last, resume in ((first, "run", 2, False), (then, "run", 3, True), (then, "new", 2, False)):
+        monkeypatch.setattr("fastmoco.contrast.update.instructions", lambda by=by: by)
+        pretrain(auto, options(images, tmp_path / out, stop_after=last, resume=resume))
+        precisions.append(checkpoint.load(checkpoint.latest(tmp_path / out)).meta["precision"])
+    assert precisions == (["fp32", "fp32", "bf16"] if first == "none" else ["bf16", "bf16", "fp32"])
+
+
 def test_a_step_count_off_by_one_is_noticed(images, recipe, whole, tmp_path):
     """The control: the comparison above can fail."""
     out = tmp_path / "run"
