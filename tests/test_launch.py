@@ -56,12 +56,13 @@ def test_two_ranks_give_the_run_of_one(folder):
     """Up to rounding, which training amplifies: two steps are compared. A different seed is the control."""
     states = {}
     for name, ranks, seed in (("one", "1", "0"), ("two", "2", "0"), ("other", "1", "1")):
-        flags = ("--data", "images", "--out", name, "--stop-after", "2", "--log-every", "1", "--seed", seed)
+        flags = ("--data", "images", "--out", name, "--stop-after", "2", "--log-every", "1", "--precision", "fp32")
+        flags += ("--seed", seed)
         finish(start(folder, "--nproc", ranks, "pretrain", "demo", *flags))
         states[name] = checkpoint.load(checkpoint.latest(folder / name)).state
     assert states["one"].keys() == states["two"].keys()
     for name, value in states["one"].items():
-        torch.testing.assert_close(states["two"][name].float(), value.float(), rtol=0, atol=1e-4, msg=name)
+        torch.testing.assert_close(states["two"][name].float(), value.float(), rtol=0, atol=1e-3, msg=name)
     assert (states["one"]["queue"] - states["other"]["queue"]).abs().max() > 0.1
     one, two = (read_lines(folder / name / "log.jsonl") for name in ("one", "two"))
     assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2]
@@ -73,7 +74,7 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_lines(run / "log.jsonl")]
 
 
-SHORT = "pretrain demo --data images --stop-after 2 --log-every 1"
+SHORT = "pretrain demo --data images --stop-after 2 --log-every 1 --precision fp32"
 
 
 def test_torchrun_and_two_machines_give_the_run_of_one_process(folder):
