@@ -192,6 +192,7 @@ def test_a_mistake_that_the_ranks_find_is_said_once_and_exits_2(folder):
 # Ranks that fail. Limits are seconds from the disturbance to the end of the job.
 
 ENDLESS = ("--data", "images", "--out", "run", "--epochs", "1000", "--log-every", "2", "--save-minutes", "0")
+READS = ("--decoded-cache", "0")  # every file in every epoch, so that one which is harmed meanwhile is met
 LIMIT = 15
 
 
@@ -230,8 +231,11 @@ def test_a_killed_rank_ends_the_job_and_is_named(folder):
 
 def test_a_hung_rank_ends_the_job_with_stacks_that_show_where(folder):
     """A file that never gives its bytes, as on a dead file server."""
+    # Where nothing is compiled yet, the first step takes longer than the watchdog below waits.
+    finish(start(folder, "pretrain", "demo", "--data", "images", "--out", "first", "--stop-after", "1"))
     process = start(
-        folder, "--nproc", "2", "pretrain", "demo", *ENDLESS, "--timeout-seconds", "3", "--watchdog-seconds", "5"
+        *(folder, "--nproc", "2", "pretrain", "demo"),
+        *(*ENDLESS, *READS, "--timeout-seconds", "3", "--watchdog-seconds", "5"),
     )
     train_until(process, folder / "run/log.jsonl", 4)
     os.mkfifo(folder / "pipe")
@@ -258,7 +262,7 @@ def test_a_rank_that_is_stopped_ends_the_job_and_is_named(rank, folder):
 
 
 def test_a_rank_that_raises_ends_the_job_with_its_own_exit_code(folder):
-    process = start(folder, "--nproc", "2", "pretrain", "demo", *ENDLESS, "--no-quarantine")
+    process = start(folder, "--nproc", "2", "pretrain", "demo", *ENDLESS, *READS, "--no-quarantine")
     train_until(process, folder / "run/log.jsonl", 4)
     (folder / "images/7.jpg").write_bytes(b"this was a JPEG")
     code, output, seconds = end_of(process)

@@ -37,8 +37,8 @@ __all__ = ["Tile", "forward", "input_gradient", "weight_gradient"]
 
 CHUNK = 2**21  # numbers that are multiplied at once, about: 8 MB stay in the caches of two cores
 BLOCK_SUMS = 2**17  # most numbers of a sum of products that is made block by block: half a megabyte, in a core's cache
-RUN = 4  # blocks whose products are added to one sum, at least
-SUMS = 16  # at most
+RUN = 4  # blocks, at least, whose products are added to one sum
+SUMS = 16  # of one gradient, at most: they are read again
 
 
 def forward(x: Tensor, weight: Tensor, tile: Tile) -> Tensor:
