@@ -30,7 +30,7 @@ WARMUP = {"cpu": 1, "cuda": 3}
 PICTURES = (".svg", ".png", ".pdf")
 INTERLEAVED = ("step", "kernels", "dictionaries")
 # Of samples that last seconds, no more than bench compare needs for a verdict.
-SHORT_ROUNDS = dict.fromkeys(("loader", "train", "scaling"), comparison.FEWEST)
+SHORT_ROUNDS = dict.fromkeys(("loader", "train", "scaling", "versions"), comparison.FEWEST)
 
 
 def run(options: Bench) -> int:
@@ -150,6 +150,7 @@ def _subject(module: str, *names: str) -> Callable[[Bench, Recipe, torch.device,
             "precision": options.precision or "",
             "dtype": PRECISIONS[resolve_precision(options.precision or "auto", device)].work,
             "data": options.data,
+            "against": options.against,
             "group": options.providers,
             "only": options.only,
             "skip": options.skip,
@@ -170,9 +171,10 @@ SUBJECTS = {
     "scaling": _subject("scaling", "rounds", "precision"),
     "memory": _subject("memory", "dtype", "only", "journal"),
     "dictionaries": _subject("dictionaries", "rounds", "warmup", "precision", "journal"),
+    "versions": _subject("versions", "rounds", "precision", "against", "only", "journal"),
     "proof": _subject("proof", "rounds", "precision", "journal"),
     "decode": _subject("decode", "data", "journal"),
     "resume": _subject("resume", "journal"),
 }
-ON_DEMAND = ("dictionaries", "proof", "decode", "resume")  # the last three test, and time nothing
+ON_DEMAND = ("dictionaries", "versions", "proof", "decode", "resume")  # the last three test, and time nothing
 MEASURED = tuple(name for name in SUBJECTS if name not in ON_DEMAND)

@@ -17,12 +17,25 @@ class Bench:
     """
 
     subjects: tuple[
-        Literal["kernels", "step", "loader", "train", "scaling", "memory", "dictionaries", "proof", "decode", "resume"],
+        Literal[
+            "kernels",
+            "step",
+            "loader",
+            "train",
+            "scaling",
+            "memory",
+            "dictionaries",
+            "versions",
+            "proof",
+            "decode",
+            "resume",
+        ],
         ...,
     ]
     """What to measure: kernels, step, loader, train (loader and step together), scaling over ranks, memory; or, only
-    where asked for: dictionaries, a step with a queue beside those with a batch and a bank; and what measures nothing
-    but tries what is promised: proof, that a replayed step equals an eager one, and on a GPU that the host waits for
+    where asked for: dictionaries, a step with a queue beside those with a batch and a bank; versions, the whole demo
+    and the loader in turn with those of another checkout (--against); and what measures nothing but tries what is
+    promised: proof, that a replayed step equals an eager one, and on a GPU that the host waits for
     nothing; decode, that a GPU decodes what a CPU does; resume, that a run that was killed and resumed equals one that
     was not."""
 
@@ -35,8 +48,8 @@ class Bench:
     device: Device = "auto"
     """Where to measure; auto is the GPU where there is one."""
     rounds: int = 0
-    """Samples of each provider, taken in turn; 0 is 5 on a CPU and of loader, train and scaling, else 20. Of proof:
-    steps that are compared; five times as many are watched for waits."""
+    """Samples of each provider, taken in turn; 0 is 5 on a CPU and of loader, train, scaling and versions, else 20. Of
+    proof: steps that are compared; five times as many are watched for waits."""
     providers: Literal["all", "core", "more", "compiled"] = "all"
     """Providers of the step: core is what the targets are about, compiled what torch.compile takes minutes to build,
     more the rest; the published baseline is in each. On a CPU all are core."""
@@ -60,6 +73,8 @@ class Bench:
     """Measure this precision only."""
     data: Path | None = None
     """Images for loader and train; left out, made for the occasion."""
+    against: Path | None = None
+    """With versions: folder of the other checkout."""
     busy: int = 0
     """Other processes that keep a core busy meanwhile, as on a machine that is shared."""
     model: bool = False
@@ -70,6 +85,8 @@ class Bench:
         require(self.busy >= 0, "busy", self.busy, "use a number of at least 0")
         if self.model and self.subjects != ("scaling",):
             raise UsageError("--model belongs to one subject: bench scaling --model")
+        if ("versions" in self.subjects) != (self.against is not None):
+            raise UsageError("versions and --against go together: bench versions --against CHECKOUT")
 
 
 @dataclass(frozen=True)
