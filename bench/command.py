@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,14 @@ PICTURES = (".svg", ".png", ".pdf")
 INTERLEAVED = ("step", "kernels", "dictionaries")
 # Of samples that last seconds, no more than bench compare needs for a verdict.
 SHORT_ROUNDS = dict.fromkeys(("loader", "train", "scaling", "versions"), comparison.FEWEST)
+# What a busy process does. It ends by itself when its parent, whose number it is given, is gone: also one that was
+# killed, and could end nobody.
+SPIN = """
+import os, sys
+while os.getppid() == int(sys.argv[1]):
+    for _ in range(10**6):
+        pass
+"""
 
 
 def run(options: Bench) -> int:
@@ -88,8 +97,10 @@ def measure(
 
 @contextmanager
 def _busy(processes: int) -> Iterator[None]:
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    others: list[subprocess.Popen] = []
     try:
+        for _ in range(processes):
+            others.append(subprocess.Popen([sys.executable, "-c", SPIN, str(os.getpid())]))
         yield
     finally:
         for other in others:

@@ -1,8 +1,12 @@
 """The commands of bench: sizes, subjects, files; small enough to run everywhere."""
 
+import os
+import signal
 import subprocess
-from contextlib import nullcontext
+import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,7 +86,7 @@ def test_busy_processes_run_while_a_subject_is_measured_and_not_after(fails, mon
     class Spy(subprocess.Popen):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
-            if "while True: pass" in self.args:
+            if command.SPIN in self.args:
                 started.append(self)
 
     def measured(*_: object) -> list[Row]:
@@ -98,6 +102,37 @@ def test_busy_processes_run_while_a_subject_is_measured_and_not_after(fails, mon
         command.run(Bench(("step",), json=file, device="cpu", busy=2))
         assert record_files.load(file)[0].rows[0].config == {"px": 16, "busy": 2}
     assert all(each.poll() is not None for each in started)
+
+
+def test_busy_processes_end_where_bench_is_killed():
+    """They hold the output of their parent, which is read to its end only when the last of them is gone."""
+    work = "import time; from fastmoco.bench import command\n"
+    work += "with command._busy(2): print('busy', flush=True); time.sleep(60)"
+    bench = subprocess.Popen([sys.executable, "-c", work], stdout=subprocess.PIPE, process_group=0)
+    try:
+        assert bench.stdout is not None and bench.stdout.readline() == b"busy\n"
+        bench.kill()
+        bench.communicate(timeout=20)
+    finally:
+        with suppress(ProcessLookupError):  # raised where all of them are gone
+            os.killpg(bench.pid, signal.SIGKILL)
+
+
+def test_busy_processes_end_where_another_one_cannot_be_started(monkeypatch):
+    started: list[subprocess.Popen] = []
+
+    def start(arguments: list[str]) -> subprocess.Popen:
+        if started:
+            raise OSError("no more processes")
+        started.append(subprocess.Popen(arguments))
+        return started[0]
+
+    monkeypatch.setattr(command, "subprocess", SimpleNamespace(Popen=start))
+    with pytest.raises(OSError, match="no more"), command._busy(2):
+        pass
+    ended = started[0].poll() is not None
+    started[0].kill()
+    assert ended
 
 
 def save_record(path: Path, scale: float, batch: int = 32) -> str:
