@@ -23,6 +23,7 @@ from fastmoco.train.expectation import chance_level, expectation
 from fastmoco.train.job import Job
 
 SUMMARY = "summary.json"
+ON_CPU = "CPU, "  # how the name of a device that is no GPU begins
 
 
 def write(job: Job, precision: str, step: int) -> None:
@@ -55,12 +56,14 @@ def write(job: Job, precision: str, step: int) -> None:
 def precision_before(job: Job) -> Precision | None:
     """What "auto" was where a run on CPUs began; None where it is to be asked of this device.
 
-    Every CPU computes in what another one chose, and a run that goes on elsewhere stays the same run.
+    Every CPU computes in what another one chose, and a run that goes on elsewhere stays the same run. What a GPU chose,
+    or what an imported checkpoint says, binds no CPU.
     """
     goes_on = job.options.resume and (job.out / RECIPE).exists()
     if not goes_on or job.recipe.precision != "auto" or job.parallel.device.type != "cpu":
         return None
-    before = read_facts(job.out).get("precision")
+    facts = read_facts(job.out)
+    before = facts.get("precision") if str(facts.get("device")).startswith(ON_CPU) else None
     return before if before in ("fp32", "bf16") else None
 
 
@@ -130,7 +133,7 @@ def _create(out: Path, resume: bool) -> None:
 def _device_name(parallel: Parallel) -> str:
     if parallel.device.type == "cuda":
         return torch.cuda.get_device_name(parallel.device)
-    return f"CPU, {environment.cores()} cores"
+    return f"{ON_CPU}{environment.cores()} cores"
 
 
 def _flat(data: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import torch
 
 from fastmoco.cli import main
 from fastmoco.contrast.step import Step
+from fastmoco.contrast.update import resolve_precision
 from fastmoco.data.loader import READERS
 from fastmoco.options import Options, Pretrain, UsageError
 from fastmoco.parallel import Parallel
@@ -26,7 +27,7 @@ from fastmoco.process.stop import StopRequest
 from fastmoco.recipe import RecipeError
 from fastmoco.runs import checkpoint
 from fastmoco.runs.lines import read_lines
-from fastmoco.train import job, loop
+from fastmoco.train import job, loop, record
 from fastmoco.train.loop import NonFiniteError, pretrain
 from fastmoco.train.monitor import Monitor
 from fastmoco.train.saver import Saver
@@ -109,6 +110,21 @@ def test_a_run_goes_on_in_its_precision_on_another_processor(first, then, images
         pretrain(auto, options(images, tmp_path / out, stop_after=last, resume=resume))
         precisions.append(checkpoint.load(checkpoint.latest(tmp_path / out)).meta["precision"])
     assert precisions == (["fp32", "fp32", "bf16"] if first == "none" else ["bf16", "bf16", "fp32"])
+
+
+@pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "imported", None, "CPU, 64 cores"])
+@pytest.mark.parametrize(("here", "auto"), [("none", "fp32"), ("amx", "bf16")])
+def test_only_a_run_that_began_on_a_cpu_keeps_its_precision_there(
+    device, here, auto, images, recipe, tmp_path, monkeypatch
+):
+    """A GPU's choice is not a CPU's, and an imported checkpoint has made none; the last row is the control."""
+    where = options(images, tmp_path, resume=True)
+    prepared = job.prepare(replace(recipe, precision="auto"), where, "demo", Parallel.alone("cpu"))
+    other = "bf16" if auto == "fp32" else "fp32"
+    (tmp_path / "recipe.json").write_text(json.dumps({"precision": other, "device": device}))
+    monkeypatch.setattr("fastmoco.contrast.update.instructions", lambda: here)
+    kept = record.precision_before(prepared) or resolve_precision("auto", prepared.parallel.device)
+    assert kept == (other if device == "CPU, 64 cores" else auto)
 
 
 def test_a_step_count_off_by_one_is_noticed(images, recipe, whole, tmp_path):
