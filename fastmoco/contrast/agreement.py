@@ -22,6 +22,8 @@ from fastmoco.parallel import Parallel
 CHECK_EVERY = 1000  # steps; reading the answer back then costs less than one of them
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, which is odd, as int64
 CHUNK = 1 << 20
+REMEDY = "look at the machine and at the files it reads, then go on from the last checkpoint with --resume"
+REMEDIES = {"precision": "their processors choose differently: start the run with --precision fp32 or bf16"}
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -78,10 +80,8 @@ def compare(parallel: Parallel, facts: Mapping[str, Tensor | int]) -> None:
         odd = [str(rank) for rank, value in enumerate(column) if value != usual]
         if odd:
             those = f"rank {odd[0]} differs" if len(odd) == 1 else f"ranks {', '.join(odd)} differ"
-            raise DisagreementError(
-                f"{name}: {those} from rank {column.index(usual)}: look at the machine and at the files it reads, then "
-                f"go on from the last checkpoint with --resume"
-            )
+            remedy = REMEDIES.get(name, REMEDY)
+            raise DisagreementError(f"{name}: {those} from rank {column.index(usual)}: {remedy}")
 
 
 def check(step: Step, plan: Plan, at: int) -> None:

@@ -76,6 +76,9 @@ def test_a_rank_with_one_changed_key_is_named_by_all(what: str, run_ranks: Calla
     message = run_ranks(4, with_one_changed_key, make_batch, 2, what)
     expected = "" if what == "nothing" else f"{what}: rank 2 differs from rank 0: "
     assert all(text.startswith(expected) for text in message)
+    # A run that goes on would find the same processors.
+    assert all(("--precision fp32 or bf16" in text) == (what == "precision") for text in message)
+    assert all(("--resume" in text) == (what not in ("nothing", "precision")) for text in message)
     assert (what == "nothing") == (set(message) == {""})
 
 
