@@ -66,7 +66,12 @@ class PixelCache:
             end = self.fill + image.numel()
             if sample in self._images or end > len(self._block):
                 return
-            self._images[sample] = self._block[self.fill : end].view(image.shape).copy_(image)
+            place = self._block[self.fill : end].view(image.shape)
+            if place.is_cuda:
+                place.copy_(image)
+            else:  # torch would start threads of its own in the loader's, which stand in the way of the step's
+                np.copyto(place.numpy(), image.numpy())
+            self._images[sample] = place
             self.fill = end
 
     def complete(self, samples: np.ndarray, encoded: Sequence[object], images: Sequence[Tensor]) -> list[Tensor]:

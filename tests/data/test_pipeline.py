@@ -16,6 +16,7 @@ from data.crop_requests import crops, pipeline, request
 from PIL import Image, ImageOps
 
 from fastmoco.data import pipeline as pipeline_module
+from fastmoco.data.decoded import PIXEL, PixelCache
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.request import CPU_BATCH, DecodeError, Request, fault
 from fastmoco.environment import share_of_cores
@@ -197,3 +198,13 @@ def test_cutting_starts_no_openmp_threads() -> None:
     assert _threads_started_by(lambda: F.interpolate(planes, (224, 224), mode="bilinear", antialias=True)) == 1
     expected = F.interpolate(planes, (224, 224), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
     assert torch.equal(crops[0, 0], expected)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads where Linux lists them")
+def test_keeping_an_image_starts_no_openmp_threads() -> None:
+    """Nor do these; the control copies as torch itself does."""
+    image = torch.randint(0, 256, (400, 500, 3), dtype=torch.uint8)
+    cache, copy = PixelCache(image.numel()), torch.empty_like(image)
+    assert _threads_started_by(lambda: cache.put(0, image)) == 0
+    assert _threads_started_by(lambda: copy.copy_(image)) == 1
+    assert torch.equal(cache.complete(np.array([0]), [PIXEL], [])[0], image)
