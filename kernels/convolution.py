@@ -73,6 +73,8 @@ def choose(
     """
     if loops and _by_winograd(layer, by, dtype):
         return "winograd"
+    if product == "weight" and layer.kernel == 1 and layer.stride > 1 and layer.inputs < 16:
+        return "product"  # oneDNN's, in torch 2.13 and 2.14, writes beyond its memory
     if dtype == torch.float32:
         # Both are Intel's with AVX-512, and fp32 does without AMX. AMD's run products at half of oneDNN's rate.
         return _in_fp32(layer, product) if by in ("bf16 at half rate", "amx") else "direct"
@@ -128,24 +130,32 @@ def _at_half_rate(layer: Layer, product: Pass) -> Way:
 def conv2d(
     x: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 0, impl: Literal["auto", "reference"] = "auto"
 ) -> Tensor:
-    """Convolution without bias of x [N, C, H, W] and weight [O, C, k, k], channels-last; differentiable in both.
+    """Convolution without bias of x [N, C, H, W] and weight [O, C, k, k], channels-last; differentiable once in both.
 
-    impl="auto" is `choose`'s ways for fp32 and bf16 on a CPU, where neither torch.compile traces it nor autocast is on,
-    and torch's own convolution otherwise; "reference" is always that. Raises ValueError on another impl.
+    impl="auto" is `choose`'s ways for fp32 and bf16 on a CPU, where neither torch.compile nor torch.jit traces it nor
+    autocast is on, and torch's own convolution otherwise; "reference" is always that. Raises ValueError on another
+    impl, and what torch raises for tensors that do not fit together.
     """
     if impl not in ("auto", "reference"):
         raise ValueError(f"impl must be auto or reference, not {impl!r}")
-    if impl == "auto" and _takes(x, weight):
-        loops = HAS_NUMBA and not is_traced(x)
+    if impl == "auto" and _takes(x, weight, padding):
+        loops = HAS_NUMBA and not is_traced(x) and not is_traced(weight)
         ways = _ways(x.shape, weight.shape, stride, padding, instructions(), x.dtype, loops)
         if set(ways[1:]) != {"direct"}:
             return _Convolution.apply(x, weight, ways)
     return F.conv2d(x, weight, stride=stride, padding=padding)
 
 
-def _takes(x: Tensor, weight: Tensor) -> bool:
-    known = x.device.type == "cpu" and x.dtype == weight.dtype in (torch.float32, torch.bfloat16) and x.numel() > 0
-    return known and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+def _takes(x: Tensor, weight: Tensor, padding: int) -> bool:
+    # What does not fit together is torch's, too: it says what is wrong.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+        return False
+    known = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype in (torch.float32, torch.bfloat16)
+    if not known or not x.dim() == weight.dim() == 4 or not x.layout == weight.layout == torch.strided:
+        return False
+    (_, inputs, *sides), (_, channels, *kernel) = x.shape, weight.shape
+    fit = inputs == channels and kernel[0] == kernel[1] <= min(sides) + 2 * padding
+    return fit and x.numel() > 0 and weight.numel() > 0 and not x.is_neg() and not weight.is_neg()
 
 
 class _Ways(NamedTuple):
@@ -188,8 +198,9 @@ class _Convolution(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (x, weight), (layer, _, *ways) = ctx.saved_tensors, ctx.ways
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        return *_gradients(grad, x, weight, layer, ctx.needs_input_grad[:2], *ways), None
+        grad = grad.resolve_neg().contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", enabled=False):  # which the forward pass had not, and which would round products
+            return *_gradients(grad, x, weight, layer, ctx.needs_input_grad[:2], *ways), None
 
 
 def _gradients(

@@ -101,7 +101,8 @@ def machine(device: torch.device) -> Machine:
 
 def is_traced(tensor: Tensor) -> bool:
     """Whether a tracer looks on: then an operator must be called, which else costs the host more than the launch."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(tensor) not in _PLAIN
+    looked_on = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+    return looked_on or type(tensor) not in _PLAIN
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -150,7 +150,7 @@ class DeviceTable:
         return upload
 
     def _send(self, columns: list[list[int]], capturing: bool) -> Tensor:
-        rows = torch.tensor(columns, dtype=torch.int64).T.contiguous()
+        rows = torch.tensor(columns, dtype=torch.int64, device="cpu").T.contiguous()
         if self.device.type == "cpu":
             return rows
         # A fresh buffer each time: an earlier copy may still be reading the last one, and a replay always will.
@@ -162,7 +162,7 @@ class DeviceTable:
         return pinned.to(self.device, non_blocking=True)
 
     def _pin(self) -> Tensor:
-        return torch.empty(len(self.sizes), COLUMNS, dtype=torch.int64, pin_memory=True)
+        return torch.empty(len(self.sizes), COLUMNS, dtype=torch.int64, device="cpu", pin_memory=True)
 
 
 def _addresses(tensors: Tensors) -> list[list[int]]:

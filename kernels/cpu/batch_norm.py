@@ -62,8 +62,8 @@ def _by_groups(x: Tensor, groups: int) -> bool:
 def _room(split: dict[str, int], vectors: int, arrays: int) -> tuple[Tensor, Tensor]:
     """For each piece, room for fp32 vectors and for fp64 results."""
     pieces = split["groups"] * split["splits"]
-    room = torch.empty(pieces * vectors * split["width"], dtype=torch.float32)
-    return room, torch.empty(pieces * arrays * split["channels"], dtype=torch.float64)
+    room = torch.empty(pieces * vectors * split["width"], dtype=torch.float32, device="cpu")
+    return room, torch.empty(pieces * arrays * split["channels"], dtype=torch.float64, device="cpu")
 
 
 def _both_passes(loop: Loop, by_groups: bool, split: dict[str, int], words: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ def statistics(
     """Moments fp32 [2, groups, C] of x, mean and 1 / sqrt(variance + eps); running statistics move in place."""
     split = _split(x.shape, groups)
     vectors, partial = _room(split, 3, 2)
-    moments = torch.empty((2, groups, split["channels"]), dtype=torch.float32)
+    moments = torch.empty((2, groups, split["channels"]), dtype=torch.float32, device="cpu")
     words: dict[str, Any] = {"x": x, "vectors": vectors, "partial": partial, "moments": moments}
     words |= {"mean": running_mean, "variance": running_var, "momentum": momentum, "eps": eps}
     LOOPS[x.dtype].forward(groups * split["splits"], work=PIECES, **words, **split)
@@ -103,7 +103,7 @@ def forward(
     """The result in training, its moments, and those of the residual in the dual form; running statistics move."""
     split, (weight, bias, running) = _split(x.shape, groups), norm
     vectors, partial = _room(split, 3, 2)
-    y, moments = torch.empty_like(x), torch.empty((2, groups, split["channels"]), dtype=torch.float32)
+    y, moments = torch.empty_like(x), x.new_empty((2, groups, split["channels"]), dtype=torch.float32)
     side_moments = None if residual_norm is None else torch.empty_like(moments)
     side = (residual, *(residual_norm or (None, None))[:2], side_moments)
     words = _by_name(weight, bias, moments, side) | {"x": x, "y": y, "vectors": vectors, "partial": partial}
@@ -191,8 +191,8 @@ def _sums(
     words = _by_name(weight, bias, moments, side)
     words |= {"grad": grad, "grad_2": second_grad, "x": x, "y": y, "vectors": vectors, "partial": partial}
     words["masked"] = torch.empty_like(x) if second_grad is not None or y is not None else None
-    words["sums"] = torch.empty(groups * 3 * channels, dtype=torch.float64)
-    words["totals"] = torch.empty((arrays, channels), dtype=torch.float32)
+    words["sums"] = torch.empty(groups * 3 * channels, dtype=torch.float64, device="cpu")
+    words["totals"] = torch.empty((arrays, channels), dtype=torch.float32, device="cpu")
     return split, words | {"floor": _floor(relu)}
 
 

@@ -210,7 +210,7 @@ def pool(x: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, keep: bool) -
     shape = (samples, (height + 1) // 2, (width + 1) // 2, channels)
     y = x.new_empty(shape).permute(0, 3, 1, 2)
     peaks, places = (torch.empty_like(y, dtype=dtype) for dtype in (x.dtype, torch.uint8))
-    vectors = torch.empty(samples * 7 * channels, dtype=torch.float32)
+    vectors = torch.empty(samples * 7 * channels, dtype=torch.float32, device="cpu")
     tensors = {"x": x, "y": y, "peaks": peaks if keep else None, "places": places, "vectors": vectors}
     tensors |= {"weight": weight, "bias": bias, "moments": moments}
     LOOPS[x.dtype].pool(samples, **tensors, **_sizes(x, moments))
@@ -233,7 +233,7 @@ def gradients(
     """Gradients of x, and of [bias, weight], fp32 [2, C]."""
     masked_sum, sums, totals = sums_of(grad, second_grad, peaks, weight, bias, moments)
     grad_x, rows = torch.empty_like(x), x.numel() // x.shape[1] // moments.shape[1]
-    vectors = torch.empty(x.shape[0] * 3 * x.shape[1], dtype=torch.float32)
+    vectors = torch.empty(x.shape[0] * 3 * x.shape[1], dtype=torch.float32, device="cpu")
     tensors = {"grad": masked_sum, "places": places, "x": x, "grad_x": grad_x, "sums": sums, "vectors": vectors}
     tensors |= {"weight": weight, "moments": moments}
     LOOPS[x.dtype].unpool(x.shape[0], rows=rows, training=int(training), **tensors, **_sizes(x, moments))

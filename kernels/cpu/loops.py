@@ -106,7 +106,11 @@ def loop(words: Words) -> Callable[[Callable], Loop]:
 
 
 def _word(value: Any) -> int | float:
-    return value.data_ptr() if isinstance(value, torch.Tensor) else value
+    if not isinstance(value, torch.Tensor):
+        return value
+    if not value.is_cpu or value.is_neg():  # whose memory a loop cannot read, or would take for what it is not
+        raise ValueError(f"a compiled loop was given a tensor on {value.device}, or one that is a negated view")
+    return value.data_ptr()
 
 
 @functools.cache

@@ -262,8 +262,8 @@ def photometric(
     count, size = crops.shape[:2]
     if rows is not None:
         reference.inverse(rows)
-    views = torch.empty((count, size, size, channels), dtype=dtype)
-    scales = torch.tensor([*mean, *std], dtype=torch.float32)
+    views = torch.empty((count, size, size, channels), dtype=dtype, device="cpu")
+    scales = torch.tensor([*mean, *std], dtype=torch.float32, device="cpu")
     arguments = {"crops": crops, "parameters": parameters, "rows": rows, "views": views, "scales": scales}
     LOOPS[dtype](count, size=size, channels=channels, max_sigma=max_sigma, **arguments)
     return views.permute(0, 3, 1, 2)

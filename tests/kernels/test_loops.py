@@ -176,3 +176,45 @@ def test_an_installation_without_numba_says_so_and_does_without(monkeypatch) -> 
         with pytest.warns(UserWarning, match="pip install numba"):
             found = norms(kind)
         assert same(found, norms(kind, impl="reference"))
+
+
+def activation() -> tuple[Tensor, Norm]:
+    x = torch.randn(4, 16, 6, 6, generator=torch.Generator().manual_seed(0)).contiguous(
+        memory_format=torch.channels_last
+    )
+    return x, Norm(torch.ones(16), torch.zeros(16))
+
+
+def test_the_default_device_is_not_asked() -> None:
+    """Whoever borrows a loop may have torch make tensors elsewhere unless it is told where."""
+    (x, norm), crops = activation(), torch.randint(0, 256, (2, 9, 9, 3), dtype=torch.uint8)
+    x, gradient, parameters = x.requires_grad_(), torch.ones_like(x), torch.rand(2, 8)
+
+    def everything() -> list[Tensor]:
+        y, again = batch_norm_act_twice(x, *norm, 2)
+        pooled, _ = batch_norm_pool(x, *norm, 2)
+        small = gradient[:, :, :3, :3].contiguous(memory_format=torch.channels_last)
+        grads = torch.autograd.grad((y, again, pooled), x, (gradient, gradient, small))
+        return [y.detach(), pooled.detach(), *grads, photometric(crops, parameters, MEAN, STD)]
+
+    expected = everything()
+    with torch.device("meta"):
+        assert same(everything(), expected)
+
+
+@pytest.mark.parametrize(
+    ("odd", "words"), [(lambda t: t.to("meta"), "on meta"), (torch._neg_view, "or one that is a negated view")]
+)
+def test_memory_that_a_loop_cannot_read_is_refused(odd: Callable[[Tensor], Tensor], words: str) -> None:
+    x, (weight, bias, _) = activation()
+    with pytest.raises(ValueError, match=words):
+        batch_norm_act_twice(x, odd(weight), bias, None)
+    with pytest.raises(ValueError, match=words):
+        cpu_batch_norm.statistics(odd(x), None, None, 2, 0.1, 1e-5)
+
+
+def test_a_trace_records_the_operators() -> None:
+    """While torch.jit traces, sizes are tensors, whose addresses a loop would take for numbers."""
+    x, norm = activation()
+    traced = torch.jit.trace(lambda x: batch_norm_act_twice(x, *norm, 2)[0], x, check_trace=False)
+    assert torch.equal(traced(2 * x), batch_norm_act_twice(2 * x, *norm, 2)[0])
