@@ -12,12 +12,13 @@ m m 9 / (n n) times fewer multiplications than the convolution: 2.25 for m = 2, 
 multiplied has n n / (m m) times as many numbers as the input: 4 for m = 2, 2.25 for m = 4.
 
 The points are 0, 1, -1 and infinity, and for m = 4 also 1/2 and -2, which lose fewer digits than 2 and -2 do. The sums
-are shorter than a convolution's: for m = 2 its results have smaller errors than oneDNN's, for m = 4 two to three times
-larger ones. So m = 4 is for activations in bf16, whose rounding is a thousand times as coarse.
+are shorter than a convolution's. Beside oneDNN's errors in fp32, those of y and dx are smaller for m = 2 and two to
+three times as large for m = 4; those of dw are one to three times as large for m = 2 and up to seven times for m = 4.
+So m = 4 is for activations in bf16, whose rounding is a thousand times as coarse.
 
 Layers of few channels are multiplied block by block, in a core's cache (`winograd_blocks.py`), others by matrix
-products of as many tiles as the caches of two cores hold. The transforms are in `winograd_transforms.py`. Channels are
-multiples of 16.
+products of as many tiles as the caches of two cores hold; so are weights' gradients whose sums exceed BLOCK_SUMS. The
+transforms are in `winograd_transforms.py`. Channels are multiples of 16.
 """
 
 from __future__ import annotations
