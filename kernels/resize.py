@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastmoco.kernels import reference
@@ -26,11 +27,11 @@ def resizing(
 
     A call returns when no box is left to begin, so the crops are whole when all calls have returned.
 
-    images: n tensors, uint8 [H, W, 3], contiguous; boxes: whole numbers [V, n, 4], top, left, height and width of each
-    box; crops: uint8 [V, n, S, S, 3], each crop contiguous. All on the CPU. Raises ValueError if they are others, or if
-    a box is empty or not inside its image.
+    images: n tensors, uint8 [H, W, 3], contiguous; boxes: integers [V, n, 4], top, left, height and width of each box;
+    crops: uint8 [V, n, S, S, 3], each crop contiguous. All on the CPU. Raises ValueError if they are others, or if a
+    box is empty or not inside its image.
     """
-    _check(images, boxes, crops)
+    boxes = _checked(images, boxes, crops)
     if impl == "reference" or not HAS_NUMBA:
         return reference.resizing(images, boxes, crops)
     from fastmoco.kernels.cpu import resize
@@ -38,15 +39,27 @@ def resizing(
     return resize.resizing(images, boxes, crops)
 
 
-def _check(images: Sequence[Tensor], boxes: np.ndarray, crops: Tensor) -> None:
+def _checked(images: Sequence[Tensor], boxes: np.ndarray, crops: Tensor) -> np.ndarray:
     views, count, size = crops.shape[:3]
-    if crops.shape[2:] != (size, size, 3) or crops.stride()[2:] != (3 * size, 3, 1) or "uint8" not in str(crops.dtype):
-        raise ValueError(f"crops are uint8 [V, n, S, S, 3], each contiguous, not {crops.dtype} {list(crops.shape)}")
+    if crops.shape[2:] != (size, size, 3) or crops.stride()[2:] != (3 * size, 3, 1) or not _is_of_bytes(crops):
+        found = f"{crops.dtype} {list(crops.shape)} on {crops.device}"
+        raise ValueError(f"crops are uint8 [V, n, S, S, 3] on the CPU, each contiguous, not {found}")
+    if boxes.dtype.kind not in "iu":
+        raise ValueError(f"boxes are integers [V, n, 4], not {boxes.dtype}")
     if boxes.shape != (views, count, 4) or len(images) != count:
         raise ValueError(f"{len(images)} images and boxes {list(boxes.shape)} do not go with crops {list(crops.shape)}")
-    for image in images:
-        if image.dtype != crops.dtype or not image.is_contiguous() or image.dim() != 3 or image.shape[2] != 3:
-            raise ValueError(f"images are uint8 [H, W, 3], contiguous, not {image.dtype} {list(image.shape)}")
-    sides = np.array([image.shape[:2] for image in images], np.int64).reshape(count, 2)
-    if (boxes[..., :2] < 0).any() or (boxes[..., 2:] < 1).any() or (boxes[..., :2] + boxes[..., 2:] > sides).any():
+    shapes = [image.shape for image in images]
+    for image, shape in zip(images, shapes, strict=True):
+        if not _is_of_bytes(image) or not image.is_contiguous() or len(shape) != 3 or shape[2] != 3:
+            found = f"{image.dtype} {list(image.shape)} on {image.device}"
+            raise ValueError(f"images are uint8 [H, W, 3] on the CPU, contiguous, not {found}")
+    boxes = boxes.astype(np.int64, copy=False)
+    sides = np.array(shapes, np.int64).reshape(count, 3)[:, :2]
+    corners, lengths = boxes[..., :2], boxes[..., 2:]  # whose sum may be more than an integer holds
+    if (corners < 0).any() or (lengths < 1).any() or (lengths > sides - corners).any():
         raise ValueError("a box is empty, or not inside its image")
+    return boxes
+
+
+def _is_of_bytes(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.uint8 and tensor.is_cpu

@@ -131,17 +131,45 @@ def test_a_box_that_is_not_inside_its_image_is_refused(box: tuple) -> None:
     resizing([image], np.array([[(5, 5, 3, 3)]]), crops)()
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64])
+def test_a_box_whose_end_its_type_does_not_hold_is_refused(dtype: type) -> None:
+    """Top and height of 8 bits may add up to 400, which is 144 in 8 bits; and the largest top, of any type, to -1."""
+    most, crops = int(np.iinfo(dtype).max), torch.zeros(1, 1, 4, 4, 3, dtype=torch.uint8)
+    image = torch.zeros(120, 120, 3, dtype=torch.uint8)
+    for box in ((100, 0, 100, 100), (0, 101, 100, 100), (most, 0, 1, 1), (0, most, 1, 1), (0, 0, most, 1)):
+        with pytest.raises(ValueError, match="not inside its image"):
+            resizing([image], np.array([[box]], dtype), crops)
+    resizing([image], np.array([[(20, 20, 100, 100)]], dtype), crops)()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, bool, object])
+def test_boxes_of_other_types_are_refused(dtype: type) -> None:
+    """NaN is neither less than 0 nor more than a side."""
+    image, crops = torch.zeros(8, 8, 3, dtype=torch.uint8), torch.zeros(1, 1, 4, 4, 3, dtype=torch.uint8)
+    box = np.full((1, 1, 4), np.nan) if np.dtype(dtype).kind == "f" else np.ones((1, 1, 4))
+    with pytest.raises(ValueError, match="boxes are integers"):
+        resizing([image], box.astype(dtype), crops)
+
+
 def test_wrong_tensors_are_refused() -> None:
     image, box = torch.zeros(8, 8, 3, dtype=torch.uint8), np.array([[[0, 0, 8, 8]]])
     crops = torch.zeros(1, 1, 4, 4, 3, dtype=torch.uint8)
-    for wrong in (image.float(), image.permute(1, 0, 2), image[..., :1].contiguous()):
+    for wrong in (image.float(), image.permute(1, 0, 2), image[..., :1].contiguous(), image.to("meta")):
         with pytest.raises(ValueError, match="images are uint8"):
             resizing([wrong], box, crops)
-    for wrong in (crops.int(), crops[..., :2, :], crops.transpose(2, 3)):
+    for wrong in (crops.int(), crops[..., :2, :], crops.transpose(2, 3), crops.to("meta")):
         with pytest.raises(ValueError, match="crops are uint8"):
             resizing([image], box, wrong)
     with pytest.raises(ValueError, match="do not go with"):
         resizing([image, image], box, crops)
+
+
+@pytest.mark.skipif(not hasattr(torch, "quint8"), reason="torch is about to drop it")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_a_type_whose_name_has_uint8_in_it_is_refused() -> None:
+    image, crops = (torch.empty(shape, dtype=torch.quint8) for shape in ((8, 8, 3), (1, 1, 4, 4, 3)))
+    with pytest.raises(ValueError, match="crops are uint8"):
+        resizing([image], np.array([[[0, 0, 8, 8]]]), crops)
 
 
 def test_without_numba_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
