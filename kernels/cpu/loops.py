@@ -194,12 +194,31 @@ def _as_float(typing_context, bits):
     return types.float32(types.uint32), generate
 
 
-@intrinsic
-def _as_bits(typing_context, number):
-    def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], ir.IntType(32))
+def bf16_bits(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
+    """The bits of fp32, a number or a vector, rounded to bf16: to the nearest, ties to even.
 
-    return types.uint32(types.float32), generate
+    NaN loses its lower bits instead: rounded up, it might become 0. It stays NaN if it is what arithmetic gives, whose
+    NaN is quiet, that is, has the upper half's bit 0x40.
+    """
+    lanes = getattr(number.type, "count", None)
+
+    def integers(bits: int) -> ir.Type:
+        return ir.VectorType(ir.IntType(bits), lanes) if lanes else ir.IntType(bits)
+
+    def constant(value: int) -> ir.Constant:
+        return ir.Constant(integers(32), [value] * lanes if lanes else value)
+
+    bits = builder.bitcast(number, integers(32))
+    odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+    rounded = builder.add(bits, builder.add(odd, constant(0x7FFF)))
+    # One instruction more, where a choice among the results would be two.
+    is_number = builder.fcmp_ordered("ord", number, number)
+    return builder.trunc(builder.lshr(builder.select(is_number, rounded, bits), constant(16)), integers(16))
+
+
+@intrinsic
+def _to_bf16(typing_context, number):
+    return types.uint16(types.float32), lambda context, builder, signature, given: bf16_bits(builder, given[0])
 
 
 def widen(x):
@@ -208,7 +227,7 @@ def widen(x):
 
 
 def narrow(x, like):
-    """fp32 rounded to the type that `like` points to: bf16 to the nearest, ties to even."""
+    """fp32 rounded to the type that `like` points to: bf16 to the nearest, ties to even, and NaN to 0x7FC0."""
     raise NotImplementedError("only in compiled loops")
 
 
@@ -223,12 +242,7 @@ def _widen(x):
 def _narrow(x, like):
     if like.dtype == types.float32:
         return lambda x, like: x
-
-    def to_bf16(x, like):
-        bits = _as_bits(x)
-        return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-
-    return to_bf16
+    return lambda x, like: _to_bf16(x)
 
 
 @part

@@ -15,6 +15,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from fastmoco.kernels.cpu.loops import bf16_bits
+
 LANES = 16
 BYTES = 4 * LANES
 FLOATS, WORDS, HALVES = (ir.VectorType(kind, LANES) for kind in (ir.FloatType(), ir.IntType(32), ir.IntType(16)))
@@ -60,15 +62,13 @@ class Vector:
         return cls(builder, builder.bitcast(builder.shl(builder.zext(halves, WORDS), _all(16)), FLOATS))
 
     def store(self, address: ir.Value, dtype: types.Type = types.float32) -> None:
-        """Write them from an address on, rounded to `dtype`: to bf16 to the nearest, ties to even."""
+        """Write them from an address on, rounded to `dtype`: to bf16 to the nearest, ties to even; NaN stays NaN."""
         builder = self.builder
         if dtype == types.float32:
             builder.store(self.value, builder.inttoptr(address, FLOATS.as_pointer()), align=4)
             return
-        bits = builder.bitcast(self.value, WORDS)
-        odd = builder.and_(builder.lshr(bits, _all(16)), _all(1))
-        upper = builder.lshr(builder.add(builder.add(bits, _all(0x7FFF)), odd), _all(16))
-        builder.store(builder.trunc(upper, HALVES), builder.inttoptr(address, HALVES.as_pointer()), align=2)
+        rounded = bf16_bits(builder, self.value)
+        builder.store(rounded, builder.inttoptr(address, HALVES.as_pointer()), align=2)
 
 
 def _all(number: int) -> ir.Constant:

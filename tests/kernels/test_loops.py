@@ -8,14 +8,19 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("numba")
+import numba
+
 from fastmoco.kernels import dispatch
-from fastmoco.kernels.batch_norm import Norm, batch_norm_act_twice
+from fastmoco.kernels.batch_norm import Norm, batch_norm_act, batch_norm_act_twice
 from fastmoco.kernels.batch_norm_pool import batch_norm_pool
 from fastmoco.kernels.cpu import batch_norm as cpu_batch_norm
+from fastmoco.kernels.cpu import loops, vectors
 from fastmoco.kernels.photometric import photometric
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -134,6 +139,40 @@ def test_a_spawned_child_computes_the_same(tmp_path: Path) -> None:
         child.start()
         child.join(120)
         assert child.exitcode == 0 and same(torch.load(path), expected), name
+
+
+_identity = vectors.square(lambda x: [x], 1, "written")
+
+
+@loops.loop(loops.Words("x one sixteen count"))
+def _narrowed(words):
+    """Numbers rounded one by one, and 16 at a time."""
+    a = numba.carray(words, 1)[0]
+    x, one, sixteen = loops.floats(a.x), loops.halves(a.one), loops.halves(a.sixteen)
+    for i in range(a.count):
+        one[i] = loops.narrow(x[i], one)
+    for i in range(0, a.count, vectors.LANES):
+        _identity(sixteen, a.x + 4 * i, 0, 0, a.sixteen + 2 * i, 0, 0, 0, 0, 1, 1, 0)
+
+
+def test_rounding_to_bf16_is_torchs_and_keeps_nan() -> None:
+    """All upper halves of an fp32 number, with lower ones that are rounded down, up and to even; NaN with any bits."""
+    lower = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    bits = ((np.arange(2**16, dtype=np.uint32) << 16)[:, None] | lower).ravel()
+    x, quiet = torch.from_numpy(bits.view(np.float32)), torch.from_numpy(bits & (1 << 22) != 0)
+    one, sixteen = (torch.zeros(len(x), dtype=torch.bfloat16) for _ in range(2))
+    _narrowed(1, x=x, one=one, sixteen=sixteen, count=len(x))
+    for found in (one, sixteen):
+        numbers = ~x.isnan()
+        assert torch.equal(found[numbers].view(torch.int16), x[numbers].to(torch.bfloat16).view(torch.int16))
+        assert found[x.isnan() & quiet].isnan().all() and found[::6][x[::6].isnan()].isnan().all()
+
+
+def test_a_weight_that_is_nan_gives_nan() -> None:
+    """With all bits set, which are 0 when they are rounded as those of a number."""
+    weight = torch.full((16,), -1, dtype=torch.int32).view(torch.float32)
+    x = torch.randn(4, 16, 4, 4).to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    assert batch_norm_act(x, weight, torch.zeros(16), None).isnan().all()
 
 
 SCRIPT = """
