@@ -67,8 +67,8 @@ class Options:
     retry_seconds: float = 300.0
     """Seconds that a remote --data may not answer, or answer wrongly, before the run stops."""
     decoded_cache: float | None = None
-    """GB of decoded images that each rank keeps in memory, its GPU's where it has one, so as to decode them once; left
-    out, all on a CPU where they take at most 0.256 GB, else none."""
+    """GB of decoded images that each rank keeps in memory, its GPU's where it has one, so as to decode them once; inf
+    is all. Left out, all on a CPU where they take at most 0.256 GB, else none."""
     quarantine: bool = True
     """Replace images that turn out to be bad, and list them in RUN/quarantine.jsonl; without it the first one stops
     the run."""

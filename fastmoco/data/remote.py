@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -47,7 +48,7 @@ class RemoteShards:
         self._fetching = fetching
         self._fs, self._path = _filesystem(self.root)
         folder = fetching.folder or cache.folder() / "shards"
-        self.cache = ShardCache(folder, int(fetching.cache_gb * 1e9)) if fetching.cache_gb else None
+        self.cache = ShardCache(folder, int(min(fetching.cache_gb * 1e9, sys.maxsize))) if fetching.cache_gb else None
         self.indexed = self.whole = False
         """Whether a shard is fetched whole when an image of it is wanted."""
         self.known: dict[str, Shard] = {}

@@ -51,8 +51,8 @@ def estimate(recipe: Recipe, options: Options, preset: str) -> dict[str, Any]:
     job = prepare(recipe, places(options, preset, parallel), preset, parallel)
     per_rank = job.recipe.check_ranks(world)
     trials = [_trial(job, pairs) for pairs in _sizes(job.recipe, per_rank)]
-    kept = bytes_decoded(job.train_set.sizes, job.loading.decoded_bytes)
-    loaded = _rate_of_loader(job, trials[-1].pairs, kept)
+    kept = sum(job.kept_bytes)
+    loaded = _rate_of_loader(job, trials[-1].pairs)
     ours = trials[-1].rate
     rate = world * (min(ours, loaded) if parallel.device.type == "cuda" else 1 / (1 / ours + 1 / loaded))
     facts = {
@@ -84,9 +84,9 @@ def _trial(job: Job, pairs: int) -> Trial:
     return Trial(pairs, pairs / seconds, memory(parallel.device))
 
 
-def _rate_of_loader(job: Job, pairs: int, kept: int) -> float:
+def _rate_of_loader(job: Job, pairs: int) -> float:
     """Pairs a second over all epochs: where all images are kept decoded, in the later ones they are but cut."""
-    decoding = _rate(job, job.train_set, pairs, replace(job.loading, decoded_bytes=0))
+    decoding, kept = _rate(job, job.train_set, pairs, replace(job.loading, decoded_bytes=0)), job.loading.decoded_bytes
     if kept < bytes_decoded(job.train_set.sizes, kept + 1):
         return decoding
     few = job.train_set.take(range(pairs))
@@ -95,7 +95,7 @@ def _rate_of_loader(job: Job, pairs: int, kept: int) -> float:
 
 
 def _rate(job: Job, images: Manifest, pairs: int, loading: Loading, first: int = 1) -> float:
-    plan = Plan(_small(job.recipe, pairs), images.sizes)
+    plan = Plan(_small(job.recipe, pairs), images.sizes, shards=images.shards)
     with Loader(images, plan, job.parallel, range(BATCHES + first), loading) as loader:
         return pairs / _seconds(lambda: next(loader), BATCHES, job.parallel.device, first)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -76,31 +77,36 @@ class Job:
             prefetch=self.options.prefetch,
             hw_decoder_load=self.options.decoder_load,
             photometric=self.options.photometric,
-            decoded_bytes=self._decoded_bytes,
+            decoded_bytes=self.kept_bytes[0],
         )
 
     @cached_property
-    def _decoded_bytes(self) -> int:
-        if self.options.decoded_cache is not None:
-            return int(self.options.decoded_cache * 1e9)
-        if self.parallel.device.type != "cpu":
-            return 0
-        size = bytes_decoded(self.train_set.sizes, SMALL + 1)
-        return size if size <= SMALL else 0
+    def kept_bytes(self) -> tuple[int, int]:
+        """Bytes for decoded images of `train_set` and of `val_set`: what they take, or what there is for them.
+
+        Those that train come first. A GPU keeps none of `val_set`: each loader works there on a stream of its own, and
+        does not wait for what another one keeps.
+        """
+        told, on_cpu = self.options.decoded_cache, self.parallel.device.type == "cpu"
+        if told is None and not on_cpu:
+            return 0, 0
+        room = SMALL if told is None else int(min(told * 1e9, sys.maxsize))  # inf is all
+        train = bytes_decoded(self.train_set.sizes, room + (told is None))
+        if train > room:  # unasked all are kept, or none
+            return 0, 0
+        images = self.val_set if train and on_cpu else None
+        return train, 0 if images is None else bytes_decoded(images.sizes, room - train)
 
     def loading_with_memory(self) -> tuple[Loading, Loading]:
         """`loading` of `train_set` and of `val_set`, each with one place for decoded images, for all loaders of a run.
 
-        Only on a CPU: on a GPU each loader works on a stream of its own, and does not wait for what another one keeps.
+        Only on a CPU: see `kept_bytes`.
         """
-        loading, device = self.loading, self.parallel.device
-        if not loading.decoded_bytes or device.type != "cpu":
+        loading = self.loading
+        if not loading.decoded_bytes or self.parallel.device.type != "cpu":
             return loading, loading
-        train = bytes_decoded(self.train_set.sizes, loading.decoded_bytes)
-        rest = (SMALL if self.options.decoded_cache is None else loading.decoded_bytes) - train
-        val = 0 if self.val_set is None else bytes_decoded(self.val_set.sizes, rest)
-        train_loading, val_loading = (dataclasses.replace(loading, kept=PixelCache(size)) for size in (train, val))
-        return train_loading, val_loading
+        train, val = (dataclasses.replace(loading, kept=PixelCache(size)) for size in self.kept_bytes)
+        return train, val
 
 
 def prepare(recipe: Recipe, options: Options, preset: str, parallel: Parallel) -> Job:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 import weakref
@@ -273,8 +274,9 @@ def test_a_closed_loader_gives_its_memory_back(photo_manifest: Manifest, caches:
 def test_wrong_uses() -> None:
     with pytest.raises(ValueError, match="no room for 1.15292e"):
         PixelCache(1 << 60)
-    with pytest.raises(UsageError, match="--decoded-cache is -1"):
-        Options(decoded_cache=-1)
+    for wrong in (-1, math.nan, -math.inf):
+        with pytest.raises(UsageError, match=f"--decoded-cache is {wrong}"):
+            Options(decoded_cache=wrong)
 
 
 def test_how_much_a_set_takes_once_decoded(photo_manifest: Manifest) -> None:
@@ -292,9 +294,12 @@ def test_how_much_a_set_takes_once_decoded(photo_manifest: Manifest) -> None:
         ("cpu", None, 6531, 3 * 2 * 6531**2),
         ("cpu", None, 6533, 0),  # 0.256074 GB
         ("cpu", 0.0, 100, 0),
-        ("cpu", 0.5, 6533, 500_000_000),
+        ("cpu", 0.2, 6533, 200_000_000),
+        ("cpu", math.inf, 6533, 3 * 2 * 6533**2),
         ("cuda", None, 100, 0),
-        ("cuda", 0.5, 100, 500_000_000),
+        ("cuda", 0.00005, 100, 50_000),
+        ("cuda", 0.5, 100, 60_000),  # all is taken at the start, but no more than the set can fill
+        ("cuda", math.inf, 100, 60_000),
     ],
 )
 def test_a_cpu_keeps_small_sets_unless_told_otherwise(
@@ -313,6 +318,7 @@ def test_a_cpu_keeps_small_sets_unless_told_otherwise(
         ("cpu", None, 0, (60000, 0)),
         ("cpu", 0.00007, 2, (60000, 10000)),  # those that train come first
         ("cpu", 0.00005, 2, (50000, 0)),
+        ("cpu", math.inf, 2, (60000, 60000)),
         ("cpu", 0.0, 2, ()),
         ("cuda", 0.5, 2, ()),
     ],
@@ -327,6 +333,7 @@ def test_a_run_on_a_cpu_has_one_place_for_the_images_of_each_set(
     kept = [each.kept for each in both if each.kept is not None]
     assert [dataclasses.replace(loading, kept=None) for loading in both] == [job.loading] * 2
     assert tuple(len(each._block) for each in kept) == sizes
+    assert job.kept_bytes == (sizes or (job.loading.decoded_bytes, 0))  # what --dry-run counts
 
 
 def test_loaders_that_share_a_cache_decode_an_image_once(

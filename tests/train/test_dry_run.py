@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fastmoco.cli import main
-from fastmoco.data.decoded import bytes_decoded
+from fastmoco.data.manifest import scan
 from fastmoco.options import Options
 from fastmoco.parallel import Parallel
+from fastmoco.recipe import RecipeError
 from fastmoco.train import dry_run
 from fastmoco.train.dry_run import Trial, _extrapolate, _sizes
 from fastmoco.train.job import prepare
@@ -36,8 +39,36 @@ def test_later_epochs_of_a_kept_set_are_cut_and_not_decoded(
         options = Options(data=images, device="cpu", threads=1, decoded_cache=cache)
         options = replace(options, out=tmp_path / "run")
         job = prepare(replace(recipe, epochs=6), options, "demo", Parallel())
-        kept = bytes_decoded(job.train_set.sizes, job.loading.decoded_bytes)
-        assert dry_run._rate_of_loader(job, 8, kept) == pytest.approx(expected)
+        assert dry_run._rate_of_loader(job, 8) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("knn", [True, False])
+def test_images_that_are_kept_count_those_of_validation_too(
+    images: Path, recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, knn: bool
+) -> None:
+    monkeypatch.setattr(dry_run, "_trial", lambda job, pairs: Trial(pairs, 1, 1.0))
+    monkeypatch.setattr(dry_run, "_rate", lambda *_: 1.0)
+    options = Options(data=images, out=tmp_path / "run", device="cpu", threads=1, knn=knn, decoded_cache=math.inf)
+    sets = (scan(images / name, cache=False).sizes for name in ("train", "val")[: 1 + knn])
+    expected = 1 + sum(3 * int(sizes.prod(1).sum()) for sizes in sets) / 2**30
+    assert dry_run.estimate(recipe, options, "demo")["memory"] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("cache", [None, 0.0])
+def test_shards_in_windows_are_tried_too(images: Path, recipe, tmp_path: Path, cache: float | None) -> None:
+    """With a cache few of the images stand for all, and their windows are of what these few shards hold."""
+    (tmp_path / "shards").mkdir()
+    paths = sorted((images / "train").rglob("*.jpg"))
+    for number in range(5):
+        with tarfile.open(tmp_path / "shards" / f"{number}.tar", "w") as archive:
+            for path in paths[number::5]:
+                archive.add(path, path.relative_to(images / "train"))
+    windows = replace(recipe, order="windows", window_shards=1)
+    options = Options(data=tmp_path / "shards", out=tmp_path / "run", device="cpu", threads=1, decoded_cache=cache)
+    assert dry_run.estimate(windows, options, "demo")["pairs_per_s"] > 0
+    # The control: of images in no shards there are no windows.
+    with pytest.raises(RecipeError, match="order windows needs images in tar archives"):
+        dry_run.estimate(windows, replace(options, data=images), "demo")
 
 
 def test_a_run_that_cannot_start_is_refused_as_the_run_itself(images: Path, flags, tmp_path: Path, capsys) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -94,7 +95,7 @@ def test_a_window_without_room_in_the_cache_is_refused(recipe, server: ShardServ
 
 def test_validation_images_may_lie_behind_a_url_too(recipe, server: ShardServer, tmp_path: Path) -> None:
     own = Options(data=Path(f"{server.url}/{{0..3}}.tar"), val=Path(f"{server.url}/4.tar"), out=tmp_path / "run")
-    own = places(replace(own, cache_gb=0.01, retry_seconds=3), "demo", Parallel())
+    own = places(replace(own, cache_gb=math.inf, retry_seconds=3), "demo", Parallel())
     job = prepare(recipe, own, "demo", Parallel())
     near = manifest_module.scan(server.folder / "4.tar")
     assert job.val_set is not None and job.val_set.labels.tolist() == near.labels.tolist()
