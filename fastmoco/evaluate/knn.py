@@ -87,13 +87,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """kNN of `encoder` with the labelled images of `train` voting on those of `val`; all ranks call this.
 
-    `loading` is how images are loaded, those of `val` too unless `val_loading` is given. `options` are the others of
-    `features.encode`; the recipe says which features are compared.
+    `loading` is how images are loaded, those of `val` too unless `val_loading` is given; what it has kept are images of
+    `train` alone. `options` are the others of `features.encode`; the recipe says which features are compared.
     Returns top1 and top5 in percent, k, temperature, the number of classes and of images on either side.
     """
     options = {"features": recipe.knn_features, "dtype": kept_as(parallel.device), **options}
     bank, bank_labels = extract(encoder, train, recipe, parallel, loading=loading, **options)
-    queries, labels = extract(encoder, val, recipe, parallel, loading=val_loading or loading, **options)
+    val_loading = val_loading or dataclasses.replace(loading, kept=None)
+    queries, labels = extract(encoder, val, recipe, parallel, loading=val_loading, **options)
     classes = len(train.classes)
     top1, top5 = knn_accuracy(bank, bank_labels, queries, labels, recipe.knn_k, recipe.knn_temperature, classes)
     facts = {"k": min(recipe.knn_k, len(bank)), "temperature": recipe.knn_temperature, "classes": classes}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fastmoco.data import loader, manifest
+from fastmoco.data.decoded import PixelCache
 from fastmoco.data.loader import Loading
 from fastmoco.data.pipeline import Decoding
 from fastmoco.encoder import build_encoder
@@ -122,6 +123,16 @@ def test_images_are_decoded_as_the_recipe_and_the_run_say(images, encoder, monke
     knn.evaluate(encoder, images, images, fancy, Parallel(), loading=Loading(1, hw_decoder_load=0.25))
     encode(encoder, images, RECIPE, Parallel(), loading=Loading(threads=1))  # the control
     assert [options["decoding"] for options in used] == [Decoding(0.25, True)] * 2 + [Decoding(None, False)]
+
+
+def test_pixels_kept_of_the_images_that_vote_are_not_taken_for_those_to_classify(images, encoder):
+    """The same images the other way round: the nearest one is the image itself, unless places are taken for images."""
+    kept = PixelCache(3 * int(images.sizes.prod(1).sum()))
+    loading, one = Loading(threads=1, kept=kept), replace(RECIPE, knn_k=1)
+    turned = images.take(reversed(range(len(images))))
+    assert knn.evaluate(encoder, images, turned, one, Parallel(), loading=loading)["top1"] == 100
+    wrong = knn.evaluate(encoder, images, turned, one, Parallel(), loading=loading, val_loading=loading)
+    assert wrong["top1"] < 50 and len(kept) == len(images)  # the control
 
 
 def test_images_without_labels(images, encoder):
