@@ -14,13 +14,17 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from fastmoco.cli import main
 from fastmoco.contrast.step import Step
 from fastmoco.contrast.update import resolve_precision
+from fastmoco.data import loader
 from fastmoco.data.loader import READERS
+from fastmoco.data.quarantine import NAME as QUARANTINE
+from fastmoco.data.request import read
 from fastmoco.options import Options, Pretrain, UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.process.stop import StopRequest
@@ -125,6 +129,36 @@ def test_only_a_run_that_began_on_a_cpu_keeps_its_precision_there(
     monkeypatch.setattr("fastmoco.contrast.update.instructions", lambda: here)
     kept = record.precision_before(prepared) or resolve_precision("auto", prepared.parallel.device)
     assert kept == (other if device == "CPU, 64 cores" else auto)
+
+
+@pytest.mark.parametrize("cache", [None, 0.0])
+def test_a_file_that_is_damaged_meanwhile_is_met_when_it_is_read_again(cache, images, recipe, tmp_path, monkeypatch):
+    """Two files are whole the first two times. Kept images are not read again, until another process goes on."""
+    recipe, harmed = replace(recipe, batch_size=4, epochs=4, max_bad_share=0.1), {3, 30}
+    reads: list[int] = []
+
+    def read_while_whole(source, index, *how):
+        reads.append(index)
+        bad = index in harmed and reads.count(index) > 2
+        return np.frombuffer(b"x", np.uint8) if bad else read(source, index, *how)
+
+    def bad_steps(name: str) -> list[int]:
+        return [line["step"] for line in read_lines(tmp_path / name / QUARANTINE)]
+
+    monkeypatch.setattr(loader, "read", read_while_whole)
+    pretrain(recipe, options(images, tmp_path / "whole", decoded_cache=cache))
+    reads.clear()
+    pretrain(recipe, options(images, tmp_path / "cut", decoded_cache=cache, stop_after=25))
+    before = bad_steps("cut")
+    reads += 2 * sorted(harmed)  # another process finds on the disk what this one has kept
+    pretrain(recipe, options(images, tmp_path / "cut", decoded_cache=cache, resume=True))
+    states = [checkpoint.load(checkpoint.latest(tmp_path / name)).state for name in ("whole", "cut")]
+    if cache == 0:
+        assert len(bad_steps("whole")) == 2 and bad_steps("cut") == bad_steps("whole")
+        assert differing(*states) == []
+    else:
+        assert bad_steps("whole") == before == [] and len(bad_steps("cut")) == 2 and min(bad_steps("cut")) >= 25
+        assert differing(*states) != []
 
 
 def test_a_step_count_off_by_one_is_noticed(images, recipe, whole, tmp_path):
