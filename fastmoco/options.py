@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 from fastmoco.recipe import MOST_PIXELS, Recipe
 
 Device = Literal["auto", "cpu", "cuda"]
+LONGEST = 10**9  # seconds: no clock counts to infinity
 
 
 class UsageError(ValueError):
@@ -113,12 +114,13 @@ class Options:
 
     def __post_init__(self) -> None:
         at_least = {"log_every": 1, "prefetch": 1, "keep": 2, "knn_every": 0, "threads": 0}
-        at_least |= {"save_every": 0, "save_minutes": 0, "timeout_seconds": 0}
-        at_least |= {"cache_gb": 0, "retry_seconds": 0}
-        at_least |= {"keep_every": 0, "watchdog_seconds": 0, "decoded_cache": 0}
+        at_least |= {"save_every": 0, "save_minutes": 0, "cache_gb": 0, "retry_seconds": 0}
+        at_least |= {"keep_every": 0, "decoded_cache": 0}
         for name, low in at_least.items():
             value = getattr(self, name)
             require(value is None or value >= low, name, value, f"use a number of at least {low}")
+        for name in ("timeout_seconds", "watchdog_seconds"):
+            require_seconds(name, getattr(self, name))
         if self.stop_after is not None:
             require(self.stop_after >= 1, "stop_after", self.stop_after, "use a number of at least 1")
         load = self.hw_decoder_load
@@ -455,6 +457,11 @@ def require_file(path: Path, name: str) -> None:
     """Raise UsageError if a file cannot be written there because it is a folder; the folder of the file is made."""
     require(not path.is_dir(), name, str(path), "name a file, not a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def require_seconds(name: str, value: float, least: int = 0) -> None:
+    """Raise UsageError unless clocks can wait for so many seconds, up to some thirty years."""
+    require(least <= value <= LONGEST, name, value, f"use a number from {least} to {LONGEST}")
 
 
 def require(ok: bool, name: str, value: object, remedy: str) -> None:

@@ -132,6 +132,12 @@ def test_help_of_every_command_is_instant_and_imports_no_torch():
         (["pretrain", "v2", "--queue-size", "0"], "queue_size is 0: use a whole number of at least 1"),
         (["pretrain", "v2", "--blur-p", "2"], "blur_p is 2.0: use a probability from 0 to 1"),
         (["pretrain", "v2", "--keep", "1"], "--keep is 1: use a number of at least 2"),
+        (["pretrain", "v2", "--timeout-seconds", "inf"], "--timeout-seconds is inf: use a number from 0 to 1000000000"),
+        (
+            ["pretrain", "v2", "--watchdog-seconds", "nan"],
+            "--watchdog-seconds is nan: use a number from 0 to 1000000000",
+        ),
+        (["evaluate", "finetune", "x", "--timeout-seconds", "inf"], "use a number from 1 to 1000000000"),
         (["pretrain", "v2", "--out", "x"], "needs --data"),
         (["pretrain", "v2", "--resume"], "--out RUN"),
         (["evaluate", "knn"], "PATH"),

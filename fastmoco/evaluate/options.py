@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastmoco.options import Device, UsageError, require
+from fastmoco.options import Device, UsageError, require, require_seconds
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ class EvaluateFinetune:
         require(self.batch_size >= 2, "batch_size", self.batch_size, "use a number of at least 2")
         require(self.lr == "auto" or self.lr > 0, "lr", self.lr, "use auto or more than 0")
         require(self.lr_head is None or self.lr_head > 0, "lr_head", self.lr_head, "use more than 0")
+        require_seconds("timeout_seconds", self.timeout_seconds, 1)
         if self.subset is not None and self.fraction != 1:
             raise UsageError("--subset does not go with --fraction: the list says which images: leave one out")
 
@@ -158,8 +159,9 @@ class EvaluateDetection:
 
     def __post_init__(self) -> None:
         require(self.data is not None, "data", self.data, "name a folder in the layout of VOCdevkit")
-        for name in ("iterations", "batch_size", "regions", "save_every", "log_every", "timeout_seconds"):
+        for name in ("iterations", "batch_size", "regions", "save_every", "log_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "use a number of at least 1")
+        require_seconds("timeout_seconds", self.timeout_seconds, 1)
         require(self.size >= 32, "size", self.size, "use at least 32 pixels")
         require(self.lr is None or self.lr > 0, "lr", self.lr, "use more than 0")
         require(self.threads >= 0, "threads", self.threads, "use 0 or more")
