@@ -8,7 +8,7 @@ The threads are those of torch's OpenMP, which lends them through `GOMP_parallel
 says, and none beside torch's own. In a forked child it is as with torch: one thread works, several wait forever.
 
 numba keeps what it compiled in NUMBA_CACHE_DIR, or beside these files, or in the user's folder for caches. Where it may
-write to none of them, each process compiles for itself.
+write to none of them, each process compiles for itself. What cannot be read there is compiled and written anew.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 from fastmoco.kernels import reference
@@ -68,11 +70,15 @@ class Loop:
 
     @functools.cached_property
     def _address(self) -> Any:
-        signature = types.void(self._words.pointer)
+        compiled = functools.partial(numba.cfunc, types.void(self._words.pointer), **OPTIONS)
         try:
-            self._compiled = numba.cfunc(signature, cache=True, **OPTIONS)(self._function)
+            try:
+                self._compiled = compiled(cache=True)(self._function)
+            except (EOFError, pickle.UnpicklingError):  # a machine that stopped left files without their end
+                FunctionCache(self._function).flush()
+                self._compiled = compiled(cache=True)(self._function)
         except (RuntimeError, OSError):  # no folder for the cache, or none that can be written
-            self._compiled = numba.cfunc(signature, **OPTIONS)(self._function)
+            self._compiled = compiled()(self._function)
         return self._compiled.address
 
     def _filled(self, pieces: int, arguments: dict[str, Any]) -> ctypes.Structure:

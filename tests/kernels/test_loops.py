@@ -207,6 +207,34 @@ def test_without_a_place_to_write_each_process_compiles(tmp_path: Path) -> None:
     assert in_a_new_process(tmp_path / "file" / "folder") == 0
 
 
+@loops.loop(loops.Words("to"))
+def _kept(words):
+    """For the next test alone, which spoils it for whoever calls it at the same time."""
+    loops.longs(numba.carray(words, 1)[0].to)[0] = 7
+
+
+@pytest.mark.parametrize("spoiled", ["nbi", "nbc"])
+@pytest.mark.parametrize("end", ["nothing", "half", "zeros"])
+def test_a_file_of_the_cache_without_its_end_is_written_anew(spoiled: str, end: str) -> None:
+    """An index or a loop, as a machine leaves it that stops before all is on the disk."""
+
+    def found_compiled() -> int:
+        loop, number = loops.Loop(_kept._function, _kept._words), torch.zeros(1, dtype=torch.int64)
+        loop(1, to=number)
+        assert number == 7
+        return loop._compiled.cache_hits
+
+    found_compiled()
+    assert found_compiled() == 1
+    files = list(Path(os.environ["NUMBA_CACHE_DIR"]).rglob(f"test_loops._kept-*.{spoiled}"))
+    for path in files:
+        whole = path.read_bytes()
+        half = whole[: len(whole) // 2]
+        path.write_bytes({"nothing": b"", "half": half, "zeros": half + bytes(len(whole) - len(half))}[end])
+    assert files and found_compiled() == 0
+    assert found_compiled() == 1
+
+
 def test_an_installation_without_numba_says_so_and_does_without(monkeypatch) -> None:
     monkeypatch.setattr(dispatch, "HAS_NUMBA", False)
     with pytest.warns(UserWarning, match="pip install numba"):
