@@ -1,4 +1,4 @@
-"""Loops compiled for a CPU: threads, forks, the cache, and an installation without numba."""
+"""Loops compiled for a CPU: threads, forks, rounding, the cache, and memory that they cannot read."""
 
 import functools
 import multiprocessing
@@ -16,7 +16,6 @@ from torch import Tensor
 pytest.importorskip("numba")
 import numba
 
-from fastmoco.kernels import dispatch
 from fastmoco.kernels.batch_norm import Norm, batch_norm_act, batch_norm_act_twice
 from fastmoco.kernels.batch_norm_pool import batch_norm_pool
 from fastmoco.kernels.cpu import batch_norm as cpu_batch_norm
@@ -233,16 +232,6 @@ def test_a_file_of_the_cache_without_its_end_is_written_anew(spoiled: str, end: 
         path.write_bytes({"nothing": b"", "half": half, "zeros": half + bytes(len(whole) - len(half))}[end])
     assert files and found_compiled() == 0
     assert found_compiled() == 1
-
-
-def test_an_installation_without_numba_says_so_and_does_without(monkeypatch) -> None:
-    monkeypatch.setattr(dispatch, "HAS_NUMBA", False)
-    with pytest.warns(UserWarning, match="pip install numba"):
-        assert torch.equal(views(), views(impl="reference"))
-    for kind in ("dual", "pool"):
-        with pytest.warns(UserWarning, match="pip install numba"):
-            found = norms(kind)
-        assert same(found, norms(kind, impl="reference"))
 
 
 def activation() -> tuple[Tensor, Norm]:

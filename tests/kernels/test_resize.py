@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastmoco.kernels import dispatch, resize
-from fastmoco.kernels.cpu import resize as loop
 from fastmoco.kernels.resize import resizing
 
 SIZES = (1, 2, 5, 7, 16, 24, 33, 112)
@@ -173,6 +172,9 @@ def test_a_type_whose_name_has_uint8_in_it_is_refused() -> None:
 
 
 def test_without_numba_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    from fastmoco.kernels.cpu import resize as loop
+
     images = pictures(3, 20, 30)
     boxes = boxes_in(images, 8)
     expected = crops_of(images, boxes, 8)
