@@ -64,6 +64,8 @@ def by(monkeypatch):
     """by(forward, input, weight): every layer takes these ways from now on."""
 
     def take(*ways: str) -> None:
+        if "winograd" in ways:
+            pytest.importorskip("numba")
         choice = dict(zip(("forward", "input", "weight"), ways, strict=True))
         monkeypatch.setattr(convolution, "choose", lambda layer, product, *_: choice[product])
         convolution._ways.cache_clear()
@@ -119,6 +121,44 @@ def test_results_do_not_depend_on_where_memory_lies(dtype: torch.dtype, way: str
         assert all(torch.equal(a, b) for a, b in zip(gradients(offset), expected, strict=True))
 
 
+def _sliced(t: Tensor) -> Tensor:
+    samples, channels, height, width = t.shape
+    room = t.new_full((samples, 2 * channels, height + 1, width + 2), torch.nan)
+    return room[:, ::2, 1:, 1:-1].copy_(t)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels first": Tensor.contiguous,
+    "sliced": _sliced,
+    "expanded": lambda t: t[:1].expand(t.shape),
+    "turned": lambda t: t.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("which", ["x", "weight", "grad"])
+@pytest.mark.parametrize("way", ["product", "winograd"])
+def test_a_tensor_may_lie_in_memory_in_any_way(way: str, which: str, layout: str, by) -> None:
+    """Results are, to the bit, those of a copy that is channels-last."""
+    by(way, way, way)
+    x, weight, stride, padding = make(WHOLE, torch.float32)
+    grad = torch.randn(2, 48, 6, 5, generator=torch.Generator().manual_seed(0))
+    tensors = {"x": x, "weight": weight, "grad": grad.contiguous(memory_format=torch.channels_last)}
+
+    def gradients(x: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (x, weight)]
+        y = conv2d(*leaves, stride=stride, padding=padding)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+    if (way, which, layout) == ("product", "x", "turned"):
+        pytest.xfail("windows are taken of it as if it were channels-last")
+    odd = LAYOUTS[layout](tensors[which])
+    assert not odd.is_contiguous(memory_format=torch.channels_last)
+    copied = odd.contiguous(memory_format=torch.channels_last)
+    found, expected = (gradients(**tensors | {which: each}) for each in (odd, copied))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_what_is_widened_takes_fp32s_faster_way(by, monkeypatch) -> None:
     """With few rows and large weights a product; each tensor of the backward pass is widened once."""
     shape = (64, 64, 3, 1, 2, 2, 2)
@@ -145,9 +185,13 @@ def test_the_budget_rejects_a_wrong_product(by, monkeypatch) -> None:
         assert_within_budget(results(*make(SHAPES[0]), function=conv2d), SHAPES[0])
 
 
-@pytest.mark.parametrize("way", ["product", "winograd"])
+@pytest.mark.parametrize("way", ["product", "widened", "winograd"])
 @pytest.mark.parametrize("needs", ["x", "weight"])
-def test_only_the_gradient_that_is_wanted(needs: str, way: str, by) -> None:
+def test_only_the_gradient_that_is_wanted(needs: str, way: str, by, monkeypatch) -> None:
+    def unwanted(*_: object) -> Tensor:
+        raise AssertionError("a gradient that nobody asked for")
+
+    monkeypatch.setattr(convolution, "weight_gradient" if needs == "x" else "input_gradient", unwanted)
     by("direct", way, way)
     x, weight, stride, padding = make(WHOLE)
     leaf = (x if needs == "x" else weight).requires_grad_()

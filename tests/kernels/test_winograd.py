@@ -69,6 +69,15 @@ def test_error_budget(dtype: torch.dtype, tile: winograd.Tile, shape: tuple[int,
     assert all(each.dtype == dtype and each.is_contiguous(memory_format=torch.channels_last) for each in found.values())
 
 
+@pytest.mark.parametrize(("dtype", "tile"), KINDS)
+def test_many_blocks_are_added_in_longer_runs(dtype: torch.dtype, tile: winograd.Tile) -> None:
+    """More blocks than there are sums of the fewest; the last sum has fewer of them than the others."""
+    tensors = make((2, 16, 16, 93, 91), dtype)
+    tiles, _ = winograd._sizes(tensors[0], tile)
+    assert tiles > winograd.RUN * winograd.SUMS * winograd.TILES
+    assert_within_budget(ours(*tensors, tile), tensors)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_small_tiles_of_whole_numbers_are_exact(shape: tuple[int, ...]) -> None:
     """Its points are 0, 1 and -1: quarters of whole numbers are fp32 numbers, and so is each sum."""
