@@ -86,6 +86,8 @@ def announcement(job: Job, precision: str, step: int) -> Iterator[str]:
     )
     yield expectation(job.recipe, job.plan.steps_per_epoch)
     yield from job.notes
+    if any(job.kept_bytes):
+        yield f"{sum(job.kept_bytes) / 1e9:.2g} GB of each rank's memory keep decoded images (--decoded-cache)"
     if job.options.resume:
         yield f"resumed after step {step}"
 
