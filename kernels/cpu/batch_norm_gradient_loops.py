@@ -9,7 +9,19 @@ import numba
 import numpy as np
 
 from fastmoco.kernels.cpu.batch_norm_loops import AGAIN, GROUPS, PIECES, STRETCH, affine, bounds, flush, repeat
-from fastmoco.kernels.cpu.loops import Words, doubles, floats, halves, last, loop, narrow, part, take, times, widen
+from fastmoco.kernels.cpu.loops import (
+    Words,
+    doubles,
+    floats,
+    halves,
+    last,
+    loop,
+    narrow_or_nan,
+    part,
+    take,
+    times,
+    widen,
+)
 
 VECTORS = 14
 """Of a piece, fp32 [width]: scale, shift and the residual's scale for the mask, two means, three sums, the slopes of
@@ -43,7 +55,7 @@ def _add_sums(
         if value <= floor:
             g = np.float32(0)
         if masked is not None:
-            masked[k] = narrow(g, masked)
+            masked[k] = narrow_or_nan(g, masked)
         sums[c] += g
         sums[width + c] += g * away
         if residual is not None:
@@ -189,9 +201,9 @@ def _gradient(grad, x, residual, grad_x, grad_residual, first, end, width, vecto
                 output += other * residual_scale[c]
             if output <= floor:
                 g = np.float32(0)
-            grad_x[k] = narrow(g * g_x[c] + times(value, x_x[c]) + shift_x[c], grad_x)
+            grad_x[k] = narrow_or_nan(g * g_x[c] + times(value, x_x[c]) + shift_x[c], grad_x)
             if residual is not None:
-                grad_residual[k] = narrow(g * g_r[c] + times(other, r_r[c]) + shift_r[c], grad_residual)
+                grad_residual[k] = narrow_or_nan(g * g_r[c] + times(other, r_r[c]) + shift_r[c], grad_residual)
 
 
 @part

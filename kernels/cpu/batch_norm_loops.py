@@ -16,7 +16,7 @@ import math
 import numba
 import numpy as np
 
-from fastmoco.kernels.cpu.loops import Words, doubles, floats, halves, last, loop, narrow, part, take, widen
+from fastmoco.kernels.cpu.loops import Words, doubles, floats, halves, last, loop, narrow_or_nan, part, take, widen
 
 STRETCH = 64  # runs that are summed in fp32
 PIVOTS = 16  # rows whose mean is subtracted, at most
@@ -203,7 +203,7 @@ def _apply(x, residual, y, first, end, width, scale, shift, residual_scale, floo
                 value += widen(residual[start + c]) * residual_scale[c]
             elif residual is not None:
                 value += widen(residual[start + c])
-            y[start + c] = narrow(floor if value < floor else value, y)
+            y[start + c] = narrow_or_nan(floor if value < floor else value, y)
 
 
 @part

@@ -149,7 +149,7 @@ def _narrowed(words):
     a = numba.carray(words, 1)[0]
     x, one, sixteen = loops.floats(a.x), loops.halves(a.one), loops.halves(a.sixteen)
     for i in range(a.count):
-        one[i] = loops.narrow(x[i], one)
+        one[i] = loops.narrow_or_nan(x[i], one)
     for i in range(0, a.count, vectors.LANES):
         _identity(sixteen, a.x + 4 * i, 0, 0, a.sixteen + 2 * i, 0, 0, 0, 0, 1, 1, 0)
 
