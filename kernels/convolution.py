@@ -283,7 +283,8 @@ def _windows(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
     images = x.permute(0, 2, 3, 1)
     if kernel == 1:
         return images[:, ::stride, ::stride].reshape(-1, channels)
-    padded = F.pad(images, (0, 0, padding, padding, padding, padding)) if padding else images.contiguous()
+    images = images.contiguous()  # as it is where x is channels-last
+    padded = F.pad(images, (0, 0, padding, padding, padding, padding)) if padding else images
     height, width = height + 2 * padding, width + 2 * padding
     down, right = (height - kernel) // stride + 1, (width - kernel) // stride + 1
     row = width * channels

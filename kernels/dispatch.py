@@ -59,7 +59,7 @@ def maker(impl: Impl, device: torch.device, dtype: torch.dtype) -> Maker:
         return "triton"
     if impl != "auto" or device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return "reference"
-    if not HAS_NUMBA:
+    if not HAS_NUMBA and not torch.compiler.is_compiling():  # which traces no warning
         warnings.warn(
             "batch norm, augmentation and convolutions run in plain torch, slower: pip install numba", stacklevel=2
         )

@@ -23,7 +23,7 @@ from fastmoco.kernels.cpu.loops import (
     floats,
     halves,
     loop,
-    narrow,
+    narrow_or_nan,
     part,
     take,
     times,
@@ -66,9 +66,9 @@ def _write(channels, scale, shift, value, place, y, peaks, places):
     for c in range(channels):
         out = value[c] * scale[c] + shift[c]
         if peaks is not None:
-            peaks[c] = narrow(value[c], peaks)
+            peaks[c] = narrow_or_nan(value[c], peaks)
             places[c] = np.uint8(np.int32(np.float32(NOWHERE) if out <= 0 else place[c]))
-        y[c] = narrow(np.float32(0) if out < 0 else out, y)
+        y[c] = narrow_or_nan(np.float32(0) if out < 0 else out, y)
 
 
 @part
@@ -144,7 +144,7 @@ def _spread(g, p, codes, offsets, x, grad_x, channels, of_g, of_x, shift):
         total += widen(g[offsets[1] + c]) if p[offsets[1] + c] == codes[1] else np.float32(0)
         total += widen(g[offsets[2] + c]) if p[offsets[2] + c] == codes[2] else np.float32(0)
         total += widen(g[offsets[3] + c]) if p[offsets[3] + c] == codes[3] else np.float32(0)
-        grad_x[c] = narrow(total * of_g[c] + times(widen(x[c]), of_x[c]) + shift[c], grad_x)
+        grad_x[c] = narrow_or_nan(total * of_g[c] + times(widen(x[c]), of_x[c]) + shift[c], grad_x)
 
 
 @part

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmoco.kernels import batch_norm, batch_norm_kernels, batch_norm_plan, reference
 from fastmoco.kernels.batch_norm import Norm, batch_norm_act, batch_norm_act_twice, cost
-from fastmoco.kernels.dispatch import HAS_NUMBA, Machine
+from fastmoco.kernels.dispatch import Machine
 from fastmoco.kernels.tiles import TABLE
 
 FORMS = ("none", "plain", "dual")
@@ -376,8 +376,6 @@ def test_operators_are_well_registered(form: str, by: str, device: torch.device)
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_compiles_whole_and_fakes(impl: str, device: torch.device) -> None:
-    if impl == "auto" and not HAS_NUMBA:
-        pytest.skip("the warning that there is no numba is not traced")
     case = make_case((4, 6, 3, 3), "dual", torch.float32, device)
     for call, second in ((batch_norm_act_twice, case.grad * 3), (batch_norm_act, None)):
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmoco.kernels import batch_norm, batch_norm_kernels, batch_norm_plan, batch_norm_pool, reference
 from fastmoco.kernels.batch_norm_pool import cost
-from fastmoco.kernels.dispatch import HAS_NUMBA, Machine
+from fastmoco.kernels.dispatch import Machine
 
 IMPLS = ("triton", "reference", "auto")  # auto: on a CPU the compiled loops
 LOW = (torch.bfloat16, torch.float16)
@@ -230,8 +230,6 @@ def test_operators_are_well_registered(by: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_compiles_whole_and_fakes(impl: str, device: torch.device) -> None:
-    if impl == "auto" and not HAS_NUMBA:
-        pytest.skip("the warning that there is no numba is not traced")
     case, call = make_case((4, 6, 5, 4), torch.float32, device), batch_norm_pool.batch_norm_pool
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     expected, actual = (results(f, case, 2, impl=impl) for f in (call, compiled))

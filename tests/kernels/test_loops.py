@@ -172,6 +172,7 @@ def test_a_weight_that_is_nan_gives_nan() -> None:
     weight = torch.full((16,), -1, dtype=torch.int32).view(torch.float32)
     x = torch.randn(4, 16, 4, 4).to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
     assert batch_norm_act(x, weight, torch.zeros(16), None).isnan().all()
+    assert batch_norm_pool(x, weight, torch.zeros(16), None, 1)[0].isnan().all()
 
 
 SCRIPT = """

@@ -361,7 +361,6 @@ def test_operator_passes_opcheck_and_fake_tensors():
     assert fake.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.skipif(not HAS_NUMBA, reason="the warning that there is no numba is not traced")
 def test_compiled_whole_it_gives_the_same_views():
     crops, parameters = photos(3, 8), draws(3, "v2")
     compiled = torch.compile(lambda c, p: 2 * views(c, p, torch.float32), fullgraph=True, backend="aot_eager")
