@@ -48,7 +48,8 @@ def read(path: Path) -> RecipeFile:
         raise RecipeError(f"{file}: there is no preset {preset!r}: use one of {', '.join(PRESETS)}")
     if isinstance(data.get("recipe"), dict):  # what a run wrote: whole, and perhaps by an older version
         preset = preset if preset in PRESETS else "v1"
-        return RecipeFile(preset, differences(PRESETS[preset][1], Recipe.from_dict(data["recipe"])))
+        asked = Recipe.from_dict(data["recipe"] | data.get("left_open", {}))  # other images settle it anew
+        return RecipeFile(preset, differences(PRESETS[preset][1], asked))
     values = flat({name.replace("-", "_"): value for name, value in data.items()})
     for name in values:
         if name not in FIELDS:

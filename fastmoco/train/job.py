@@ -46,6 +46,14 @@ class Job:
     """Labelled images for kNN; None if there are none, or none are wanted."""
     notes: tuple[str, ...]
     """Lines about the images and the queue, for people."""
+    asked: Recipe | None = None
+    """The recipe before the images settled what it left open."""
+
+    @property
+    def left_open(self) -> dict[str, object]:
+        """Fields of `recipe` that follow the images, with what was asked for: another set settles them otherwise."""
+        asked = self.recipe if self.asked is None else self.asked
+        return {name: before for name, (_, before) in self.recipe.differences(asked).items()}
 
     @property
     def out(self) -> Path:
@@ -117,7 +125,7 @@ def prepare(recipe: Recipe, options: Options, preset: str, parallel: Parallel) -
     notes += _decide_fetching(train_set, final)
     if train_set.transparent and final.background != "ignore":
         notes.append(f"{train_set.transparent} images have transparency: shown over {final.background} (--background)")
-    return Job(preset, final, options, parallel, train_set, val_set, tuple(notes))
+    return Job(preset, final, options, parallel, train_set, val_set, tuple(notes), recipe)
 
 
 def places(options: Options, preset: str, parallel: Parallel) -> Options:

@@ -31,6 +31,7 @@ def write(job: Job, precision: str, step: int) -> None:
     facts: dict[str, Any] = {
         "preset": job.preset,
         "recipe": job.recipe.as_dict(),
+        "left_open": job.left_open,
         "options": _told(job),
         "ranks": job.parallel.world,
         "images": len(job.train_set),

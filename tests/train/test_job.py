@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from fastmoco import recipe_file
 from fastmoco.options import Options
 from fastmoco.parallel import Parallel
 from fastmoco.presets import PRESETS
-from fastmoco.train import job
+from fastmoco.train import job, record
 from fastmoco.train.record import announcement
 
 
@@ -33,3 +34,17 @@ def test_a_run_says_what_memory_it_keeps_images_in(
         if said
         else []
     )
+
+
+def test_the_recipe_of_a_run_leaves_open_to_other_images_what_its_own_settled(
+    images: Path, recipe, tmp_path: Path
+) -> None:
+    asked = replace(recipe, epochs=0, queue_size="auto", order="auto", batch_size=8)
+    settled = job.prepare(asked, Options(data=images, out=tmp_path / "run", device="cpu"), "demo", Parallel())
+    assert settled.recipe.epochs > 0 and settled.recipe.queue_size != "auto"
+    record.write(settled, "fp32", 0)
+    base = PRESETS["demo"][1]
+    assert recipe_file.read(tmp_path / "run").values == recipe_file.differences(base, asked)
+    facts = tmp_path / "run" / "recipe.json"
+    facts.write_text(facts.read_text().replace('"left_open"', '"of_older_runs_there_is_none"'))
+    assert recipe_file.read(tmp_path / "run").values == recipe_file.differences(base, settled.recipe)
