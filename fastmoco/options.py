@@ -108,7 +108,7 @@ class Options:
     """Seconds without a step after which the process shows the stacks of its threads and ends with code 124, three
     times as many before the first step; 0 is never."""
     tensorboard: bool = False
-    """Also write RUN/tensorboard (needs the extra: pip install 'fastmoco[tensorboard]')."""
+    """Also write RUN/tensorboard (needs the extra: pip install -c constraints.txt -e '.[tensorboard]')."""
     track: Literal["none", "wandb", "trackio"] = "none"
     """Also send the figures to Weights & Biases or Trackio (needs the package of that name)."""
 

@@ -229,7 +229,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
             }
         return fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
     except (ImportError, ValueError) as error:
-        what = f"{scheme}:// needs fsspec and {package}: pip install 'fastmoco[remote]'"
+        what = f"{scheme}:// needs fsspec and {package}: pip install -c constraints.txt -e '.[remote]'"
         raise DataError(f"{what} ({error})", exit_code=2) from None
 
 
