@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,17 @@ ROOT = Path(__file__).parents[1]
 def test_the_version_is_said_once() -> None:
     assert environment.versions()["fastmoco"] == fastmoco.__version__
     assert (ROOT / "fastmoco" / "py.typed").is_file()
+
+
+def test_the_folder_above_a_clone_finds_the_installed_package(tmp_path: Path) -> None:
+    """There Python meets the clone's folder first, which has the package's name and is none."""
+    if not any(metadata.distributions(name="fastmoco")):
+        pytest.skip("it is not installed here")
+    (tmp_path / "fastmoco" / "tests").mkdir(parents=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    code = "import fastmoco; print(fastmoco.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == fastmoco.__version__, done.stderr
 
 
 def test_importing_the_package_imports_no_torch_until_a_step_is_asked_for() -> None:
