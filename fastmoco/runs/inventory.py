@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastmoco.options import CheckpointList, CheckpointVerify, UsageError
 from fastmoco.runs import checkpoint
+from fastmoco.runs.facts import read_facts
 
 MIB = 2**20
 
@@ -36,5 +37,6 @@ def _checkpoints(run: Path) -> list[Path]:
         raise UsageError(f"{run} is no run: it does not exist")
     paths = checkpoint.steps(run)
     if not paths:
+        read_facts(run)  # a folder without either is no run
         raise UsageError(f"{run} has no checkpoint yet")
     return paths

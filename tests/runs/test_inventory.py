@@ -46,8 +46,10 @@ def test_list_shows_what_is_there_and_what_was_set_aside(run, capsys):
 
 
 @pytest.mark.parametrize("command", ["verify", "list"])
-def test_a_run_without_checkpoints_is_wrong_use(command, tmp_path, capsys):
-    assert main(["checkpoint", command, str(tmp_path)]) == 2
-    assert main(["checkpoint", command, str(tmp_path / "none")]) == 2
-    output = capsys.readouterr().err
-    assert "no checkpoint yet" in output and "does not exist" in output
+def test_a_run_without_checkpoints_is_wrong_use_and_so_is_a_folder_that_is_no_run(command, tmp_path, capsys):
+    young = tmp_path / "young"
+    young.mkdir()
+    (young / "recipe.json").write_text("{}")
+    for folder, words in ((young, "no checkpoint yet"), (tmp_path, "is no run"), (tmp_path / "none", "does not exist")):
+        assert main(["checkpoint", command, str(folder)]) == 2
+        assert words in capsys.readouterr().err
