@@ -30,7 +30,7 @@ from fastmoco.options import Pretrain, PretrainFlags, UsageError, check_places, 
 from fastmoco.presets import PRESETS
 from fastmoco.process import interrupt
 from fastmoco.recipe import HARMLESS_ON_RESUME, UNUSED, Recipe, RecipeError
-from fastmoco.runs.facts import RECIPE, read_facts
+from fastmoco.runs.facts import RECIPE, go_on, read_facts
 
 PROG = "fastmoco"
 LEAST_COLUMNS = 40
@@ -349,15 +349,20 @@ def _split(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
         group = words[0] if words and argv[0] == words[0] else ""
         print(_overview(group))
         raise SystemExit(0 if argv else 2)
-    raise UsageError(_unknown(words))
+    raise UsageError(_preset_of_run(argv) if words == ["pretrain"] and "--resume" in argv else _unknown(words))
 
 
 def _recipe_of(argv: Sequence[str]) -> Path | None:
     """The file that --recipe names, before flags are looked at: they are checked together with what it says."""
+    file = _value(argv, "--recipe")
+    return None if file is None else Path(file)
+
+
+def _value(argv: Sequence[str], flag: str) -> str | None:
     for word, after in itertools.zip_longest(argv, argv[1:], fillvalue=""):
         name, joined, value = word.partition("=")
-        if name == "--recipe":
-            return Path(value if joined else after)
+        if name == flag:
+            return value if joined else after
     return None
 
 
@@ -366,6 +371,14 @@ def _overview(group: str = "") -> str:
     width = max(map(len, rows or COMMANDS)) + 2
     lines = [f"usage: {PROG} COMMAND [flags]      ({PROG} COMMAND --help lists the flags)", ""]
     return "\n".join(lines + [f"  {name:<{width}}{text}" for name, text in (rows or COMMANDS).items()])
+
+
+def _preset_of_run(argv: Sequence[str]) -> str:
+    """What to say where the preset of a run that is to go on was left out."""
+    run = _value(argv, "--out")
+    if run is None or not (Path(run) / RECIPE).is_file():
+        return _unknown(["pretrain"])
+    return f"pretrain needs the preset that {run} was started with: {go_on(Path(run))}"
 
 
 def _unknown(words: Sequence[str]) -> str:

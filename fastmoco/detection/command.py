@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +22,7 @@ from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.process.stop import STOPPED, StopRequest, Vote, note_saved, stop_on_signal
 from fastmoco.runs import checkpoint
-from fastmoco.runs.facts import read_json
+from fastmoco.runs.facts import program, read_json
 from fastmoco.runs.lines import LOG, Lines
 from fastmoco.runs.run_folder import figures_name, load_encoder
 
@@ -57,10 +58,15 @@ def run(options: EvaluateDetection) -> int:
             if _train(work, request):
                 if parallel.is_main:
                     note_saved()
-                    print(f"stopped after step {work.trainer.step}: go on with --resume --out {out}")
+                    print(f"stopped after step {work.trainer.step}: go on with {_go_on(options, out)}")
                 return STOPPED
         _judge(work, time.perf_counter() - began)
     return 0
+
+
+def _go_on(options: EvaluateDetection, out: Path) -> str:
+    run, data, folder = (shlex.quote(str(path)) for path in (options.run, options.data, out))
+    return f"{program()} evaluate detection {run} --data {data} --resume --out {folder}"
 
 
 def _places(options: EvaluateDetection, parallel: Parallel) -> tuple[EvaluateDetection, Path]:

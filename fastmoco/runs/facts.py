@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 from fastmoco.options import UsageError
+from fastmoco.presets import PRESETS
 from fastmoco.recipe_file import RUN_FILE as RECIPE
 
 
@@ -27,3 +31,20 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+
+
+def go_on(run: Path) -> str:
+    """The command line that goes on with `run`, started as this process was, with as many ranks."""
+    preset = read_json(run / RECIPE).get("preset")
+    preset = preset if preset in PRESETS else next(iter(PRESETS))  # a run of none goes on under any
+    return f"{program()} pretrain {preset} --resume --out {shlex.quote(str(run))}"
+
+
+def program() -> str:
+    """What a command line starts with that starts as many ranks as there are here."""
+    world, here = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if world != "1":  # of several machines each has its own flags
+        return f"python launch.py --nproc {world}" if world == here else "python launch.py ..."
+    if Path(sys.argv[0]).name == "launch.py":
+        return "python launch.py"
+    return "python -m fastmoco" if Path(sys.argv[0]).parts[-2:] == ("fastmoco", "__main__.py") else "fastmoco"

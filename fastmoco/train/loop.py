@@ -34,6 +34,7 @@ from fastmoco.process import crash_points
 from fastmoco.process.stop import STOPPED, Stopped, StopRequest, Vote, note_saved, stop_on_signal
 from fastmoco.process.watchdog import Watchdog
 from fastmoco.recipe import Recipe
+from fastmoco.runs.facts import go_on
 from fastmoco.runs.lines import KNN, read_lines
 from fastmoco.runs.run_folder import Hold, hold
 from fastmoco.train import record
@@ -101,7 +102,7 @@ class Run:
             graph = options.graph if options.photometric == "kernel" else "off"
             self.advance = runner(self.step, partial(noise_batch, job.recipe, parallel), graph, options.update)
         self.saving = Saving(job, self.step)
-        self.position = self.saving.restore() if options.resume else 0
+        self.position = self.start = self.saving.restore() if options.resume else 0
         if options.start_from is not None and not self.position:
             start_from(self.step, options.start_from)
         self.health, self.rollbacks = Health(job.recipe), 0
@@ -292,8 +293,8 @@ class Run:
         good = self.saving.good
         where = f"the last good checkpoint is of step {good}" if good is not None else "no checkpoint was written yet"
         return NonFiniteError(
-            f"{self.job.out}: {bad[0]}, its update was left out; {where}: resume it with --on-nonfinite skip or "
-            f"rollback, or start another run with a smaller --lr or another --precision",
+            f"{self.job.out}: {bad[0]}, its update was left out; {where}: go on with {go_on(self.job.out)} "
+            f"--on-nonfinite skip (or rollback), or start another run with a smaller --lr or another --precision",
             bad[-1].step,
         )
 
@@ -363,11 +364,12 @@ class Run:
         out = self.job.out
         summary = record.summary(self.job, self.position, self.monitor.seconds, self.rollbacks) | {"stopped": stopped}
         if stopped:  # without curves: whoever asked waits, and drawing takes longer than all the rest
-            self._say(f"asked to stop: saved after step {self.position}; go on with --resume --out {out}")
+            self._say(f"asked to stop: saved after step {self.position}; go on with {go_on(out)}")
             return summary
         draw_curves(out, self.recipe)
         atomic.write_json(out / record.SUMMARY, summary)
-        self._say(record.closing(summary, out))
+        for line in record.closing(self.job, summary, self.start):
+            self._say(line)
         return summary
 
 

@@ -17,7 +17,7 @@ from fastmoco.options import Options, UsageError, is_restart
 from fastmoco.parallel import Parallel
 from fastmoco.presets import PRESETS
 from fastmoco.recipe import Recipe
-from fastmoco.runs.facts import RECIPE, read_facts
+from fastmoco.runs.facts import RECIPE, go_on, read_facts
 from fastmoco.runs.lines import KNN, LOG, read_lines
 from fastmoco.train.expectation import chance_level, expectation
 from fastmoco.train.job import Job
@@ -82,7 +82,8 @@ def announcement(job: Job, precision: str, step: int) -> Iterator[str]:
     per_rank = job.recipe.batch_size // job.parallel.world
     yield (
         f"{len(job.train_set)} images, {job.plan.steps_per_epoch} steps an epoch, {job.total} steps; "
-        f"{job.parallel.world} rank(s) of {per_rank} on {_device_name(job.parallel)}, {precision}; "
+        f"{job.parallel.world} rank{'s' * (job.parallel.world > 1)} of {per_rank} pairs on "
+        f"{_device_name(job.parallel)}, {precision}; "
         f"lr {job.recipe.base_lr:g}; writing {job.out}"
     )
     yield expectation(job.recipe, job.plan.steps_per_epoch)
@@ -144,13 +145,18 @@ def _flat(data: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in {**data, **inner}.items() if name != "augmentation"}
 
 
-def closing(summary: dict[str, Any], out: Path) -> str:
-    """The last line of a run, from its summary."""
-    lines = [f"{summary['steps']} steps in {summary['seconds']:.0f} s"]
+def closing(job: Job, summary: dict[str, Any], start: int) -> Iterator[str]:
+    """The last lines of a run that began, or was resumed, after step `start`, from its summary."""
+    steps, paused, out = summary["steps"], job.last < job.total, job.out
+    lines = [f"{'' if paused else 'done: '}{steps} steps in {summary['seconds']:.0f} s"]
+    if start == steps:
+        lines = [f"nothing was left to train: {'' if paused else 'all '}{steps} steps were done before"]
     if summary["loss"] is not None:
         lines.append(f"loss {summary['loss']:.3f} (chance {summary['chance_loss']:.3f})")
         lines.append(f"{summary['pairs_per_s']:.1f} pairs/s")
     if summary["knn_after"] is not None:
         before = f" (before: {summary['knn_before']:.1f}%)" if summary["knn_before"] is not None else ""
         lines.append(f"kNN top-1 {summary['knn_after']:.1f}%{before}")
-    return f"done: {', '.join(lines)}; see {out}/summary.json and {out}/curves.png"
+    yield f"{', '.join(lines)}; see {out}/summary.json and {out}/curves.png"
+    if paused:
+        yield f"stopped after step {steps} of {job.total} (--stop-after): go on with {go_on(out)}"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastmoco.process import crash_points
 from fastmoco.runs import checkpoint
+from fastmoco.runs.facts import go_on
 
 DISK_TROUBLE = {
     errno.ENOSPC,
@@ -106,7 +107,7 @@ class Saver:
         if self._refusal is not None and self._job is not None:
             raise SaveError(
                 f"{self.run}: the state after step {self._job[0]} could not be written ({_answer(self._refusal)}); "
-                f"{self._last()}: mend the disk, then go on from there with --resume"
+                f"{self._last()}: mend the disk, then go on with {go_on(self.run)}"
             )
 
     def close(self) -> None:
