@@ -21,8 +21,9 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["fastmoco", "fastmoco.*"]),
-    # Said, so that an editable install adds the folder to the path. The finder that setuptools writes otherwise is asked
-    # last: in the folder that holds the clone, `import fastmoco` would find the clone, a folder without a package.
+    # Said, so that an editable install adds the folder to the path. The finder that setuptools writes otherwise is
+    # asked last: in the folder that holds the clone, `import fastmoco` would find the clone, a folder without a
+    # package.
     package_dir={"": "."},
     package_data={"fastmoco": ["py.typed"]},
     # The oldest of each that was tried; CONTRIBUTING.md says where.

@@ -22,8 +22,8 @@ from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 
 INSTALL = (
-    "evaluate detection needs torchvision: pip install -c constraints.txt -e '.[detection]'; or train by detectron2: fastmoco export "
-    "RUN --format detectron2, and docs/detection.md"
+    "evaluate detection needs torchvision: pip install -c constraints.txt -e '.[detection]'; or train by detectron2: "
+    "fastmoco export RUN --format detectron2, and docs/detection.md"
 )
 ANCHORS, RATIOS = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)
 POOLED = 14  # places a side of a region, before the fourth stage halves them

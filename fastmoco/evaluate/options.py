@@ -119,7 +119,8 @@ class EvaluateFinetune:
 class EvaluateDetection:
     """Fine-tune a detector (Faster R-CNN, R50-C4 or the run's own network) from a run and judge it as VOC does.
 
-    Needs torchvision: pip install -c constraints.txt -e '.[detection]'. Published numbers are made with detectron2: docs/detection.md.
+    Needs torchvision: pip install -c constraints.txt -e '.[detection]'. Published numbers are made with
+    detectron2: docs/detection.md.
     """
 
     run: Path

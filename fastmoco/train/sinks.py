@@ -29,7 +29,9 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter  # seconds to import, so only where asked for
         except ImportError as error:
-            raise ValueError("--tensorboard needs a package: pip install -c constraints.txt -e '.[tensorboard]'") from error
+            raise ValueError(
+                "--tensorboard needs a package: pip install -c constraints.txt -e '.[tensorboard]'"
+            ) from error
         self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=start)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -55,7 +55,11 @@ def test_without_torchvision_the_command_says_what_to_do(tmp_path, small_kit, mo
     run = make_run(tmp_path / "run")
     assert main(["evaluate", "detection", str(run), "--data", str(small_kit), *SMALL]) == 2
     said = capsys.readouterr().err
-    assert "pip install -c constraints.txt -e '.[detection]'" in said and "--format detectron2" in said and said.count("\n") == 1
+    assert (
+        "pip install -c constraints.txt -e '.[detection]'" in said
+        and "--format detectron2" in said
+        and said.count("\n") == 1
+    )
     assert not (run / "detection").exists()
 
 
