@@ -8,7 +8,7 @@ import statistics
 from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastmoco import atomic
 from fastmoco.interop.card import accuracies
@@ -23,6 +23,10 @@ from fastmoco.runs.facts import read_facts, read_json
 from fastmoco.runs.lines import KNN, LOG, read_lines
 from fastmoco.train.expectation import chance_formula, chance_level
 
+if TYPE_CHECKING:
+    from fastmoco.data.batch import Batch
+    from fastmoco.data.manifest import Manifest
+
 PAIRS, TILE = 8, 150
 MAPPED = 2000  # images of a map
 PICTURES = {
@@ -36,6 +40,11 @@ PICTURES = {
     "duplicates.png": "Images that are nearly the same, a group a row",
     "search.png": "Images that were looked for, and their nearest neighbours with their similarity",
     "neighbours.png": "Validation images (grey) and the training images nearest to them: green is of the same class",
+}
+VIEWS = {
+    "queue": "Two views of the same image: the query encoder sees the left one, the key encoder the right one.",
+    "batch": "Two views of the same image: one encoder sees both. The negatives are the other images of the batch.",
+    "bank": "One view of each image: its key is the entry that the bank keeps of it.",
 }
 SAME = ("commit", "command", "device", "ranks", "precision", "images", "steps")
 
@@ -53,6 +62,7 @@ def run(options: Report) -> None:
 def _draw_map(folder: Path) -> None:
     import numpy as np
 
+    from fastmoco.data.rewrite import Reading
     from fastmoco.evaluate.feature_map import draw_map
     from fastmoco.evaluate.index import Source, index, scan_of
 
@@ -61,7 +71,8 @@ def _draw_map(folder: Path) -> None:
     images = scan_of(folder, None, recipe.max_pixels)
     some = np.unique(np.linspace(0, len(images) - 1, min(MAPPED, len(images))).astype(np.int64))
     features = index(Source(encoder, recipe, parallel, "backbone"), images.take(some))
-    print(f"{folder / 'map.png'}: {len(features.images)} images by {draw_map(folder / 'map.png', *features)}")
+    method = draw_map(folder / "map.png", *features, Reading.of(recipe))
+    print(f"{folder / 'map.png'}: {len(features.images)} images by {method}")
 
 
 def render(folder: Path, views: bool = True) -> str:
@@ -202,27 +213,48 @@ def _protocol(figures: dict[str, Any]) -> str:
 
 
 def _views(facts: dict[str, Any], recipe: Recipe) -> str:
-    note = "Two views of the same image: the query encoder sees the left one, the key encoder the right one."
     try:
-        pairs = first_views(facts, recipe)
+        rows_of_views = first_views(facts, recipe)
     except (ValueError, OSError) as error:
         return section("First batch", f'<p class="soft">The images cannot be shown: {_plain(error)}</p>')
-    rows = "".join(picture(data, "jpeg", f"two views of {name}", name) for name, data in pairs)
-    return section("First batch", f'<p class="soft">{note}</p><div class="card views">{rows}</div>')
+    alt = "view" if recipe.dictionary == "bank" else "two views"
+    rows = "".join(picture(data, "jpeg", f"{alt} of {name}", name) for name, data in rows_of_views)
+    return section("First batch", f'<p class="soft">{VIEWS[recipe.dictionary]}</p><div class="card views">{rows}</div>')
 
 
 def first_views(facts: dict[str, Any], recipe: Recipe, count: int = PAIRS) -> list[tuple[str, bytes]]:
-    """Name and JPEG of the two augmented views of the first images of step 0, exactly as they were trained on.
+    """Name and JPEG of the augmented views of the first images of step 0, side by side, as they were trained on.
 
-    Raises ValueError or OSError if the images are not there any more.
+    There are two views, or one where keys come from a bank. Raises ValueError or OSError if the images are not there
+    any more.
     """
     import torch
     from PIL import Image
 
+    from fastmoco.kernels.photometric import photometric
+
+    images, batch = _first_batch(facts, recipe)
+    sides = [(batch.query_crops[:count], batch.query_parameters[:count])]
+    if len(batch.key_crops):
+        # The second view stands last: alone or, where a queue is symmetric, after the first one.
+        second = slice(len(batch.key_crops) - len(batch.sample), None)
+        sides.append((batch.key_crops[second][:count], batch.key_parameters[second][:count]))
+    colours = recipe.augmentation
+    mean, std = (torch.tensor(value)[:, None, None] for value in (colours.mean, colours.std))
+    views = torch.cat([photometric(*side, colours.mean, colours.std) for side in sides], dim=3)
+    pixels_of_all = (views * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    rows = []
+    for sample, pixels in zip(batch.sample[:count], pixels_of_all, strict=True):
+        data, row = io.BytesIO(), Image.fromarray(pixels.contiguous().numpy())
+        row.resize((len(sides) * TILE, TILE), Image.Resampling.BICUBIC).save(data, "JPEG", quality=88)
+        rows.append((images.paths[int(sample)], data.getvalue()))
+    return rows
+
+
+def _first_batch(facts: dict[str, Any], recipe: Recipe) -> tuple[Manifest, Batch]:
     from fastmoco.data import manifest
     from fastmoco.data.loader import Loader
     from fastmoco.data.plan import Plan
-    from fastmoco.kernels.photometric import photometric
     from fastmoco.parallel import Parallel
 
     source = facts.get("options", {}).get("data")
@@ -231,24 +263,7 @@ def first_views(facts: dict[str, Any], recipe: Recipe, count: int = PAIRS) -> li
     images = manifest.scan(manifest.split(source)[0], max_pixels=recipe.max_pixels)
     plan = Plan(recipe, images.sizes, shards=images.shards)
     with Loader(images, plan, Parallel(), range(1)) as loader:
-        batch = next(iter(loader))
-    colours = recipe.augmentation
-    mean, std = (torch.tensor(value)[:, None, None] for value in (colours.mean, colours.std))
-    first = len(batch.sample) if recipe.symmetric else 0  # the key's rows then hold both views, one after the other
-    sides = [
-        photometric(crops[at : at + count], parameters[at : at + count], colours.mean, colours.std)
-        for at, crops, parameters in (
-            (0, batch.query_crops, batch.query_parameters),
-            (first, batch.key_crops, batch.key_parameters),
-        )
-    ]
-    both = (torch.cat(sides, dim=3) * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    pairs = []
-    for sample, pixels in zip(batch.sample[:count], both, strict=True):
-        data, picture_of = io.BytesIO(), Image.fromarray(pixels.contiguous().numpy())
-        picture_of.resize((2 * TILE, TILE), Image.Resampling.BICUBIC).save(data, "JPEG", quality=88)
-        pairs.append((images.paths[int(sample)], data.getvalue()))
-    return pairs
+        return images, next(iter(loader))
 
 
 def _checkpoints(folder: Path) -> str:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from fastmoco import report
 from fastmoco.cli import main
+from fastmoco.data.plan import Plan
 from fastmoco.options import Options
 from fastmoco.presets import PRESETS
 from fastmoco.recipe import Recipe
@@ -91,6 +92,40 @@ def test_views_are_those_of_the_first_step(pretrained_run):
         assert (pixels.mean() < 110) == name.startswith("dark")
     changed = report.first_views(facts, replace(RECIPE, seed=4), count=6)
     assert [name for name, _ in changed] != [name for name, _ in pairs], "another seed shows other images"
+
+
+@pytest.mark.parametrize(
+    ("dictionary", "symmetric"), [("queue", False), ("queue", True), ("batch", False), ("batch", True), ("bank", False)]
+)
+def test_the_pictures_are_the_first_and_the_second_view_with_every_dictionary(tmp_path, dictionary, symmetric):
+    """Red tells the column and green the row, so that the mean colour of a crop tells where the plan has cut it."""
+    red, green = np.meshgrid(np.linspace(0, 255, 64), np.linspace(0, 255, 48))
+    pixels = np.stack([red, green, np.zeros_like(red)], 2).round().astype(np.uint8)
+    for number in range(12):
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    plain = replace(RECIPE.augmentation, jitter_p=0.0, gray_p=0.0, blur_p=0.0, flip_p=0.0)
+    recipe = replace(RECIPE.with_dictionary(dictionary), augmentation=plain, symmetric=symmetric)
+    found = report.first_views({"options": {"data": str(tmp_path)}}, recipe, count=6)
+    names = [f"{number}.png" for number in range(12)]
+    samples = [sorted(names).index(name) for name, _ in found]
+    plan = Plan(recipe, np.array([[48, 64]] * 12))
+
+    def distances(order: tuple[int, ...]) -> np.ndarray:
+        expected = [plan.boxes(0, np.array(samples), view) for view in order]
+        seen = []
+        for row, (_, data) in enumerate(found):
+            picture = np.asarray(Image.open(io.BytesIO(data))).astype(float)
+            assert picture.shape == (150, 150 * len(order), 3)
+            for half, boxes in zip(np.split(picture, len(order), 1), expected, strict=True):
+                top, left, height, width = boxes[row]
+                centre = 255 * (left + (width - 1) / 2) / 63, 255 * (top + (height - 1) / 2) / 47
+                seen.append(np.abs(half.mean((0, 1))[:2] - centre).max())
+        return np.array(seen)
+
+    order = (0,) if dictionary == "bank" else (0, 1)
+    assert plan.samples(0)[:6].tolist() == samples and distances(order).max() < 5
+    swapped = (1,) if dictionary == "bank" else (1, 0)
+    assert distances(swapped).max() > 20, "the control"
 
 
 def test_a_damaged_checkpoint_is_shown_as_such(pretrained_run, tmp_path):
