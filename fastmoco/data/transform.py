@@ -70,21 +70,38 @@ class Transform:
         return np.repeat(array[..., None], 3, 2) if array.ndim == 2 else array
 
     def _decode(self, path: Path) -> np.ndarray:
-        data = rewritten(np.frombuffer(path.read_bytes(), np.uint8), self.reading)
-        if isinstance(data, DamagedImage):
-            raise DataError(f"{path}: {data}")
         try:
-            with Image.open(io.BytesIO(data.tobytes())) as image:
-                return _rgb(image, self.reading.background)
-        except (OSError, SyntaxError, ValueError) as error:  # how Pillow says that something is no image, or damaged
-            raise DataError(f"{path}: not an image, or damaged: cannot be decoded") from error
+            return decoded(np.frombuffer(path.read_bytes(), np.uint8), self.reading)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+
+
+def decoded(data: np.ndarray, reading: Reading) -> np.ndarray:
+    """An encoded image uint8 [size] as evaluation sees it: uint8 [H, W, 3] (RGB).
+
+    Transparency and numbers are read as `reading` says. Raises DataError if it is damaged, or of a kind that Pillow
+    does not read.
+    """
+    data_or_fault = rewritten(data, reading)
+    if isinstance(data_or_fault, DamagedImage):
+        raise DataError(str(data_or_fault))
+    try:
+        with Image.open(io.BytesIO(data_or_fault.tobytes())) as image:
+            return _rgb(image, reading.background)
+    except (OSError, SyntaxError, ValueError) as error:  # how Pillow says that something is no image, or damaged
+        raise DataError("not an image, or damaged: cannot be decoded") from error
 
 
 def _rgb(image: Image.Image, background: str) -> np.ndarray:
     if image.mode.startswith("I"):  # grey of 16 bits
-        grey = ((np.asarray(image).astype(np.int64) + 128) // 257).clip(0, 255).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, 2)
+        return _grey((np.asarray(image).astype(np.int64) + 128) // 257)
+    if image.mode == "F":  # grey of floats, black at 0 and white at 1
+        return _grey(np.nan_to_num(np.asarray(image) * np.float32(255)).clip(0, 255).round())
     if background == "ignore" or not image.has_transparency_data:
         return np.asarray(image.convert("RGB"))
     pixels = np.asarray(image.convert("RGBA"))
     return compose(pixels[..., :3], pixels[..., 3], colour(background))
+
+
+def _grey(levels: np.ndarray) -> np.ndarray:
+    return np.repeat(levels.clip(0, 255).astype(np.uint8)[..., None], 3, 2)

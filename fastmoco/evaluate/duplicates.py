@@ -6,7 +6,6 @@ of themselves that was cut by a tenth, made smaller and compressed. Groups are w
 
 from __future__ import annotations
 
-import io
 import os
 import tempfile
 from pathlib import Path
@@ -21,7 +20,8 @@ from fastmoco import atomic
 from fastmoco.data import manifest
 from fastmoco.data.errors import DataError
 from fastmoco.data.manifest import Manifest
-from fastmoco.data.rewrite import Reading, rewritten
+from fastmoco.data.rewrite import Reading
+from fastmoco.data.transform import decoded
 from fastmoco.evaluate.index import Index, Source, index
 from fastmoco.evaluate.neighbours import Pairs, groups, nearest, pairs_above
 from fastmoco.evaluate.options import Duplicates
@@ -93,9 +93,8 @@ def measured_threshold(source: Source, bank: Index, mean: Tensor) -> float:
 
 def _write_altered(images: Manifest, at: int, folder: Path, reading: Reading) -> bool:
     try:
-        with Image.open(io.BytesIO(rewritten(images.read(at), reading).tobytes())) as image:  # type: ignore[union-attr]
-            plain = image.convert("RGB")
-    except (AttributeError, OSError, SyntaxError, ValueError):  # damaged, or of a kind that Pillow does not read
+        plain = Image.fromarray(decoded(images.read(at), reading))
+    except (DataError, OSError):  # damaged, or of a kind that Pillow does not read
         return False
     width, height = plain.size
     box = (CUT * width, CUT * height, (1 - CUT) * width, (1 - CUT) * height)

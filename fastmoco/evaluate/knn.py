@@ -17,6 +17,7 @@ from torch import Tensor
 from fastmoco import atomic
 from fastmoco.data.loader import Loading
 from fastmoco.data.manifest import Manifest
+from fastmoco.data.rewrite import Reading
 from fastmoco.encoder import Encoder
 from fastmoco.evaluate.features import extract
 from fastmoco.evaluate.labels import both_sides
@@ -145,8 +146,8 @@ def _write(run: Path, step: int, recipe: Recipe, train: Side, val: Side, untrain
     atomic.write_json(run / f"{knn}.json", figures)
     draw_confusion(run / f"{knn}.png", scores.confusion, images.classes)
     rows = np.linspace(0, len(val_images) - 1, min(PICTURES, len(val_images))).astype(np.int64)
-    near = nearest(bank, queries[torch.from_numpy(rows).to(queries.device)], PICTURES).rows
-    draw_neighbours(run / f"{neighbours}.png", val_images, images, rows, near.cpu().numpy())
+    near = nearest(bank, queries[torch.from_numpy(rows).to(queries.device)], PICTURES).rows.cpu().numpy()
+    draw_neighbours(run / f"{neighbours}.png", val_images, images, rows, near, Reading.of(recipe))
     print(
         f"kNN top-1 {scores.top1:.2f}%, top-5 {scores.top5:.2f}% (k {facts['k']}, T {facts['temperature']}, "
         f"{facts['features']} features; see {knn}.json, {knn}.png and {neighbours}.png in {run})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +12,11 @@ from torch import Tensor
 
 from fastmoco import atomic, plots
 from fastmoco.data.cache import printable
+from fastmoco.data.errors import DataError
 from fastmoco.data.manifest import Manifest
 from fastmoco.data.plan import centre_boxes
-from fastmoco.data.rewrite import Reading, rewritten
+from fastmoco.data.rewrite import Reading
+from fastmoco.data.transform import decoded
 from fastmoco.plots import BLUE, ORANGE, Level, Series
 
 RIGHT, WRONG, QUERY = (58, 138, 95), (196, 70, 60), (120, 126, 136)
@@ -49,7 +50,9 @@ class Tile(NamedTuple):
     frame: tuple[int, int, int] = QUERY
 
 
-def draw_neighbours(path: Path, val: Manifest, bank: Manifest, queries: np.ndarray, nearest: np.ndarray) -> None:
+def draw_neighbours(
+    path: Path, val: Manifest, bank: Manifest, queries: np.ndarray, nearest: np.ndarray, reading: Reading
+) -> None:
     """Each query image (int64 [m]) with its neighbours (int64 [m, k]): a framed contact sheet, green of its class."""
     assert bank.labels is not None and val.labels is not None
     rows = []
@@ -57,7 +60,7 @@ def draw_neighbours(path: Path, val: Manifest, bank: Manifest, queries: np.ndarr
         same = [bank.labels[index] == val.labels[query] for index in row]
         near = [Tile(bank, index, frame=RIGHT if right else WRONG) for index, right in zip(row, same, strict=True)]
         rows.append([Tile(val, query), *near])
-    draw_sheet(path, rows, Reading(), gap=2 * GAP)
+    draw_sheet(path, rows, reading, gap=2 * GAP)
 
 
 def draw_sheet(path: Path, rows: Sequence[Sequence[Tile]], reading: Reading, gap: int = GAP) -> None:
@@ -80,13 +83,11 @@ def draw_sheet(path: Path, rows: Sequence[Sequence[Tile]], reading: Reading, gap
 def thumbnail(images: Manifest, index: int, side: int, reading: Reading) -> Image.Image:
     """The centre of an image that evaluation looks at, as `side` x `side` pixels; grey where it cannot be shown."""
     top, left, height, width = centre_boxes(images.sizes[index : index + 1], side)[0].tolist()
-    data = rewritten(images.read(index), reading)
     try:
-        with Image.open(io.BytesIO(data.tobytes())) as image:  # type: ignore[union-attr]
-            box = (left, top, left + width, top + height)
-            return image.convert("RGB").resize((side, side), box=box, reducing_gap=2)
-    except (AttributeError, OSError, SyntaxError, ValueError):  # damaged, or of a kind that Pillow does not read
+        pixels = Image.fromarray(decoded(images.read(index), reading))
+    except (DataError, OSError):  # damaged, or of a kind that Pillow does not read
         return Image.new("RGB", (side, side), QUERY)
+    return pixels.resize((side, side), box=(left, top, left + width, top + height), reducing_gap=2)
 
 
 def _draw_curve(axes: Any, curve: Sequence[Mapping[str, float]], classes: int) -> None:

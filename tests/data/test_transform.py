@@ -32,6 +32,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.fromarray(levels[..., 0]).save(folder / "grey.png")
     Image.fromarray(levels[..., :3]).quantize(16).save(folder / "palette.png")
     Image.fromarray(random.randint(0, 65536, (40, 33)).astype(np.uint16)).save(folder / "deep.png")
+    Image.fromarray(random.uniform(-0.1, 1.1, (40, 33)).astype(np.float32)).save(folder / "float.tif")
     Image.fromarray(levels[..., :3]).save(folder / "rgb.bmp")
     Image.fromarray(levels[..., :3]).save(folder / "lossless.webp", lossless=True)
     return folder
