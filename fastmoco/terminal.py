@@ -1,4 +1,4 @@
-"""Markdown tables as a terminal shows them: columns that line up, cells wrapped to its width."""
+"""Words and tables for a terminal: counts in the singular or the plural, Markdown tables fit to its width."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from typing import TextIO
 
 GAP = "  "
 LEAST = 6  # columns that a cell keeps
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """The number with its noun: "1 file", "0 files"; `many` is the plural where that is not `one` with an s."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 def lay_out(markdown: str, stream: TextIO | None = None) -> str:

@@ -39,3 +39,8 @@ def test_a_pipe_gets_markdown_and_a_terminal_does_not(monkeypatch):
 
 def test_a_terminal_of_a_few_columns_ends():
     assert terminal.fit(WIDE, 1)
+
+
+def test_a_count_has_its_noun_in_the_singular_or_the_plural():
+    assert [terminal.counted(count, "file") for count in (0, 1, 2)] == ["0 files", "1 file", "2 files"]
+    assert [terminal.counted(count, "class", "classes") for count in (1, 3)] == ["1 class", "3 classes"]

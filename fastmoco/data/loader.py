@@ -140,7 +140,7 @@ class EvaluationLoader:
 
     `recipe` gives S, `fancy_upsampling` and `max_bad_share`. `indices` chooses images and their order; the last batch
     may be smaller. A bad image makes a warning, and the next good one is shown in its place, with its own index.
-    Raises DataError if more are bad than a quarantine allows.
+    Raises DataError if more are bad than a quarantine allows. `bad` holds the name and the reason of each so far.
     """
 
     def __init__(
@@ -156,6 +156,7 @@ class EvaluationLoader:
         order = np.arange(len(images)) if indices is None else np.asarray(indices, np.int64)
         batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
         self._length, self._position = len(batches), 0
+        self.bad: list[tuple[str, str]] = []
         self._quarantine = Quarantine(images, max_share=recipe.max_bad_share)
         boxes = partial(_centre, images, recipe.crop_size)
         source = ImageSource(images, self._quarantine, boxes, device, Reading.of(recipe), loading.kept)
@@ -171,6 +172,7 @@ class EvaluationLoader:
         crops, index, event = next(self._background)
         while self._quarantine.news:
             bad = self._quarantine.news.popleft()
+            self.bad.append((bad.file, bad.reason))
             warnings.warn(f"{bad.file}: {bad.reason}; evaluating {bad.substitute} in its place", stacklevel=2)
         origins = self._quarantine.replace(self._position, index)
         self._position += 1

@@ -23,6 +23,7 @@ from fastmoco.options import Embed, UsageError, require_new
 from fastmoco.parallel import Parallel
 from fastmoco.runs.pretrained import Pretrained
 from fastmoco.runs.run_folder import load_encoder, one_rank
+from fastmoco.terminal import counted
 
 Place = str | os.PathLike
 
@@ -35,7 +36,7 @@ class Embedding(NamedTuple):
     images: Manifest
     """The n images: `images.path(i)` is the file of row i, `images.read(i)` its bytes, in an archive, too."""
     left_out: int
-    """Files that are no images, or could not be decoded."""
+    """How many files are no images, or could not be decoded: `rejected` names them."""
 
     def __repr__(self) -> str:
         """In a line, for notebooks."""
@@ -47,6 +48,11 @@ class Embedding(NamedTuple):
     def files(self) -> list[str]:
         """[n]: names of the files, relative to the folder that was given."""
         return self.images.paths
+
+    @property
+    def rejected(self) -> list[tuple[str, str]]:
+        """Name and reason of each file left out, sorted by name."""
+        return self.images.rejected
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -78,11 +84,13 @@ def embed(
     all cores. `progress` shows a bar.
 
     Images are seen as evaluation sees them: their centre square, as `encoder.transform` cuts it. Raises UsageError if
-    the folder is no run, CheckpointError if it has no good checkpoint, DataError if there are no images.
+    the folder is no run, CheckpointError if it has no good checkpoint, DataError if there are no images or if a path of
+    the sequence does not exist. A file that is there and cannot be decoded is left out, and `rejected` says why.
     """
     if not isinstance(encoder, Pretrained):
         encoder, _, _ = load_encoder(Path(encoder), Parallel.alone(device))
     images, order = _images_of(data, encoder.recipe.max_pixels)
+    bad: list[tuple[str, str]] = []
     with tqdm(total=len(images), unit="image", disable=None if progress else True) as bar:
         rows, origins = encode(
             encoder,
@@ -93,11 +101,13 @@ def embed(
             loading=Loading(threads=threads or None),
             normalise=normalise,
             progress=bar.update,
+            bad=bad,
         )
     good = origins.cpu().numpy() == np.arange(len(images))
     good_rows = order[good[order]]
-    left_out = len(images.rejected) + len(order) - len(good_rows)
-    return Embedding(rows.cpu().numpy()[good_rows], images.take(good_rows), left_out)
+    rejected = sorted([*images.rejected, *bad])
+    kept = dataclasses.replace(images.take(good_rows), rejected=rejected)
+    return Embedding(rows.cpu().numpy()[good_rows], kept, len(rejected))
 
 
 def run(options: Embed) -> None:
@@ -122,9 +132,19 @@ def run(options: Embed) -> None:
         save(draft, embedding.features, embedding.images)
     rows, columns = embedding.features.shape
     print(
-        f"{options.out}: {rows} images, {columns} {options.features} features each, encoder of "
-        f"{options.run} after step {step}; {embedding.left_out} files left out"
+        f"{options.out}: {counted(rows, 'image')}, {columns} {options.features} features each, encoder of "
+        f"{options.run} after step {step}; {_left_out(embedding, options.data)}"
     )
+
+
+def _left_out(embedding: Embedding, data: Place) -> str:
+    text = f"{counted(embedding.left_out, 'file')} left out"
+    if not embedding.left_out:
+        return text
+    file, reason = embedding.rejected[0]
+    example = f"{file}: {reason}" if embedding.left_out == 1 else f"as {file}: {reason}"
+    full = " --full" if any("cannot be decoded" in why for _, why in embedding.rejected) else ""  # headers are good
+    return f"{text} ({example}): fastmoco data scan{full} {data} lists {'it' if embedding.left_out == 1 else 'them'}"
 
 
 def _images_of(data: Place | Sequence[Place], max_pixels: int) -> tuple[Manifest, np.ndarray]:
@@ -137,12 +157,26 @@ def _images_of(data: Place | Sequence[Place], max_pixels: int) -> tuple[Manifest
     names = [os.path.abspath(os.fspath(path)) for path in data]
     if not names or any("\n" in name for name in names):
         raise DataError(f"{len(names)} paths of images: name at least one, without line breaks", exit_code=2)
+    missing = [name for name in names if _is_missing(name)]
+    if missing:
+        others = f" ({len(missing)} such paths of {len(names)})" if len(missing) > 1 else ""
+        raise DataError(f"{missing[0]}: no such file{others}: check the path", exit_code=2)
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder, "images.txt")
         table.write_bytes(os.fsencode("\n".join(dict.fromkeys(names))))
         images = manifest.scan(table, max_pixels=max_pixels, cache=False)
     indices = [images.find(name) for name in names]
     return images, np.array([index for index in indices if index is not None], np.int64)
+
+
+def _is_missing(path: str) -> bool:
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:  # it may be there: reading it says what is wrong
+        return False
+    return False
 
 
 def _save_npz(path: Path, features: np.ndarray, images: Manifest) -> None:

@@ -48,13 +48,15 @@ def encode(
     normalise: bool = True,
     dtype: torch.dtype = torch.float32,
     progress: Callable[[int], Any] | None = None,
+    bad: list[tuple[str, str]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return features [n, F] of `dtype` and, for each, the index int64 [n] of the image it was computed from.
 
     That is its own image, or the next good one if its own turned out to be bad. Both tensors are on the device.
     `features` chooses those of the backbone or those after the projection head; they have unit length unless
     `normalise` is false. Each rank encodes its share of the images and gets all features, in the manifest's order; all
-    ranks call this. The encoder's mode is put back. `progress` is called with the number of images just encoded.
+    ranks call this. The encoder's mode is put back. `progress` is called with the number of images just encoded. Name
+    and reason of each bad image that this rank met are added to `bad`.
     Raises DataError or torch.OutOfMemoryError, on every rank, if images are bad or memory is short on one.
     """
     share = -(-len(manifest) // parallel.world)
@@ -85,6 +87,8 @@ def encode(
             position += count
             if progress is not None:
                 progress(count)
+    if bad is not None:
+        bad += loader.bad
     if failed is None and rows_of_rank is not None and parallel.world > 1:
         try:  # what gathering takes: without it this rank would fail there, and the others wait for it
             rows_of_rank.new_empty(parallel.world * share, rows_of_rank.shape[1])

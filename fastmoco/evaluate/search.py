@@ -21,6 +21,8 @@ from fastmoco.data import manifest
 from fastmoco.data.errors import DataError
 from fastmoco.data.loader import Loading
 from fastmoco.data.manifest import Manifest
+from fastmoco.data.pipeline import undecodable
+from fastmoco.data.probe import probe
 from fastmoco.data.rewrite import Reading
 from fastmoco.evaluate.index import Index, Source, index, scan_of
 from fastmoco.evaluate.neighbours import nearest
@@ -28,8 +30,10 @@ from fastmoco.evaluate.options import Duplicates, Search
 from fastmoco.evaluate.pictures import Tile, draw_sheet
 from fastmoco.options import UsageError
 from fastmoco.runs.run_folder import figures_name, load_encoder, one_rank
+from fastmoco.terminal import counted
 
 ROWS_SHOWN, COLUMNS_SHOWN = 24, 12  # of a contact sheet
+REMEDY = "look for other images, or save it anew as PNG or JPEG"
 
 
 def run(options: Search) -> None:
@@ -40,10 +44,7 @@ def run(options: Search) -> None:
     source, step = open_run(options.run, options, options.untrained)
     queries = query_images(options.images, source.recipe.max_pixels)
     bank = indexed(source, options, "untrained-" if options.untrained else "")
-    query_index = index(source, queries)
-    if len(query_index.images) < len(queries):
-        lost = sorted(set(queries.paths) - set(query_index.images.paths))[0]
-        raise UsageError(f"{lost}: cannot be decoded: leave it out")
+    query_index = _index_of_all(source, queries)
     rows, mean = centred(bank.features)
     near = nearest(rows, centred(query_index.features, mean)[0], options.k + 1)
     neighbours = [_neighbours(query_index.images.path(i), bank.images, near, i, options.k) for i in range(len(queries))]
@@ -69,8 +70,22 @@ def run(options: Search) -> None:
         for one in line["neighbours"]:
             print(f"  {one['similarity']:.3f}  {one['file']}")
     print(
-        f"among {len(bank.images)} images, encoder of {options.run} after step {step}; see {out / name}.json and .png"
+        f"among {counted(len(bank.images), 'image')}, encoder of {options.run} after step {step}; "
+        f"see {out / name}.json and .png"
     )
+
+
+def _index_of_all(source: Source, queries: Manifest) -> Index:
+    try:
+        found = index(source, queries)
+        if len(found.images) == len(queries):
+            return found
+    except DataError:  # too many are bad
+        pass
+    checked = zip(queries.paths, undecodable(queries, reading=Reading.of(source.recipe)), strict=True)
+    faults = ((path, result.reason) for path, result in checked if result.reason)
+    path, reason = next(faults, (queries.paths[0], "cannot be decoded"))
+    raise UsageError(f"{path}: {reason}: {REMEDY}")
 
 
 def query_images(places: Sequence[Path], max_pixels: int) -> Manifest:
@@ -90,11 +105,12 @@ def query_images(places: Sequence[Path], max_pixels: int) -> Manifest:
         table.write_bytes(b"\n".join(map(os.fsencode, files)))
         try:
             images = manifest.scan(table, max_pixels=max_pixels, cache=False)
-        except DataError:
-            raise UsageError(f"{files[0]}: not an image that can be read: fastmoco data scan says why") from None
+        except DataError as error:  # none of them is an image
+            reason = probe(files[0], max_pixels=max_pixels).reason or str(error)
+            raise UsageError(f"{files[0]}: {reason}: {REMEDY}") from None
     if images.rejected:
         path, reason = images.rejected[0]
-        raise UsageError(f"{path}: {reason}: leave it out")
+        raise UsageError(f"{path}: {reason}: {REMEDY}")
     place_of = {path: row for row, path in enumerate(images.paths)}
     return dataclasses.replace(images, root="/").take(place_of[file] for file in files)
 

@@ -75,7 +75,19 @@ def test_a_file_that_cannot_be_decoded_has_no_row(pretrained_run, stripes, tmp_p
     victim.write_bytes(data)
     with pytest.warns(UserWarning, match="across/3.jpg"):
         assert embed(pretrained_run, folder, tmp_path / "rest.npz") == 0
-    assert "11 images" in (output := capsys.readouterr().out) and "; 1 files left out" in output
+    assert "11 images" in (output := capsys.readouterr().out)
+    said = f"; 1 file left out (across/3.jpg: damaged: cannot be decoded): fastmoco data scan --full {folder} lists it"
+    assert said in output
+    for name in ("words.jpg", "more.jpg"):
+        (folder / name).write_text("words")
+    with pytest.warns(UserWarning, match="across/3.jpg"):
+        found = fastmoco.embed(pretrained_run, folder, threads=1)
+    assert found.rejected == [
+        ("across/3.jpg", "damaged: cannot be decoded"),
+        ("more.jpg", "not an image"),
+        ("words.jpg", "not an image"),
+    ]
+    assert found.left_out == 3
     with np.load(tmp_path / "whole.npz") as whole, np.load(tmp_path / "rest.npz") as rest:
         kept = whole["files"] != "across/3.jpg"
         assert rest["files"].tolist() == whole["files"][kept].tolist()
@@ -111,11 +123,21 @@ def test_rows_of_a_list_stand_in_its_order(pretrained_run, stripes, tmp_path):
     asked = [down, tmp_path / "words.jpg", across, down]
     found = fastmoco.embed(pretrained_run, asked, threads=1)
     assert found.files == [str(asked[i]) for i in (0, 2, 3)] and found.left_out == 1
+    assert found.rejected == [(str(asked[1]), "not an image")]
     whole = fastmoco.embed(pretrained_run, stripes / "val", threads=1)
     rows = [whole.features[whole.files.index(name)] for name in ("down/2.jpg", "across/1.jpg", "down/2.jpg")]
     np.testing.assert_allclose(found.features, rows, rtol=0, atol=1e-5)
     with pytest.raises(DataError, match="name at least one"):
         fastmoco.embed(pretrained_run, [])
+
+
+def test_a_path_that_does_not_exist_is_an_error(pretrained_run, stripes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = stripes / "val/down/2.jpg"
+    with pytest.raises(ValueError, match=r"photos/nosuch.jpg: no such file: check the path"):
+        fastmoco.embed(pretrained_run, [here, "photos/nosuch.jpg"], threads=1)
+    with pytest.raises(DataError, match=r"/a.jpg: no such file \(2 such paths of 3\)"):
+        fastmoco.embed(pretrained_run, ["a.jpg", here, here / "b.jpg"], threads=1)
 
 
 def test_projection_and_unit_length(pretrained_run, stripes, tmp_path):

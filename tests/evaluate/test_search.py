@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,12 +138,23 @@ def test_an_encoder_that_tells_nothing_apart_says_so(trained, pictures, tmp_path
     [
         ([], "at least one image"),
         (["nowhere.png"], "nowhere.png: no such file"),
-        (["notes.txt"], "notes.txt"),
+        (["notes.txt"], "notes.txt: not an image: look for other images"),
+        (["picture.gif"], "picture.gif: GIF, which DALI cannot decode: look for other images"),
+        (["whole.png", "picture.gif"], "picture.gif: GIF, which DALI cannot decode: look for other images"),
+        (["damaged.png"], "damaged.png: damaged: cannot be decoded: look for other images"),
+        (["whole.png", "damaged.png", "damaged2.png"], "damaged.png: damaged: cannot be decoded: look for"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*in its place")
 def test_what_cannot_be_looked_for_is_one_line(trained, pictures, tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("no image")
+    drawn(1).save("picture.gif")
+    drawn(1).save("whole.png")
+    data = bytearray(Path("whole.png").read_bytes())
+    data[90:130] = bytes(40)  # which headers do not show
+    for name in ("damaged.png", "damaged2.png"):
+        Path(name).write_bytes(data)
     assert ask("search", trained, *words, "--data", pictures) == 2
     assert said in (line := capsys.readouterr().err) and line.count("\n") == 1
 
