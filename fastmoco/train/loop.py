@@ -335,6 +335,8 @@ class Run:
             return
         if self.parallel.world > 1:
             self.step.state()  # makes the ranks' running statistics one, so that they evaluate one encoder
+        if self.monitor is not None:
+            self.monitor.knn_begins(self.position, len(self.job.train_set) + len(self.job.val_set))
         figures = None
         try:
             figures = knn.evaluate(

@@ -14,6 +14,7 @@ from fastmoco.runs.lines import KNN, LOG, Lines, read_lines, truncate
 from fastmoco.train.sinks import open_sinks
 
 DEFAULT_COLUMNS = 80
+SILENT_KNN = 2000  # images of an evaluation that is announced by no line: some seconds to a minute
 BAR = 8  # columns of the bar itself, and for the time to grow
 BAR_AROUND = "{percentage:3.0f}%|| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"  # tqdm's own
 
@@ -99,6 +100,11 @@ class Monitor:
             if len(text) + BAR <= columns:
                 return count
         return 1
+
+    def knn_begins(self, step: int, images: int) -> None:
+        """A kNN evaluation of so many images follows: one that takes long does not begin in silence."""
+        if self._bar.disable and images > SILENT_KNN:
+            self.say(f"kNN of {images} images after step {step} ...")
 
     def knn(self, line: Mapping[str, float]) -> None:
         """A kNN evaluation is done."""

@@ -57,6 +57,16 @@ def test_a_step_that_is_not_finite_is_named_and_left_out_of_the_means():
     assert not meter.nonfinite() and list(meter.read(everything=True)) == []
 
 
+def test_an_evaluation_of_many_images_does_not_begin_in_silence(tmp_path):
+    stream = io.StringIO()
+    monitor = Monitor(tmp_path, 10, stream=stream)
+    monitor.knn_begins(0, 2000)
+    assert stream.getvalue() == ""
+    monitor.knn_begins(0, 5000)
+    monitor.close()
+    assert stream.getvalue() == "kNN of 5000 images after step 0 ...\n"
+
+
 def test_the_rank_whose_loss_is_bad_is_named(run_ranks):
     """On either rank, and the means are over both."""
     for bad in (0, 1):
