@@ -21,6 +21,7 @@ from fastmoco.runs import checkpoint
 from fastmoco.runs import run_folder as runs
 from fastmoco.runs.facts import read_facts, read_json
 from fastmoco.runs.lines import KNN, LOG, read_lines
+from fastmoco.terminal import counted
 from fastmoco.train.expectation import chance_formula, chance_level
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _draw_map(folder: Path) -> None:
     some = np.unique(np.linspace(0, len(images) - 1, min(MAPPED, len(images))).astype(np.int64))
     features = index(Source(encoder, recipe, parallel, "backbone"), images.take(some))
     method = draw_map(folder / "map.png", *features, Reading.of(recipe))
-    print(f"{folder / 'map.png'}: {len(features.images)} images by {method}")
+    print(f"{folder / 'map.png'}: {counted(len(features.images), 'image')} by {method}")
 
 
 def render(folder: Path, views: bool = True) -> str:
@@ -98,9 +99,10 @@ def render(folder: Path, views: bool = True) -> str:
 def _head(folder: Path, facts: dict[str, Any], recipe: Recipe, log: list[dict]) -> str:
     step, total = (log[-1]["step"] if log else 0), facts.get("steps")
     finished = (folder / "summary.json").is_file()
-    state = "finished" if finished else f"{step} of {total} steps" if total else f"{step} steps"
-    what = f"{facts.get('preset', 'custom')} · {recipe.arch} · {recipe.epochs} epochs · {state}"
-    where = f"{facts.get('device', 'unknown device')}, {facts.get('ranks', 1)} rank(s), {facts.get('precision', '')}"
+    state = "finished" if finished else f"{step} of {counted(total, 'step')}" if total else counted(step, "step")
+    what = f"{facts.get('preset', 'custom')} · {recipe.arch} · {counted(recipe.epochs, 'epoch')} · {state}"
+    ranks = counted(facts.get("ranks", 1), "rank")
+    where = f"{facts.get('device', 'unknown device')}, {ranks}, {facts.get('precision', '')}"
     return f'<header><h1>{escape(folder.name)}</h1><p class="soft">{escape(what)}<br>{escape(where)}</p></header>'
 
 
@@ -186,9 +188,8 @@ def _detection(folder: Path) -> str:
     for name, label in (("detection", "pretrained"), ("detection-untrained", "first weights")):
         figures = read_json(folder / name / "detection.json")
         if "AP50" in figures:
-            how = (
-                f"{figures['iterations']} steps of {figures['batch_size']}, lr {figures['lr']:g}, {figures['size']} px"
-            )
+            steps = counted(figures["iterations"], "step")
+            how = f"{steps} of {figures['batch_size']}, lr {figures['lr']:g}, {figures['size']} px"
             rows.append((label, *(f"{figures[key]:.2f}" for key in ("AP", "AP50", "AP75")), figures["metric"], how))
         image = folder / name / "detections.png"
         if image.is_file():
@@ -203,7 +204,7 @@ def _detection(folder: Path) -> str:
 def _protocol(figures: dict[str, Any]) -> str:
     protocol = figures.get("protocol", {})
     parts = [
-        f"{protocol['epochs']} epochs, batch {protocol['batch_size']}, lr {protocol['lr']:g} for 256"
+        f"{counted(protocol['epochs'], 'epoch')}, batch {protocol['batch_size']}, lr {protocol['lr']:g} for 256"
         if protocol
         else ""
     ]

@@ -111,6 +111,6 @@ def test_a_table_names_files_of_any_bytes_and_one_in_another_encoding_is_told(tm
     assert label(scan(tmp_path), table).classes == ["a", "b"]
     table.write_bytes(LATIN % 0 + b",a\n" + "naïve.jpg,b\n".encode("latin-1"))
     assert len(label(scan(tmp_path), table)) == 1
-    assert "1 lines of" in (said := capsys.readouterr().err) and "line 2, na\\xefve.jpg, which is not UTF-8" in said
+    assert "1 line of" in (said := capsys.readouterr().err) and "line 2, na\\xefve.jpg, which is not UTF-8" in said
     table.write_bytes(LATIN % 0 + b",a\n" + "naïve.jpg,b\n".encode())  # the control: names that are not there may be
     assert len(label(scan(tmp_path), table)) == 1

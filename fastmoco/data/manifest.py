@@ -33,6 +33,7 @@ from fastmoco.data.shard_source import Fetching, LocalShards, Shard, Source, as_
 from fastmoco.data.tars import ENDING
 from fastmoco.environment import share_of_cores
 from fastmoco.recipe import TABLE_UP_TO, Recipe
+from fastmoco.terminal import counted
 
 NAME = "images.npz"  # of a run's own copy
 TRAIN_NAMES, VAL_NAMES = ("train",), ("val", "valid", "validation", "test")
@@ -397,7 +398,7 @@ def scan(
         good = without_strays(files, good, rejected)
     if not len(good):
         because = f"; {rejected[0][0]}: {rejected[0][1]}" if rejected else ""
-        raise DataError(f"{path}: no images in it ({len(rejected)} files left out{because})", exit_code=2)
+        raise DataError(f"{path}: no images in it ({counted(len(rejected), 'file')} left out{because})", exit_code=2)
     labels = [files.labels[i] for i in good.tolist()]
     names, numbers = number_classes(labels, classes, str(path))
     paths = [files.paths[i] for i in good.tolist()] if len(good) < len(files) else files.paths

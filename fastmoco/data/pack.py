@@ -36,6 +36,7 @@ from fastmoco.data.scan_report import Bar
 from fastmoco.data.shard_source import Shard, piece_name, write_index
 from fastmoco.environment import share_of_cores
 from fastmoco.options import DataPack, UsageError
+from fastmoco.terminal import counted
 
 DONE, LEFT_OUT, CLASSES = "packed.jsonl", "left_out.jsonl", "classes.txt"
 AHEAD = 64  # images read at once
@@ -73,7 +74,8 @@ def run(options: DataPack) -> None:
 def _report(out: Path, images: Manifest, shards: list[_PackedShard]) -> None:
     lost = sum(len(each.left_out) for each in shards)
     size = sum(each.bytes for each in shards)
-    print(f"{len(images) - lost} images in {len(shards)} shards, {size / GB:.3g} GB, each read again: {out}")
+    what = f"{counted(len(images) - lost, 'image')} in {counted(len(shards), 'shard')}"
+    print(f"{what}, {size / GB:.3g} GB, each read again: {out}")
     if lost or images.rejected:
         print(f"  left out  {lost + len(images.rejected)}: {out / LEFT_OUT} lists them")
 

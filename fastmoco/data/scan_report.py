@@ -16,6 +16,7 @@ from fastmoco.data.full_scan import decode_apart
 from fastmoco.data.manifest import ONE_COLOUR, SMALL_RANGE, Manifest
 from fastmoco.data.rewrite import Reading
 from fastmoco.options import DataScan, require_file
+from fastmoco.terminal import counted
 
 SHOWN = 20  # files named for each reason; --json names all
 GIB = 2**30
@@ -115,8 +116,9 @@ class Bar:
 def _lines(title: str, part: dict[str, Any]) -> list[str]:
     counts = sorted(part["classes"].values())
     classes = f"{len(counts)}, of {counts[0]} to {counts[-1]} images" if counts else "none: only kNN needs them"
-    some = f" of {part['of']}" if part.get("of", part["archives"]) != part["archives"] else ""
-    archives = f" in {part['archives']}{some} archives" if part["archives"] else ""
+    many = part.get("of", part["archives"])
+    some = f"{part['archives']} of " if many != part["archives"] else ""
+    archives = f" in {some}{counted(many, 'archive')}" if part["archives"] else ""
     how = "each decoded once" if part["decoded"] else "headers only: --full decodes each"
     return [
         f"{title:<12}{part['images']}{archives} in {part['root']} ({part['bytes'] / GIB:.3g} GiB)",

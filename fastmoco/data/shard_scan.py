@@ -23,6 +23,7 @@ from fastmoco.data.rewrite import Reading
 from fastmoco.data.shard_set import Progress
 from fastmoco.data.shard_source import Fetching, Shard, Source, as_url, indexed, write_index
 from fastmoco.options import DataScan, UsageError
+from fastmoco.terminal import counted
 
 TOGETHER = 8  # shards that one child decodes: starting it takes seconds
 LARGEST_SIDE = 1 << 16  # sides beyond it count as this
@@ -135,7 +136,7 @@ def _totals(parts: Iterator[Piece]) -> dict[str, Any]:
             first += cache.unpack(part.names)[: 3 - len(first)]
         left_out += [{"file": file, "reason": reason} for file, reason in part.left_out]
     if not images:
-        raise DataError(f"no images in the shards ({len(left_out)} members left out)", exit_code=2)
+        raise DataError(f"no images in the shards ({counted(len(left_out), 'member')} left out)", exit_code=2)
     in_order = {name: classes[name] for name in sorted(classes, key=natural)}
     passed = {name.removeprefix(pieces.PASSED): n for name, n in totals.items() if name.startswith(pieces.PASSED)}
     return {

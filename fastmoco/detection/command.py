@@ -25,6 +25,7 @@ from fastmoco.runs import checkpoint
 from fastmoco.runs.facts import program, read_json
 from fastmoco.runs.lines import LOG, Lines
 from fastmoco.runs.run_folder import figures_name, load_encoder
+from fastmoco.terminal import counted
 
 FIGURES, PICTURES = "detection.json", "detections.png"
 # What a detector in training may not change; where it stands is another thing.
@@ -117,7 +118,7 @@ def _prepare(options: EvaluateDetection, out: Path, parallel: Parallel) -> Work:
     if parallel.is_main:
         print(
             f"{len(training.pictures)} images train, {len(test.pictures)} test, {len(training.classes)} classes; "
-            f"{facts['backbone']} of {options.run} after step {step}; {options.iterations} steps of "
+            f"{facts['backbone']} of {options.run} after step {step}; {counted(options.iterations, 'step')} of "
             f"{options.batch_size}, lr {facts['lr']:g}, {options.size} pixels; writing {out}",
             flush=True,
         )

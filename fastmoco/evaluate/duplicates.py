@@ -28,6 +28,7 @@ from fastmoco.evaluate.options import Duplicates
 from fastmoco.evaluate.pictures import Tile, draw_sheet
 from fastmoco.evaluate.search import COLUMNS_SHOWN, ROWS_SHOWN, centred, indexed, open_run
 from fastmoco.options import UsageError
+from fastmoco.terminal import counted
 
 SAMPLE = 256  # images that the threshold is measured on
 ALIKE_SHARE = 0.1  # of the images, whose altered copies may be less similar than the threshold
@@ -67,7 +68,8 @@ def run(options: Duplicates) -> None:
     if options.keep is not None:
         _write_list(options.keep, bank.images, families)
     print(
-        f"{len(families)} groups of near-duplicates among {len(rows)} images, {len(rows) - more} with one of a group; "
+        f"{counted(len(families), 'group')} of near-duplicates among {counted(len(rows), 'image')}, "
+        f"{len(rows) - more} with one of a group; "
         f"similarity at least {threshold:.3f} ({facts['threshold_from']}), usual for the nearest other image "
         f"{usual:.3f}; see {out / 'duplicates'}.json" + (" and .png" if sheet else "")
     )

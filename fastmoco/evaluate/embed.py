@@ -156,7 +156,7 @@ def _images_of(data: Place | Sequence[Place], max_pixels: int) -> tuple[Manifest
         return images, np.arange(len(images))
     names = [os.path.abspath(os.fspath(path)) for path in data]
     if not names or any("\n" in name for name in names):
-        raise DataError(f"{len(names)} paths of images: name at least one, without line breaks", exit_code=2)
+        raise DataError(f"{counted(len(names), 'path')} of images: name at least one, without line breaks", exit_code=2)
     missing = [name for name in names if _is_missing(name)]
     if missing:
         others = f" ({len(missing)} such paths of {len(names)})" if len(missing) > 1 else ""

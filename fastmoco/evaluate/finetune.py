@@ -44,6 +44,7 @@ from fastmoco.kernels.photometric import photometric
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
 from fastmoco.runs.run_folder import figures_name, load_encoder
+from fastmoco.terminal import counted
 
 RATES = (0.05, 0.5, 0.15, 0.015, 0.005)  # for batches of 256; the first one is the published one
 TRIAL = 3  # a rate is tried for one of so many epochs
@@ -319,7 +320,7 @@ def run(options: EvaluateFinetune) -> None:
         protocol = protocol._replace(lr=choice.lr) if choice else protocol
         if parallel.is_main:
             print(choice or f"lr {protocol.lr:g} for batches of 256")
-            print(f"{protocol.epochs} epochs of batches of {protocol.batch_size}", flush=True)
+            print(f"{counted(protocol.epochs, 'epoch')} of batches of {protocol.batch_size}", flush=True)
         with tqdm(total=protocol.epochs, unit="epoch", disable=None if parallel.is_main else True) as bar:
             probe = tuning.fit(train, val, protocol, lambda line: _tell(bar, line, protocol.epochs, parallel.is_main))
         if parallel.is_main:

@@ -21,6 +21,7 @@ from fastmoco.evaluate.rate import fold_of
 from fastmoco.options import UsageError
 from fastmoco.recipe import Recipe
 from fastmoco.runs.facts import read_facts
+from fastmoco.terminal import counted
 
 
 def both_sides(
@@ -143,9 +144,10 @@ def _note_idle(images: Manifest, table: Path, idle: list[Row]) -> None:
     # A table may be of both sides; but a word on it, because names may also differ in case, folder or encoding.
     if idle:
         how = "" if _is_utf8(idle[0].path) else ", which is not UTF-8"
+        name = "names" if len(idle) == 1 else "name"
         print(
-            f"note: {len(idle)} lines of {table} name none of the images in {images.root}, the first is line "
-            f"{idle[0].line}, {printable(idle[0].path)}{how}",
+            f"note: {counted(len(idle), 'line')} of {table} {name} none of the images in {images.root}, "
+            f"the first is line {idle[0].line}, {printable(idle[0].path)}{how}",
             file=sys.stderr,
         )
 

@@ -58,6 +58,7 @@ from fastmoco.options import EvaluateLinear
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Augmentation, Recipe
 from fastmoco.runs.run_folder import figures_name, load_encoder, one_rank
+from fastmoco.terminal import counted
 
 
 def training_recipe(recipe: Recipe, protocol: Protocol) -> Recipe:
@@ -241,7 +242,7 @@ def run(options: EvaluateLinear) -> None:
 def _train(evaluation: Evaluation, fast: bool, auto: bool) -> tuple[Probe, Choice | None]:
     protocol = evaluation.protocol
     rates = f"lr auto, {len(RATES)} rates side by side" if auto else f"lr {protocol.lr:g} for batches of 256"
-    print(f"{protocol.epochs} epochs of batches of {protocol.batch_size}; {rates}", flush=True)
+    print(f"{counted(protocol.epochs, 'epoch')} of batches of {protocol.batch_size}; {rates}", flush=True)
     with tqdm(total=protocol.epochs, unit="epoch", disable=None) as bar:
 
         def tell(lines: list[dict[str, float]]) -> None:

@@ -10,6 +10,7 @@ from fastmoco import environment
 from fastmoco.runs.facts import read_json
 from fastmoco.runs.lines import KNN, read_lines
 from fastmoco.runs.run_folder import SavedRun
+from fastmoco.terminal import counted
 
 FIGURES = {
     "knn.json": "kNN",
@@ -35,7 +36,7 @@ def model_card(run: Path, saved_run: SavedRun) -> str:
     """Markdown, with the front matter that model hubs read. Only what the run's own files say."""
     recipe, facts = saved_run.recipe, saved_run.facts
     per_epoch = facts.get("steps", 0) / recipe.epochs
-    epochs = f" ({saved_run.step / per_epoch:.4g} of {recipe.epochs} epochs)" if per_epoch else ""
+    epochs = f" ({saved_run.step / per_epoch:.4g} of {counted(recipe.epochs, 'epoch')})" if per_epoch else ""
     lines = [
         "---",
         "library_name: fastmoco",

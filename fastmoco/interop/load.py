@@ -28,6 +28,7 @@ from fastmoco.recipe import Recipe, RecipeError
 from fastmoco.runs import checkpoint
 from fastmoco.runs.facts import RECIPE
 from fastmoco.runs.run_folder import KEY, QUERY, without
+from fastmoco.terminal import counted
 
 FIRST_NORM = "encoder_q.bn1.num_batches_tracked"  # advances once a step, so it counts the steps of a published file
 IMAGENET = 1_281_167  # images that published checkpoints were trained on
@@ -171,7 +172,7 @@ def _plain(weights: dict[str, Tensor], options: Import) -> ImportedRun:
     notes = ["plain weights: both encoders start from this backbone, with a fresh projection head and queue"]
     others = [name for name in backbone(weights) if name not in own]
     if others:
-        notes.append(f"{len(others)} weights of other parts are left out, {others[0]} the first")
+        notes.append(f"{counted(len(others), 'weight')} of other parts left out, {others[0]} the first")
     return ImportedRun(recipe, state, 0, "fp32", preset, notes)
 
 

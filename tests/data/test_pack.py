@@ -69,7 +69,7 @@ def test_a_dirty_folder_is_packed_and_what_is_left_out_is_listed(dirty: Path, tm
     said = capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "out" / "left_out.jsonl").read_text().splitlines()]
     assert [(line["file"], line["reason"]) for line in lines] == folder.rejected and len(lines) > 5
-    assert f"{len(folder)} images in 1 shards" in said and f"left out  {len(lines)}:" in said
+    assert f"{len(folder)} images in 1 shard," in said and f"left out  {len(lines)}:" in said
     found = scan(tmp_path / "out", cache=False)
     assert [path.removeprefix("x") for path in found.paths] == folder.paths and found.rejected == []
     np.testing.assert_array_equal(found.labels, folder.labels)

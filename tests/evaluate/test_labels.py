@@ -166,7 +166,7 @@ def test_what_a_table_says_beside_its_classes_is_noted(nested, tmp_path, capsys)
     assert len(label(manifest.scan(nested), table(tmp_path, rows))) == 2
     said = capsys.readouterr().err
     assert "the first two columns are read, as path and class: image, c0" in said
-    assert "1 lines of" in said and "the first is line 4, A/0001.PNG" in said
+    assert "1 line of" in said and "labels.csv names none" in said and "the first is line 4, A/0001.PNG" in said
     label(manifest.scan(nested), table(tmp_path, "path,label\na/0000.png,x\nb/0000.png,y\n"))
     assert capsys.readouterr().err == ""  # the control
 
