@@ -22,7 +22,7 @@ from fastmoco.parallel import Parallel
 CHECK_EVERY = 1000  # steps; reading the answer back then costs less than one of them
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, which is odd, as int64
 CHUNK = 1 << 20
-REMEDY = "look at the machine and at the files it reads, then go on from the last checkpoint with --resume"
+REMEDY = "look at the machine and at the files it reads, then repeat the command with --resume"
 REMEDIES = {"precision": "their processors choose differently: start the run with --precision fp32 or bf16"}
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -437,7 +437,9 @@ class ImageSource:
             position = unread.index(True)
             reason = f"{request.names[position]}: {faults[position]}, nor can {longest - 1} others after it be read"
         if reason:
-            raise DataError(f"{reason}: none was noted as bad; bring the images back, and go on with --resume")
+            raise DataError(
+                f"{reason}: none was noted as bad; bring the images back, and repeat the command with --resume"
+            )
 
     def _repair(self, request: Request, faults: dict[int, str]) -> Request:
         self._refuse_absence(request, faults)

@@ -168,8 +168,8 @@ class RemoteShards:
                 if isinstance(error, PermissionError) or time.monotonic() + wait - began > self._fetching.patience:
                     seconds = time.monotonic() - began
                     raise DataError(
-                        f"{self.root}/{name}: {_cause(error)}, for {seconds:.0f} s: no image was noted as bad; go on "
-                        f"with --resume when the server is back"
+                        f"{self.root}/{name}: {_cause(error)}, for {seconds:.0f} s: no image was noted as bad; "
+                        f"repeat the command with --resume when the server is back"
                     ) from None
             # Not all ranks at once.
             time.sleep(wait * (0.5 + os.urandom(1)[0] / 256))

@@ -131,7 +131,9 @@ def test_a_server_that_has_gone_stops_the_run_in_one_line_and_blames_no_image(
             got.append(batch)
             if len(got) == 2:
                 server.close()
-    assert "\n" not in str(caught.value) and "no image was noted as bad; go on with --resume" in str(caught.value)
+    assert "\n" not in str(caught.value) and "no image was noted as bad; repeat the command with --resume" in str(
+        caught.value
+    )
     assert not (tmp_path / "quarantine.jsonl").exists() and same(got, whole[: len(got)])
     server.open()
     assert same(batches(far, steps=range(len(got), 12)), whole[len(got) :])

@@ -109,7 +109,7 @@ def test_a_list_is_asked_for_and_no_shard_twice(store: Store, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("status", "said"),
-    [("503 SlowDown", "go on with --resume when the server is back"), ("403 AccessDenied", "Permission")],
+    [("503 SlowDown", "repeat the command with --resume when the server is back"), ("403 AccessDenied", "Permission")],
 )
 def test_a_store_that_fails_or_refuses_is_told_in_one_line_without_secrets(
     store: Store, status: str, said: str, capfd: pytest.CaptureFixture

@@ -76,7 +76,7 @@ def test_a_run_whose_server_goes_and_comes_back_ends_as_one_on_a_disk(
     if order == "auto":
         assert main([*resume, *limits]) == 3
         (said,) = capsys.readouterr().err.strip().splitlines()
-        assert "no image was noted as bad; go on with --resume when the server is back" in said
+        assert "no image was noted as bad; repeat the command with --resume when the server is back" in said
         assert (tmp_path / "far" / "recipe.json").read_bytes() == before
     server.fault = lambda number: ("503", "cut", "lost", "slow")[number // 10 % 4] if number % 10 == 3 else ""
     server.open()
