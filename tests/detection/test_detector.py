@@ -1,6 +1,7 @@
 """The detector: it learns a made set and not one with shuffled labels; it resumes exactly; ranks are one batch norm."""
 
 import json
+import shlex
 import sys
 import time
 from dataclasses import replace
@@ -12,13 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmoco.cli import main
+from fastmoco.cli import main, parse
 from fastmoco.contrast.step import Step
 from fastmoco.detection import detector, voc
 from fastmoco.detection.average_precision import evaluate
+from fastmoco.detection.command import _go_on
 from fastmoco.detection.training import Plan, Trainer, detect
 from fastmoco.encoder import build_encoder
 from fastmoco.encoder.norm_over_ranks import batch_norm_over_ranks
+from fastmoco.evaluate.options import EvaluateDetection
 from fastmoco.options import UsageError
 from fastmoco.parallel import Parallel
 from fastmoco.presets import PRESETS
@@ -158,6 +161,15 @@ def test_settled_statistics_are_the_means_of_the_batches(small_kit):
     handle.remove()
     expected = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
     torch.testing.assert_close(model.backbone.bn1.running_mean, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_line_that_a_stopped_detector_ends_with_is_a_whole_command(tmp_path):
+    (tmp_path / "a detector").mkdir()
+    options = EvaluateDetection(tmp_path / "run", data=tmp_path / "VOC")
+    program, *words = shlex.split(_go_on(options, tmp_path / "a detector"))
+    again = parse(words)[1]
+    assert program == "fastmoco" and again.resume and again.out == tmp_path / "a detector"
+    assert (again.run, again.data) == (options.run, options.data)
 
 
 def test_stopped_and_resumed_is_undisturbed(tmp_path, small_kit):
