@@ -95,7 +95,7 @@ def decoded(data: np.ndarray, reading: Reading) -> np.ndarray:
 def _rgb(image: Image.Image, background: str) -> np.ndarray:
     if image.mode.startswith("I"):  # grey of 16 bits
         return _grey((np.asarray(image).astype(np.int64) + 128) // 257)
-    if image.mode == "F":  # grey of floats, black at 0 and white at 1
+    if image.mode == "F" and image.format == "TIFF":  # white is 1 in a file, but 255 where Pillow converts to floats
         return _grey(np.nan_to_num(np.asarray(image) * np.float32(255)).clip(0, 255).round())
     if background == "ignore" or not image.has_transparency_data:
         return np.asarray(image.convert("RGB"))

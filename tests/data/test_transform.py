@@ -50,6 +50,13 @@ def levels(normalised: torch.Tensor, recipe=RECIPE) -> torch.Tensor:
     return ((normalised * std + mean) * 255).permute(1, 2, 0)
 
 
+def test_floats_that_pillow_made_span_255_levels_and_those_of_a_file_span_1(pictures: Path) -> None:
+    transform = Transform.of(RECIPE)
+    with Image.open(pictures / "grey.png") as grey, Image.open(pictures / "float.tif") as floats:
+        torch.testing.assert_close(transform(grey.convert("F")), transform(grey))
+        torch.testing.assert_close(transform(floats), transform(pictures / "float.tif"))
+
+
 @pytest.mark.parametrize("size", [16, 80])  # all of the shorter side, and seven eighths of it
 @pytest.mark.parametrize("background", ["white", "#ff0000", "ignore"])
 def test_a_lossless_picture_is_the_loaders_crop(pictures: Path, size: int, background: str) -> None:
