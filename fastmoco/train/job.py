@@ -23,6 +23,7 @@ from fastmoco.environment import share_of_cores
 from fastmoco.options import Options, UsageError, check_places, is_restart
 from fastmoco.parallel import Parallel
 from fastmoco.recipe import Recipe
+from fastmoco.terminal import counted
 
 RUNS = Path("runs")
 LEAST_CROP, LARGE_RATE = 12, 10.0  # below and above, a setting is seldom meant
@@ -124,7 +125,9 @@ def prepare(recipe: Recipe, options: Options, preset: str, parallel: Parallel) -
     notes += _queue_notes(recipe, final, len(train_set)) + _settings_notes(final, train_set, parallel)
     notes += _decide_fetching(train_set, final)
     if train_set.transparent and final.background != "ignore":
-        notes.append(f"{train_set.transparent} images have transparency: shown over {final.background} (--background)")
+        notes.append(
+            f"{counted(train_set.transparent, 'image')} with transparency: shown over {final.background} (--background)"
+        )
     return Job(preset, final, options, parallel, train_set, val_set, tuple(notes), recipe)
 
 
@@ -167,7 +170,7 @@ def _images(options: Options, max_pixels: int) -> tuple[Manifest, Manifest | Non
     else:
         images, notes = manifest.scan(train, max_pixels=max_pixels, fetching=_fetching(options)), []
     if images.rejected:
-        notes.append(f"{len(images.rejected)} files were left out: fastmoco data scan {options.data} lists them")
+        notes.append(f"{counted(len(images.rejected), 'file')} left out: fastmoco data scan {options.data} tells which")
     against, note = _validation(options.val or val, images, options, max_pixels)
     return images, against, notes + note
 

@@ -408,7 +408,7 @@ def test_2000_files_of_which_ten_are_broken(
     pretrain(recipe, options(data, out, log_every=1, decoded_cache=0))
     output, records = capsys.readouterr().err, files(out / "quarantine.jsonl")
     left_out = {path for path, _ in scan(data).rejected}
-    assert len(left_out) == 6 and "6 files were left out" in output
+    assert len(left_out) == 6 and "6 files left out" in output
     assert left_out | {record.file for record in records} == broken
     assert len(figures(out)) == 2 * (1994 // recipe.batch_size)
     # The substitutes from the first step on, instead of from the step that found the bad one.
