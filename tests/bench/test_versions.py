@@ -22,6 +22,7 @@ log.write_text(log.read_text() + "{name} " + sys.argv[1] + "\\n")
 flags = dict(zip(sys.argv[1:], sys.argv[2:]))
 number = log.read_text().count("{name}")
 if sys.argv[1] == "pretrain":
+    Path(flags["--out"]).mkdir()
     Path(flags["--out"], "summary.json").write_text(json.dumps({{"knn_after": {value} + number}}))
 elif {breaks}:
     sys.exit("the photographs are gone")
