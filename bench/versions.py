@@ -111,9 +111,8 @@ def _demo(version: Path, device: torch.device, precision: str, scratch: Path) ->
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         out = Path(folder) / "run"  # which a run makes itself
         start = time.perf_counter()
-        _python(
-            version, "-m", "fastmoco", "pretrain", "demo", "--data", images, "--device", device, "--out", out, *flags
-        )
+        where = ("--data", images, "--device", device.type, "--out", out)
+        _python(version, "-m", "fastmoco", "pretrain", "demo", *where, *flags)
         seconds = time.perf_counter() - start
         summary = json.loads((out / "summary.json").read_text())
     return _Sample(seconds, {"kNN": summary["knn_after"]})
@@ -125,7 +124,7 @@ def _views(version: Path, device: torch.device, recipe: Recipe, scratch: Path) -
         images.mkdir()
         photographs(images, max(64, recipe.batch_size))
     size = ("--crop-size", recipe.crop_size, "--batch-size", recipe.batch_size)
-    flags = ("--data", images, "--device", device, "--rounds", 1, "--only", KERNEL, "--json", record)
+    flags = ("--data", images, "--device", device.type, "--rounds", 1, "--only", KERNEL, "--json", record)
     _python(version, "-m", "fastmoco", "bench", "loader", *size, *flags)
     rows = [row for item in json.loads(record.read_text()) for row in item["rows"]]
     return _Sample(next(row["samples"][0] for row in rows if row["provider"] == KERNEL), {})

@@ -90,15 +90,21 @@ def encode(
     if bad is not None:
         bad += loader.bad
     if failed is None and rows_of_rank is not None and parallel.world > 1:
-        try:  # what gathering takes: without it this rank would fail there, and the others wait for it
-            rows_of_rank.new_empty(parallel.world * share, rows_of_rank.shape[1])
-        except torch.OutOfMemoryError as error:
-            failed = error
+        failed = _no_room(rows_of_rank, parallel.world)
     if parallel.any(failed is not None):
         raise failed or DataError("another rank could not encode its images")
     assert rows_of_rank is not None
     origins = torch.from_numpy(sources).to(parallel.device)
     return parallel.all_gather(rows_of_rank)[: len(manifest)], parallel.all_gather(origins)[: len(manifest)]
+
+
+def _no_room(rows: Tensor, world: int) -> Exception | None:
+    """The error of a device that has no room for the rows of all ranks: in gathering the others would wait for it."""
+    try:
+        rows.new_empty(world * rows.shape[0], rows.shape[1])
+    except torch.OutOfMemoryError as error:
+        return error
+    return None
 
 
 def _fill(crops: Tensor, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""RUN/recipe.json and other JSON files of a run. Only the standard library is imported, for the command line."""
+"""RUN/recipe.json and other JSON files of a run, and the command line that goes on with it. It imports no torch."""
 
 from __future__ import annotations
 

@@ -126,7 +126,8 @@ def _knn(job: Job, pairs: int, world: int) -> Knn:
 
 def _rate_of_loader(job: Job, pairs: int) -> float:
     """Pairs a second over all epochs: where all images are kept decoded, in the later ones they are but cut."""
-    decoding, kept = _rate(job, job.train_set, pairs, replace(job.loading, decoded_bytes=0)), job.loading.decoded_bytes
+    decoding = _rate(job, job.train_set, pairs, replace(job.loading, decoded_bytes=0))
+    kept = job.loading.decoded_bytes
     if kept < bytes_decoded(job.train_set.sizes, kept + 1):
         return decoding
     few = job.train_set.take(range(pairs))

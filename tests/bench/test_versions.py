@@ -20,6 +20,7 @@ from pathlib import Path
 log = Path({log!r})
 log.write_text(log.read_text() + "{name} " + sys.argv[1] + "\\n")
 flags = dict(zip(sys.argv[1:], sys.argv[2:]))
+assert flags["--device"] in ("cpu", "cuda"), "the command takes no other"
 number = log.read_text().count("{name}")
 if sys.argv[1] == "pretrain":
     Path(flags["--out"]).mkdir()
@@ -59,9 +60,11 @@ def folders(tmp_path, monkeypatch):
     return log, make
 
 
-def test_versions_take_turns_each_from_its_own_folder_and_the_first_of_each_does_not_count(folders):
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_versions_take_turns_each_from_its_own_folder_and_the_first_of_each_does_not_count(device, folders):
     log, make = folders
-    rows = {(row.name, row.provider): row for row in versions.run(RECIPE, CPU, rounds=2, against=make())}
+    found = versions.run(RECIPE, torch.device(device), rounds=2, against=make())
+    rows = {(row.name, row.provider): row for row in found}
     assert (
         log.read_text().split("\n")[:-1] == ["before pretrain", "now pretrain"] * 3 + ["before bench", "now bench"] * 3
     )
